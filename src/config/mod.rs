@@ -1,0 +1,146 @@
+//! Validated settings: what `cli` makes of flags and every other room reads.
+//!
+//! A [`Config`] cannot be wrong: each value was checked where it entered. Modes are types, so a
+//! host-only network has no field that could reach the world.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+use crate::addr::{Ipv4Subnet, MacAddr};
+
+/// How the front-end is met.
+#[derive(Debug)]
+pub enum Attach {
+    /// Bind the socket and wait for front-ends (the default).
+    Listen(PathBuf),
+    /// Connect to a front-end that listens, again and again (`--client`).
+    Connect(PathBuf),
+    /// A connected or listening socket inherited from the parent (`--fd`).
+    Inherited(OwnedFd),
+}
+
+/// IP MTU offered to the guest, in bytes: 576 to 65,521.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IpMtu(u16);
+
+impl IpMtu {
+    /// What every IPv4 host must accept (RFC 791, 3.2).
+    pub const MIN: u16 = 576;
+    /// A 64 KiB Ethernet frame less its header.
+    pub const MAX: u16 = 65_521;
+    /// Ethernet's.
+    pub const DEFAULT: IpMtu = IpMtu(1500);
+
+    /// `bytes` as an MTU, if within bounds.
+    pub const fn new(bytes: u16) -> Option<IpMtu> {
+        if bytes >= Self::MIN && bytes <= Self::MAX { Some(IpMtu(bytes)) } else { None }
+    }
+
+    /// Bytes.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+}
+
+/// Transport protocol of a published port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// TCP.
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+/// One published port (a range is expanded into its ports).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Publish {
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Host address and port to listen on; the address is unspecified for "any", port 0 picks one.
+    pub host: SocketAddr,
+    /// Port in the guest.
+    pub guest_port: u16,
+}
+
+/// The network's addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lan {
+    /// The guest's subnet.
+    pub subnet: Ipv4Subnet,
+    /// vunet's own address there: router, DHCP and DNS server.
+    pub gateway: Ipv4Addr,
+    /// The first guest's address; a free one by default.
+    pub guest: Option<Ipv4Addr>,
+    /// IP MTU of the link.
+    pub ip_mtu: IpMtu,
+    /// Whether DHCP answers.
+    pub dhcp: bool,
+}
+
+/// DNS as the guest meets it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsConfig {
+    /// Whether DNS answers at all; off with `--no-dns`.
+    pub enabled: bool,
+    /// Domain of local names, lower case, no trailing dot.
+    pub domain: String,
+    /// Local names: (name, lower case, relative names already qualified; address).
+    pub hosts: Vec<(String, IpAddr)>,
+}
+
+impl DnsConfig {
+    /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
+    pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
+}
+
+/// What lies beyond the gateway.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// The world, through host sockets.
+    Nat(NatConfig),
+    /// Nothing: gateway, DHCP and local names only (`host-only` and `none`).
+    Isolated,
+}
+
+/// Settings of translation to host sockets.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NatConfig {
+    /// Ports of the host that lead to the guest.
+    pub publish: Vec<Publish>,
+    /// Whether the gateway's address reaches the host's loopback, and the host's own addresses are
+    /// reachable.
+    pub allow_host_loopback: bool,
+    /// Upstream resolvers; empty means the host's `/etc/resolv.conf`.
+    pub dns_servers: Vec<SocketAddr>,
+}
+
+/// Verbosity and form of the log on standard error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LogConfig {
+    /// A `tracing` filter such as `info` or `vunet::device=debug`.
+    pub level: String,
+    /// One JSON object a line instead of text.
+    pub json: bool,
+}
+
+/// Everything a backend needs to run.
+#[derive(Debug)]
+pub struct Config {
+    /// How the front-end is met.
+    pub attach: Attach,
+    /// End when the front-end leaves.
+    pub one_off: bool,
+    /// MAC address offered to front-ends that read the device's configuration.
+    pub mac: Option<MacAddr>,
+    /// The guest's network.
+    pub lan: Lan,
+    /// DNS as the guest meets it.
+    pub dns: DnsConfig,
+    /// What lies beyond.
+    pub mode: Mode,
+    /// The log.
+    pub log: LogConfig,
+    /// Never use `SO_PEEK_OFF` on TCP even where the kernel has it (hidden, for tests).
+    pub no_peek_off: bool,
+}

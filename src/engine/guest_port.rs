@@ -1,0 +1,72 @@
+//! What the engine needs of the guest's side: receive buffers to fill.
+//!
+//! `device::rx` implements it over the guest's receive queues, the simulation over a Vec. At most
+//! one reservation is open at a time; it ends with `commit` or `cancel`.
+
+use thiserror::Error;
+
+use crate::frame::{PayloadMut, QueuePair};
+use crate::wire::vnet::VnetHeader;
+
+/// What the guest's driver accepted for frames towards it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuestOffloads {
+    /// Partial checksums (`VIRTIO_NET_F_GUEST_CSUM`).
+    pub checksum: bool,
+    /// TCP over IPv4 up to 64 KiB (`VIRTIO_NET_F_GUEST_TSO4`).
+    pub tso4: bool,
+    /// TCP over IPv6 up to 64 KiB (`VIRTIO_NET_F_GUEST_TSO6`).
+    pub tso6: bool,
+    /// ECN on segmented TCP (`VIRTIO_NET_F_GUEST_ECN`).
+    pub ecn: bool,
+}
+
+/// Why no receive buffer could be reserved.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum ReserveError {
+    /// The guest has posted too few buffers; it will kick when it posts more, and the engine's
+    /// `guest_has_buffers` is called then.
+    #[error("no receive buffers")]
+    Full,
+    /// The ring is not running: the frame has nowhere to go.
+    #[error("the receive ring is not running")]
+    Down,
+    /// The guest's buffers cannot hold `min_bytes` whatever the number of them posted.
+    #[error("receive buffers too small")]
+    TooSmall,
+}
+
+/// The guest's receive side.
+pub trait GuestPort {
+    /// What the guest accepted; constant between ring starts.
+    fn offloads(&self) -> GuestOffloads;
+
+    /// Opens a reservation for a frame of at least `min_bytes` and at most `max_bytes` (Ethernet
+    /// header included, virtio-net header not). Returns the bytes reserved, between the two.
+    ///
+    /// # Errors
+    /// [`ReserveError`]; nothing is open then.
+    fn reserve(&mut self, pair: QueuePair, min_bytes: usize, max_bytes: usize)
+    -> Result<usize, ReserveError>;
+
+    /// The open reservation from frame byte `from_bytes` on, to be filled.
+    fn reserved(&mut self, from_bytes: usize) -> PayloadMut<'_>;
+
+    /// Ends the reservation with a frame of `len_bytes`: writes the virtio-net header (its
+    /// `num_buffers` is the port's to set) and `head` at the frame's start, and returns unused
+    /// buffers to the ring. The guest sees the frame at the next publish, once per batch.
+    fn commit(&mut self, vnet: VnetHeader, head: &[u8], len_bytes: usize);
+
+    /// Ends the reservation and returns all its buffers to the ring.
+    fn cancel(&mut self);
+
+    /// Sends a frame that lies in host memory.
+    ///
+    /// # Errors
+    /// [`ReserveError`] if it could not be placed whole.
+    fn send(&mut self, pair: QueuePair, vnet: VnetHeader, frame: &[u8]) -> Result<(), ReserveError> {
+        self.reserve(pair, frame.len(), frame.len())?;
+        self.commit(vnet, frame, frame.len());
+        Ok(())
+    }
+}

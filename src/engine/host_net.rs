@@ -1,0 +1,149 @@
+//! What the engine needs of the host's side: sockets towards the world.
+//!
+//! `uplink::sockets` implements it over the kernel's sockets, the simulation over a scripted world.
+//! No call blocks. Readiness is edge-triggered: it is reported once per change through
+//! [`crate::engine::Engine::host_ready`], with the [`Token`] given at creation.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use crate::frame::{Payload, PayloadMut};
+
+/// Names a socket's owner in readiness events; opaque to the uplink.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Token(pub u64);
+
+/// What an edge-triggered event said.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Readiness {
+    /// Bytes, a datagram or a connection may be read.
+    pub readable: bool,
+    /// The socket may take bytes again, or its connect has ended.
+    pub writable: bool,
+    /// The peer sent FIN (`EPOLLRDHUP`).
+    pub peer_closed: bool,
+    /// Both directions are closed or an error waits (`EPOLLHUP`, `EPOLLERR`).
+    pub failed: bool,
+}
+
+/// How a stream socket ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Close {
+    /// Both directions ended with FIN: what is still queued is delivered.
+    Clean,
+    /// Anything else: the peer sees RST.
+    Reset,
+}
+
+/// A stream towards the world: TCP, or a connected local service.
+pub trait HostStream {
+    /// The outcome of a non-blocking connect, once writable: `Ok` if connected.
+    ///
+    /// # Errors
+    /// The connect's error (`SO_ERROR`).
+    fn take_error(&mut self) -> io::Result<()>;
+
+    /// Moves bytes into the socket; returns how many it took.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it is full; anything else ends the stream.
+    fn send(&mut self, payload: &Payload<'_>) -> io::Result<usize>;
+
+    /// Reads bytes that follow the first `offset_bytes` of the receive queue into `into`, leaving
+    /// all of them queued. Returns their count; zero at the end of the stream.
+    ///
+    /// # Errors
+    /// `WouldBlock` if nothing follows; anything else ends the stream.
+    fn peek(&mut self, offset_bytes: usize, into: PayloadMut<'_>) -> io::Result<usize>;
+
+    /// Removes `len_bytes` already peeked from the front of the receive queue.
+    ///
+    /// # Errors
+    /// Any error ends the stream.
+    fn discard(&mut self, len_bytes: usize) -> io::Result<()>;
+
+    /// Bytes the socket takes now without refusing, an estimate on the low side.
+    fn send_space(&mut self) -> usize;
+
+    /// Asks for a writable event once there is room again.
+    fn want_writable(&mut self);
+
+    /// Sends FIN after what is queued.
+    ///
+    /// # Errors
+    /// Any error ends the stream.
+    fn shutdown_write(&mut self) -> io::Result<()>;
+
+    /// Closes the socket. Dropping it without this call is a reset.
+    fn close(self, how: Close);
+}
+
+/// A datagram socket bound to one local port: UDP, or ICMP echo.
+pub trait HostDatagram {
+    /// Sends one datagram: `head` from host memory, then `payload`.
+    ///
+    /// # Errors
+    /// `WouldBlock` if the socket is full; the kernel's error for the destination otherwise.
+    fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()>;
+
+    /// Receives one datagram: its first bytes fill `head`, the next `into`, the rest `overflow`.
+    /// Returns its full length and its sender.
+    ///
+    /// # Errors
+    /// `WouldBlock` if none waits; the socket's pending error otherwise (the socket lives on).
+    fn recv_from(
+        &mut self,
+        head: &mut [u8],
+        into: PayloadMut<'_>,
+        overflow: &mut [u8],
+    ) -> io::Result<(usize, SocketAddr)>;
+}
+
+/// A published TCP port.
+pub trait HostListener {
+    /// The stream type accepted.
+    type Stream: HostStream;
+
+    /// Takes a waiting connection and watches it under `token`; returns it and the client.
+    ///
+    /// # Errors
+    /// `WouldBlock` if none waits.
+    fn accept(&mut self, token: Token) -> io::Result<(Self::Stream, SocketAddr)>;
+}
+
+/// Makes sockets towards the world.
+pub trait HostNet {
+    /// A stream.
+    type Stream: HostStream;
+    /// A datagram socket.
+    type Datagram: HostDatagram;
+    /// A listening socket.
+    type Listener: HostListener<Stream = Self::Stream>;
+
+    /// Starts a TCP connect to `peer`.
+    ///
+    /// # Errors
+    /// The kernel's immediate refusal (no route, no descriptor, ...).
+    fn connect(&mut self, token: Token, peer: SocketAddr) -> io::Result<Self::Stream>;
+
+    /// A stream to the process's own DNS service, which speaks DNS over TCP on it.
+    ///
+    /// # Errors
+    /// No descriptor, or the service is gone.
+    fn connect_dns(&mut self, token: Token) -> io::Result<Self::Stream>;
+
+    /// A UDP socket on `local`, port 0 for any.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<Self::Datagram>;
+
+    /// An ICMP echo socket of the family of `family`. The kernel sets and matches the identifier.
+    ///
+    /// # Errors
+    /// `PermissionDenied` where `net.ipv4.ping_group_range` excludes the process.
+    fn ping(&mut self, token: Token, family: IpAddr) -> io::Result<Self::Datagram>;
+
+    /// Whether `addr` is one of the host's own addresses.
+    fn is_own_address(&mut self, addr: IpAddr) -> bool;
+}

@@ -1,0 +1,20 @@
+//! vunet: a vhost-user network backend, one process per virtual machine.
+//!
+//! A front-end (QEMU, cloud-hypervisor, crosvm, user-mode Linux, DPDK) attaches over a unix socket
+//! and shares the guest's memory; vunet works the guest's virtqueues and gives the guest a network:
+//! DHCP, DNS and address translation over ordinary host sockets, without privilege.
+//!
+//! The rooms and what each may touch are described in `docs/architecture.md`.
+
+pub mod addr;
+pub mod app;
+pub mod config;
+pub mod control;
+pub mod device;
+pub mod engine;
+pub mod frame;
+pub mod limits;
+pub mod service;
+pub mod time;
+pub mod uplink;
+pub mod wire;

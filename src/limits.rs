@@ -1,0 +1,13 @@
+//! Every bound of the process, each with its reason. A bound that is met is counted, never fatal.
+
+/// Bytes of a guest frame that are copied once into host memory before anything is judged:
+/// Ethernet (14) + IPv4 with all options (60) + TCP with all options (60), rounded up so that an
+/// IPv6 header with a fragment header (48) and TCP fit too.
+pub const FRAME_HEAD_BYTES: usize = 256;
+
+/// Longest Ethernet frame either way, without the virtio-net header: a 64 KiB IP packet and its
+/// Ethernet header (virtio 1.3, 5.1.6.3.1 asks for buffers of 65,562 bytes with the 12-byte header).
+pub const FRAME_BYTES_MAX: usize = 65_550;
+
+/// Segments of one frame in guest memory. The kernel's own bound on one `sendmsg` (`UIO_MAXIOV`).
+pub const FRAME_SEGMENTS_MAX: usize = 1024;
