@@ -13,6 +13,8 @@ use crate::config::Lan;
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::time::Instant;
+use crate::wire::arp;
+use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::vnet::VnetHeader;
 
@@ -39,6 +41,8 @@ pub struct Core {
     /// Deadlines.
     pub timers: Timers,
     neighbours: HashMap<IpAddr, Neighbour>,
+    /// Whom published ports lead to.
+    primary: Option<IpAddr>,
     outbox: VecDeque<Queued>,
     icmp_tokens: u32,
     icmp_refilled: Instant,
@@ -62,6 +66,7 @@ impl Core {
             counters: Counters::default(),
             timers: Timers::default(),
             neighbours: HashMap::new(),
+            primary: lan.guest.map(IpAddr::V4),
             outbox: VecDeque::new(),
             icmp_tokens: limits::ICMP_ERRORS_BURST,
             icmp_refilled: Instant::ZERO,
@@ -81,6 +86,7 @@ impl Core {
 
     /// Remembers where a guest address was seen; returns true if its MAC is new or has changed.
     pub fn learn(&mut self, addr: IpAddr, neighbour: Neighbour) -> bool {
+        self.primary.get_or_insert(addr);
         if let Some(known) = self.neighbours.get_mut(&addr) {
             let changed = known.mac != neighbour.mac;
             *known = neighbour;
@@ -103,6 +109,41 @@ impl Core {
     pub fn forget_guest(&mut self) {
         self.neighbours.clear();
         self.outbox.clear();
+        self.primary = self.lan.guest.map(IpAddr::V4);
+    }
+
+    /// The guest address published ports lead to: the configured one, else the first one seen.
+    pub fn primary_guest(&self) -> Option<IpAddr> {
+        self.primary
+    }
+
+    /// A lease was given: published ports lead to its holder unless configured otherwise.
+    pub fn set_primary_guest(&mut self, addr: IpAddr) {
+        if self.lan.guest.is_none() {
+            self.primary = Some(addr);
+        }
+    }
+
+    /// Asks who holds `addr` (RFC 826); the answer arrives as any ARP packet does.
+    pub fn ask_for(&mut self, port: &mut impl GuestPort, addr: IpAddr) {
+        let IpAddr::V4(target_ip) = addr else { return };
+        let request = arp::Packet {
+            operation: arp::Operation::Request,
+            sender_mac: MacAddr::GATEWAY,
+            sender_ip: self.lan.gateway,
+            target_mac: MacAddr::ZERO,
+            target_ip,
+        };
+        self.send_arp(port, QueuePair::default(), MacAddr::BROADCAST, &request);
+    }
+
+    /// Sends an ARP packet to `to`.
+    pub fn send_arp(&mut self, port: &mut impl GuestPort, pair: QueuePair, to: MacAddr, packet: &arp::Packet) {
+        let mut frame = [0u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
+        let header = ethernet::Header { dst: to, src: MacAddr::GATEWAY, ethertype: EtherType::ARP };
+        header.emit(&mut frame);
+        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
+        self.send(port, pair, VnetHeader::default(), &frame);
     }
 
     /// A fresh IPv4 identification for a packet that may be fragmented.
