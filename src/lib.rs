@@ -14,6 +14,7 @@ pub mod device;
 pub mod engine;
 pub mod frame;
 pub mod limits;
+pub mod network;
 pub mod service;
 pub mod time;
 pub mod uplink;

@@ -67,3 +67,15 @@ pub const DATAGRAM_PEERS_MAX: usize = 65_536;
 
 /// Connections taken from one listener before others have their turn.
 pub const ACCEPT_BURST: usize = 64;
+/// Addresses one process leases or remembers, offers included. A guest is one machine; a nested
+/// bridge or a container host behind it has hundreds of MAC addresses, not thousands, and each
+/// entry costs about 100 bytes and one step of the walks a DISCOVER takes.
+pub const LEASES_MAX: usize = 1024;
+
+/// Addresses set aside after a DECLINE at one time. Past it the one declined first comes back
+/// early, so that a client that declines everything cannot hold more than this of a large pool.
+pub const LEASES_DECLINED_MAX: usize = 256;
+
+/// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
+/// than an Ethernet frame.
+pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
