@@ -19,3 +19,4 @@ pub mod service;
 pub mod time;
 pub mod uplink;
 pub mod wire;
+pub mod worker;

@@ -138,7 +138,13 @@ impl Core {
     }
 
     /// Sends an ARP packet to `to`.
-    pub fn send_arp(&mut self, port: &mut impl GuestPort, pair: QueuePair, to: MacAddr, packet: &arp::Packet) {
+    pub fn send_arp(
+        &mut self,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        to: MacAddr,
+        packet: &arp::Packet,
+    ) {
         let mut frame = [0u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
         let header = ethernet::Header { dst: to, src: MacAddr::GATEWAY, ethertype: EtherType::ARP };
         header.emit(&mut frame);

@@ -190,7 +190,7 @@ pub fn icmp_error(
     let about = ipv4::Header::parse(packet, usize::MAX).ok()?;
     let is_error = about.protocol == Protocol::ICMP
         && !matches!(
-            icmpv4::Message::parse(packet.get(about.header_bytes..)?),
+            Message::parse(packet.get(about.header_bytes..)?),
             Ok(Message::EchoRequest { .. } | Message::EchoReply { .. })
         );
     if is_error || about.fragment_offset_bytes > 0 || about.dst.is_broadcast() || about.dst.is_multicast() {

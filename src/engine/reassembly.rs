@@ -43,12 +43,14 @@ impl Reassembly {
     /// Takes one fragment's payload; returns the whole datagram's when it is complete.
     pub fn add(&mut self, core: &mut Core, header: &Header, payload: &[u8]) -> Option<Vec<u8>> {
         self.expire(core);
-        let key =
-            Key { src: header.src, dst: header.dst, protocol: header.protocol, ident: header.ident };
+        let key = Key { src: header.src, dst: header.dst, protocol: header.protocol, ident: header.ident };
         let offset = usize::from(header.fragment_offset_bytes);
         let end = offset + payload.len();
         let aligned = !header.more_fragments || payload.len().is_multiple_of(8);
-        if payload.is_empty() || !aligned || end > 65_535 - usize::from(crate::wire::ipv4::HEADER_BYTES as u16) {
+        if payload.is_empty()
+            || !aligned
+            || end > 65_535 - usize::from(crate::wire::ipv4::HEADER_BYTES as u16)
+        {
             core.counters.drop(DropReason::Malformed);
             return None;
         }

@@ -456,7 +456,13 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     /// The remote end as the guest sees it, if it may send to this socket.
-    fn admit(&mut self, core: &mut Core, at: usize, guest: SocketAddr, real: SocketAddr) -> Option<SocketAddr> {
+    fn admit(
+        &mut self,
+        core: &mut Core,
+        at: usize,
+        guest: SocketAddr,
+        real: SocketAddr,
+    ) -> Option<SocketAddr> {
         let mapping = &self.mappings[at];
         let real = if mapping.kind == Kind::Echo { SocketAddr::new(real.ip(), 0) } else { real };
         if let Some(&peer) = self.by_real.get(&(at, real)) {
@@ -525,14 +531,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         if to.len <= to.room {
             let head = {
                 let data = port.reserved(to.head_bytes).range(0, to.len);
-                emit::icmp(
-                    to.neighbour.mac,
-                    to.remote.ip(),
-                    to.guest.ip(),
-                    reply,
-                    &data.as_payload(),
-                    ident,
-                )
+                emit::icmp(to.neighbour.mac, to.remote.ip(), to.guest.ip(), reply, &data.as_payload(), ident)
             };
             return to.commit(core, port, head);
         }

@@ -44,7 +44,9 @@ pub enum TokenKind {
 impl TokenKind {
     /// The token of slot `index` in its `generation`.
     pub fn token(self, generation: u32, index: usize) -> Token {
-        Token(((self as u64) << 56) | (u64::from(generation & 0xff_ffff) << 32) | (index as u64 & 0xffff_ffff))
+        Token(
+            ((self as u64) << 56) | (u64::from(generation & 0xff_ffff) << 32) | (index as u64 & 0xffff_ffff),
+        )
     }
 
     /// The kind a token names.
@@ -67,6 +69,8 @@ impl TokenKind {
 struct Published<L> {
     listener: L,
     guest_port: u16,
+    /// Its turn ended with clients waiting.
+    again: bool,
 }
 
 /// All flows of an engine.
@@ -134,7 +138,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Publishes a listening socket to `guest_port`.
     pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
-        self.listeners.insert(Published { listener, guest_port });
+        self.listeners.insert(Published { listener, guest_port, again: false });
     }
 
     /// The token the next datagram socket will have.
@@ -240,12 +244,7 @@ impl<N: HostNet> Nat<N> {
     }
 
     /// Judges a new exchange and makes its socket and peer; false if it may not be.
-    fn open_datagram(
-        &mut self,
-        core: &mut Core,
-        port: &mut impl GuestPort,
-        datagram: &Datagram<'_>,
-    ) -> bool {
+    fn open_datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) -> bool {
         let Datagram { key, from, packet, .. } = *datagram;
         let code = match self.policy.judge(core, &mut self.net, key.remote) {
             Verdict::Connect(real) => {
@@ -325,10 +324,11 @@ impl<N: HostNet> Nat<N> {
     /// Takes the waiting clients of a published port.
     fn accept(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
         let at = TokenKind::index(token);
-        loop {
+        for _ in 0..limits::ACCEPT_BURST {
             self.make_room(core, port);
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
+            published.again = false;
             let guest_port = published.guest_port;
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
@@ -344,24 +344,36 @@ impl<N: HostNet> Nat<N> {
                 // A client that left before it was taken (ECONNABORTED) and the like.
                 Err(_) => continue,
             };
-            // Dropped where there is no guest to lead to: the client sees a reset.
-            let Some(addr) = core.primary_guest() else { continue };
-            let guest = SocketAddr::new(addr, guest_port);
-            let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
-            if self.tcp.contains(&key) {
-                let ip = key.remote.ip();
-                let taken = |port| {
-                    self.tcp.contains(&tcp::Key { guest, remote: SocketAddr::new(ip, port) })
-                };
-                let Some(free) = policy::free_port(client.port(), taken) else { continue };
-                key.remote = SocketAddr::new(ip, free);
-            }
-            let neighbour = core.neighbour(addr);
-            if neighbour.is_none() {
-                core.ask_for(port, addr);
-            }
-            self.tcp.insert_from_world(core, key, neighbour, stream);
+            self.begin_published(core, port, stream, client, guest_port);
         }
+        if let Some(published) = self.listeners.get_mut(at) {
+            published.again = true;
+        }
+    }
+
+    /// Leads a client to the guest. Where there is none the stream is dropped: the client sees RST.
+    fn begin_published(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        stream: N::Stream,
+        client: SocketAddr,
+        guest_port: u16,
+    ) {
+        let Some(addr) = core.primary_guest() else { return };
+        let guest = SocketAddr::new(addr, guest_port);
+        let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
+        if self.tcp.contains(&key) {
+            let ip = key.remote.ip();
+            let taken = |port| self.tcp.contains(&tcp::Key { guest, remote: SocketAddr::new(ip, port) });
+            let Some(free) = policy::free_port(client.port(), taken) else { return };
+            key.remote = SocketAddr::new(ip, free);
+        }
+        let neighbour = core.neighbour(addr);
+        if neighbour.is_none() {
+            core.ask_for(port, addr);
+        }
+        self.tcp.insert_from_world(core, key, neighbour, stream);
     }
 
     /// A guest address was seen at a new MAC address.
@@ -382,13 +394,20 @@ impl<N: HostNet> Nat<N> {
 
     /// The end of a batch.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        for at in 0..self.listeners.len() {
+            if self.listeners.get(at).is_some_and(|published| published.again) {
+                self.accept(core, port, TokenKind::Listener.token(0, at));
+            }
+        }
         self.datagrams.flush(core, port);
         self.tcp.flush(core, port);
     }
 
-    /// Whether flows have more to send now.
+    /// Whether flows have more to send, or clients wait to be taken, now.
     pub fn has_more(&self) -> bool {
-        self.tcp.has_more() || self.datagrams.has_more()
+        self.tcp.has_more()
+            || self.datagrams.has_more()
+            || self.listeners.iter().any(|(_, published)| published.again)
     }
 
     /// Whether flows wait for receive buffers.

@@ -129,7 +129,8 @@ impl<S: HostStream> TcpTable<S> {
             return false;
         };
         let flow = &mut self.flows[at];
-        let syn_only = segment.header.flags.contains(Flags::SYN) && !segment.header.flags.contains(Flags::ACK);
+        let syn_only =
+            segment.header.flags.contains(Flags::SYN) && !segment.header.flags.contains(Flags::ACK);
         if flow.state == State::TimeWait && syn_only && !segment.header.flags.contains(Flags::RST) {
             // RFC 9293, 3.6.1: a new connection may take the place of one in TIME-WAIT.
             self.remove(core, at);
@@ -216,13 +217,7 @@ impl<S: HostStream> TcpTable<S> {
     }
 
     /// News of a flow's socket.
-    pub fn host_ready(
-        &mut self,
-        core: &mut Core,
-        port: &mut impl GuestPort,
-        token: Token,
-        ready: Readiness,
-    ) {
+    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
         let Some(at) = self.find(token) else { return };
         self.lru.touch(at);
         let flow = &mut self.flows[at];
@@ -443,4 +438,3 @@ pub fn unreachable(
     packet[24..28].copy_from_slice(&syn.0.to_be_bytes());
     core.send_unreachable(port, to, code, &packet);
 }
-

@@ -19,7 +19,7 @@ use crate::wire::vnet::{Gso, GsoKind};
 
 /// What is left to do after an output.
 #[derive(Debug)]
-pub enum After {
+pub(super) enum After {
     /// Nothing until the next event.
     Idle,
     /// More could be sent now; others have their turn first.
@@ -291,8 +291,7 @@ impl<S: HostStream> Flow<S> {
         };
         let header = self.header(flags, seq, options);
         let partial = port.offloads().checksum;
-        if let Some(head) =
-            emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
+        if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
         {
             port.send(self.pair, head.vnet, head.bytes())?;
             core.counters.frames_to_guest += 1;
@@ -307,8 +306,7 @@ impl<S: HostStream> Flow<S> {
         let header = self.header(Flags::RST | Flags::ACK, seq, Options::default());
         let Some(mac) = self.guest_mac else { return };
         let partial = port.offloads().checksum;
-        if let Some(head) =
-            emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
+        if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
         {
             core.send(port, self.pair, head.vnet, head.bytes());
         }

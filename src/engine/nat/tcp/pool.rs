@@ -11,13 +11,13 @@ use crate::wire::tcp::SeqNumber;
 
 /// Bytes held by all flows of an engine.
 #[derive(Debug, Default)]
-pub struct Budget {
+pub(super) struct Budget {
     used_bytes: usize,
 }
 
 impl Budget {
     /// Bytes held now.
-    pub fn used_bytes(&self) -> usize {
+    pub(super) fn used_bytes(&self) -> usize {
         self.used_bytes
     }
 }
@@ -41,25 +41,20 @@ impl Piece {
 
 /// The held payload of one flow.
 #[derive(Debug, Default)]
-pub struct Pool {
+pub(super) struct Pool {
     pieces: VecDeque<Piece>,
     held_bytes: usize,
 }
 
 impl Pool {
     /// Bytes held.
-    pub fn held_bytes(&self) -> usize {
+    pub(super) fn held_bytes(&self) -> usize {
         self.held_bytes
-    }
-
-    /// Whether nothing is held.
-    pub fn is_empty(&self) -> bool {
-        self.pieces.is_empty()
     }
 
     /// Holds `payload`, which starts at `seq`; parts already held are skipped. Returns whether all
     /// of it is held now.
-    pub fn insert(&mut self, budget: &mut Budget, seq: SeqNumber, payload: &Payload<'_>) -> bool {
+    pub(super) fn insert(&mut self, budget: &mut Budget, seq: SeqNumber, payload: &Payload<'_>) -> bool {
         let mut from = seq;
         let end = seq + payload.len();
         while from.before(end) {
@@ -93,7 +88,7 @@ impl Pool {
     }
 
     /// The bytes held from `seq` on without a gap, in one piece; what lies before `seq` is let go.
-    pub fn front(&mut self, budget: &mut Budget, seq: SeqNumber) -> Option<&[u8]> {
+    pub(super) fn front(&mut self, budget: &mut Budget, seq: SeqNumber) -> Option<&[u8]> {
         while let Some(first) = self.pieces.front_mut() {
             if first.end().at_or_before(seq) {
                 let left = first.bytes.len() - first.taken;
@@ -115,7 +110,7 @@ impl Pool {
     }
 
     /// Lets everything go.
-    pub fn clear(&mut self, budget: &mut Budget) {
+    pub(super) fn clear(&mut self, budget: &mut Budget) {
         budget.used_bytes -= self.held_bytes;
         self.held_bytes = 0;
         self.pieces.clear();

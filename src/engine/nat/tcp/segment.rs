@@ -163,10 +163,8 @@ impl<S: HostStream> Flow<S> {
                 send.recover = None;
             }
         } else if ack == send.una {
-            let is_duplicate = empty
-                && window == send.window
-                && send.max != send.una
-                && !header.flags.contains(Flags::FIN);
+            let is_duplicate =
+                empty && window == send.window && send.max != send.una && !header.flags.contains(Flags::FIN);
             if is_duplicate {
                 self.duplicate_ack(core);
             } else if send_is_idle(&self.send) {
