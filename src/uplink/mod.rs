@@ -1,1 +1,3 @@
 //! The room uplink.
+
+pub mod sys;
