@@ -8,6 +8,7 @@
 
 pub mod addr;
 pub mod app;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod device;

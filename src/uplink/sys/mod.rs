@@ -1,4 +1,6 @@
-//! System calls of the uplink that `std` and `socket2` do not have. Linux only.
+//! System calls of the uplink that `std` and `socket2` do not have, and the host's view of its own
+//! network. Linux only.
 
 pub mod poll;
+pub mod routes;
 pub mod socket;
