@@ -12,7 +12,6 @@ pub const FRAME_BYTES_MAX: usize = 65_550;
 /// Segments of one frame in guest memory. The kernel's own bound on one `sendmsg` (`UIO_MAXIOV`).
 pub const FRAME_SEGMENTS_MAX: usize = 1024;
 
-<<<<<<< HEAD
 /// Frames towards the guest that wait in host memory for receive buffers (gateway answers, resets,
 /// errors; TCP data waits in its socket instead). Beyond it they are dropped and counted: each is
 /// an answer its asker repeats.
@@ -80,7 +79,6 @@ pub const LEASES_DECLINED_MAX: usize = 256;
 /// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
 /// than an Ethernet frame.
 pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
-=======
 /// Host ports published to the guest. Each takes a descriptor for good; this many leave most of the
 /// usual hard limit on descriptors (524,288) to flows, and a range typed wrongly ends early.
 pub const PUBLISHED_PORTS_MAX: usize = 4096;
@@ -91,4 +89,3 @@ pub const DNS_SERVERS_MAX: usize = 8;
 
 /// Local names given by hand: a generous hosts file, searched per query.
 pub const DNS_HOSTS_MAX: usize = 1024;
->>>>>>> wire
