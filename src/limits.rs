@@ -12,6 +12,74 @@ pub const FRAME_BYTES_MAX: usize = 65_550;
 /// Segments of one frame in guest memory. The kernel's own bound on one `sendmsg` (`UIO_MAXIOV`).
 pub const FRAME_SEGMENTS_MAX: usize = 1024;
 
+/// Frames towards the guest that wait in host memory for receive buffers (gateway answers, resets,
+/// errors; TCP data waits in its socket instead). Beyond it they are dropped and counted: each is
+/// an answer its asker repeats.
+pub const OUTBOX_FRAMES_MAX: usize = 256;
+
+/// Out-of-order or refused TCP payload held for one flow. One window of a fast local sender.
+pub const TCP_POOL_FLOW_BYTES_MAX: usize = 1 << 20;
+
+/// The same for all flows of a worker. Beyond it payload is dropped unacknowledged and counted.
+pub const TCP_POOL_BYTES_MAX: usize = 16 << 20;
+
+/// Pieces the held payload of one flow may lie in, so that one hostile flow costs bounded work.
+pub const TCP_POOL_SEGMENTS_MAX: usize = 512;
+
+/// Largest receive window offered to a guest: what a scale of 8 expresses (RFC 7323, 2.3) and more
+/// than the kernel's default `tcp_wmem` maximum of 4 MiB can hold.
+pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;
+
+/// Flows of a worker however many descriptors there are; 16-bit ports of a few hundred peers.
+pub const FLOWS_MAX: usize = 262_144;
+
+/// Descriptors kept back from flows: rings, epoll, log, DNS sockets, listeners.
+pub const RESERVED_FDS: usize = 192;
+
+/// Datagrams being reassembled from fragments at once.
+pub const REASSEMBLY_DATAGRAMS_MAX: usize = 64;
+
+/// Payload bytes held for all of them. Sixteen datagrams of the largest size.
+pub const REASSEMBLY_BYTES_MAX: usize = 16 * 65_535;
+
+/// Fragments of one datagram: 64 KiB at the smallest MTU allowed (576) rounded up.
+pub const REASSEMBLY_FRAGMENTS_MAX: usize = 128;
+
+/// Neighbours (guest address to MAC) remembered; one guest with containers bridged behind it.
+pub const NEIGHBOURS_MAX: usize = 1024;
+
+/// DNS questions of the guest waiting for an upstream answer.
+pub const DNS_PENDING_MAX: usize = 1024;
+
+/// ICMP errors towards the guest: burst and sustained rate per second (RFC 1812, 4.3.2.8).
+pub const ICMP_ERRORS_BURST: u32 = 64;
+/// See [`ICMP_ERRORS_BURST`].
+pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
+
+/// Frames of one flow towards the guest before the next flow has its turn.
+pub const FLOW_BURST_FRAMES: usize = 32;
+
+/// Datagrams of one socket before the next has its turn.
+pub const DATAGRAM_BURST: usize = 64;
+
+/// Remote endpoints one datagram socket remembers for filtering; beyond it the longest idle goes.
+pub const DATAGRAM_PEERS_MAX: usize = 65_536;
+
+/// Connections taken from one listener before others have their turn.
+pub const ACCEPT_BURST: usize = 64;
+/// Addresses one process leases or remembers, offers included. A guest is one machine; a nested
+/// bridge or a container host behind it has hundreds of MAC addresses, not thousands, and each
+/// entry costs about 100 bytes and one step of the walks a DISCOVER takes.
+pub const LEASES_MAX: usize = 1024;
+
+/// Addresses set aside after a DECLINE at one time. Past it the one declined first comes back
+/// early, so that a client that declines everything cannot hold more than this of a large pool.
+pub const LEASES_DECLINED_MAX: usize = 256;
+
+/// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
+/// than an Ethernet frame.
+pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
+
 /// Host ports published to the guest. Each takes a descriptor for good; this many leave most of the
 /// usual hard limit on descriptors (524,288) to flows, and a range typed wrongly ends early.
 pub const PUBLISHED_PORTS_MAX: usize = 4096;

@@ -1,4 +1,7 @@
-//! What the uplink asks of the kernel.
+//! System calls of the uplink that `std` and `socket2` do not have, and what it learns of the host.
+//! Linux only, but for what the command line needs.
 
 pub mod inherited;
+pub mod poll;
 pub mod routes;
+pub mod socket;
