@@ -67,6 +67,7 @@ pub const DATAGRAM_PEERS_MAX: usize = 65_536;
 
 /// Connections taken from one listener before others have their turn.
 pub const ACCEPT_BURST: usize = 64;
+
 /// Addresses one process leases or remembers, offers included. A guest is one machine; a nested
 /// bridge or a container host behind it has hundreds of MAC addresses, not thousands, and each
 /// entry costs about 100 bytes and one step of the walks a DISCOVER takes.
@@ -79,6 +80,7 @@ pub const LEASES_DECLINED_MAX: usize = 256;
 /// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
 /// than an Ethernet frame.
 pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
+
 /// Host ports published to the guest. Each takes a descriptor for good; this many leave most of the
 /// usual hard limit on descriptors (524,288) to flows, and a range typed wrongly ends early.
 pub const PUBLISHED_PORTS_MAX: usize = 4096;
