@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
-use crate::control::dns_forward;
+use crate::control::dns_forward::{self, Upstreams};
 use crate::device::{self, DeviceConfig, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -70,7 +70,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let world = matches!(config.mode, Mode::Nat(_));
     let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
     let (dns_client, forwarder) =
-        dns_forward::channel(nat.dns_servers.clone()).map_err(starting("the DNS channel"))?;
+        dns_forward::channel(Upstreams::of(&nat)).map_err(starting("the DNS channel"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let device = DeviceConfig { mac: config.mac, ip_mtu: config.lan.ip_mtu, one_off: config.one_off };
@@ -82,7 +82,7 @@ pub fn run(config: Config) -> Result<(), Error> {
             dns: config.dns.clone(),
             mode: config.mode.clone(),
             mac: config.mac,
-            flows_max: flows_max(open_files),
+            flows_max: flows_max(open_files, nat.publish.len()),
             isn_secret: random_pair()?,
         },
         dns: Arc::clone(&dns),
@@ -174,10 +174,10 @@ fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
     Ok((tcp, udp))
 }
 
-/// Flows the open files limit leaves room for.
-fn flows_max(open_files: u64) -> usize {
+/// Flows the open files limit leaves room for, beside everything else and the published ports.
+fn flows_max(open_files: u64, published: usize) -> usize {
     let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
-    open_files.saturating_sub(limits::RESERVED_FDS).clamp(16, limits::FLOWS_MAX)
+    open_files.saturating_sub(limits::RESERVED_FDS + published).clamp(16, limits::FLOWS_MAX)
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {
@@ -206,8 +206,9 @@ mod tests {
 
     #[test]
     fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024), 1024 - limits::RESERVED_FDS);
-        assert_eq!(flows_max(64), 16);
-        assert_eq!(flows_max(u64::MAX), limits::FLOWS_MAX);
+        assert_eq!(flows_max(1024, 0), 1024 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(1024, 100), 924 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(64, 4096), 16);
+        assert_eq!(flows_max(u64::MAX, 4096), limits::FLOWS_MAX);
     }
 }
