@@ -201,7 +201,7 @@ impl Run<'_> {
             .map(|c| (c.received, c.fin_received, c.fin_sent, c.end))
             .collect();
         let apps: Vec<_> = self.guest.apps.iter().map(|a| (a.received, a.was_reset)).collect();
-        format!("world {conns:?}, guest {apps:?}, {:?}", self.engine.counters())
+        format!("now {} world {conns:?}, guest {apps:?}, {:?}", self.now_us, self.engine.counters())
     }
 
     fn is_done(&mut self) -> bool {

@@ -130,6 +130,8 @@ pub(super) struct Send {
     pub(super) eof: Option<SeqNumber>,
     /// The socket may hold bytes not yet peeked.
     pub(super) readable: bool,
+    /// The world's FIN or error came: after the last byte there is one more thing to read.
+    pub(super) peer_closed: bool,
     /// A SYN or SYN-ACK is owed.
     pub(super) syn_due: bool,
     /// A probe (keepalive or zero window) is owed.
@@ -212,6 +214,7 @@ impl<S: HostStream> Flow<S> {
                 mss: DEFAULT_MSS,
                 eof: None,
                 readable: false,
+                peer_closed: false,
                 syn_due: false,
                 probe_due: false,
                 rst_due: None,
@@ -272,9 +275,8 @@ impl<S: HostStream> Flow<S> {
             self.send.syn_due = true;
             self.send.timer_base = core.now;
         }
-        if ready.readable || ready.peer_closed || ready.failed {
-            self.send.readable = true;
-        }
+        self.send.peer_closed |= ready.peer_closed || ready.failed;
+        self.send.readable |= ready.readable || self.send.peer_closed;
         if ready.writable && self.state == State::Established {
             // Room again: first what was held back, then a larger window for the guest.
             if let Err(fate) = self.drain_pool(budget) {

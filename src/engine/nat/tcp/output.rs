@@ -181,7 +181,8 @@ impl<S: HostStream> Flow<S> {
                 };
             }
         };
-        if len < ask && self.send.nxt.at_or_after(self.send.max) {
+        // A short read means an empty queue (epoll(7)), unless what follows is the end of the stream.
+        if len < ask && self.send.nxt.at_or_after(self.send.max) && !self.send.peer_closed {
             self.send.readable = false;
         }
         self.commit_data(core, port, head_bytes, len)
