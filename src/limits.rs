@@ -24,3 +24,30 @@ pub const LEASES_DECLINED_MAX: usize = 256;
 /// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
 /// than an Ethernet frame.
 pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
+
+/// Longest DNS query taken, in bytes. A question is at most 271 bytes; padding (RFC 8467) makes
+/// queries multiples of 128 and nothing makes them thousands.
+pub const DNS_QUERY_BYTES_MAX: usize = 4096;
+
+/// DNS queries of one worker that wait for an upstream at one time: each holds a descriptor for up
+/// to [`DNS_UPSTREAMS_MAX`] tries of 2 s. One past it is answered with SERVFAIL.
+pub const DNS_QUERIES_MAX: usize = 128;
+
+/// Queries from DNS-over-TCP connections that wait for an upstream at one time; counted apart, so
+/// that neither transport can starve the other. One past it is answered with SERVFAIL.
+pub const DNS_TCP_QUERIES_MAX: usize = 64;
+
+/// DNS-over-TCP connections of one guest at one time. One past it is refused (RFC 7766, 6.2.2 and
+/// 10: clients should need one, servers should bound them).
+pub const DNS_STREAMS_MAX: usize = 32;
+
+/// Queries of one DNS-over-TCP connection in work. Past it the connection is not read until one is
+/// answered: the client's window closes.
+pub const DNS_STREAM_QUERIES_MAX: usize = 16;
+
+/// Upstream resolvers tried for one query, 2 s each. The C library reads three; after 8 s the
+/// guest's own resolver has given up.
+pub const DNS_UPSTREAMS_MAX: usize = 4;
+
+/// Bytes of `/etc/resolv.conf` that are read.
+pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;
