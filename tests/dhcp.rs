@@ -116,7 +116,7 @@ impl Message {
         self.option(50, &address.octets())
     }
 
-    fn to_server(self, address: Ipv4Addr) -> Message {
+    fn naming_server(self, address: Ipv4Addr) -> Message {
         self.option(54, &address.octets())
     }
 
@@ -209,7 +209,7 @@ const NAK: u8 = 6;
 /// DISCOVER and REQUEST to the end; returns the address.
 fn lease(server: &mut DhcpServer, mac: MacAddr, now: Instant) -> Ipv4Addr {
     let offered = yiaddr(&reply(Message::discover().mac(mac).send(server, now)));
-    let request = Message::request().mac(mac).wants(offered).to_server(GATEWAY);
+    let request = Message::request().mac(mac).wants(offered).naming_server(GATEWAY);
     let ack = reply(request.send(server, now));
     assert_eq!(message_type(&ack), ACK);
     assert_eq!(yiaddr(&ack), offered);
@@ -379,7 +379,7 @@ fn inform_from_another_network_is_not_answered() {
 fn request_that_names_another_server_is_not_answered_and_frees_the_offer() {
     let mut server = server();
     reply(Message::discover().send(&mut server, NOW));
-    let request = Message::request().wants(ip(2)).to_server(ip(3));
+    let request = Message::request().wants(ip(2)).naming_server(ip(3));
     assert_eq!(silence(request.send(&mut server, NOW)), Silence::OtherServer);
     assert!(server.lease_of(MAC).is_none());
     assert_eq!(lease(&mut server, mac(1), NOW), ip(2));
@@ -389,7 +389,7 @@ fn request_that_names_another_server_is_not_answered_and_frees_the_offer() {
 fn request_that_names_another_server_leaves_a_running_lease() {
     let mut server = server();
     lease(&mut server, MAC, NOW);
-    let request = Message::request().wants(ip(2)).to_server(ip(3));
+    let request = Message::request().wants(ip(2)).naming_server(ip(3));
     assert_eq!(silence(request.send(&mut server, NOW)), Silence::OtherServer);
     assert!(server.lease_of(MAC).unwrap().is_active(NOW));
 }
@@ -445,7 +445,7 @@ fn request_without_any_address_is_not_answered() {
 fn declined_address_rests_for_300_seconds() {
     let mut server = server();
     assert_eq!(lease(&mut server, MAC, NOW), ip(2));
-    let decline = Message::new("350104").wants(ip(2)).to_server(GATEWAY);
+    let decline = Message::new("350104").wants(ip(2)).naming_server(GATEWAY);
     let Silence::Declined(event) = silence(decline.send(&mut server, NOW)) else { panic!("not declined") };
     assert_eq!((event.ip, event.change), (ip(2), LeaseChange::Declined));
     assert_eq!(lease(&mut server, MAC, at(299)), ip(3));
@@ -457,11 +457,11 @@ fn declined_address_rests_for_300_seconds() {
 fn decline_or_release_of_what_is_not_ones_own_changes_nothing() {
     let mut server = server();
     lease(&mut server, MAC, NOW);
-    let decline = Message::new("350104").mac(mac(1)).wants(ip(2)).to_server(GATEWAY);
+    let decline = Message::new("350104").mac(mac(1)).wants(ip(2)).naming_server(GATEWAY);
     assert_eq!(silence(decline.send(&mut server, NOW)), Silence::NotTheirs);
-    let release = Message::new("350107").mac(mac(1)).ciaddr(ip(2)).to_server(GATEWAY);
+    let release = Message::new("350107").mac(mac(1)).ciaddr(ip(2)).naming_server(GATEWAY);
     assert_eq!(silence(release.send(&mut server, NOW)), Silence::NotTheirs);
-    let elsewhere = Message::new("350107").ciaddr(ip(2)).to_server(ip(9));
+    let elsewhere = Message::new("350107").ciaddr(ip(2)).naming_server(ip(9));
     assert_eq!(silence(elsewhere.send(&mut server, NOW)), Silence::OtherServer);
     assert!(server.lease_of(MAC).unwrap().is_active(NOW));
 }
@@ -470,7 +470,7 @@ fn decline_or_release_of_what_is_not_ones_own_changes_nothing() {
 fn released_address_is_remembered_for_its_owner() {
     let mut server = server();
     lease(&mut server, MAC, NOW);
-    let release = Message::new("350107").ciaddr(ip(2)).to_server(GATEWAY);
+    let release = Message::new("350107").ciaddr(ip(2)).naming_server(GATEWAY);
     assert!(matches!(silence(release.send(&mut server, NOW)), Silence::Released(_)));
     assert!(!server.lease_of(MAC).unwrap().is_active(NOW));
     assert_eq!(lease(&mut server, mac(1), NOW), ip(3));
@@ -509,7 +509,7 @@ fn relays_of_other_networks_are_not_answered() {
 fn broadcast_flag_is_obeyed_for_ack_but_not_for_an_address_in_use() {
     let mut server = server();
     lease(&mut server, MAC, NOW);
-    let request = Message::request().wants(ip(2)).to_server(GATEWAY).flags(0x8000);
+    let request = Message::request().wants(ip(2)).naming_server(GATEWAY).flags(0x8000);
     assert_eq!(reply(request.send(&mut server, NOW)).dst_mac, MacAddr::BROADCAST);
     let renew = Message::request().ciaddr(ip(2)).flags(0x8000);
     assert_eq!(reply(renew.send(&mut server, NOW)).dst_ip, ip(2));

@@ -10,7 +10,7 @@
 //! Queries of UDP clients are asked over UDP, and an answer with TC set passes as it came: the
 //! guest asks again over TCP. For TCP the worker gets a stream ([`DnsClient::connect_stream`])
 //! whose other end is served here: DNS over TCP, local names from the shared
-//! [`DnsService`](crate::service::dns::DnsService), the rest asked over TCP.
+//! [`DnsService`], the rest asked over TCP.
 //!
 //! `exchange` asks one upstream once; `upstreams` knows whom to ask; `stream` serves a connection.
 //!
