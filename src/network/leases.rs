@@ -350,3 +350,159 @@ impl Slot {
         Lease { mac: self.mac, ip, until: self.lease_until, host_name: self.host_name.as_deref() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn table(subnet: &str) -> LeaseTable {
+        let subnet: Ipv4Subnet = subnet.parse().unwrap();
+        LeaseTable::new(subnet, subnet.host(1).unwrap(), None)
+    }
+
+    fn mac(n: u32) -> MacAddr {
+        let [a, b, c, d] = n.to_be_bytes();
+        MacAddr([2, 0, a, b, c, d])
+    }
+
+    fn at(seconds: u64) -> Instant {
+        Instant::ZERO + Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn lease_that_ended_first_is_reused_first() {
+        let mut table = table("10.0.2.0/29");
+        let ips: Vec<_> = (0..5)
+            .map(|n| {
+                let now = at(u64::from(n));
+                let ip = table.offer(now, mac(n), None).unwrap();
+                assert_eq!(table.bind(now, mac(n), ip), Ok(Bind::Bound));
+                ip
+            })
+            .collect();
+        assert_eq!(table.offer(at(10), mac(9), None), None);
+        assert_eq!(table.bind(at(86_399), mac(0), ips[0]), Ok(Bind::Renewed));
+        assert_eq!(table.offer(at(86_402), mac(9), None), Some(ips[1]));
+        assert_eq!(table.offer(at(86_402), mac(2), None), Some(ips[2]), "a memory keeps its address");
+    }
+
+    #[test]
+    fn lease_ends_at_its_last_second() {
+        let mut table = table("10.0.2.0/30");
+        let ip = table.offer(at(0), mac(1), None).unwrap();
+        table.bind(at(0), mac(1), ip).unwrap();
+        assert_eq!(table.bind(at(86_399), mac(2), ip), Err(BindRefusal::Taken));
+        assert_eq!(table.bind(at(86_400), mac(2), ip), Ok(Bind::Bound));
+        assert_eq!(table.bind(at(86_400), mac(1), ip), Err(BindRefusal::Taken));
+    }
+
+    #[test]
+    fn table_holds_its_bound_and_not_one_more() {
+        let mut table = table("10.0.0.0/16");
+        let bound = u32::try_from(limits::LEASES_MAX).unwrap();
+        for n in 0..bound {
+            let ip = table.offer(at(0), mac(n), None).unwrap();
+            table.bind(at(0), mac(n), ip).unwrap();
+        }
+        assert_eq!(table.offer(at(1), mac(bound), None), None);
+        let free = Ipv4Addr::new(10, 0, 200, 1);
+        assert_eq!(table.offer(at(1), mac(bound), Some(free)), None);
+        assert_eq!(table.bind(at(1), mac(bound), free), Err(BindRefusal::Full));
+        assert_eq!(table.iter().count(), limits::LEASES_MAX);
+        assert_eq!(table.bind(at(86_400), mac(bound), free), Ok(Bind::Bound));
+        assert_eq!(table.iter().count(), limits::LEASES_MAX);
+    }
+
+    #[test]
+    fn one_decline_past_the_bound_brings_back_the_first() {
+        let mut table = table("10.0.0.0/16");
+        let bound = u32::try_from(limits::LEASES_DECLINED_MAX).unwrap();
+        for n in 0..=bound {
+            let now = Instant::from_micros(u64::from(n));
+            let ip = table.offer(now, mac(1), None).unwrap();
+            assert_eq!(ip, table.subnet.host(n + 2).unwrap());
+            assert!(table.decline(now, mac(1), ip));
+        }
+        assert_eq!(table.offer(at(1), mac(2), None), table.subnet.host(2));
+    }
+
+    #[test]
+    fn offer_that_nobody_took_may_be_asked_for_by_another() {
+        let mut table = table("10.0.2.0/24");
+        let ip = table.offer(at(0), mac(1), None).unwrap();
+        assert_eq!(table.bind(at(29), mac(2), ip), Err(BindRefusal::Taken));
+        assert_eq!(table.bind(at(30), mac(2), ip), Ok(Bind::Bound));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Op {
+        Offer(u32, Option<u8>),
+        Bind(u32, u8),
+        Withdraw(u32),
+        Release(u32, u8),
+        Decline(u32, u8),
+        Pass(u64),
+    }
+
+    fn op() -> impl Strategy<Value = Op> {
+        let mac = 0u32..12;
+        prop_oneof![
+            (mac.clone(), proptest::option::of(0u8..17)).prop_map(|(m, a)| Op::Offer(m, a)),
+            (mac.clone(), 0u8..17).prop_map(|(m, a)| Op::Bind(m, a)),
+            mac.clone().prop_map(Op::Withdraw),
+            (mac.clone(), 0u8..17).prop_map(|(m, a)| Op::Release(m, a)),
+            (mac, 0u8..17).prop_map(|(m, a)| Op::Decline(m, a)),
+            prop_oneof![0u64..40, 80_000u64..90_000].prop_map(Op::Pass),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_loses_a_lease_and_no_address_has_two_holders(ops in prop::collection::vec(op(), 1..80)) {
+            let mut table = table("10.0.2.0/28");
+            let addr = |n: u8| Ipv4Addr::new(10, 0, 2, n);
+            let mut now = at(1);
+            let mut held: HashMap<MacAddr, (Ipv4Addr, Instant)> = HashMap::new();
+            for op in ops {
+                match op {
+                    Op::Offer(m, a) => {
+                        let offered = table.offer(now, mac(m), a.map(addr));
+                        if let Some(&(ip, _)) = held.get(&mac(m)) {
+                            prop_assert_eq!(offered, Some(ip));
+                        }
+                    }
+                    Op::Bind(m, a) => {
+                        if table.bind(now, mac(m), addr(a)).is_ok() {
+                            held.insert(mac(m), (addr(a), now + LEASE_TIME));
+                        }
+                    }
+                    Op::Withdraw(m) => table.withdraw(now, mac(m)),
+                    Op::Release(m, a) => {
+                        if table.release(now, mac(m), addr(a)) {
+                            held.remove(&mac(m));
+                        }
+                    }
+                    Op::Decline(m, a) => {
+                        if table.decline(now, mac(m), addr(a)) {
+                            held.remove(&mac(m));
+                        }
+                    }
+                    Op::Pass(seconds) => now = now + Duration::from_secs(seconds),
+                }
+                held.retain(|_, (_, until)| *until > now);
+                for (&mac, &(ip, until)) in &held {
+                    let lease = table.get(mac).unwrap();
+                    prop_assert_eq!((lease.ip, lease.until), (ip, Some(until)));
+                    prop_assert!(table.in_pool(ip));
+                }
+                let macs: std::collections::HashSet<_> = table.iter().map(|lease| lease.mac).collect();
+                prop_assert_eq!(macs.len(), table.iter().count());
+                prop_assert_eq!(macs.len(), table.by_mac.len());
+            }
+        }
+    }
+}

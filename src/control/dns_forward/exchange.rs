@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::time::timeout;
 
@@ -106,7 +106,16 @@ async fn ask_udp(upstream: SocketAddr, asked: &[u8], counters: &Counters) -> io:
     let socket = UdpSocket::from_std(socket.into())?;
     socket.send(asked).await?;
     loop {
-        socket.readable().await?;
+        // An ICMP error alone makes the socket not readable: without asking for errors too, a
+        // closed port would cost the whole time.
+        let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if ready.is_error() {
+            if let Some(error) = socket.take_error()? {
+                return Err(error);
+            }
+            // It was taken already: forget it, or this loop would spin.
+            let _ = socket.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        }
         // Not before something waits: most of the time of most queries is waiting.
         let mut bytes = Vec::with_capacity(MESSAGE_BYTES_MAX);
         match socket.try_recv_buf(&mut bytes) {

@@ -10,7 +10,7 @@
 //! Queries of UDP clients are asked over UDP, and an answer with TC set passes as it came: the
 //! guest asks again over TCP. For TCP the worker gets a stream ([`DnsClient::connect_stream`])
 //! whose other end is served here: DNS over TCP, local names from the shared
-//! [`DnsService`](crate::service::dns::DnsService), the rest asked over TCP.
+//! [`DnsService`], the rest asked over TCP.
 //!
 //! `exchange` asks one upstream once; `upstreams` knows whom to ask; `stream` serves a connection.
 //!
@@ -273,8 +273,9 @@ impl DnsForwarder {
     ///
     /// # Panics
     /// Outside a tokio runtime with I/O and time enabled.
-    pub async fn run(mut self, service: Arc<DnsService>) -> io::Result<()> {
-        let wake = TokioUnixStream::from_std(self.wake.try_clone()?)?;
+    pub async fn run(self, service: Arc<DnsService>) -> io::Result<()> {
+        let DnsForwarder { mut jobs, wake, mut answers, answers_event, resolver } = self;
+        let wake = TokioUnixStream::from_std(wake)?;
         let mut queries: JoinSet<DnsAnswer> = JoinSet::new();
         let mut streams: JoinSet<()> = JoinSet::new();
         loop {
@@ -282,8 +283,13 @@ impl DnsForwarder {
                 ready = wake.readable() => {
                     ready?;
                     let client_gone = is_closed(&wake);
-                    while let Ok(job) = self.jobs.pop() {
-                        self.start(job, &service, &mut queries, &mut streams);
+                    while let Ok(job) = jobs.pop() {
+                        match job {
+                            Job::Query(query) => start_query(&mut queries, query, &resolver),
+                            Job::Stream(stream, permit) => {
+                                start_stream(&mut streams, stream, permit, &service, &resolver);
+                            }
+                        }
                     }
                     if client_gone {
                         return Ok(());
@@ -291,44 +297,36 @@ impl DnsForwarder {
                 }
                 Some(done) = queries.join_next() => {
                     if let Ok(answer) = done {
-                        self.deliver(answer);
+                        let pushed = answers.push(answer);
+                        debug_assert!(pushed.is_ok(), "no more answers than queries outstanding");
+                        // Fails only if the counter is full, and then the worker was woken often enough.
+                        let _ = answers_event.write(1);
                     }
                 }
                 Some(_) = streams.join_next() => {}
             }
         }
     }
+}
 
-    fn start(
-        &self,
-        job: Job,
-        service: &Arc<DnsService>,
-        queries: &mut JoinSet<DnsAnswer>,
-        streams: &mut JoinSet<()>,
-    ) {
-        let resolver = Arc::clone(&self.resolver);
-        match job {
-            Job::Query(DnsQuery { id, bytes }) => {
-                queries.spawn(async move {
-                    DnsAnswer { id, bytes: resolver.resolve(&bytes, Transport::Udp).await }
-                });
-            }
-            Job::Stream(stream, permit) => {
-                let service = Arc::clone(service);
-                streams.spawn(async move {
-                    stream::serve(stream, &service, &resolver).await;
-                    drop(permit);
-                });
-            }
-        }
-    }
+fn start_query(tasks: &mut JoinSet<DnsAnswer>, query: DnsQuery, resolver: &Arc<Resolver>) {
+    let resolver = Arc::clone(resolver);
+    let DnsQuery { id, bytes } = query;
+    tasks.spawn(async move { DnsAnswer { id, bytes: resolver.resolve(&bytes, Transport::Udp).await } });
+}
 
-    fn deliver(&mut self, answer: DnsAnswer) {
-        let pushed = self.answers.push(answer);
-        debug_assert!(pushed.is_ok(), "no more answers than queries outstanding");
-        // Fails only if the counter is full, and then the worker has been woken often enough.
-        let _ = self.answers_event.write(1);
-    }
+fn start_stream(
+    tasks: &mut JoinSet<()>,
+    stream: UnixStream,
+    permit: StreamPermit,
+    service: &Arc<DnsService>,
+    resolver: &Arc<Resolver>,
+) {
+    let (service, resolver) = (Arc::clone(service), Arc::clone(resolver));
+    tasks.spawn(async move {
+        stream::serve(stream, &service, &resolver).await;
+        drop(permit);
+    });
 }
 
 /// Takes the wakes that wait; true if there will be no more.

@@ -3,7 +3,7 @@
 //! The forwarder handles messages it cannot fully read (record types of tomorrow), so everything
 //! here looks at the header, the first question and the OPT record only.
 //!
-//! Read first: RFC 1035, 4.1; RFC 6891, 6; RFC 9018 is of no concern (no cookies here).
+//! Read first: RFC 1035, 4.1; RFC 6891, 6.
 
 use hickory_proto::op::{Edns, Message, ResponseCode};
 

@@ -1,0 +1,630 @@
+//! The DNS forwarder against upstreams on the host's loopback that answer well, badly, late, twice
+//! or not at all.
+
+use std::collections::HashSet;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{Name, RecordType};
+use vunet::config::{DnsConfig, IpMtu, Lan};
+use vunet::control::dns_forward::{DnsAnswer, DnsClient, DnsQuery, Upstreams, channel};
+use vunet::limits;
+use vunet::service::dns::DnsService;
+
+const GUEST_ID: u16 = 0xbeef;
+
+// ---- the two ends ----
+
+fn service() -> Arc<DnsService> {
+    let lan = Lan {
+        subnet: "10.0.2.0/24".parse().unwrap(),
+        gateway: Ipv4Addr::new(10, 0, 2, 1),
+        guest: None,
+        ip_mtu: IpMtu::DEFAULT,
+        dhcp: true,
+    };
+    let hosts = vec![("web.vunet.internal".to_owned(), IpAddr::V4(Ipv4Addr::new(10, 0, 2, 9)))];
+    let dns = DnsConfig { enabled: true, domain: DnsConfig::DEFAULT_DOMAIN.to_owned(), hosts };
+    Arc::new(DnsService::new(&dns, &lan, true))
+}
+
+/// A client whose forwarder runs on a thread of its own, watched as a worker does: edge-triggered.
+struct Forwarding {
+    client: Option<DnsClient>,
+    epoll: i32,
+    forwarder: Option<thread::JoinHandle<()>>,
+}
+
+impl Forwarding {
+    fn to(upstreams: Upstreams) -> Forwarding {
+        let (client, forwarder) = channel(upstreams).unwrap();
+        let forwarder = thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(forwarder.run(service())).unwrap();
+        });
+        let epoll = epoll::create(true).unwrap();
+        let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
+        epoll::ctl(epoll, epoll::ControlOptions::EPOLL_CTL_ADD, client.event_fd(), event).unwrap();
+        Forwarding { client: Some(client), epoll, forwarder: Some(forwarder) }
+    }
+
+    fn to_fixed(upstreams: &[SocketAddr]) -> Forwarding {
+        Forwarding::to(Upstreams::Fixed(upstreams.to_vec()))
+    }
+
+    fn client(&mut self) -> &mut DnsClient {
+        self.client.as_mut().unwrap()
+    }
+
+    fn wait(&mut self) -> DnsAnswer {
+        let deadline = Instant::now() + Duration::from_secs(12);
+        loop {
+            if let Some(answer) = self.client().poll_answer() {
+                return answer;
+            }
+            assert!(Instant::now() < deadline, "no answer");
+            let mut events = [epoll::Event::new(epoll::Events::empty(), 0)];
+            let woken = epoll::wait(self.epoll, 12_000, &mut events).unwrap();
+            assert_eq!(woken, 1, "no wake-up");
+        }
+    }
+
+    fn ask(&mut self, query: &[u8]) -> Vec<u8> {
+        self.client().submit(DnsQuery { id: 7, bytes: query.to_vec() }).unwrap();
+        let answer = self.wait();
+        assert_eq!(answer.id, 7);
+        answer.bytes
+    }
+}
+
+impl Drop for Forwarding {
+    fn drop(&mut self) {
+        self.client = None;
+        let ended = self.forwarder.take().unwrap().join();
+        let _ = epoll::close(self.epoll);
+        if !thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+// ---- upstreams ----
+
+/// A UDP upstream: each query goes to `answer`, which gets the socket to answer on.
+fn udp_upstream(
+    mut answer: impl FnMut(&UdpSocket, SocketAddr, &[u8]) + Send + 'static,
+) -> (SocketAddr, thread::JoinHandle<()>) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let addr = socket.local_addr().unwrap();
+    let handle = thread::spawn(move || {
+        let mut buffer = [0; 65_535];
+        socket.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
+        while let Ok((len, from)) = socket.recv_from(&mut buffer) {
+            answer(&socket, from, &buffer[..len]);
+        }
+    });
+    (addr, handle)
+}
+
+/// A UDP upstream that answers each query with `make` of it.
+fn answering(make: impl Fn(&[u8]) -> Vec<u8> + Send + 'static) -> SocketAddr {
+    udp_upstream(move |socket, from, query| {
+        socket.send_to(&make(query), from).unwrap();
+    })
+    .0
+}
+
+fn silent() -> SocketAddr {
+    udp_upstream(|_, _, _| {}).0
+}
+
+/// A TCP upstream: each connection goes to `serve` on a thread of its own.
+fn tcp_upstream(serve: impl Fn(TcpStream) + Send + Clone + 'static) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let serve = serve.clone();
+            thread::spawn(move || serve(stream.unwrap()));
+        }
+    });
+    addr
+}
+
+fn read_frame(stream: &mut impl Read) -> std::io::Result<Vec<u8>> {
+    let mut len = [0; 2];
+    stream.read_exact(&mut len)?;
+    let mut bytes = vec![0; usize::from(u16::from_be_bytes(len))];
+    stream.read_exact(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn frame(bytes: &[u8]) -> Vec<u8> {
+    [&u16::try_from(bytes.len()).unwrap().to_be_bytes()[..], bytes].concat()
+}
+
+/// `query` with QR set, the code, and `tail` behind it.
+fn answer_to(query: &[u8], code: u8, tail: &[u8]) -> Vec<u8> {
+    let mut bytes = query.to_vec();
+    bytes[2] |= 0x80;
+    bytes[3] = 0x80 | code;
+    bytes.extend(tail);
+    bytes
+}
+
+fn query(name: &str, kind: RecordType) -> Vec<u8> {
+    let mut message = Message::new(GUEST_ID, MessageType::Query, OpCode::Query);
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    message.to_vec().unwrap()
+}
+
+fn query_with_edns(name: &str, kind: RecordType) -> Vec<u8> {
+    let mut message = Message::from_vec(&query(name, kind)).unwrap();
+    let mut edns = Edns::new();
+    edns.set_max_payload(4096).set_dnssec_ok(true);
+    message.set_edns(edns);
+    message.to_vec().unwrap()
+}
+
+fn code(answer: &[u8]) -> ResponseCode {
+    Message::from_vec(answer).unwrap().metadata.response_code
+}
+
+// ---- UDP ----
+
+#[test]
+fn query_and_answer_pass_byte_for_byte_but_for_the_id() {
+    let (seen_in, seen) = mpsc::channel();
+    let (upstream, _) = udp_upstream(move |socket, from, query| {
+        seen_in.send(query.to_vec()).unwrap();
+        socket.send_to(&answer_to(query, 0, b"whatever the future brings"), from).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    for kind in [RecordType::A, RecordType::HTTPS, RecordType::Unknown(65_400)] {
+        let query = query_with_edns("Example.com.", kind);
+        assert_eq!(forwarding.ask(&query), answer_to(&query, 0, b"whatever the future brings"));
+        assert_eq!(seen.recv().unwrap()[2..], query[2..]);
+    }
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.queries, stats.answered, stats.failed), (3, 3, 0));
+}
+
+#[test]
+fn ids_and_source_ports_are_fresh_for_every_query() {
+    let (seen_in, seen) = mpsc::channel();
+    let (upstream, _) = udp_upstream(move |socket, from, query| {
+        seen_in.send((query[..2].to_vec(), from.port())).unwrap();
+        socket.send_to(&answer_to(query, 0, &[]), from).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    for _ in 0..32 {
+        forwarding.ask(&query("example.com.", RecordType::A));
+    }
+    let (ids, ports): (HashSet<_>, HashSet<_>) = seen.try_iter().unzip();
+    assert!(ids.len() > 28, "{ids:?}");
+    assert!(ports.len() > 24, "{ports:?}");
+}
+
+#[test]
+fn answers_with_a_wrong_id_or_question_are_ignored_and_waiting_goes_on() {
+    let upstream = udp_upstream(|socket, from, query| {
+        let mut wrong_id = answer_to(query, 0, b"forged");
+        wrong_id[1] ^= 1;
+        let other = self::query("example.org.", RecordType::A);
+        let mut wrong_question = answer_to(&other, 0, b"forged");
+        wrong_question[..2].copy_from_slice(&query[..2]);
+        let not_an_answer = query.to_vec();
+        for bytes in [wrong_id, wrong_question, not_an_answer, vec![0; 3], answer_to(query, 0, b"true")] {
+            socket.send_to(&bytes, from).unwrap();
+        }
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let query = query("example.com.", RecordType::A);
+    assert_eq!(forwarding.ask(&query), answer_to(&query, 0, b"true"));
+    assert_eq!(forwarding.client().stats().mismatched, 4);
+}
+
+#[test]
+fn answers_from_another_address_do_not_reach_the_query() {
+    let upstream = udp_upstream(|socket, from, query| {
+        let forger = UdpSocket::bind("127.0.0.1:0").unwrap();
+        forger.send_to(&answer_to(query, 0, b"forged"), from).unwrap();
+        thread::sleep(Duration::from_millis(50));
+        socket.send_to(&answer_to(query, 0, b"true"), from).unwrap();
+    })
+    .0;
+    let query = query("example.com.", RecordType::A);
+    assert_eq!(Forwarding::to_fixed(&[upstream]).ask(&query), answer_to(&query, 0, b"true"));
+}
+
+#[test]
+fn silent_upstream_makes_way_after_two_seconds_and_its_late_answer_is_lost() {
+    let late = udp_upstream(|socket, from, query| {
+        thread::sleep(Duration::from_millis(3_500));
+        socket.send_to(&answer_to(query, 0, b"late"), from).unwrap();
+    })
+    .0;
+    let second = answering(|query| answer_to(query, 0, b"second"));
+    let mut forwarding = Forwarding::to_fixed(&[late, second]);
+    let query = query("example.com.", RecordType::A);
+    let start = Instant::now();
+    assert_eq!(forwarding.ask(&query), answer_to(&query, 0, b"second"));
+    let took = start.elapsed();
+    assert!((2_000..3_400).contains(&took.as_millis()), "{took:?}");
+    thread::sleep(Duration::from_millis(3_700).saturating_sub(start.elapsed()));
+    assert_eq!(forwarding.client().poll_answer(), None);
+    assert_eq!(forwarding.client().stats().timeouts, 1);
+}
+
+#[test]
+fn closed_port_makes_way_at_once() {
+    let closed = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let second = answering(|query| answer_to(query, 3, b"second"));
+    let mut forwarding = Forwarding::to_fixed(&[closed, second]);
+    let start = Instant::now();
+    assert_eq!(code(&forwarding.ask(&query("example.com.", RecordType::A))), ResponseCode::NXDomain);
+    assert!(start.elapsed() < Duration::from_secs(1));
+    assert_eq!(forwarding.client().stats().errors, 1);
+}
+
+#[test]
+fn failing_and_unwilling_upstreams_make_way() {
+    for code in [2, 5] {
+        let first = answering(move |query| answer_to(query, code, b"first"));
+        let second = answering(|query| answer_to(query, 0, b"second"));
+        let query = query("example.com.", RecordType::A);
+        assert_eq!(Forwarding::to_fixed(&[first, second]).ask(&query), answer_to(&query, 0, b"second"));
+    }
+}
+
+#[test]
+fn if_all_fail_the_first_answer_stands_with_what_it_explains() {
+    let first = answering(|query| answer_to(query, 2, b"extended error"));
+    let second = answering(|query| answer_to(query, 5, &[]));
+    let query = query("example.com.", RecordType::A);
+    assert_eq!(Forwarding::to_fixed(&[first, second]).ask(&query), answer_to(&query, 2, b"extended error"));
+}
+
+#[test]
+fn complaint_of_a_header_only_is_passed_if_nobody_knows_better() {
+    let old = || answering(|query| [&query[..2], &[0x80, 1, 0, 0, 0, 0, 0, 0, 0, 0]].concat());
+    let query = query("example.com.", RecordType::A);
+    assert_eq!(Forwarding::to_fixed(&[old()]).ask(&query)[..4], [0xbe, 0xef, 0x80, 1]);
+    let good = answering(|query| answer_to(query, 0, b"good"));
+    assert_eq!(Forwarding::to_fixed(&[old(), good]).ask(&query), answer_to(&query, 0, b"good"));
+}
+
+#[test]
+fn without_an_answer_there_is_servfail() {
+    let query = query_with_edns("example.com.", RecordType::A);
+    let mut forwarding = Forwarding::to_fixed(&[silent()]);
+    let answer = forwarding.ask(&query);
+    assert_eq!(code(&answer), ResponseCode::ServFail);
+    assert_eq!(Message::from_vec(&answer).unwrap().metadata.id, GUEST_ID);
+    assert_eq!(forwarding.client().stats().failed, 1);
+    assert_eq!(code(&Forwarding::to_fixed(&[]).ask(&query)), ResponseCode::ServFail);
+}
+
+#[test]
+fn truncated_answer_passes_as_it_came() {
+    let upstream = answering(|query| {
+        let mut bytes = answer_to(query, 0, &[]);
+        bytes[2] |= 0x02;
+        bytes
+    });
+    let answer = Forwarding::to_fixed(&[upstream]).ask(&query("example.com.", RecordType::TXT));
+    assert!(Message::from_vec(&answer).unwrap().metadata.truncation);
+}
+
+#[test]
+fn datagram_of_60_kilobytes_passes_whole() {
+    let tail = vec![0x5a; 60_000];
+    let upstream = answering(|query| answer_to(query, 0, &[0x5a; 60_000]));
+    let query = query_with_edns("example.com.", RecordType::TXT);
+    assert_eq!(Forwarding::to_fixed(&[upstream]).ask(&query), answer_to(&query, 0, &tail));
+}
+
+#[test]
+fn many_queries_at_once_each_get_their_own_answer() {
+    let upstream = udp_upstream({
+        let mut held: Vec<(SocketAddr, Vec<u8>)> = Vec::new();
+        move |socket, from, query| {
+            held.push((from, query.to_vec()));
+            if held.len() == 100 {
+                for (from, query) in held.drain(..).rev() {
+                    socket.send_to(&answer_to(&query, 0, &[]), from).unwrap();
+                }
+            }
+        }
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked: Vec<_> = (0..100).map(|n| query(&format!("n{n}.example."), RecordType::A)).collect();
+    for (id, bytes) in (0..).zip(&asked) {
+        forwarding.client().submit(DnsQuery { id, bytes: bytes.clone() }).unwrap();
+    }
+    let mut seen = HashSet::new();
+    for _ in 0..100 {
+        let answer = forwarding.wait();
+        assert_eq!(answer.bytes, answer_to(&asked[usize::try_from(answer.id).unwrap()], 0, &[]));
+        seen.insert(answer.id);
+    }
+    assert_eq!(seen.len(), 100);
+}
+
+#[test]
+fn one_query_past_the_bound_is_given_back_and_the_bound_recovers() {
+    let mut forwarding = Forwarding::to_fixed(&[silent()]);
+    let bytes = query("example.com.", RecordType::A);
+    for id in 0..limits::DNS_QUERIES_MAX as u64 {
+        forwarding.client().submit(DnsQuery { id, bytes: bytes.clone() }).unwrap();
+    }
+    let refused = forwarding.client().submit(DnsQuery { id: 999, bytes: bytes.clone() });
+    assert_eq!(refused.unwrap_err().id, 999);
+    assert_eq!(forwarding.client().stats().over_bound, 1);
+    for _ in 0..limits::DNS_QUERIES_MAX {
+        assert_eq!(code(&forwarding.wait().bytes), ResponseCode::ServFail);
+    }
+    assert_eq!(code(&forwarding.ask(&bytes)), ResponseCode::ServFail);
+}
+
+#[test]
+fn queries_too_long_or_too_short_cost_nothing_but_themselves() {
+    let mut forwarding = Forwarding::to_fixed(&[answering(|query| answer_to(query, 0, &[]))]);
+    let long = vec![0; limits::DNS_QUERY_BYTES_MAX + 1];
+    assert!(forwarding.client().submit(DnsQuery { id: 1, bytes: long }).is_err());
+    assert_eq!(forwarding.ask(&[1, 2, 3]), []);
+    let good = query("example.com.", RecordType::A);
+    assert_eq!(forwarding.ask(&good), answer_to(&good, 0, &[]));
+}
+
+#[test]
+fn forwarder_that_is_gone_refuses_at_once() {
+    let (mut client, forwarder) = channel(Upstreams::Fixed(vec![])).unwrap();
+    drop(forwarder);
+    assert!(client.submit(DnsQuery { id: 1, bytes: query("example.com.", RecordType::A) }).is_err());
+    assert_eq!(client.connect_stream().unwrap_err().kind(), ErrorKind::ConnectionRefused);
+}
+
+#[test]
+fn host_resolvers_are_followed_as_their_file_changes() {
+    // Name servers of resolv.conf listen on port 53.
+    let bind = |ip: &str| UdpSocket::bind((ip, 53));
+    let (Ok(one), Ok(two)) = (bind("127.83.2.1"), bind("127.83.2.2")) else {
+        println!("skipped: port 53 of the loopback may not be bound here");
+        return;
+    };
+    for (socket, mark) in [(one, *b"one"), (two, *b"two")] {
+        thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((len, from)) = socket.recv_from(&mut buffer) {
+                socket.send_to(&answer_to(&buffer[..len], 0, &mark), from).unwrap();
+            }
+        });
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("resolv.conf");
+    let mut forwarding = Forwarding::to(Upstreams::ResolvConf(path.clone()));
+    let query = query("example.com.", RecordType::A);
+    assert_eq!(code(&forwarding.ask(&query)), ResponseCode::ServFail);
+    for (ip, mark) in [("127.83.2.1", b"one"), ("127.83.2.2", b"two")] {
+        std::fs::write(&path, format!("nameserver {ip}\n")).unwrap();
+        thread::sleep(Duration::from_millis(1_050));
+        assert_eq!(forwarding.ask(&query), answer_to(&query, 0, mark));
+    }
+}
+
+// ---- TCP ----
+
+/// A connection as the engine gets it, made blocking for the test's convenience.
+fn connect(forwarding: &mut Forwarding) -> UnixStream {
+    let stream = forwarding.client().connect_stream().unwrap();
+    assert_eq!((&stream).read(&mut [0]).unwrap_err().kind(), ErrorKind::WouldBlock);
+    stream.set_nonblocking(false).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(15))).unwrap();
+    stream
+}
+
+#[test]
+fn local_names_are_answered_over_tcp_without_an_upstream() {
+    let mut forwarding = Forwarding::to_fixed(&[]);
+    let mut stream = connect(&mut forwarding);
+    stream.write_all(&frame(&query("web.vunet.internal.", RecordType::A))).unwrap();
+    let answer = Message::from_vec(&read_frame(&mut stream).unwrap()).unwrap();
+    assert_eq!(answer.answers[0].data.to_string(), "10.0.2.9");
+    assert_eq!(forwarding.client().stats().queries, 0);
+}
+
+#[test]
+fn tcp_answer_of_65535_bytes_passes_whole() {
+    let upstream = tcp_upstream(|mut stream| {
+        let query = read_frame(&mut stream).unwrap();
+        let mut wrong = answer_to(&query, 0, b"forged");
+        wrong[0] ^= 1;
+        stream.write_all(&frame(&wrong)).unwrap();
+        let mut answer = answer_to(&query, 0, &[]);
+        answer.resize(65_535, 0x5a);
+        stream.write_all(&frame(&answer)).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    let query = query("example.com.", RecordType::TXT);
+    stream.write_all(&frame(&query)).unwrap();
+    let mut expected = answer_to(&query, 0, &[]);
+    expected.resize(65_535, 0x5a);
+    assert_eq!(read_frame(&mut stream).unwrap(), expected);
+    assert_eq!(forwarding.client().stats().mismatched, 1);
+}
+
+#[test]
+fn pipelined_queries_are_answered_as_answers_come_past_the_bound_and_after_a_half_close() {
+    // Even names take their time: odd ones overtake them.
+    let upstream = tcp_upstream(|mut stream| {
+        let query = read_frame(&mut stream).unwrap();
+        if query[14].is_multiple_of(2) {
+            thread::sleep(Duration::from_millis(200));
+        }
+        stream.write_all(&frame(&answer_to(&query, 0, &[]))).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    let count = limits::DNS_STREAM_QUERIES_MAX * 2 + 1;
+    let mut expected = HashSet::new();
+    let mut all = Vec::new();
+    for n in 0..count {
+        let mut query = query(&format!("n{:02}{n}.example.", n % 10), RecordType::A);
+        query[..2].copy_from_slice(&u16::try_from(n).unwrap().to_be_bytes());
+        expected.insert(answer_to(&query, 0, &[]));
+        all.extend(frame(&query));
+    }
+    // In pieces that end anywhere.
+    for piece in all.chunks(37) {
+        stream.write_all(piece).unwrap();
+    }
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let got: HashSet<_> = (0..count).map(|_| read_frame(&mut stream).unwrap()).collect();
+    assert_eq!(got, expected);
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0, "closed when all is answered");
+}
+
+#[test]
+fn tcp_tries_the_next_upstream_too() {
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let hangs_up = tcp_upstream(drop);
+    let good = tcp_upstream(|mut stream| {
+        let query = read_frame(&mut stream).unwrap();
+        stream.write_all(&frame(&answer_to(&query, 0, b"good"))).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[closed, hangs_up, good]);
+    let mut stream = connect(&mut forwarding);
+    let query = query("example.com.", RecordType::A);
+    stream.write_all(&frame(&query)).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&query, 0, b"good"));
+    assert_eq!(forwarding.client().stats().errors, 2);
+}
+
+#[test]
+fn broken_framing_ends_the_connection_only() {
+    let mut forwarding = Forwarding::to_fixed(&[]);
+    let too_long = u16::try_from(limits::DNS_QUERY_BYTES_MAX + 1).unwrap();
+    for len in [0u16, 11, too_long, u16::MAX] {
+        let mut stream = connect(&mut forwarding);
+        stream.write_all(&len.to_be_bytes()).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "{len}");
+    }
+    let mut stream = connect(&mut forwarding);
+    stream.write_all(&frame(&query("web.vunet.internal.", RecordType::A))).unwrap();
+    assert_eq!(code(&read_frame(&mut stream).unwrap()), ResponseCode::NoError);
+}
+
+#[test]
+fn query_as_long_as_may_be_is_taken() {
+    let mut forwarding = Forwarding::to_fixed(&[]);
+    let mut stream = connect(&mut forwarding);
+    let mut long = query("web.vunet.internal.", RecordType::A);
+    long.resize(limits::DNS_QUERY_BYTES_MAX, 0);
+    stream.write_all(&frame(&long)).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap()[..2], long[..2]);
+}
+
+#[test]
+fn one_connection_past_the_bound_is_refused_until_another_ends() {
+    let mut forwarding = Forwarding::to_fixed(&[]);
+    let mut open: Vec<_> = (0..limits::DNS_STREAMS_MAX).map(|_| connect(&mut forwarding)).collect();
+    let refused = forwarding.client().connect_stream().unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::ConnectionRefused);
+    open.pop();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while forwarding.client().connect_stream().is_err() {
+        assert!(Instant::now() < deadline, "the bound does not recover");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn idle_connection_is_closed_after_ten_seconds() {
+    let mut forwarding = Forwarding::to_fixed(&[]);
+    let mut stream = connect(&mut forwarding);
+    let start = Instant::now();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    assert!((9_900..14_000).contains(&start.elapsed().as_millis()));
+}
+
+// ---- a real resolver ----
+
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn dnsmasq(port: u16) -> Option<Process> {
+    let long = "x".repeat(250);
+    let child = Command::new("dnsmasq")
+        .args(["--no-daemon", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--pid-file="])
+        .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--edns-packet-max=4096"])
+        .arg(format!("--port={port}"))
+        .args([
+            "--host-record=www.world.example,192.0.2.7,2001:db8::7",
+            "--mx-host=world.example,mail.world.example,5",
+        ])
+        .args([
+            "--srv-host=_sip._tcp.world.example,sip.world.example,5060,1,2",
+            "--cname=alias.world.example,www.world.example",
+        ])
+        .args((0..12).map(|n| format!("--txt-record=big.world.example,{n}{long}")))
+        .stderr(Stdio::null())
+        .spawn();
+    child.ok().map(Process)
+}
+
+#[test]
+fn dnsmasq_answers_through_the_forwarder_over_udp_and_tcp() {
+    let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let Some(_process) = dnsmasq(port) else {
+        println!("skipped: no dnsmasq here");
+        return;
+    };
+    let upstream = SocketAddr::from(([127, 0, 0, 1], port));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while TcpStream::connect(upstream).is_err() {
+        assert!(Instant::now() < deadline, "dnsmasq does not start");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let cases = [
+        ("www.world.example.", RecordType::A, "192.0.2.7"),
+        ("www.world.example.", RecordType::AAAA, "2001:db8::7"),
+        ("world.example.", RecordType::MX, "5 mail.world.example."),
+        ("_sip._tcp.world.example.", RecordType::SRV, "1 2 5060 sip.world.example."),
+        ("alias.world.example.", RecordType::CNAME, "www.world.example."),
+        ("7.2.0.192.in-addr.arpa.", RecordType::PTR, "www.world.example."),
+    ];
+    let mut stream = connect(&mut forwarding);
+    for (name, kind, expected) in cases {
+        let query = query(name, kind);
+        stream.write_all(&frame(&query)).unwrap();
+        for answer in [forwarding.ask(&query), read_frame(&mut stream).unwrap()] {
+            let answer = Message::from_vec(&answer).unwrap();
+            assert_eq!(answer.answers[0].data.to_string(), expected, "{name} {kind}");
+        }
+    }
+    let plain = query("big.world.example.", RecordType::TXT);
+    assert!(Message::from_vec(&forwarding.ask(&plain)).unwrap().metadata.truncation);
+    let roomy = forwarding.ask(&query_with_edns("big.world.example.", RecordType::TXT));
+    assert!(roomy.len() > 3_000);
+    stream.write_all(&frame(&plain)).unwrap();
+    let whole = Message::from_vec(&read_frame(&mut stream).unwrap()).unwrap();
+    assert_eq!(whole.answers.len(), 12);
+}
