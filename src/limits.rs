@@ -33,8 +33,9 @@ pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;
 /// Flows of a worker however many descriptors there are; 16-bit ports of a few hundred peers.
 pub const FLOWS_MAX: usize = 262_144;
 
-/// Descriptors kept back from flows: rings, epoll, log, DNS sockets, listeners.
-pub const RESERVED_FDS: usize = 192;
+/// Descriptors kept back from flows: about 60 for rings, epoll and channels, and 256 for DNS (queries
+/// over both transports and both ends of its streams).
+pub const RESERVED_FDS: usize = 384;
 
 /// Datagrams being reassembled from fragments at once.
 pub const REASSEMBLY_DATAGRAMS_MAX: usize = 64;

@@ -204,31 +204,39 @@ pub fn icmp_error(
     Some(start + message.emit_with_payload(quote, &mut out[start..]))
 }
 
-/// Cuts an IP packet of `protocol` that lies in host memory as `transport` into frames that fit
-/// `ip_mtu`, and hands each to `each` (RFC 791, 3.2).
-pub fn fragments(
-    guest_mac: MacAddr,
-    from: IpAddr,
-    to: IpAddr,
-    protocol: Protocol,
-    ident: u16,
-    transport: &[u8],
-    ip_mtu: u16,
-    mut each: impl FnMut(&[u8]),
-) {
-    let room = (usize::from(ip_mtu) - ipv4::HEADER_BYTES) & !7;
-    let mut frame = vec![0u8; IPV4_FRAME_HEAD_BYTES + room];
-    let mut offset = 0;
-    while offset < transport.len() {
-        let len = room.min(transport.len() - offset);
-        let mut fields = ip_fields(protocol, len, Some(ident));
-        fields.fragment_offset_bytes = offset as u16;
-        fields.more_fragments = offset + len < transport.len();
-        let Some(start) = write_ip(&mut frame, guest_mac, from, to, fields) else {
-            return;
-        };
-        frame[start..start + len].copy_from_slice(&transport[offset..offset + len]);
-        each(&frame[..start + len]);
-        offset += len;
+/// A transport message towards the guest that lies in host memory.
+#[derive(Clone, Copy, Debug)]
+pub struct HostPacket<'a> {
+    /// Where it goes.
+    pub guest_mac: MacAddr,
+    /// Source address.
+    pub from: IpAddr,
+    /// Destination address.
+    pub to: IpAddr,
+    /// Its protocol.
+    pub protocol: Protocol,
+    /// The message, checksums complete.
+    pub transport: &'a [u8],
+}
+
+impl HostPacket<'_> {
+    /// Cuts the packet into frames that fit `ip_mtu` and hands each to `each` (RFC 791, 3.2).
+    pub fn for_each_frame(&self, ident: u16, ip_mtu: u16, mut each: impl FnMut(&[u8])) {
+        let room = (usize::from(ip_mtu) - ipv4::HEADER_BYTES) & !7;
+        let total = self.transport.len();
+        let mut frame = vec![0u8; IPV4_FRAME_HEAD_BYTES + room.min(total)];
+        let mut offset = 0;
+        while offset < total {
+            let len = room.min(total - offset);
+            let mut fields = ip_fields(self.protocol, len, Some(ident));
+            fields.fragment_offset_bytes = offset as u16;
+            fields.more_fragments = offset + len < total;
+            let Some(start) = write_ip(&mut frame, self.guest_mac, self.from, self.to, fields) else {
+                return;
+            };
+            frame[start..start + len].copy_from_slice(&self.transport[offset..offset + len]);
+            each(&frame[..start + len]);
+            offset += len;
+        }
     }
 }

@@ -21,6 +21,7 @@ use crate::service::dns::{self, DnsAction, DnsService, Transport};
 use crate::wire::checksum;
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::Protocol;
+use crate::wire::vnet::VnetHeader;
 use crate::wire::{arp, udp};
 
 /// A question for the upstream resolvers.
@@ -215,7 +216,6 @@ fn send_transport(
 ) {
     let (ident, mtu) = (core.next_ident(), core.ip_mtu);
     let mac = if to_ip == IpAddr::V4(Ipv4Addr::BROADCAST) { MacAddr::BROADCAST } else { to.mac };
-    emit::fragments(mac, from_ip, to_ip, protocol, ident, transport, mtu, |frame| {
-        core.send(port, to.pair, Default::default(), frame);
-    });
+    let packet = emit::HostPacket { guest_mac: mac, from: from_ip, to: to_ip, protocol, transport };
+    packet.for_each_frame(ident, mtu, |frame| core.send(port, to.pair, VnetHeader::default(), frame));
 }

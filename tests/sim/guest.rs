@@ -11,19 +11,19 @@ use smoltcp::wire::{EthernetAddress, IpAddress, IpCidr};
 
 use crate::scenario::pattern;
 
-pub const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+pub(crate) const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
 
 /// The link: frames in and out.
 #[derive(Default)]
-pub struct Link {
-    pub inbound: VecDeque<Vec<u8>>,
-    pub outbound: VecDeque<Vec<u8>>,
+pub(crate) struct Link {
+    pub(crate) inbound: VecDeque<Vec<u8>>,
+    pub(crate) outbound: VecDeque<Vec<u8>>,
 }
 
-pub struct Rx(Vec<u8>);
-pub struct Tx<'a>(&'a mut VecDeque<Vec<u8>>);
+pub(crate) struct Rx(Vec<u8>);
+pub(crate) struct Tx<'a>(&'a mut VecDeque<Vec<u8>>);
 
 impl RxToken for Rx {
     fn consume<R, F: FnOnce(&[u8]) -> R>(self, f: F) -> R {
@@ -61,26 +61,26 @@ impl Device for Link {
 }
 
 /// One connection of the guest's application.
-pub struct App {
+pub(crate) struct App {
     handle: SocketHandle,
-    pub peer: SocketAddr,
+    pub(crate) peer: SocketAddr,
     sent: usize,
-    pub received: usize,
+    pub(crate) received: usize,
     closed: bool,
-    pub was_reset: bool,
+    pub(crate) was_reset: bool,
     opened: bool,
 }
 
-pub struct Guest {
-    pub link: Link,
+pub(crate) struct Guest {
+    pub(crate) link: Link,
     interface: Interface,
     sockets: SocketSet<'static>,
-    pub apps: Vec<App>,
+    pub(crate) apps: Vec<App>,
     bytes: usize,
 }
 
 impl Guest {
-    pub fn new(seed: u64, flows: usize, bytes: usize) -> Guest {
+    pub(crate) fn new(seed: u64, flows: usize, bytes: usize) -> Guest {
         let mut link = Link::default();
         let mut config = Config::new(EthernetAddress(MAC).into());
         config.random_seed = seed;
@@ -114,7 +114,7 @@ impl Guest {
     }
 
     /// Lets the stack and the applications work at `micros`.
-    pub fn step(&mut self, micros: u64) {
+    pub(crate) fn step(&mut self, micros: u64) {
         let now = Instant::from_micros(micros as i64);
         self.interface.poll(now, &mut self.link, &mut self.sockets);
         for app in &mut self.apps {
@@ -125,13 +125,13 @@ impl Guest {
     }
 
     /// When the stack wants to be called next, in microseconds.
-    pub fn next_deadline(&mut self, micros: u64) -> Option<u64> {
+    pub(crate) fn next_deadline(&mut self, micros: u64) -> Option<u64> {
         let now = Instant::from_micros(micros as i64);
         self.interface.poll_at(now, &self.sockets).map(|at| at.total_micros().max(0) as u64)
     }
 
     /// Whether every connection is over on the guest's side.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.apps.iter().all(|app| {
             let state = self.sockets.get::<tcp::Socket<'_>>(app.handle).state();
             matches!(state, tcp::State::Closed | tcp::State::TimeWait)

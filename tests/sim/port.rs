@@ -8,23 +8,23 @@ use vunet::wire::vnet::{Checksum, Gso, VnetHeader};
 
 /// A frame as the guest's driver finds it.
 #[derive(Clone, Debug)]
-pub struct Received {
-    pub vnet: VnetHeader,
-    pub frame: Vec<u8>,
+pub(crate) struct Received {
+    pub(crate) vnet: VnetHeader,
+    pub(crate) frame: Vec<u8>,
 }
 
 /// Receive buffers and what was put into them.
-pub struct SimPort {
-    pub offload: bool,
+pub(crate) struct SimPort {
+    pub(crate) offload: bool,
     /// Buffers free now.
-    pub free: usize,
-    pub starved: bool,
-    pub delivered: VecDeque<Received>,
+    pub(crate) free: usize,
+    pub(crate) starved: bool,
+    pub(crate) delivered: VecDeque<Received>,
     open: Option<Vec<u8>>,
 }
 
 impl SimPort {
-    pub fn new(offload: bool, buffers: usize) -> SimPort {
+    pub(crate) fn new(offload: bool, buffers: usize) -> SimPort {
         SimPort { offload, free: buffers, starved: false, delivered: VecDeque::new(), open: None }
     }
 }
@@ -66,7 +66,7 @@ impl GuestPort for SimPort {
 
 /// Does what a driver's stack does with offloaded frames: cuts segments and completes checksums, so
 /// that a stack without offloads can take them. Panics if the header contradicts the frame.
-pub fn plain_frames(received: Received) -> Vec<Vec<u8>> {
+pub(crate) fn plain_frames(received: Received) -> Vec<Vec<u8>> {
     let Received { vnet, frame } = received;
     match vnet.gso {
         Some(gso) => cut(&frame, gso, vnet.checksum),

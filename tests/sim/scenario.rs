@@ -25,28 +25,28 @@ const WORLD_STEP_US: u64 = 1_000;
 
 /// xorshift64*: small, seedable, good enough to choose faults.
 #[derive(Clone, Debug)]
-pub struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
-    pub fn new(seed: u64) -> Rng {
+    pub(crate) fn new(seed: u64) -> Rng {
         Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
-    pub fn below(&mut self, bound: usize) -> usize {
+    pub(crate) fn below(&mut self, bound: usize) -> usize {
         ((self.next() >> 33) % bound.max(1) as u64) as usize
     }
-    pub fn chance(&mut self, probability: f64) -> bool {
+    pub(crate) fn chance(&mut self, probability: f64) -> bool {
         ((self.next() >> 11) as f64 / (1u64 << 53) as f64) < probability
     }
 }
 
 /// The byte at `at` of a flow's stream.
-pub fn pattern(peer: SocketAddr, from_guest: bool, at: usize) -> u8 {
+pub(crate) fn pattern(peer: SocketAddr, from_guest: bool, at: usize) -> u8 {
     let seed = u64::from(peer.port()) << 1 | u64::from(from_guest);
     let mixed = (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed.wrapping_mul(0xff51_afd7_ed55_8ccd);
     (mixed >> 29) as u8
@@ -54,12 +54,12 @@ pub fn pattern(peer: SocketAddr, from_guest: bool, at: usize) -> u8 {
 
 /// What goes wrong between guest and engine, as probabilities a frame.
 #[derive(Clone, Copy, Debug)]
-pub struct Faults {
-    pub lose: f64,
-    pub repeat: f64,
-    pub reorder: f64,
+pub(crate) struct Faults {
+    pub(crate) lose: f64,
+    pub(crate) repeat: f64,
+    pub(crate) reorder: f64,
     /// A socket takes less than it promised, a probability a send.
-    pub refuse: f64,
+    pub(crate) refuse: f64,
 }
 
 impl Faults {
@@ -67,28 +67,28 @@ impl Faults {
 }
 
 #[derive(Clone, Debug)]
-pub struct Scenario {
-    pub seed: u64,
-    pub flows: usize,
+pub(crate) struct Scenario {
+    pub(crate) seed: u64,
+    pub(crate) flows: usize,
     /// Each way, a flow.
-    pub bytes: usize,
-    pub faults: Faults,
-    pub buffers: usize,
-    pub offload: bool,
-    pub world_resets: bool,
-    pub guest_vanishes: bool,
-    pub refused: bool,
+    pub(crate) bytes: usize,
+    pub(crate) faults: Faults,
+    pub(crate) buffers: usize,
+    pub(crate) offload: bool,
+    pub(crate) world_resets: bool,
+    pub(crate) guest_vanishes: bool,
+    pub(crate) refused: bool,
 }
 
 /// What a run cost.
 #[derive(Debug)]
-pub struct Outcome {
-    pub retransmits: u64,
-    pub largest_frame: usize,
+pub(crate) struct Outcome {
+    pub(crate) retransmits: u64,
+    pub(crate) largest_frame: usize,
 }
 
 impl Scenario {
-    pub fn clean(seed: u64) -> Scenario {
+    pub(crate) fn clean(seed: u64) -> Scenario {
         Scenario {
             seed,
             flows: 3,
@@ -103,7 +103,7 @@ impl Scenario {
     }
 
     /// Every kind of fault, each as strong as the seed says.
-    pub fn hostile(seed: u64) -> Scenario {
+    pub(crate) fn hostile(seed: u64) -> Scenario {
         let mut rng = Rng::new(seed ^ 0x5eed);
         let mut up_to = |max: f64| rng.below(1000) as f64 / 1000.0 * max;
         let faults =
@@ -118,7 +118,7 @@ impl Scenario {
         }
     }
 
-    pub fn run(&self) -> Outcome {
+    pub(crate) fn run(&self) -> Outcome {
         let mut run = Run::new(self);
         run.until_done();
         run.check()

@@ -15,15 +15,15 @@ use crate::scenario::{Rng, pattern};
 
 /// How a connection ended, as its world's end saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum End {
+pub(crate) enum End {
     Open,
     Clean,
     Reset,
 }
 
 /// One connection.
-pub struct Conn {
-    pub peer: SocketAddr,
+pub(crate) struct Conn {
+    pub(crate) peer: SocketAddr,
     token: Token,
     connected: bool,
     /// Sent by the world, not yet discarded by the engine.
@@ -34,29 +34,29 @@ pub struct Conn {
     /// Taken by the socket, not yet by the world.
     send_queue: VecDeque<u8>,
     wants_writable: bool,
-    pub received: usize,
-    pub fin_received: bool,
-    pub fin_sent: bool,
-    pub reset_by_world: bool,
-    pub end: End,
+    pub(crate) received: usize,
+    pub(crate) fin_received: bool,
+    pub(crate) fin_sent: bool,
+    pub(crate) reset_by_world: bool,
+    pub(crate) end: End,
 }
 
 /// The world's settings and connections.
-pub struct World {
-    pub conns: Vec<Conn>,
-    pub rng: Rng,
-    pub bytes: usize,
-    pub refuse: f64,
-    pub refuse_connects: bool,
+pub(crate) struct World {
+    pub(crate) conns: Vec<Conn>,
+    pub(crate) rng: Rng,
+    pub(crate) bytes: usize,
+    pub(crate) refuse: f64,
+    pub(crate) refuse_connects: bool,
     /// Reset each connection after this many bytes.
-    pub reset_after: Option<usize>,
-    pub send_queue_max: usize,
-    pub queue_max: usize,
+    pub(crate) reset_after: Option<usize>,
+    pub(crate) send_queue_max: usize,
+    pub(crate) queue_max: usize,
     events: VecDeque<(Token, Readiness)>,
 }
 
 impl World {
-    pub fn new(rng: Rng, bytes: usize) -> World {
+    pub(crate) fn new(rng: Rng, bytes: usize) -> World {
         World {
             conns: Vec::new(),
             rng,
@@ -70,12 +70,12 @@ impl World {
         }
     }
 
-    pub fn next_event(&mut self) -> Option<(Token, Readiness)> {
+    pub(crate) fn next_event(&mut self) -> Option<(Token, Readiness)> {
         self.events.pop_front()
     }
 
     /// A step of the world's own activity.
-    pub fn step(&mut self) {
+    pub(crate) fn step(&mut self) {
         for at in 0..self.conns.len() {
             self.step_one(at);
         }
@@ -129,9 +129,9 @@ impl World {
 }
 
 /// Sockets into the world.
-pub struct SimNet(pub Rc<RefCell<World>>);
+pub(crate) struct SimNet(pub Rc<RefCell<World>>);
 
-pub struct SimStream {
+pub(crate) struct SimStream {
     world: Rc<RefCell<World>>,
     at: usize,
 }
@@ -275,7 +275,7 @@ impl Drop for SimStream {
 }
 
 /// The simulation of TCP needs no datagrams ...
-pub enum NoDatagram {}
+pub(crate) enum NoDatagram {}
 
 impl HostDatagram for NoDatagram {
     fn send_to(&mut self, _: &[u8], _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
@@ -292,7 +292,7 @@ impl HostDatagram for NoDatagram {
 }
 
 /// ... and no published ports.
-pub enum NoListener {}
+pub(crate) enum NoListener {}
 
 impl HostListener for NoListener {
     type Stream = SimStream;

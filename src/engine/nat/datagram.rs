@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use hashbrown::HashMap;
@@ -28,6 +28,7 @@ use crate::limits;
 use crate::time::Instant;
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::Protocol;
+use crate::wire::vnet::VnetHeader;
 use crate::wire::{checksum, ethernet, udp};
 
 /// Idle time of a peer that has answered (RFC 4787, REQ-5 recommends five minutes) ...
@@ -583,10 +584,15 @@ impl Delivery {
         ident: u16,
         transport: &[u8],
     ) {
-        let (mtu, mac) = (core.ip_mtu, self.neighbour.mac);
-        let (from, to): (IpAddr, IpAddr) = (self.remote.ip(), self.guest.ip());
-        emit::fragments(mac, from, to, protocol, ident, transport, mtu, |frame| {
-            core.send(port, self.neighbour.pair, Default::default(), frame);
+        let packet = emit::HostPacket {
+            guest_mac: self.neighbour.mac,
+            from: self.remote.ip(),
+            to: self.guest.ip(),
+            protocol,
+            transport,
+        };
+        packet.for_each_frame(ident, core.ip_mtu, |frame| {
+            core.send(port, self.neighbour.pair, VnetHeader::default(), frame);
         });
     }
 }

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, c_void, iovec, socklen_t};
-use socket2::SockAddr;
+use socket2::{SockAddr, SockAddrStorage};
 
 /// Bytes queued and allowed in a socket's send queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,18 +65,15 @@ pub fn recv_segments(fd: BorrowedFd<'_>, segments: &mut [iovec], flags: c_int) -
 /// The kernel's; `InvalidData` for a sender that is not an IP address.
 pub fn recv_datagram(fd: BorrowedFd<'_>, segments: &mut [iovec]) -> io::Result<(usize, SocketAddr)> {
     let mut header = header(segments);
-    // SAFETY: the closure fills the storage by `recvmsg`, which writes at most `msg_namelen` bytes and
-    // reports how many.
-    let (len, sender) = unsafe {
-        SockAddr::try_init(|storage, storage_len| {
-            header.msg_name = storage.cast();
-            header.msg_namelen = *storage_len;
-            let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-            let len = check(libc::recvmsg(fd.as_raw_fd(), &mut header, flags))?;
-            *storage_len = header.msg_namelen;
-            Ok(len)
-        })?
-    };
+    let mut storage = SockAddrStorage::zeroed();
+    header.msg_name = (&raw mut storage).cast();
+    header.msg_namelen = storage.size_of();
+    let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+    // SAFETY: `header` names reserved segments and live storage for the sender; the kernel writes no
+    // further than each one's length.
+    let len = check(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags) })?;
+    // SAFETY: the kernel wrote an address of `msg_namelen` bytes into the storage.
+    let sender = unsafe { SockAddr::new(storage, header.msg_namelen) };
     let sender = sender.as_socket().ok_or(io::ErrorKind::InvalidData)?;
     Ok((len, sender))
 }
