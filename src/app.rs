@@ -1,1 +1,214 @@
-//! Start order and shutdown.
+//! Start order and shutdown: open what can fail, bind, then run.
+//!
+//! The main thread runs the control side (tokio, current-thread): signals and upstream DNS. The
+//! worker and the vhost-user session have threads of their own.
+
+use std::io;
+use std::sync::Arc;
+use std::thread;
+
+use socket2::Type;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
+use crate::control::dns_forward::{self, Upstreams};
+use crate::device::{self, DeviceConfig, SessionError};
+use crate::engine::EngineConfig;
+use crate::engine::counters::Counters;
+use crate::limits;
+use crate::service::dns::DnsService;
+use crate::uplink::sockets::bind_published;
+use crate::uplink::sys::socket::raise_open_files_limit;
+use crate::worker::{Worker, WorkerParts};
+
+/// Why the process could not start or had to end.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// A published port could not be bound.
+    #[error("--publish: cannot listen on {kind} {host}")]
+    Publish {
+        /// `tcp` or `udp`.
+        kind: &'static str,
+        /// The host address asked for.
+        host: std::net::SocketAddr,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// The vhost-user socket could not be had, or the session failed.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A descriptor, thread or random bytes could not be had.
+    #[error("cannot start: {what}")]
+    Start {
+        /// What was to be made.
+        what: &'static str,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// A thread ended by itself.
+    #[error("the {0} thread ended unexpectedly")]
+    Thread(&'static str),
+}
+
+fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Start { what, source }
+}
+
+/// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for.
+///
+/// # Errors
+/// [`Error`], whose chain says what to do.
+pub fn run(config: Config) -> Result<(), Error> {
+    let open_files = raise_open_files_limit();
+    let nat = match &config.mode {
+        Mode::Nat(nat) => nat.clone(),
+        Mode::Isolated => NatConfig::default(),
+    };
+    let (tcp, udp) = bind_all(&nat.publish)?;
+    let world = matches!(config.mode, Mode::Nat(_));
+    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
+    let (dns_client, forwarder) =
+        dns_forward::channel(Upstreams::of(&nat)).map_err(starting("the DNS channel"))?;
+    let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
+    let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
+    let device = DeviceConfig { mac: config.mac, ip_mtu: config.lan.ip_mtu, one_off: config.one_off };
+    let (session, queues) = device::device(device).map_err(starting("the device"))?;
+    let parts = WorkerParts {
+        queues,
+        engine: EngineConfig {
+            lan: config.lan,
+            dns: config.dns.clone(),
+            mode: config.mode.clone(),
+            mac: config.mac,
+            flows_max: flows_max(open_files, nat.publish.len()),
+            isn_secret: random_pair()?,
+        },
+        dns: Arc::clone(&dns),
+        dns_client,
+        tcp,
+        udp,
+        stop: stop.try_clone().map_err(starting("an eventfd"))?,
+        peek_offset: !config.no_peek_off,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(starting("the control runtime"))?;
+    // Handlers stand before anything can be seen from outside, so no signal is lost.
+    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let worker = thread::Builder::new()
+        .name("worker-0".into())
+        .spawn(move || Worker::new(parts)?.run())
+        .map_err(starting("the worker thread"))?;
+    let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
+    let session = session.spawn(config.attach, for_session)?;
+    let outcome = runtime.block_on(async {
+        tokio::task::spawn(forwarder.run(dns));
+        let ended = tokio::task::spawn_blocking(move || session.join());
+        supervise(signals, ended, &shutdown).await
+    });
+    let _ = stop.write(1);
+    let counters = worker.join().map_err(|_| Error::Thread("worker"))?;
+    log_counters(&counters.map_err(starting("the worker"))?);
+    outcome
+}
+
+/// Waits for a signal or the session's end, and for the session after a signal.
+async fn supervise(
+    mut signals: Signals,
+    mut session: tokio::task::JoinHandle<thread::Result<Result<(), SessionError>>>,
+    shutdown: &EventFd,
+) -> Result<(), Error> {
+    let ended = tokio::select! {
+        name = signals.next() => {
+            tracing::info!(signal = name, "ending");
+            let _ = shutdown.write(1);
+            (&mut session).await
+        }
+        ended = &mut session => ended,
+    };
+    match ended {
+        Ok(Ok(result)) => Ok(result?),
+        _ => Err(Error::Thread("session")),
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Signals> {
+        let terminate = signal(SignalKind::terminate())?;
+        let interrupt = signal(SignalKind::interrupt())?;
+        Ok(Signals { terminate, interrupt })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+type Bound = Vec<(socket2::Socket, u16)>;
+
+/// Binds every published port; port 0 is picked by the kernel and reported.
+fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
+    let (mut tcp, mut udp) = (Vec::new(), Vec::new());
+    for entry in publish {
+        let (kind, socket_type, list) = match entry.protocol {
+            Protocol::Tcp => ("tcp", Type::STREAM, &mut tcp),
+            Protocol::Udp => ("udp", Type::DGRAM, &mut udp),
+        };
+        let refused = |source| Error::Publish { kind, host: entry.host, source };
+        let socket = bind_published(socket_type, entry.host).map_err(refused)?;
+        let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(entry.host);
+        tracing::info!(kind, %host, guest_port = entry.guest_port, "published");
+        list.push((socket, entry.guest_port));
+    }
+    Ok((tcp, udp))
+}
+
+/// Flows the open files limit leaves room for, beside everything else and the published ports.
+fn flows_max(open_files: u64, published: usize) -> usize {
+    let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
+    open_files.saturating_sub(limits::RESERVED_FDS + published).clamp(16, limits::FLOWS_MAX)
+}
+
+fn random_pair() -> Result<(u64, u64), Error> {
+    let random = || getrandom::u64().map_err(|error| starting("random bytes")(io::Error::other(error)));
+    Ok((random()?, random()?))
+}
+
+fn log_counters(counters: &Counters) {
+    tracing::info!(
+        frames_from_guest = counters.frames_from_guest,
+        frames_to_guest = counters.frames_to_guest,
+        payload_from_guest_bytes = counters.payload_from_guest_bytes,
+        payload_to_guest_bytes = counters.payload_to_guest_bytes,
+        flows_opened = counters.flows_opened,
+        flows_evicted = counters.flows_evicted,
+        retransmits = counters.retransmits,
+        dropped = counters.dropped_total(),
+        reasons = %counters.drops_text(),
+        "ended"
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flow_bound_leaves_descriptors_for_everything_else() {
+        assert_eq!(flows_max(1024, 0), 1024 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(1024, 100), 924 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(64, 4096), 16);
+        assert_eq!(flows_max(u64::MAX, 4096), limits::FLOWS_MAX);
+    }
+}

@@ -8,13 +8,16 @@
 
 pub mod addr;
 pub mod app;
+pub mod cli;
 pub mod config;
 pub mod control;
 pub mod device;
 pub mod engine;
 pub mod frame;
 pub mod limits;
+pub mod network;
 pub mod service;
 pub mod time;
 pub mod uplink;
 pub mod wire;
+pub mod worker;

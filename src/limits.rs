@@ -11,3 +11,148 @@ pub const FRAME_BYTES_MAX: usize = 65_550;
 
 /// Segments of one frame in guest memory. The kernel's own bound on one `sendmsg` (`UIO_MAXIOV`).
 pub const FRAME_SEGMENTS_MAX: usize = 1024;
+
+/// Frames towards the guest that wait in host memory for receive buffers (gateway answers, resets,
+/// errors; TCP data waits in its socket instead). Beyond it they are dropped and counted: each is
+/// an answer its asker repeats.
+pub const OUTBOX_FRAMES_MAX: usize = 256;
+
+/// Out-of-order or refused TCP payload held for one flow. One window of a fast local sender.
+pub const TCP_POOL_FLOW_BYTES_MAX: usize = 1 << 20;
+
+/// The same for all flows of a worker. Beyond it payload is dropped unacknowledged and counted.
+pub const TCP_POOL_BYTES_MAX: usize = 16 << 20;
+
+/// Pieces the held payload of one flow may lie in, so that one hostile flow costs bounded work.
+pub const TCP_POOL_SEGMENTS_MAX: usize = 512;
+
+/// Largest receive window offered to a guest: what a scale of 8 expresses (RFC 7323, 2.3) and more
+/// than the kernel's default `tcp_wmem` maximum of 4 MiB can hold.
+pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;
+
+/// Flows of a worker however many descriptors there are; 16-bit ports of a few hundred peers.
+pub const FLOWS_MAX: usize = 262_144;
+
+/// Descriptors kept back from flows: rings, epoll, log, DNS sockets, listeners.
+pub const RESERVED_FDS: usize = 192;
+
+/// Datagrams being reassembled from fragments at once.
+pub const REASSEMBLY_DATAGRAMS_MAX: usize = 64;
+
+/// Payload bytes held for all of them. Sixteen datagrams of the largest size.
+pub const REASSEMBLY_BYTES_MAX: usize = 16 * 65_535;
+
+/// Fragments of one datagram: 64 KiB at the smallest MTU allowed (576) rounded up.
+pub const REASSEMBLY_FRAGMENTS_MAX: usize = 128;
+
+/// Neighbours (guest address to MAC) remembered; one guest with containers bridged behind it.
+pub const NEIGHBOURS_MAX: usize = 1024;
+
+/// DNS questions of the guest waiting for an upstream answer.
+pub const DNS_PENDING_MAX: usize = 1024;
+
+/// ICMP errors towards the guest: burst and sustained rate per second (RFC 1812, 4.3.2.8).
+pub const ICMP_ERRORS_BURST: u32 = 64;
+/// See [`ICMP_ERRORS_BURST`].
+pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
+
+/// Frames of one flow towards the guest before the next flow has its turn.
+pub const FLOW_BURST_FRAMES: usize = 32;
+
+/// Datagrams of one socket before the next has its turn.
+pub const DATAGRAM_BURST: usize = 64;
+
+/// Remote endpoints one datagram socket remembers for filtering; beyond it the longest idle goes.
+pub const DATAGRAM_PEERS_MAX: usize = 65_536;
+
+/// Connections taken from one listener before others have their turn.
+pub const ACCEPT_BURST: usize = 64;
+
+/// Addresses one process leases or remembers, offers included. A guest is one machine; a nested
+/// bridge or a container host behind it has hundreds of MAC addresses, not thousands, and each
+/// entry costs about 100 bytes and one step of the walks a DISCOVER takes.
+pub const LEASES_MAX: usize = 1024;
+
+/// Addresses set aside after a DECLINE at one time. Past it the one declined first comes back
+/// early, so that a client that declines everything cannot hold more than this of a large pool.
+pub const LEASES_DECLINED_MAX: usize = 256;
+
+/// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
+/// than an Ethernet frame.
+pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
+
+/// Host ports published to the guest. Each takes a descriptor for good; this many leave most of the
+/// usual hard limit on descriptors (524,288) to flows, and a range typed wrongly ends early.
+pub const PUBLISHED_PORTS_MAX: usize = 4096;
+
+/// Upstream resolvers given by hand. The C library itself asks three (`MAXNS`); more than a few only
+/// add up their time-outs.
+pub const DNS_SERVERS_MAX: usize = 8;
+
+/// Local names given by hand: a generous hosts file, searched per query.
+pub const DNS_HOSTS_MAX: usize = 1024;
+
+/// Queue pairs of one device. QEMU reads the answer to GET_QUEUE_NUM as pairs, cloud-hypervisor as
+/// rings; 16 lets the first bring 16 pairs and the second 8, and a guest of 16 vCPUs is served.
+pub const QUEUE_PAIRS_MAX: usize = 16;
+
+/// Rings of one device: two for each pair, and the control queue after the last pair.
+pub const VRINGS_MAX: usize = 2 * QUEUE_PAIRS_MAX + 1;
+
+/// Entries of one ring, the specification's own bound (virtio 1.3, 2.7).
+pub const RING_SIZE_MAX: u16 = 32_768;
+
+/// Memory regions of one guest: what the kernel's vhost offers by default, and QEMU expects.
+pub const MEMORY_SLOTS_MAX: usize = 509;
+
+/// Mapped regions the process watches for SIGBUS: the slots of an old and of a new memory table,
+/// alive together while rings move over, and the same again for a second device in one process.
+pub const WATCHED_MAPPINGS_MAX: usize = 4 * MEMORY_SLOTS_MAX;
+
+/// Payload bytes of one vhost-user message. The longest legal one is a configuration space of 256
+/// bytes with its header, or a memory table of 8 regions; 4 KiB is what other back-ends take.
+pub const MESSAGE_BYTES_MAX: usize = 4096;
+
+/// File descriptors of one vhost-user message: the kernel's own bound (`SCM_MAX_FD`), so that none
+/// is ever cut off and the stream stays readable.
+pub const MESSAGE_FDS_MAX: usize = 253;
+
+/// Bytes of the virtio configuration space a front-end may address (`VHOST_USER_MAX_CONFIG_SIZE`).
+pub const CONFIG_SPACE_BYTES_MAX: usize = 256;
+
+/// Different complaints about one connection that are logged; later ones are only counted.
+pub const COMPLAINTS_PER_CONNECTION_MAX: usize = 32;
+
+/// Commands of one control-queue visit, so that a guest flooding it cannot hold the worker.
+pub const CONTROL_COMMANDS_MAX: usize = 64;
+
+/// Bytes of one control command: class, command and the longest body served (MAC tables of 64
+/// entries twice, far above what Linux sends before it falls back to promiscuous mode).
+pub const CONTROL_COMMAND_BYTES_MAX: usize = 1024;
+
+/// Longest DNS query taken, in bytes. A question is at most 271 bytes; padding (RFC 8467) makes
+/// queries multiples of 128 and nothing makes them thousands.
+pub const DNS_QUERY_BYTES_MAX: usize = 4096;
+
+/// DNS queries of one worker that wait for an upstream at one time: each holds a descriptor for up
+/// to [`DNS_UPSTREAMS_MAX`] tries of 2 s. One past it is answered with SERVFAIL.
+pub const DNS_QUERIES_MAX: usize = 128;
+
+/// Queries from DNS-over-TCP connections that wait for an upstream at one time; counted apart, so
+/// that neither transport can starve the other. One past it is answered with SERVFAIL.
+pub const DNS_TCP_QUERIES_MAX: usize = 64;
+
+/// DNS-over-TCP connections of one guest at one time. One past it is refused (RFC 7766, 6.2.2 and
+/// 10: clients should need one, servers should bound them).
+pub const DNS_STREAMS_MAX: usize = 32;
+
+/// Queries of one DNS-over-TCP connection in work. Past it the connection is not read until one is
+/// answered: the client's window closes.
+pub const DNS_STREAM_QUERIES_MAX: usize = 16;
+
+/// Upstream resolvers tried for one query, 2 s each. The C library reads three; after 8 s the
+/// guest's own resolver has given up.
+pub const DNS_UPSTREAMS_MAX: usize = 4;
+
+/// Bytes of `/etc/resolv.conf` that are read.
+pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;

@@ -1,2 +1,124 @@
-//! Harness.
-fn main() {}
+//! Guests, servers and helpers of vunet's integration tests, as commands.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use vunet_integration::guest::features::Features;
+use vunet_integration::guest::misbehave::Misbehaviour;
+use vunet_integration::guest::session::ProtocolFeatures;
+use vunet_integration::guest::{self, GuestConfig, Order};
+
+/// Real guests for vunet's tests, benchmarks and demo.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a vhost-user front-end whose guest is a network namespace.
+    NetnsGuest(Box<NetnsGuest>),
+}
+
+#[derive(Debug, Args)]
+struct NetnsGuest {
+    /// The vhost-user socket.
+    #[arg(long)]
+    socket: PathBuf,
+    /// Listen on the socket and let the back-end connect.
+    #[arg(long)]
+    server: bool,
+    /// Network namespace for the TAP, as `ip netns` names it.
+    #[arg(long)]
+    netns: Option<String>,
+    /// Name of the TAP interface.
+    #[arg(long, default_value = "eth0")]
+    tap: String,
+    /// MAC address; without one the device's, else a random one.
+    #[arg(long, value_parser = parse_mac)]
+    mac: Option<[u8; 6]>,
+    /// IP MTU of the interface; without one the device's, else 1500.
+    #[arg(long)]
+    ip_mtu: Option<u16>,
+    /// Features to accept where offered: names, `all`, `none`, `-name` to take away, or a mask.
+    #[arg(long, default_value = "all", allow_hyphen_values = true)]
+    features: Features,
+    /// Protocol features to accept where offered.
+    #[arg(long, default_value = "all", allow_hyphen_values = true)]
+    protocol: ProtocolFeatures,
+    /// Entries of each ring, a power of two.
+    #[arg(long, default_value_t = 256)]
+    ring_size: u16,
+    /// Length of a receive buffer in bytes.
+    #[arg(long, default_value_t = 4096)]
+    rx_buffer: u32,
+    /// Lengths of the descriptors a frame from the guest is cut into; the last one repeats.
+    #[arg(long, value_delimiter = ',', default_value = "128,32768")]
+    tx_cuts: Vec<u32>,
+    /// Queue pairs.
+    #[arg(long, default_value_t = 1)]
+    queues: usize,
+    /// Order of the handshake's messages.
+    #[arg(long, value_enum, default_value_t = Order::Spec)]
+    order: Order,
+    /// Ways to go wrong: drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, late-kick:MS,
+    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N.
+    #[arg(long, value_delimiter = ',')]
+    misbehave: Vec<Misbehaviour>,
+    /// Wait for another back-end when one leaves.
+    #[arg(long)]
+    reconnect: bool,
+    /// How long to wait for a back-end, in milliseconds.
+    #[arg(long, default_value_t = 10_000)]
+    patience_ms: u64,
+}
+
+impl NetnsGuest {
+    fn into_config(self) -> GuestConfig {
+        GuestConfig {
+            socket: self.socket,
+            server: self.server,
+            netns: self.netns,
+            tap: self.tap,
+            mac: self.mac,
+            ip_mtu: self.ip_mtu,
+            features: self.features,
+            protocol: self.protocol,
+            ring_size: self.ring_size,
+            rx_buffer_bytes: self.rx_buffer,
+            tx_cuts: self.tx_cuts,
+            queues: self.queues,
+            order: self.order,
+            misbehave: self.misbehave,
+            reconnect: self.reconnect,
+            patience: Duration::from_millis(self.patience_ms),
+        }
+    }
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], String> {
+    let fail = || format!("{text:?} is not a MAC address such as 52:54:00:12:34:56");
+    let octets: Vec<u8> = text
+        .split(':')
+        .map(|part| u8::from_str_radix(part, 16))
+        .collect::<Result<_, _>>()
+        .map_err(|_| fail())?;
+    octets.try_into().map_err(|_| fail())
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::NetnsGuest(args) => guest::run(&args.into_config()).map_err(|e| e.to_string()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(text) => {
+            eprintln!("vunet-integration: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}

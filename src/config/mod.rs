@@ -3,6 +3,7 @@
 //! A [`Config`] cannot be wrong: each value was checked where it entered. Modes are types, so a
 //! host-only network has no field that could reach the world.
 
+use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -40,6 +41,12 @@ impl IpMtu {
     /// Bytes.
     pub const fn get(self) -> u16 {
         self.0
+    }
+}
+
+impl fmt::Display for IpMtu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

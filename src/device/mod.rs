@@ -1,1 +1,60 @@
-//! The room device.
+//! The vhost-user-net device: what a front-end attaches to and a guest's driver talks to.
+//!
+//! Two sides, two threads. The *session* (`session`) speaks vhost-user on the socket: it parses
+//! messages, negotiates, maps memory, and never touches a ring. The *worker* owns [`DeviceQueues`]
+//! and moves frames; it takes commands from the session between batches and never waits for it.
+//!
+//! Why not `vhost-user-backend`: `docs/adr/0001-own-vhost-user-session.md`.
+//!
+//! May touch: `wire`, `frame`, `limits`, the trait `engine::guest_port`. Unsafe code lives in
+//! `guest_mem` and `sys` only. Read first: the vhost-user specification; virtio 1.3, 2.7 and 5.1.
+
+mod chain;
+mod command;
+mod config_space;
+mod control_queue;
+mod features;
+#[expect(unsafe_code, reason = "guest memory is reached through raw pointers")]
+pub mod guest_mem;
+mod queues;
+mod ring;
+mod rx;
+mod session;
+mod stats;
+#[expect(unsafe_code, reason = "system calls the libraries do not wrap")]
+mod sys;
+mod tx;
+
+use std::io;
+
+pub use chain::ChainError;
+pub use features::{Feature, Features};
+pub use queues::{DeviceEvent, DeviceQueues, KickKind, KickWatch};
+pub use ring::RingFault;
+pub use rx::RxSide;
+pub use session::{SessionError, SessionSide, SocketError};
+pub use stats::{ChainErrors, ControlStats, DeviceStats, RxStats, TxStats};
+pub use tx::{Drained, TxSide};
+
+use crate::addr::MacAddr;
+use crate::config::IpMtu;
+
+/// What the device is told at start.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceConfig {
+    /// MAC address offered to front-ends that read the configuration space.
+    pub mac: Option<MacAddr>,
+    /// The guest's IP MTU; a front-end can make it smaller.
+    pub ip_mtu: IpMtu,
+    /// End the session when the first front-end leaves.
+    pub one_off: bool,
+}
+
+/// A device: the side that speaks to the front-end, and the side that moves frames.
+///
+/// # Errors
+/// No descriptor for the eventfds between them.
+pub fn device(config: DeviceConfig) -> io::Result<(SessionSide, DeviceQueues)> {
+    let (sender, receiver) = command::channels()?;
+    Ok((SessionSide::new(config, sender), DeviceQueues::new(receiver)))
+}

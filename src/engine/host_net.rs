@@ -35,6 +35,15 @@ pub enum Close {
     Reset,
 }
 
+/// Room in a socket's send queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendSpace {
+    /// Bytes it takes without refusing.
+    pub bytes: usize,
+    /// So little is left that the kernel will say when there is more, if asked.
+    pub tight: bool,
+}
+
 /// A stream towards the world: TCP, or a connected local service.
 pub trait HostStream {
     /// The outcome of a non-blocking connect, once writable: `Ok` if connected.
@@ -62,8 +71,8 @@ pub trait HostStream {
     /// Any error ends the stream.
     fn discard(&mut self, len_bytes: usize) -> io::Result<()>;
 
-    /// Bytes the socket takes now without refusing, an estimate on the low side.
-    fn send_space(&mut self) -> usize;
+    /// Room for bytes to send, an estimate on the low side.
+    fn send_space(&mut self) -> SendSpace;
 
     /// Asks for a writable event once there is room again.
     fn want_writable(&mut self);

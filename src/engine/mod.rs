@@ -1,7 +1,405 @@
 //! What happens to a frame: classification, the gateway's services, translation.
+//!
+//! One [`Engine`] belongs to one worker. It makes no system call but through [`host_net::HostNet`],
+//! reads no clock (each entry takes `now`), and answers through [`guest_port::GuestPort`]. A batch is:
+//! any number of [`Engine::from_guest`] and [`Engine::host_ready`], then one [`Engine::flush`].
+//!
+//! Nothing the guest or the world sends is an error here: what cannot be served is dropped and
+//! counted ([`counters::DropReason`]).
 
 #![forbid(unsafe_code)]
 
+pub mod core;
+pub mod counters;
+pub mod emit;
+pub mod gateway;
 pub mod guest_port;
 pub mod host_net;
+pub mod lru;
 pub mod nat;
+pub mod reassembly;
+pub mod timers;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use self::core::{Core, Neighbour};
+use self::counters::{Counters, DropReason};
+use self::gateway::{DnsForward, Gateway};
+use self::guest_port::GuestPort;
+use self::host_net::{HostNet, Readiness, Token};
+use self::nat::policy::Policy;
+use self::nat::tcp::Segment;
+use self::nat::{DNS_PORT, Datagram, Nat, datagram};
+use self::reassembly::Reassembly;
+use crate::addr::MacAddr;
+use crate::config::{DnsConfig, Lan, Mode};
+use crate::frame::{Payload, TxFrame};
+use crate::service::dhcp::{self, LeaseChange};
+use crate::service::dns::DnsService;
+use crate::time::Instant;
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::icmpv4::{self, Message};
+use crate::wire::ipv4::{self, Protocol};
+use crate::wire::vnet::Checksum;
+use crate::wire::{arp, checksum, tcp, udp};
+
+/// What an engine needs to know at its start.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// The guest's network.
+    pub lan: Lan,
+    /// DNS as the guest meets it.
+    pub dns: DnsConfig,
+    /// What lies beyond the gateway.
+    pub mode: Mode,
+    /// The MAC address the guest should have, if one was configured.
+    pub mac: Option<MacAddr>,
+    /// Bound of flows, all kinds together.
+    pub flows_max: usize,
+    /// Keys the initial sequence numbers (RFC 6528).
+    pub isn_secret: (u64, u64),
+}
+
+/// The engine of one worker, over the host's sockets `N`.
+pub struct Engine<N: HostNet> {
+    core: Core,
+    gateway: Gateway,
+    nat: Nat<N>,
+    reassembly: Reassembly,
+    expected_mac: Option<MacAddr>,
+}
+
+/// A transport message of the guest: whole in place, and its first bytes in host memory.
+struct Incoming<'a> {
+    ip: ipv4::Header,
+    from: Neighbour,
+    /// First bytes of the IP packet, to quote in errors.
+    packet: &'a [u8],
+    /// First bytes of the transport message.
+    head: &'a [u8],
+    /// The transport message.
+    whole: Payload<'a>,
+    checksum: Checksum,
+}
+
+impl<N: HostNet> Engine<N> {
+    /// An engine without flows.
+    pub fn new(config: &EngineConfig, net: N, dns: Arc<DnsService>) -> Engine<N> {
+        let core = Core::new(config.lan);
+        let policy = match &config.mode {
+            Mode::Nat(nat) => Policy { world: true, host_loopback: nat.allow_host_loopback },
+            Mode::Isolated => Policy { world: false, host_loopback: false },
+        };
+        Engine {
+            gateway: Gateway::new(&core, &config.dns, dns),
+            nat: Nat::new(net, policy, config.flows_max, config.isn_secret, config.dns.enabled),
+            reassembly: Reassembly::default(),
+            expected_mac: config.mac,
+            core,
+        }
+    }
+
+    /// What happened so far.
+    pub fn counters(&self) -> &Counters {
+        &self.core.counters
+    }
+
+    /// The flows, to publish ports and to inspect.
+    pub fn nat(&mut self) -> &mut Nat<N> {
+        &mut self.nat
+    }
+
+    /// Publishes a bound UDP socket to the guest's `guest_port`.
+    pub fn publish_udp(&mut self, socket: N::Datagram, guest_port: u16) {
+        self.nat.publish_udp(&self.core, socket, guest_port);
+    }
+
+    /// The MTU towards the guest changed (a front-end's `NET_SET_MTU`).
+    pub fn set_ip_mtu(&mut self, ip_mtu: u16) {
+        self.core.ip_mtu = ip_mtu;
+    }
+
+    /// Takes one frame of the guest.
+    pub fn from_guest(&mut self, now: Instant, port: &mut impl GuestPort, frame: &TxFrame<'_>) {
+        self.core.now = now;
+        self.core.counters.frames_from_guest += 1;
+        if let Err(reason) = self.classify(port, frame) {
+            self.core.counters.drop(reason);
+        }
+    }
+
+    fn classify(&mut self, port: &mut impl GuestPort, frame: &TxFrame<'_>) -> Result<(), DropReason> {
+        let header = ethernet::Header::parse(frame.head).map_err(|_| DropReason::Malformed)?;
+        if !header.src.is_unicast() {
+            return Err(DropReason::SpoofedSource);
+        }
+        if header.dst != MacAddr::GATEWAY && !header.dst.is_multicast() {
+            return Err(DropReason::NotForUs);
+        }
+        self.check_mac(header.src);
+        let from = Neighbour { mac: header.src, pair: frame.pair };
+        match header.ethertype {
+            EtherType::ARP => self.arp(port, from, &frame.head[ethernet::HEADER_BYTES..]),
+            EtherType::IPV4 => self.ipv4(port, from, frame),
+            _ => Err(DropReason::Unsupported),
+        }
+    }
+
+    fn check_mac(&mut self, seen: MacAddr) {
+        if let Some(expected) = self.expected_mac
+            && expected != seen
+        {
+            tracing::warn!(
+                %expected, %seen,
+                "the guest's MAC address is not the one given with --mac: this front-end does not read \
+                 it from the backend; give it the address itself (QEMU: -device virtio-net-pci,mac=...)"
+            );
+            self.expected_mac = None;
+        }
+    }
+
+    fn arp(&mut self, port: &mut impl GuestPort, from: Neighbour, bytes: &[u8]) -> Result<(), DropReason> {
+        let packet = arp::Packet::parse(bytes).map_err(|_| DropReason::Malformed)?;
+        if packet.sender_mac == from.mac && self.core.is_guest_address(packet.sender_ip) {
+            self.learn(packet.sender_ip, from);
+        }
+        self.gateway.arp(&mut self.core, port, from.pair, &packet);
+        Ok(())
+    }
+
+    fn learn(&mut self, addr: Ipv4Addr, at: Neighbour) {
+        if self.core.learn(IpAddr::V4(addr), at) {
+            self.nat.resolved(IpAddr::V4(addr), at);
+        }
+    }
+
+    fn ipv4(
+        &mut self,
+        port: &mut impl GuestPort,
+        from: Neighbour,
+        frame: &TxFrame<'_>,
+    ) -> Result<(), DropReason> {
+        let packet = &frame.head[ethernet::HEADER_BYTES..];
+        let available = frame.whole.len() - ethernet::HEADER_BYTES;
+        let ip = ipv4::Header::parse(packet, available).map_err(|error| match error {
+            crate::wire::WireError::Checksum => DropReason::Checksum,
+            _ => DropReason::Malformed,
+        })?;
+        if self.core.is_guest_address(ip.src) {
+            self.learn(ip.src, from);
+        } else if !(ip.src.is_unspecified() && ip.protocol == Protocol::UDP) {
+            return Err(DropReason::SpoofedSource);
+        }
+        let whole = frame.whole.range(ethernet::HEADER_BYTES + ip.header_bytes, ip.payload_bytes);
+        if ip.is_fragment() {
+            let mut bytes = vec![0u8; whole.len()];
+            whole.copy_to(&mut bytes);
+            let Some(datagram) = self.reassembly.add(&mut self.core, &ip, &bytes) else {
+                return Ok(());
+            };
+            let ip = ipv4::Header {
+                payload_bytes: datagram.len(),
+                more_fragments: false,
+                fragment_offset_bytes: 0,
+                ..ip
+            };
+            let whole = Payload::from_host(&datagram);
+            let checksum = Checksum::Complete;
+            return self.transport(port, &Incoming { ip, from, packet, head: &datagram, whole, checksum });
+        }
+        let head = &packet[ip.header_bytes..packet.len().min(ip.header_bytes + ip.payload_bytes)];
+        let checksum = frame.vnet.checksum;
+        self.transport(port, &Incoming { ip, from, packet, head, whole, checksum })
+    }
+
+    fn transport(&mut self, port: &mut impl GuestPort, incoming: &Incoming<'_>) -> Result<(), DropReason> {
+        let ip = &incoming.ip;
+        let local = ip.dst == self.core.lan.gateway;
+        let broadcast = ip.dst.is_broadcast() || ip.dst == self.core.lan.subnet.broadcast();
+        if broadcast {
+            return self.broadcast(port, incoming);
+        }
+        if ip.src.is_unspecified() {
+            return Err(DropReason::SpoofedSource);
+        }
+        if !local && ip.ttl <= 1 {
+            let expired = Message::TimeExceeded { code: 0 };
+            self.core.send_icmp_error(port, incoming.from, expired, incoming.packet);
+            return Err(DropReason::Refused);
+        }
+        match ip.protocol {
+            Protocol::TCP => self.tcp(port, incoming),
+            Protocol::UDP => self.udp(port, incoming, local),
+            Protocol::ICMP => self.icmp(port, incoming, local),
+            _ => {
+                let code = icmpv4::UnreachableCode::Protocol;
+                self.core.send_unreachable(port, incoming.from, code, incoming.packet);
+                Err(DropReason::Unsupported)
+            }
+        }
+    }
+
+    /// Only DHCP listens to broadcasts; there is no other station on the link.
+    fn broadcast(&mut self, port: &mut impl GuestPort, incoming: &Incoming<'_>) -> Result<(), DropReason> {
+        if incoming.ip.protocol != Protocol::UDP {
+            return Err(DropReason::Refused);
+        }
+        let (header, payload) = self.parse_udp(incoming)?;
+        if header.dst_port != dhcp::SERVER_PORT {
+            return Err(DropReason::Refused);
+        }
+        self.dhcp(port, incoming.from, &payload);
+        Ok(())
+    }
+
+    fn parse_udp<'a>(&self, incoming: &Incoming<'a>) -> Result<(udp::Header, Payload<'a>), DropReason> {
+        let header =
+            udp::Header::parse(incoming.head, incoming.whole.len()).map_err(|_| DropReason::Malformed)?;
+        let message = incoming.whole.range(0, header.len_bytes);
+        if header.checksum != 0 {
+            verify(incoming, Protocol::UDP, &message)?;
+        }
+        Ok((header, message.range(udp::HEADER_BYTES, message.len())))
+    }
+
+    fn dhcp(&mut self, port: &mut impl GuestPort, from: Neighbour, payload: &Payload<'_>) {
+        let Some(event) = self.gateway.dhcp(&mut self.core, port, from, payload) else {
+            return;
+        };
+        match event.change {
+            LeaseChange::Bound => tracing::info!(mac = %event.mac, address = %event.ip, "lease"),
+            change => {
+                tracing::debug!(mac = %event.mac, address = %event.ip, ?change, "lease");
+            }
+        }
+    }
+
+    fn udp(
+        &mut self,
+        port: &mut impl GuestPort,
+        incoming: &Incoming<'_>,
+        local: bool,
+    ) -> Result<(), DropReason> {
+        let (header, payload) = self.parse_udp(incoming)?;
+        let guest = SocketAddr::new(incoming.ip.src.into(), header.src_port);
+        match header.dst_port {
+            dhcp::SERVER_PORT if local => self.dhcp(port, incoming.from, &payload),
+            DNS_PORT if local => self.gateway.dns(&mut self.core, port, incoming.from, guest, &payload),
+            _ => {
+                let remote = SocketAddr::new(incoming.ip.dst.into(), header.dst_port);
+                let key = datagram::Key { kind: datagram::Kind::Udp, guest, remote };
+                let datagram =
+                    Datagram { key, from: incoming.from, head: &[], payload, packet: incoming.packet };
+                self.nat.datagram(&mut self.core, port, &datagram);
+            }
+        }
+        Ok(())
+    }
+
+    fn icmp(
+        &mut self,
+        port: &mut impl GuestPort,
+        incoming: &Incoming<'_>,
+        local: bool,
+    ) -> Result<(), DropReason> {
+        let message = Message::parse(incoming.head).map_err(|_| DropReason::Malformed)?;
+        let Message::EchoRequest { ident, seq } = message else {
+            return Err(DropReason::Unsupported);
+        };
+        let mut sum = checksum::Accumulator::new();
+        incoming.whole.add_to(&mut sum);
+        if sum.finish() != 0 {
+            return Err(DropReason::Checksum);
+        }
+        let payload = incoming.whole.range(icmpv4::HEADER_BYTES, incoming.whole.len());
+        let src = IpAddr::V4(incoming.ip.src);
+        if local {
+            self.gateway.echo(&mut self.core, port, incoming.from, src, (ident, seq), &payload);
+            return Ok(());
+        }
+        let key = datagram::Key {
+            kind: datagram::Kind::Echo,
+            guest: SocketAddr::new(src, ident),
+            remote: SocketAddr::new(incoming.ip.dst.into(), 0),
+        };
+        let head = &incoming.head[..icmpv4::HEADER_BYTES];
+        let datagram = Datagram { key, from: incoming.from, head, payload, packet: incoming.packet };
+        self.nat.datagram(&mut self.core, port, &datagram);
+        Ok(())
+    }
+
+    fn tcp(&mut self, port: &mut impl GuestPort, incoming: &Incoming<'_>) -> Result<(), DropReason> {
+        let (header, header_bytes) = tcp::Header::parse(incoming.head).map_err(|_| DropReason::Malformed)?;
+        verify(incoming, Protocol::TCP, &incoming.whole)?;
+        let key = nat::tcp::Key {
+            guest: SocketAddr::new(incoming.ip.src.into(), header.src_port),
+            remote: SocketAddr::new(incoming.ip.dst.into(), header.dst_port),
+        };
+        let payload = incoming.whole.range(header_bytes, incoming.whole.len());
+        let segment = Segment { key, from: incoming.from, header, payload };
+        self.nat.segment(&mut self.core, port, &segment);
+        Ok(())
+    }
+
+    /// News of a host socket.
+    pub fn host_ready(&mut self, now: Instant, port: &mut impl GuestPort, token: Token, ready: Readiness) {
+        self.core.now = now;
+        self.nat.host_ready(&mut self.core, port, token, ready);
+    }
+
+    /// The guest posted receive buffers after a lack of them.
+    pub fn guest_has_buffers(&mut self, now: Instant, port: &mut impl GuestPort) {
+        self.core.now = now;
+        if self.core.send_waiting(port) {
+            self.nat.guest_has_buffers(&mut self.core, port);
+        }
+    }
+
+    /// Carries out the deadlines that came up.
+    pub fn run_timers(&mut self, now: Instant, port: &mut impl GuestPort) {
+        self.core.now = now;
+        self.nat.run_timers(&mut self.core, port);
+    }
+
+    /// The end of a batch: what is owed is sent. Returns whether there is more to do at once.
+    pub fn flush(&mut self, port: &mut impl GuestPort) -> bool {
+        self.nat.flush(&mut self.core, port);
+        self.nat.has_more()
+    }
+
+    /// When [`Engine::run_timers`] is to be called next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.core.timers.next()
+    }
+
+    /// The next question for the upstream resolvers.
+    pub fn next_dns_forward(&mut self) -> Option<DnsForward> {
+        self.gateway.next_forward()
+    }
+
+    /// An upstream's answer.
+    pub fn dns_answer(&mut self, now: Instant, port: &mut impl GuestPort, id: u64, answer: &[u8]) {
+        self.core.now = now;
+        self.gateway.dns_answer(&mut self.core, port, id, answer);
+    }
+
+    /// The guest is gone or began anew: its flows end, the world sees RST.
+    pub fn guest_reset(&mut self) {
+        self.nat.reset_all(&mut self.core);
+        self.gateway.forget_guest();
+        self.core.forget_guest();
+    }
+}
+
+/// Checks the transport checksum where the guest computed one. A partial checksum means the frame
+/// never left its memory, so there is nothing to check.
+fn verify(incoming: &Incoming<'_>, protocol: Protocol, message: &Payload<'_>) -> Result<(), DropReason> {
+    if let Checksum::Partial { .. } = incoming.checksum {
+        return Ok(());
+    }
+    let (src, dst) = (incoming.ip.src.into(), incoming.ip.dst.into());
+    let mut sum = checksum::pseudo_header(src, dst, protocol, message.len());
+    message.add_to(&mut sum);
+    if sum.finish() == 0 { Ok(()) } else { Err(DropReason::Checksum) }
+}

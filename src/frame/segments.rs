@@ -7,6 +7,8 @@ use std::marker::PhantomData;
 
 use libc::iovec;
 
+use crate::wire::checksum::Accumulator;
+
 /// Segments to read from: a view of part of a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Payload<'a> {
@@ -99,6 +101,18 @@ impl<'a> Payload<'a> {
             done += len;
         });
         done
+    }
+
+    /// Adds the bytes in view to a ones' complement sum. The guest may change them meanwhile, which
+    /// spoils its own checksum only.
+    pub fn add_to(&self, sum: &mut Accumulator) {
+        let mut chunk = [0u8; 2048];
+        let mut from = 0;
+        while from < self.len_bytes {
+            let len = self.range(from, chunk.len()).copy_to(&mut chunk);
+            sum.add_bytes(&chunk[..len]);
+            from += len;
+        }
     }
 
     /// Appends the runs in view to `out`, for a vectored system call.

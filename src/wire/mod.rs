@@ -4,6 +4,15 @@
 //! plain value that cannot be wrong; `Header::emit` is its inverse. Parsing takes the host's copy of
 //! a frame's first bytes, never guest memory.
 
+#![forbid(unsafe_code)]
+
+pub mod arp;
+pub mod checksum;
+pub mod ethernet;
+pub mod icmpv4;
+pub mod ipv4;
+pub mod tcp;
+pub mod udp;
 pub mod vnet;
 
 use thiserror::Error;

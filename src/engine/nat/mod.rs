@@ -1,1 +1,429 @@
-//! Flows to host sockets.
+//! Translation to host sockets: flows of the guest spliced to connections of this process.
+//!
+//! `tcp` and `datagram` hold the flows; `policy` says where they may go. Both tables share one bound,
+//! derived from the descriptors the process may open; beyond it the longest idle flow ends.
+
+pub mod datagram;
+pub mod policy;
+pub mod tcp;
+
+use std::io;
+use std::net::SocketAddr;
+
+use slab::Slab;
+
+use self::datagram::{DatagramTable, Kind};
+use self::policy::{Policy, Verdict};
+use self::tcp::{Segment, TcpTable};
+use super::core::{Core, Neighbour};
+use super::counters::DropReason;
+use super::guest_port::GuestPort;
+use super::host_net::{HostListener, HostNet, Readiness, Token};
+use crate::frame::Payload;
+use crate::limits;
+use crate::wire::icmpv4::UnreachableCode;
+use crate::wire::tcp::Flags;
+
+/// Port of DNS.
+pub const DNS_PORT: u16 = 53;
+
+/// What a token names: kind, generation and slot in 8, 24 and 32 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum TokenKind {
+    /// A TCP flow.
+    Tcp = 1,
+    /// A datagram socket.
+    Datagram = 2,
+    /// A remote endpoint of one.
+    Peer = 3,
+    /// A published TCP port.
+    Listener = 4,
+}
+
+impl TokenKind {
+    /// The token of slot `index` in its `generation`.
+    pub fn token(self, generation: u32, index: usize) -> Token {
+        Token(
+            ((self as u64) << 56) | (u64::from(generation & 0xff_ffff) << 32) | (index as u64 & 0xffff_ffff),
+        )
+    }
+
+    /// The kind a token names.
+    pub fn of(token: Token) -> Option<TokenKind> {
+        match token.0 >> 56 {
+            1 => Some(TokenKind::Tcp),
+            2 => Some(TokenKind::Datagram),
+            3 => Some(TokenKind::Peer),
+            4 => Some(TokenKind::Listener),
+            _ => None,
+        }
+    }
+
+    /// The slot a token names.
+    pub fn index(token: Token) -> usize {
+        (token.0 & 0xffff_ffff) as usize
+    }
+}
+
+struct Published<L> {
+    listener: L,
+    guest_port: u16,
+    /// Its turn ended with clients waiting.
+    again: bool,
+}
+
+/// All flows of an engine.
+pub struct Nat<N: HostNet> {
+    net: N,
+    policy: Policy,
+    flows_max: usize,
+    tcp: TcpTable<N::Stream>,
+    datagrams: DatagramTable<N::Datagram>,
+    listeners: Slab<Published<N::Listener>>,
+    dns: bool,
+    ping_refused: bool,
+}
+
+/// A datagram of the guest, parsed.
+#[derive(Clone, Copy, Debug)]
+pub struct Datagram<'a> {
+    /// Both ends.
+    pub key: datagram::Key,
+    /// Who sent it.
+    pub from: Neighbour,
+    /// Bytes to send before the payload (an ICMP header; nothing for UDP).
+    pub head: &'a [u8],
+    /// Payload in guest memory.
+    pub payload: Payload<'a>,
+    /// The packet's first bytes, to quote in errors.
+    pub packet: &'a [u8],
+}
+
+impl<N: HostNet> Nat<N> {
+    /// No flows yet. `flows_max` bounds both tables together; `dns` says whether the gateway's port 53
+    /// answers.
+    pub fn new(net: N, policy: Policy, flows_max: usize, isn_secret: (u64, u64), dns: bool) -> Nat<N> {
+        Nat {
+            net,
+            policy,
+            flows_max: flows_max.clamp(1, limits::FLOWS_MAX),
+            tcp: TcpTable::new(isn_secret),
+            datagrams: DatagramTable::default(),
+            listeners: Slab::new(),
+            dns,
+            ping_refused: false,
+        }
+    }
+
+    /// Flows and sockets in the tables.
+    pub fn len(&self) -> usize {
+        self.tcp.len() + self.datagrams.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The host's side, for what a test has to see of it.
+    pub fn net(&mut self) -> &mut N {
+        &mut self.net
+    }
+
+    /// The token the next published TCP port will have.
+    pub fn next_listener_token(&self) -> Token {
+        TokenKind::Listener.token(0, self.listeners.vacant_key())
+    }
+
+    /// Publishes a listening socket to `guest_port`.
+    pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
+        self.listeners.insert(Published { listener, guest_port, again: false });
+    }
+
+    /// The token the next datagram socket will have.
+    pub fn next_datagram_token(&self) -> Token {
+        self.datagrams.next_token()
+    }
+
+    /// Publishes a bound UDP socket to `guest_port`.
+    pub fn publish_udp(&mut self, core: &Core, socket: N::Datagram, guest_port: u16) {
+        self.datagrams.insert_published(core, guest_port, socket);
+    }
+
+    /// Keeps the tables within their bound, before one more is added.
+    fn make_room(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        while self.len() >= self.flows_max {
+            let before = self.len();
+            self.evict(core, port);
+            if self.len() == before {
+                return;
+            }
+        }
+    }
+
+    fn evict(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        match (self.tcp.oldest(), self.datagrams.oldest()) {
+            (Some(tcp), Some(datagram)) if datagram < tcp => self.datagrams.evict_oldest(core),
+            (Some(_), _) => self.tcp.evict_oldest(core, port),
+            (None, _) => self.datagrams.evict_oldest(core),
+        }
+    }
+
+    /// Makes a socket; where descriptors ran out all the same, once more after an eviction.
+    fn open<T>(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        mut make: impl FnMut(&mut Self) -> io::Result<T>,
+    ) -> io::Result<T> {
+        self.make_room(core, port);
+        match make(self) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                self.evict(core, port);
+                make(self)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// A TCP segment of the guest.
+    pub fn segment(&mut self, core: &mut Core, port: &mut impl GuestPort, segment: &Segment<'_>) {
+        if self.tcp.segment(core, port, segment) {
+            return;
+        }
+        let flags = segment.header.flags;
+        if !flags.contains(Flags::SYN) || flags.intersects(Flags::ACK | Flags::RST | Flags::FIN) {
+            return TcpTable::<N::Stream>::refuse(core, port, segment);
+        }
+        let (key, from, syn) = (segment.key, segment.from, segment.header.seq);
+        let is_dns = self.dns && key.remote == SocketAddr::new(core.gateway(), DNS_PORT);
+        let verdict = match is_dns {
+            true => Verdict::Connect(key.remote),
+            false => self.policy.judge(core, &mut self.net, key.remote),
+        };
+        let to = match verdict {
+            Verdict::Connect(to) => to,
+            Verdict::NoService => return TcpTable::<N::Stream>::refuse(core, port, segment),
+            Verdict::Prohibited => {
+                core.counters.drop(DropReason::Refused);
+                return tcp::unreachable(core, port, from, &key, syn, UnreachableCode::AdminProhibited);
+            }
+            Verdict::NoRoute => {
+                core.counters.drop(DropReason::Refused);
+                return tcp::unreachable(core, port, from, &key, syn, UnreachableCode::Net);
+            }
+        };
+        let made = self.open(core, port, |nat| {
+            let token = nat.tcp.next_token();
+            if is_dns { nat.net.connect_dns(token) } else { nat.net.connect(token, to) }
+        });
+        match made {
+            Ok(stream) => self.tcp.insert_from_guest(core, segment, stream),
+            Err(error) => tcp::connect_failed(core, port, from, &key, syn, &error),
+        }
+    }
+
+    /// A UDP datagram or ICMP echo request of the guest.
+    pub fn datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) {
+        let Datagram { key, from, head, payload, packet } = datagram;
+        if !self.datagrams.contains(key) && !self.open_datagram(core, port, datagram) {
+            return;
+        }
+        let Err(error) = self.datagrams.send(core, key, *from, head, payload) else {
+            return;
+        };
+        core.counters.drop(DropReason::SocketRefused);
+        let code = match error.raw_os_error() {
+            Some(libc::ENETUNREACH | libc::ENETDOWN) => UnreachableCode::Net,
+            Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => UnreachableCode::Host,
+            Some(libc::EACCES | libc::EPERM) => UnreachableCode::AdminProhibited,
+            _ => return,
+        };
+        core.send_unreachable(port, *from, code, packet);
+    }
+
+    /// Judges a new exchange and makes its socket and peer; false if it may not be.
+    fn open_datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) -> bool {
+        let Datagram { key, from, packet, .. } = *datagram;
+        let code = match self.policy.judge(core, &mut self.net, key.remote) {
+            Verdict::Connect(real) => {
+                if !self.datagrams.has_mapping(key.kind, key.guest)
+                    && !self.open_mapping(core, port, datagram, real)
+                {
+                    return false;
+                }
+                self.datagrams.insert_peer(core, key, real);
+                return true;
+            }
+            Verdict::NoService => UnreachableCode::Port,
+            Verdict::Prohibited => UnreachableCode::AdminProhibited,
+            Verdict::NoRoute => UnreachableCode::Net,
+        };
+        core.counters.drop(DropReason::Refused);
+        core.send_unreachable(port, from, code, packet);
+        false
+    }
+
+    fn open_mapping(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        datagram: &Datagram<'_>,
+        real: SocketAddr,
+    ) -> bool {
+        let any = match real {
+            SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
+            SocketAddr::V6(_) => SocketAddr::from(([0u16; 8], 0)),
+        };
+        let kind = datagram.key.kind;
+        let made = self.open(core, port, |nat| {
+            let token = nat.datagrams.next_token();
+            match kind {
+                Kind::Udp => nat.net.udp(token, any),
+                Kind::Echo => nat.net.ping(token, real.ip()),
+            }
+        });
+        match made {
+            Ok(socket) => {
+                self.datagrams.insert_mapping(core, kind, datagram.key.guest, socket);
+                true
+            }
+            Err(error) => {
+                core.counters.drop(DropReason::SocketRefused);
+                if kind == Kind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
+                    self.say_ping_refused();
+                    let code = UnreachableCode::AdminProhibited;
+                    core.send_unreachable(port, datagram.from, code, datagram.packet);
+                }
+                false
+            }
+        }
+    }
+
+    fn say_ping_refused(&mut self) {
+        if !std::mem::replace(&mut self.ping_refused, true) {
+            tracing::warn!(
+                "the guest's pings cannot leave: the kernel refuses ICMP echo sockets to this process; \
+                 allow its group in the sysctl net.ipv4.ping_group_range, such as \
+                 `sysctl -w net.ipv4.ping_group_range='0 2147483647'`"
+            );
+        }
+    }
+
+    /// News of a host socket.
+    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
+        match TokenKind::of(token) {
+            Some(TokenKind::Tcp) => self.tcp.host_ready(core, port, token, ready),
+            Some(TokenKind::Datagram) => self.datagrams.host_ready(core, port, token),
+            Some(TokenKind::Listener) => self.accept(core, port, token),
+            Some(TokenKind::Peer) | None => {}
+        }
+    }
+
+    /// Takes the waiting clients of a published port.
+    fn accept(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let at = TokenKind::index(token);
+        for _ in 0..limits::ACCEPT_BURST {
+            self.make_room(core, port);
+            let flow_token = self.tcp.next_token();
+            let Some(published) = self.listeners.get_mut(at) else { return };
+            published.again = false;
+            let guest_port = published.guest_port;
+            let (stream, client) = match published.listener.accept(flow_token) {
+                Ok(accepted) => accepted,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
+                    let before = self.len();
+                    self.evict(core, port);
+                    if self.len() == before {
+                        return;
+                    }
+                    continue;
+                }
+                // A client that left before it was taken (ECONNABORTED) and the like.
+                Err(_) => continue,
+            };
+            self.begin_published(core, port, stream, client, guest_port);
+        }
+        if let Some(published) = self.listeners.get_mut(at) {
+            published.again = true;
+        }
+    }
+
+    /// Leads a client to the guest. Where there is none the stream is dropped: the client sees RST.
+    fn begin_published(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        stream: N::Stream,
+        client: SocketAddr,
+        guest_port: u16,
+    ) {
+        let Some(addr) = core.primary_guest() else { return };
+        let guest = SocketAddr::new(addr, guest_port);
+        let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
+        if self.tcp.contains(&key) {
+            let ip = key.remote.ip();
+            let taken = |port| self.tcp.contains(&tcp::Key { guest, remote: SocketAddr::new(ip, port) });
+            let Some(free) = policy::free_port(client.port(), taken) else { return };
+            key.remote = SocketAddr::new(ip, free);
+        }
+        let neighbour = core.neighbour(addr);
+        if neighbour.is_none() {
+            core.ask_for(port, addr);
+        }
+        self.tcp.insert_from_world(core, key, neighbour, stream);
+    }
+
+    /// A guest address was seen at a new MAC address.
+    pub fn resolved(&mut self, addr: std::net::IpAddr, neighbour: Neighbour) {
+        self.tcp.resolved(addr, neighbour);
+    }
+
+    /// Carries out the deadlines that came up.
+    pub fn run_timers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        while let Some(token) = core.timers.pop_due(core.now) {
+            match TokenKind::of(token) {
+                Some(TokenKind::Tcp) => self.tcp.timeout(core, port, token),
+                Some(TokenKind::Peer) => self.datagrams.timeout(core, token),
+                _ => {}
+            }
+        }
+    }
+
+    /// The end of a batch.
+    pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        for at in 0..self.listeners.len() {
+            if self.listeners.get(at).is_some_and(|published| published.again) {
+                self.accept(core, port, TokenKind::Listener.token(0, at));
+            }
+        }
+        self.datagrams.flush(core, port);
+        self.tcp.flush(core, port);
+    }
+
+    /// Whether flows have more to send, or clients wait to be taken, now.
+    pub fn has_more(&self) -> bool {
+        self.tcp.has_more()
+            || self.datagrams.has_more()
+            || self.listeners.iter().any(|(_, published)| published.again)
+    }
+
+    /// Whether flows wait for receive buffers.
+    pub fn is_starved(&self) -> bool {
+        self.tcp.is_starved() || self.datagrams.is_starved()
+    }
+
+    /// The guest posted receive buffers.
+    pub fn guest_has_buffers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        self.datagrams.guest_has_buffers(core, port);
+        self.tcp.guest_has_buffers(core, port);
+    }
+
+    /// The guest is gone or began anew: its flows end, the world sees RST.
+    pub fn reset_all(&mut self, core: &mut Core) {
+        self.tcp.reset_all(core);
+        self.datagrams.reset_all(core);
+    }
+}

@@ -1,0 +1,247 @@
+//! The command line: flags to a validated [`Config`].
+//!
+//! Three steps, each with its own kind of error, all of them ending the process with code 2:
+//! the argument parser splits flags, `values` judges each value by itself, `check` judges them
+//! together and against the host's routes. Nothing is opened here but the socket of `--fd`.
+//!
+//! Read first: the vhost-user back-end program conventions (QEMU, `docs/interop/vhost-user.rst`), which
+//! fix `--socket-path`, `--fd` and `--print-capabilities`.
+
+mod check;
+mod subnet;
+mod values;
+
+use std::ffi::OsString;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use thiserror::Error;
+
+use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::config::{Config, DnsConfig, IpMtu};
+use crate::uplink::sys::routes::HostRoute;
+
+pub use check::UsageError;
+pub use subnet::Notice;
+pub use values::{DnsHost, PublishRange, ValueError};
+
+/// What `--print-capabilities` prints: the conventions' JSON. A network back-end has no optional
+/// features by them.
+pub const CAPABILITIES: &str = r#"{"type":"net","features":[]}"#;
+
+/// What the user asked for.
+#[derive(Debug)]
+pub enum Command {
+    /// Print [`CAPABILITIES`] and end.
+    PrintCapabilities,
+    /// Run a backend.
+    Run(Box<Args>),
+}
+
+/// Why the command line is refused.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// Not a command line of this program, or `--help` or `--version`, which end here too.
+    #[error(transparent)]
+    Arguments(#[from] clap::Error),
+    /// Flags that are well-formed by themselves but not together, or not on this host.
+    #[error(transparent)]
+    Usage(#[from] UsageError),
+}
+
+impl Error {
+    /// The code to end the process with: 0 after `--help` and `--version`, else 2.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Arguments(error) if error.exit_code() == 0 => 0,
+            _ => 2,
+        }
+    }
+
+    /// Prints the error, or the help that was asked for, where it belongs.
+    ///
+    /// # Errors
+    /// Whatever writing to standard output or standard error yields.
+    pub fn print(&self) -> io::Result<()> {
+        match self {
+            Error::Arguments(error) => error.print(),
+            Error::Usage(error) => {
+                use io::Write as _;
+                writeln!(io::stderr(), "error: {error}\n\nFor more information, try '--help'.")
+            }
+        }
+    }
+}
+
+/// Splits a command line, the program's name first.
+///
+/// By the conventions `--print-capabilities` makes every other argument be ignored, wrong ones too.
+///
+/// # Errors
+/// [`Error::Arguments`], also for `--help` and `--version`.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error> {
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+        return Ok(Command::PrintCapabilities);
+    }
+    Ok(Command::Run(Box::new(Args::try_parse_from(args)?)))
+}
+
+/// What a guest may reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModeArg {
+    /// The world, translated to sockets of this host
+    Nat,
+    /// The gateway only: DHCP and local names
+    HostOnly,
+    /// The same as host-only, for a VM that is to be alone
+    None,
+}
+
+/// Where frames leave for the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UplinkArg {
+    /// Ordinary sockets of this host; needs no privilege
+    Sockets,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormatArg {
+    /// One line of text an event
+    Text,
+    /// One JSON object an event
+    Json,
+}
+
+/// A network for one virtual machine over vhost-user: NAT without privilege, DHCP and DNS
+#[derive(Debug, Parser)]
+#[command(name = "vunet", version, max_term_width = 100, after_long_help = EXAMPLES)]
+pub struct Args {
+    /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
+    #[arg(long, value_name = "PATH", help_heading = "Attachment")]
+    socket_path: Option<PathBuf>,
+    /// Unix socket inherited from the parent process as this descriptor, listening or connected
+    #[arg(long, value_name = "N", value_parser = values::descriptor, allow_negative_numbers = true, help_heading = "Attachment")]
+    fd: Option<RawFd>,
+    /// Connect to a VM that listens on --socket-path instead of waiting for it
+    #[arg(long, help_heading = "Attachment")]
+    client: bool,
+    /// End with code 0 when the VM leaves, instead of waiting for it to come back
+    #[arg(long, help_heading = "Attachment")]
+    one_off: bool,
+    // `parse` looks for it before all others; here it is for --help.
+    /// Print the capabilities of the vhost-user back-end conventions as JSON and end
+    #[arg(long, help_heading = "Attachment")]
+    print_capabilities: bool,
+
+    /// What the guest may reach
+    #[arg(long, value_enum, default_value = "nat", help_heading = "Network")]
+    mode: ModeArg,
+    /// Where frames leave for the world [default with --mode nat: sockets]
+    #[arg(long, value_enum, help_heading = "Network")]
+    uplink: Option<UplinkArg>,
+    /// MAC address offered to a VMM that asks for one (QEMU sets its own: -device …,mac=)
+    #[arg(long, value_name = "MAC", value_parser = values::guest_mac, help_heading = "Network")]
+    mac: Option<MacAddr>,
+    /// Largest IP packet on the guest's link, in bytes
+    #[arg(long, value_name = "BYTES", value_parser = values::ip_mtu, default_value_t = IpMtu::DEFAULT,
+          help_heading = "Network")]
+    ip_mtu: IpMtu,
+    /// The guest's subnet [default: the first of 10.0.2.0/24 to 10.0.254.0/24 that overlaps no route of
+    /// this host; 10.0.0.0/24 without NAT]
+    #[arg(long, value_name = "ADDRESS/PREFIX", value_parser = values::subnet, help_heading = "Network")]
+    subnet: Option<Ipv4Subnet>,
+    /// Address of router, DHCP and DNS server [default: the subnet's first]
+    #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
+    gateway: Option<Ipv4Addr>,
+    /// Address of the guest [default: the first free one]
+    #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
+    guest_ip: Option<Ipv4Addr>,
+    /// Do not answer DHCP; the guest configures itself
+    #[arg(long, help_heading = "Network")]
+    no_dhcp: bool,
+
+    /// Publish a port of the guest on this host; repeatable. TCP unless udp: is said, on all IPv4
+    /// addresses unless HOSTADDR is given; host port 0 picks a free one and logs it
+    #[arg(long, value_name = "[tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END]",
+          value_parser = values::publish, help_heading = "Reaching the guest and the host")]
+    publish: Vec<PublishRange>,
+    /// Let the gateway's address reach 127.0.0.1 of this host, and the guest this host's own addresses
+    #[arg(long, help_heading = "Reaching the guest and the host")]
+    allow_host_loopback: bool,
+
+    /// Resolver to forward to; repeatable [default: those of /etc/resolv.conf]
+    #[arg(long, value_name = "IP[:PORT]", value_parser = values::dns_server, help_heading = "DNS")]
+    dns_server: Vec<SocketAddr>,
+    /// Domain of local names [default: vunet.internal]
+    #[arg(long, value_name = "NAME", value_parser = values::dns_domain, help_heading = "DNS")]
+    dns_domain: Option<String>,
+    /// Local name with its address; repeatable. A name without a dot is put under the domain
+    #[arg(long, value_name = "NAME=IP", value_parser = values::dns_host, help_heading = "DNS")]
+    dns_host: Vec<DnsHost>,
+    /// Do not answer DNS; the guest is given no resolver
+    #[arg(long, help_heading = "DNS")]
+    no_dns: bool,
+
+    /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
+    #[arg(long, value_name = "LEVEL", value_parser = values::log_level, default_value = "info",
+          help_heading = "Log, on standard error")]
+    log_level: String,
+    /// Form of the log
+    #[arg(
+        long,
+        value_enum,
+        value_name = "FORMAT",
+        default_value = "text",
+        help_heading = "Log, on standard error"
+    )]
+    log_format: LogFormatArg,
+
+    /// Never use SO_PEEK_OFF on TCP, even where the kernel has it
+    #[arg(long, hide = true)]
+    no_peek_off: bool,
+}
+
+impl Args {
+    /// Judges the flags together and against this host's `routes`; what the user should know of the
+    /// outcome comes along, to be logged once the log is set up.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub fn into_config(
+        self,
+        routes: io::Result<Vec<HostRoute>>,
+    ) -> Result<(Config, Vec<Notice>), UsageError> {
+        check::into_config(self, routes)
+    }
+
+    fn domain(&self) -> &str {
+        self.dns_domain.as_deref().unwrap_or(DnsConfig::DEFAULT_DOMAIN)
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  QEMU (the guest's memory must be shared; QEMU 9.2 and later say reconnect-ms=1000):
+    vunet --socket-path vm1.sock --publish 2222:22
+    qemu-system-x86_64 -m 1G \\
+      -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+      -chardev socket,id=chr0,path=vm1.sock,reconnect=1 \\
+      -netdev vhost-user,id=net0,chardev=chr0 -device virtio-net-pci,netdev=net0 …
+
+  QEMU as server: let it listen with -chardev socket,id=chr0,path=vm1.sock,server=on and start
+    vunet --client --socket-path vm1.sock
+
+  cloud-hypervisor:
+    vunet --socket-path vm1.sock --mac 52:54:00:12:34:56
+    cloud-hypervisor --memory size=1G,shared=on \\
+      --net vhost_user=true,socket=vm1.sock,mac=52:54:00:12:34:56 …
+
+  A network without the world, and names of your own:
+    vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9
+
+Exit codes: 0 ended as asked, 2 usage or configuration, 1 anything else.";

@@ -1,0 +1,616 @@
+//! Flags judged together: what cannot be said by one value alone.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use super::subnet::{self, Notice};
+use super::values::{self, PublishRange, ValueError};
+use super::{Args, LogFormatArg, ModeArg};
+use crate::addr::Ipv4Subnet;
+use crate::config::{Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish};
+use crate::limits;
+use crate::uplink::sys::inherited::{self, InheritedError};
+use crate::uplink::sys::routes::HostRoute;
+
+/// Names that answer with the gateway whatever the domain, because people's tools ask for them.
+const GATEWAY_ALIASES: [&str; 2] = ["host.docker.internal", "gateway.docker.internal"];
+/// The gateway's own label under the domain.
+const GATEWAY_LABEL: &str = "host";
+
+/// Why flags do not go together, or not on this host.
+#[derive(Debug, Error)]
+pub enum UsageError {
+    /// Nothing to attach to.
+    #[error(
+        "neither --socket-path nor --fd is given, so no VM can attach: give --socket-path PATH (or --fd N, \
+         if a parent process passes the socket)"
+    )]
+    NoSocket,
+    /// Two things to attach to.
+    #[error(
+        "--socket-path {} and --fd {fd} both say how the VM attaches: give one of them", path.display()
+    )]
+    TwoSockets {
+        /// The path.
+        path: PathBuf,
+        /// The descriptor's number.
+        fd: i32,
+    },
+    /// `--client` with an inherited socket.
+    #[error(
+        "--client goes with --socket-path only: --fd {0} is a socket that already listens or is connected; \
+         drop --client"
+    )]
+    ClientFd(i32),
+    /// A path no unix socket can have.
+    #[error(
+        "--socket-path {}: no unix socket can have this path ({reason}): give a shorter one, without NUL \
+         bytes", path.display()
+    )]
+    SocketPath {
+        /// The path.
+        path: PathBuf,
+        /// Why, in the system's words.
+        reason: String,
+    },
+    /// The inherited descriptor is of no use.
+    #[error(
+        "--fd {fd}: {reason}; have the parent pass a unix stream socket, listening or connected, and give \
+         its number"
+    )]
+    Inherited {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        reason: InheritedError,
+    },
+    /// A flag of NAT in a mode without it.
+    #[error("{flag} needs --mode nat: {why} in mode {mode}; drop it or use --mode nat")]
+    NeedsNat {
+        /// The flag, with its value.
+        flag: String,
+        /// The mode asked for.
+        mode: &'static str,
+        /// What the mode lacks.
+        why: &'static str,
+    },
+    /// A flag of DNS together with `--no-dns`.
+    #[error("{flag} and --no-dns contradict each other: nothing answers DNS then; drop one of them")]
+    NeedsDns {
+        /// The flag, with its value.
+        flag: String,
+    },
+    /// An address that no host of the subnet can have.
+    #[error("{flag} {addr} is no host of the subnet {subnet}: give one from {first} to {last}, or --subnet")]
+    NotInSubnet {
+        /// `--gateway` or `--guest-ip`.
+        flag: &'static str,
+        /// Its value.
+        addr: Ipv4Addr,
+        /// The subnet.
+        subnet: Ipv4Subnet,
+        /// Its first host.
+        first: Ipv4Addr,
+        /// Its last host.
+        last: Ipv4Addr,
+    },
+    /// Guest and gateway with one address.
+    #[error("--guest-ip {0} is the gateway's address: give the guest another, or --gateway")]
+    GuestIsGateway(Ipv4Addr),
+    /// One host port for two guest ports.
+    #[error(
+        "--publish takes {protocol} port {port} of this host twice ({first} and {second}): publish each \
+         host port once"
+    )]
+    PublishedTwice {
+        /// `tcp` or `udp`.
+        protocol: &'static str,
+        /// The port.
+        port: u16,
+        /// Address it is first taken at.
+        first: IpAddr,
+        /// Address it is taken at again.
+        second: IpAddr,
+    },
+    /// A flag given more often than its bound.
+    #[error("{flag}: {count} {what} are more than the {max} allowed: give fewer")]
+    TooMany {
+        /// The flag.
+        flag: &'static str,
+        /// How many there are.
+        count: usize,
+        /// Of what.
+        what: &'static str,
+        /// How many there may be.
+        max: usize,
+    },
+    /// A name that becomes too long under the domain.
+    #[error("{flag}: {reason}; shorten it or --dns-domain")]
+    Name {
+        /// The flag.
+        flag: &'static str,
+        /// Why.
+        reason: ValueError,
+    },
+}
+
+/// See [`Args::into_config`].
+pub(super) fn into_config(
+    args: Args,
+    routes: io::Result<Vec<HostRoute>>,
+) -> Result<(Config, Vec<Notice>), UsageError> {
+    let mut notices = Vec::new();
+    let mode = mode(&args)?;
+    let lan = lan(&args, routes, &mut notices)?;
+    let dns = dns(&args, lan.gateway)?;
+    let config = Config {
+        one_off: args.one_off,
+        mac: args.mac,
+        lan,
+        dns,
+        mode,
+        log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
+        no_peek_off: args.no_peek_off,
+        // Last: it takes the descriptor of --fd.
+        attach: attach(args)?,
+    };
+    Ok((config, notices))
+}
+
+fn attach(args: Args) -> Result<Attach, UsageError> {
+    match (args.socket_path, args.fd) {
+        (None, None) => Err(UsageError::NoSocket),
+        (Some(path), Some(fd)) => Err(UsageError::TwoSockets { path, fd }),
+        (None, Some(fd)) if args.client => Err(UsageError::ClientFd(fd)),
+        (None, Some(fd)) => inherited::unix_stream(fd)
+            .map(Attach::Inherited)
+            .map_err(|reason| UsageError::Inherited { fd, reason }),
+        (Some(path), None) => {
+            let reason = match unix::net::SocketAddr::from_pathname(&path) {
+                Ok(addr) if addr.as_pathname().is_some() => None,
+                Ok(_) => Some("it is empty".to_owned()),
+                Err(error) => Some(error.to_string()),
+            };
+            match reason {
+                Some(reason) => Err(UsageError::SocketPath { path, reason }),
+                None if args.client => Ok(Attach::Connect(path)),
+                None => Ok(Attach::Listen(path)),
+            }
+        }
+    }
+}
+
+fn mode(args: &Args) -> Result<Mode, UsageError> {
+    let name = match args.mode {
+        ModeArg::Nat => return nat(args).map(Mode::Nat),
+        ModeArg::HostOnly => "host-only",
+        ModeArg::None => "none",
+    };
+    let refuse = |flag: String, why| Err(UsageError::NeedsNat { flag, mode: name, why });
+    if !args.publish.is_empty() {
+        return refuse("--publish".to_owned(), "no port of this host leads to the guest");
+    }
+    if args.allow_host_loopback {
+        return refuse("--allow-host-loopback".to_owned(), "nothing leads from the guest to this host");
+    }
+    if let Some(server) = args.dns_server.first() {
+        return refuse(format!("--dns-server {server}"), "only local names are answered");
+    }
+    if args.uplink.is_some() {
+        return refuse("--uplink sockets".to_owned(), "no frame leaves for the world");
+    }
+    Ok(Mode::Isolated)
+}
+
+fn nat(args: &Args) -> Result<NatConfig, UsageError> {
+    bound("--dns-server", "resolvers", args.dns_server.len(), limits::DNS_SERVERS_MAX)?;
+    let mut dns_servers = Vec::new();
+    for server in &args.dns_server {
+        if !dns_servers.contains(server) {
+            dns_servers.push(*server);
+        }
+    }
+    Ok(NatConfig {
+        publish: published(&args.publish)?,
+        allow_host_loopback: args.allow_host_loopback,
+        dns_servers,
+    })
+}
+
+/// Every port by itself; no host port twice, or the second could not be bound.
+fn published(ranges: &[PublishRange]) -> Result<Vec<Publish>, UsageError> {
+    let count = ranges.iter().map(PublishRange::count).sum();
+    bound("--publish", "ports", count, limits::PUBLISHED_PORTS_MAX)?;
+    let mut ports: Vec<Publish> = Vec::with_capacity(count);
+    for port in ranges.iter().flat_map(|range| range.iter()) {
+        if let Some(first) = ports.iter().find(|other| collide(other, &port)) {
+            return Err(UsageError::PublishedTwice {
+                protocol: match port.protocol {
+                    Protocol::Tcp => "TCP",
+                    Protocol::Udp => "UDP",
+                },
+                port: port.host.port(),
+                first: first.host.ip(),
+                second: port.host.ip(),
+            });
+        }
+        ports.push(port);
+    }
+    Ok(ports)
+}
+
+/// Whether both need the same port of the same address; "all addresses" has every one.
+fn collide(a: &Publish, b: &Publish) -> bool {
+    let (a_addr, b_addr) = (a.host.ip(), b.host.ip());
+    a.protocol == b.protocol
+        && a.host.port() == b.host.port()
+        && a.host.port() != 0
+        && (a_addr == b_addr || a_addr.is_unspecified() || b_addr.is_unspecified())
+}
+
+fn bound(flag: &'static str, what: &'static str, count: usize, max: usize) -> Result<(), UsageError> {
+    if count > max { Err(UsageError::TooMany { flag, count, what, max }) } else { Ok(()) }
+}
+
+fn lan(
+    args: &Args,
+    routes: io::Result<Vec<HostRoute>>,
+    notices: &mut Vec<Notice>,
+) -> Result<Lan, UsageError> {
+    let subnet = match args.mode {
+        ModeArg::Nat => nat_subnet(args, routes, notices),
+        // Nothing of this network meets a route of the host.
+        ModeArg::HostOnly | ModeArg::None => args.subnet.unwrap_or_else(subnet::isolated_default),
+    };
+    let first = subnet.host(1).expect("a prefix of at most 30 bits leaves two hosts");
+    let last = Ipv4Addr::from_bits(subnet.broadcast().to_bits() - 1);
+    let host_of_subnet = |flag, addr| {
+        if subnet.is_host(addr) {
+            Ok(addr)
+        } else {
+            Err(UsageError::NotInSubnet { flag, addr, subnet, first, last })
+        }
+    };
+    let gateway = host_of_subnet("--gateway", args.gateway.unwrap_or(first))?;
+    let guest = args.guest_ip.map(|addr| host_of_subnet("--guest-ip", addr)).transpose()?;
+    if guest == Some(gateway) {
+        return Err(UsageError::GuestIsGateway(gateway));
+    }
+    Ok(Lan { subnet, gateway, guest, ip_mtu: args.ip_mtu, dhcp: !args.no_dhcp })
+}
+
+/// The subnet asked for, or the default. An address given without a subnet means one of the default's,
+/// so the default does not move then.
+fn nat_subnet(args: &Args, routes: io::Result<Vec<HostRoute>>, notices: &mut Vec<Notice>) -> Ipv4Subnet {
+    let routes = routes.unwrap_or_else(|error| {
+        notices.push(Notice::Warn(format!(
+            "cannot read this host's routes ({error}): whether the guest's subnet hides one of its networks \
+             is not checked"
+        )));
+        Vec::new()
+    });
+    let fixed = args.subnet.or_else(|| args.gateway.or(args.guest_ip).map(|_| subnet::nat_default()));
+    let (subnet, verdict) = match fixed {
+        Some(subnet) => (subnet, subnet::judge(subnet, &routes)),
+        None => subnet::pick(&routes),
+    };
+    notices.extend(subnet::notice(subnet, verdict));
+    subnet
+}
+
+fn dns(args: &Args, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
+    let domain = args.domain().to_owned();
+    if args.no_dns {
+        let flag = if let Some(server) = args.dns_server.first() {
+            format!("--dns-server {server}")
+        } else if let Some(domain) = &args.dns_domain {
+            format!("--dns-domain {domain}")
+        } else if !args.dns_host.is_empty() {
+            "--dns-host".to_owned()
+        } else {
+            return Ok(DnsConfig { enabled: false, domain, hosts: Vec::new() });
+        };
+        return Err(UsageError::NeedsDns { flag });
+    }
+    bound("--dns-host", "names", args.dns_host.len(), limits::DNS_HOSTS_MAX)?;
+    let mut hosts: Vec<(String, IpAddr)> = Vec::new();
+    for host in &args.dns_host {
+        let name =
+            host.qualified(&domain).map_err(|reason| UsageError::Name { flag: "--dns-host", reason })?;
+        let entry = (name, host.addr);
+        if !hosts.contains(&entry) {
+            hosts.push(entry);
+        }
+    }
+    let own = values::under(GATEWAY_LABEL, &domain)
+        .map_err(|reason| UsageError::Name { flag: "--dns-domain", reason })?;
+    let given = hosts.len();
+    for name in [own].into_iter().chain(GATEWAY_ALIASES.map(str::to_owned)) {
+        // A name the user gave an address keeps that one alone.
+        if hosts[..given].iter().all(|(taken, _)| *taken != name) {
+            hosts.push((name, IpAddr::V4(gateway)));
+        }
+    }
+    Ok(DnsConfig { enabled: true, domain, hosts })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, IntoRawFd};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::cli::{Command, parse};
+    use crate::config::IpMtu;
+
+    fn route(network: [u8; 4], prefix_len: u8) -> HostRoute {
+        HostRoute { network: network.into(), prefix_len, interface: "eth0".to_owned() }
+    }
+
+    fn args(line: &str) -> Args {
+        let words = ["vunet"].into_iter().chain(line.split_ascii_whitespace());
+        match parse(words.map(Into::into)) {
+            Ok(Command::Run(args)) => *args,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    /// The configuration of `line` behind `--socket-path`, on a host with one ordinary route.
+    fn config(line: &str) -> Config {
+        let routes = Ok(vec![route([192, 0, 2, 0], 24)]);
+        let (config, notices) =
+            args(&format!("--socket-path vm.sock {line}")).into_config(routes).expect(line);
+        assert_eq!(notices, [], "{line}");
+        config
+    }
+
+    fn error(line: &str) -> String {
+        args(line).into_config(Ok(Vec::new())).expect_err(line).to_string()
+    }
+
+    fn nat_of(config: &Config) -> &NatConfig {
+        match &config.mode {
+            Mode::Nat(nat) => nat,
+            Mode::Isolated => panic!("isolated"),
+        }
+    }
+
+    #[test]
+    fn a_socket_path_alone_is_the_documented_defaults() {
+        let config = config("");
+        assert!(matches!(&config.attach, Attach::Listen(path) if path.as_os_str() == "vm.sock"));
+        assert!(!config.one_off && !config.no_peek_off);
+        assert_eq!(config.mac, None);
+        assert_eq!(
+            config.lan,
+            Lan {
+                subnet: "10.0.2.0/24".parse().unwrap(),
+                gateway: Ipv4Addr::new(10, 0, 2, 1),
+                guest: None,
+                ip_mtu: IpMtu::DEFAULT,
+                dhcp: true,
+            }
+        );
+        let gateway = IpAddr::V4(config.lan.gateway);
+        let names = ["host.vunet.internal", "host.docker.internal", "gateway.docker.internal"];
+        assert_eq!(
+            config.dns,
+            DnsConfig {
+                enabled: true,
+                domain: "vunet.internal".to_owned(),
+                hosts: names.map(|name| (name.to_owned(), gateway)).to_vec(),
+            }
+        );
+        assert_eq!(config.mode, Mode::Nat(NatConfig::default()));
+        assert_eq!(config.log, LogConfig { level: "info".to_owned(), json: false });
+    }
+
+    #[test]
+    fn every_flag_reaches_the_configuration() {
+        let config = config(
+            "--client --one-off --mode nat --uplink sockets --mac 52:54:00:00:00:09 --ip-mtu 9000 \
+             --subnet 10.9.0.0/16 --gateway 10.9.0.254 --guest-ip 10.9.9.9 --no-dhcp --publish 8080:80 \
+             --publish udp:127.0.0.1:0:53 --allow-host-loopback --dns-server 192.0.2.1 \
+             --dns-server 192.0.2.1:53 --dns-domain Lan --dns-host db=10.9.0.7 --log-level debug \
+             --log-format json --no-peek-off",
+        );
+        assert!(matches!(&config.attach, Attach::Connect(path) if path.as_os_str() == "vm.sock"));
+        assert!(config.one_off && config.no_peek_off);
+        assert_eq!(config.mac.unwrap().to_string(), "52:54:00:00:00:09");
+        assert_eq!(
+            config.lan,
+            Lan {
+                subnet: "10.9.0.0/16".parse().unwrap(),
+                gateway: Ipv4Addr::new(10, 9, 0, 254),
+                guest: Some(Ipv4Addr::new(10, 9, 9, 9)),
+                ip_mtu: IpMtu::new(9000).unwrap(),
+                dhcp: false,
+            }
+        );
+        let nat = nat_of(&config);
+        assert_eq!(nat.publish.len(), 2);
+        assert!(nat.allow_host_loopback);
+        assert_eq!(nat.dns_servers, ["192.0.2.1:53".parse().unwrap()]);
+        assert_eq!(config.dns.domain, "lan");
+        assert_eq!(config.dns.hosts[0], ("db.lan".to_owned(), "10.9.0.7".parse().unwrap()));
+        assert_eq!(config.dns.hosts[1], ("host.lan".to_owned(), "10.9.0.254".parse().unwrap()));
+        assert_eq!(config.log, LogConfig { level: "debug".to_owned(), json: true });
+    }
+
+    #[test]
+    fn host_only_and_none_have_nothing_that_leads_out() {
+        for mode in ["host-only", "none"] {
+            let line = format!("--socket-path vm.sock --mode {mode} --dns-host db=10.0.0.9");
+            // A route over the default subnet is nothing to speak of: no frame meets it.
+            let routes = Ok(vec![route([10, 0, 0, 0], 8)]);
+            let (config, notices) = args(&line).into_config(routes).unwrap();
+            assert_eq!(config.mode, Mode::Isolated);
+            assert_eq!(config.lan.subnet.to_string(), "10.0.0.0/24");
+            assert_eq!(notices, []);
+            for flag in
+                ["--publish 80:80", "--allow-host-loopback", "--dns-server 192.0.2.1", "--uplink sockets"]
+            {
+                let error = error(&format!("{line} {flag}"));
+                for part in [flag.split(' ').next().unwrap(), mode, "--mode nat", "drop it"] {
+                    assert!(error.contains(part), "'{part}' is not in: {error}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn attachment_is_said_once() {
+        let long = format!("--socket-path {}", "x".repeat(200));
+        for (line, part) in [
+            ("", "give --socket-path PATH"),
+            ("--one-off", "neither --socket-path nor --fd"),
+            ("--client", "give --socket-path PATH"),
+            ("--socket-path a --fd 3", "--socket-path a and --fd 3 both"),
+            ("--client --fd 3", "drop --client"),
+            ("--fd 2", "--fd 2: descriptors below 3"),
+            ("--fd -1", "--fd -1: descriptors below 3"),
+            ("--fd 1000000", "--fd 1000000: no such descriptor is open"),
+            (&long, "give a shorter one"),
+        ] {
+            let error = error(line);
+            assert!(error.contains(part), "'{part}' is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn an_inherited_socket_becomes_the_configurations_own() {
+        let (ours, _peer) = UnixStream::pair().unwrap();
+        let number = ours.into_raw_fd();
+        let (config, _) = args(&format!("--fd {number}")).into_config(Ok(Vec::new())).unwrap();
+        assert!(matches!(&config.attach, Attach::Inherited(fd) if fd.as_raw_fd() == number));
+    }
+
+    #[test]
+    fn addresses_are_hosts_of_the_subnet_and_not_the_same() {
+        for (line, part) in [
+            ("--gateway 10.0.3.1", "--gateway 10.0.3.1 is no host of the subnet 10.0.2.0/24"),
+            ("--gateway 10.0.2.0", "give one from 10.0.2.1 to 10.0.2.254"),
+            ("--gateway 10.0.2.255", "--gateway 10.0.2.255"),
+            ("--guest-ip 192.168.1.1", "--guest-ip 192.168.1.1 is no host"),
+            ("--guest-ip 10.0.2.255", "--guest-ip"),
+            ("--guest-ip 10.0.2.1", "--guest-ip 10.0.2.1 is the gateway's address"),
+            ("--gateway 10.0.2.2 --guest-ip 10.0.2.2", "is the gateway's address"),
+            ("--subnet 192.168.7.4/30 --guest-ip 192.168.7.7", "from 192.168.7.5 to 192.168.7.6"),
+        ] {
+            let error = error(&format!("--socket-path s {line}"));
+            assert!(error.contains(part), "'{part}' is not in: {error}");
+        }
+        let smallest = config("--subnet 192.168.7.4/30 --guest-ip 192.168.7.5 --gateway 192.168.7.6");
+        assert_eq!(smallest.lan.gateway, Ipv4Addr::new(192, 168, 7, 6));
+    }
+
+    #[test]
+    fn the_default_subnet_moves_away_from_a_route_unless_an_address_ties_it() {
+        let run = |line: &str| {
+            let routes = Ok(vec![route([10, 0, 2, 0], 23)]);
+            args(&format!("--socket-path s {line}")).into_config(routes).unwrap()
+        };
+        let (config, notices) = run("");
+        assert_eq!(config.lan.subnet.to_string(), "10.0.4.0/24");
+        assert_eq!(config.lan.gateway, Ipv4Addr::new(10, 0, 4, 1));
+        assert_eq!(config.dns.hosts[0].1, IpAddr::V4(config.lan.gateway));
+        assert!(matches!(&notices[..], [Notice::Info(_)]), "{notices:?}");
+        for tied in ["--guest-ip 10.0.2.9", "--gateway 10.0.2.9", "--subnet 10.0.2.0/24"] {
+            let (config, notices) = run(tied);
+            assert_eq!(config.lan.subnet.to_string(), "10.0.2.0/24", "{tied}");
+            assert!(matches!(&notices[..], [Notice::Warn(_)]), "{tied}: {notices:?}");
+        }
+    }
+
+    #[test]
+    fn routes_that_cannot_be_read_are_a_warning() {
+        let routes = Err(io::ErrorKind::Unsupported.into());
+        let (config, notices) = args("--socket-path s").into_config(routes).unwrap();
+        assert_eq!(config.lan.subnet.to_string(), "10.0.2.0/24");
+        assert!(matches!(&notices[..], [Notice::Warn(text)] if text.contains("routes")));
+    }
+
+    #[test]
+    fn a_host_port_is_published_once() {
+        for line in [
+            "--publish 80:80 --publish 80:81",
+            "--publish 80:80 --publish 127.0.0.1:80:80",
+            "--publish 127.0.0.1:80:80 --publish tcp:0.0.0.0:80:80",
+            "--publish 80-90:80-90 --publish 85:1",
+        ] {
+            let error = error(&format!("--socket-path s {line}"));
+            assert!(error.contains("publish each host port once"), "{error}");
+        }
+        let config = config(
+            "--publish 80:80 --publish udp:80:80 --publish 127.0.0.1:81:80 --publish 127.0.0.2:81:80 \
+             --publish 0:22 --publish 0:22",
+        );
+        assert_eq!(nat_of(&config).publish.len(), 6);
+    }
+
+    #[test]
+    fn bounds_hold_at_the_limit_and_one_past_it() {
+        let publish = |ports: usize| format!("--socket-path s --publish 1-{ports}:1-{ports}");
+        assert!(args(&publish(limits::PUBLISHED_PORTS_MAX)).into_config(Ok(Vec::new())).is_ok());
+        assert!(error(&publish(limits::PUBLISHED_PORTS_MAX + 1)).contains("more than the 4096 allowed"));
+
+        let servers = |count: usize| {
+            (0..count).fold("--socket-path s".to_owned(), |line, n| {
+                format!("{line} --dns-server 192.0.2.{}", n + 1)
+            })
+        };
+        assert!(args(&servers(limits::DNS_SERVERS_MAX)).into_config(Ok(Vec::new())).is_ok());
+        assert!(error(&servers(limits::DNS_SERVERS_MAX + 1)).contains("--dns-server: 9 resolvers"));
+
+        let hosts = |count: usize| {
+            (0..count)
+                .fold("--socket-path s".to_owned(), |line, n| format!("{line} --dns-host h{n}=10.0.2.9"))
+        };
+        assert!(args(&hosts(limits::DNS_HOSTS_MAX)).into_config(Ok(Vec::new())).is_ok());
+        assert!(error(&hosts(limits::DNS_HOSTS_MAX + 1)).contains("--dns-host: 1025 names"));
+    }
+
+    #[test]
+    fn a_name_given_an_address_is_not_the_gateways_too() {
+        let dns = config(
+            "--dns-host host.docker.internal=192.0.2.7 --dns-host db=10.0.2.9 --dns-host db=2001:db8::9 \
+             --dns-host db=10.0.2.9",
+        )
+        .dns;
+        let names: Vec<_> = dns.hosts.iter().map(|(name, addr)| format!("{name} {addr}")).collect();
+        assert_eq!(
+            names,
+            [
+                "host.docker.internal 192.0.2.7",
+                "db.vunet.internal 10.0.2.9",
+                "db.vunet.internal 2001:db8::9",
+                "host.vunet.internal 10.0.2.1",
+                "gateway.docker.internal 10.0.2.1",
+            ]
+        );
+    }
+
+    #[test]
+    fn without_dns_no_flag_of_dns_is_taken() {
+        let dns = config("--no-dns").dns;
+        assert!(!dns.enabled && dns.hosts.is_empty());
+        for flag in ["--dns-server 192.0.2.1", "--dns-domain lan", "--dns-host a=10.0.2.9"] {
+            let error = error(&format!("--socket-path s --no-dns {flag}"));
+            assert!(error.contains("contradict each other"), "{error}");
+            assert!(error.contains(flag.split(' ').next().unwrap()), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_domain_that_leaves_no_room_for_names_is_refused() {
+        let label = "x".repeat(63);
+        let domain = [&label[..], &label, &label, &label[..57]].join(".");
+        let error = error(&format!("--socket-path s --dns-domain {domain}"));
+        assert!(error.contains("--dns-domain"), "{error}");
+        config(&format!("--dns-domain {}", &domain[1..]));
+    }
+}

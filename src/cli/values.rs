@@ -1,0 +1,564 @@
+//! Values of single flags: text to a checked value, with an error that says why not and what to write
+//! instead. The flag's name and the text itself are put in front by the argument parser.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::os::fd::RawFd;
+
+use thiserror::Error;
+use tracing_subscriber::EnvFilter;
+
+use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::config::{DnsConfig, IpMtu, Protocol, Publish};
+
+/// Longest domain name in text form, in characters (RFC 1035, 2.3.4: 255 octets on the wire).
+const NAME_CHARS_MAX: usize = 253;
+/// Longest label (RFC 1035, 2.3.4).
+const LABEL_CHARS_MAX: usize = 63;
+
+/// Why a value is refused.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ValueError {
+    /// Not the form of `--publish`.
+    #[error(
+        "expected [tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END], such as 8080:80 or udp:127.0.0.1:5353:53"
+    )]
+    PublishForm,
+    /// Not a port number.
+    #[error("'{0}' is not a port: give a number from 1 to 65535{1}")]
+    Port(String, &'static str),
+    /// A range that ends before it starts.
+    #[error("the range {0}-{1} ends before it starts: give the lower port first")]
+    Backwards(u16, u16),
+    /// Ranges of different lengths.
+    #[error("{host} host ports cannot lead to {guest} guest ports: give ranges of equal length")]
+    RangeLengths {
+        /// Ports in the host's range.
+        host: usize,
+        /// Ports in the guest's range.
+        guest: usize,
+    },
+    /// Host port 0 as part of a range.
+    #[error("host port 0 (pick a free one) stands for a single port: publish each guest port by itself")]
+    PickRange,
+    /// An IPv6 address to listen on.
+    #[error("IPv6 is not offered by this version: publish on an IPv4 address of this host")]
+    Ipv6,
+    /// A host address that is none.
+    #[error("'{0}' is not an IPv4 address: give one of this host's, or none to listen on all of them")]
+    HostAddress(String),
+    /// Not a resolver's address.
+    #[error("expected IP[:PORT], such as 192.0.2.53, 192.0.2.53:5353 or [2001:db8::53]:53")]
+    DnsServerForm,
+    /// An address no resolver can have.
+    #[error("no resolver can have this address: give the address of one host, and a port other than 0")]
+    DnsServerAddress,
+    /// Not `NAME=IP`.
+    #[error("expected NAME=IP, such as db=10.0.2.9 or www.example.org=192.0.2.80")]
+    DnsHostForm,
+    /// Not a domain name.
+    #[error(
+        "'{0}' is not a domain name: labels of 1 to 63 letters, digits, '-' or '_' joined by dots, 253 \
+         characters at most, no '-' at a label's end"
+    )]
+    Name(String),
+    /// A domain that multicast DNS owns.
+    #[error("names under .local belong to multicast DNS (RFC 6762): choose another, such as {default}", default = DnsConfig::DEFAULT_DOMAIN)]
+    LocalDomain,
+    /// A MAC address no station can have.
+    #[error("not a station's address: the guest's MAC is neither zero nor multicast (first octet even)")]
+    NotUnicast,
+    /// The gateway's MAC address.
+    #[error("this is vunet's own address on the link: give the guest another")]
+    GatewayMac,
+    /// An MTU out of bounds.
+    #[error("not an IP MTU: give bytes from {min} to {max}", min = IpMtu::MIN, max = IpMtu::MAX)]
+    IpMtu,
+    /// Not a log filter.
+    #[error("'{0}' is neither a level (off, error, warn, info, debug, trace) nor MODULE=LEVEL")]
+    LogLevel(String),
+    /// A subnet whose addresses never leave a host or name no host.
+    #[error(
+        "no guest can use these addresses (0/8, 127/8 and 224/3 are reserved): use a private subnet such as 10.0.2.0/24"
+    )]
+    ReservedSubnet,
+    /// Not an IPv4 address.
+    #[error("expected an IPv4 address, such as 10.0.2.1")]
+    Ipv4Address,
+    /// Not a descriptor's number.
+    #[error("expected the number of an open descriptor, such as 3")]
+    Descriptor,
+    /// Any other error of an address.
+    #[error(transparent)]
+    Addr(#[from] crate::addr::ParseAddrError),
+}
+
+/// What one `--publish` asks for: `ports` host ports in a row to as many guest ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishRange {
+    protocol: Protocol,
+    host: Ipv4Addr,
+    host_port: u16,
+    guest_port: u16,
+    ports: u16,
+}
+
+impl PublishRange {
+    /// How many ports it publishes.
+    pub fn count(&self) -> usize {
+        self.ports.into()
+    }
+
+    /// Each port by itself, in order.
+    pub fn iter(self) -> impl Iterator<Item = Publish> {
+        (0..self.ports).map(move |n| Publish {
+            protocol: self.protocol,
+            host: SocketAddr::V4(SocketAddrV4::new(self.host, self.host_port + n)),
+            guest_port: self.guest_port + n,
+        })
+    }
+}
+
+/// Reads `[tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END]`.
+pub(super) fn publish(text: &str) -> Result<PublishRange, ValueError> {
+    let (protocol, rest) = match text.split_once(':') {
+        Some(("tcp", rest)) => (Protocol::Tcp, rest),
+        Some(("udp", rest)) => (Protocol::Udp, rest),
+        _ => (Protocol::Tcp, text),
+    };
+    let parts: Vec<&str> = rest.split(':').collect();
+    if rest.starts_with('[') || (parts.len() > 3 && rest.contains("::")) {
+        return Err(ValueError::Ipv6);
+    }
+    let (host, host_ports, guest_ports) = match parts[..] {
+        [host_ports, guest_ports] => (Ipv4Addr::UNSPECIFIED, host_ports, guest_ports),
+        [host, host_ports, guest_ports] => (host_address(host)?, host_ports, guest_ports),
+        _ => return Err(ValueError::PublishForm),
+    };
+    let (host_port, host_end) = port_range(host_ports, true)?;
+    let (guest_port, guest_end) = port_range(guest_ports, false)?;
+    if host_port == 0 && (host_end, guest_end) != (host_port, guest_port) {
+        return Err(ValueError::PickRange);
+    }
+    if host_end - host_port != guest_end - guest_port {
+        let count = |first: u16, end: u16| usize::from(end - first) + 1;
+        return Err(ValueError::RangeLengths {
+            host: count(host_port, host_end),
+            guest: count(guest_port, guest_end),
+        });
+    }
+    // Guest port 0 is refused, so the count is at most 65,535.
+    Ok(PublishRange { protocol, host, host_port, guest_port, ports: guest_end - guest_port + 1 })
+}
+
+fn host_address(text: &str) -> Result<Ipv4Addr, ValueError> {
+    match text.parse::<Ipv4Addr>() {
+        Ok(addr) if !addr.is_multicast() && !addr.is_broadcast() => Ok(addr),
+        _ => Err(ValueError::HostAddress(text.to_owned())),
+    }
+}
+
+/// `FIRST` or `FIRST-END` as (first, end); 0 only where a port may be picked.
+fn port_range(text: &str, may_pick: bool) -> Result<(u16, u16), ValueError> {
+    let hint = if may_pick { ", or 0 to have a free one picked" } else { "" };
+    let port = |text: &str| {
+        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+        let number = text.parse::<u16>().ok().filter(|&port| digits && (port != 0 || may_pick));
+        number.ok_or_else(|| ValueError::Port(text.to_owned(), hint))
+    };
+    let (first, end) = match text.split_once('-') {
+        Some((first, end)) => (port(first)?, port(end)?),
+        None => (port(text)?, port(text)?),
+    };
+    if end < first { Err(ValueError::Backwards(first, end)) } else { Ok((first, end)) }
+}
+
+/// Reads `IP[:PORT]`; port 53 without one. IPv6 resolvers are asked by the host, so they are allowed.
+pub(super) fn dns_server(text: &str) -> Result<SocketAddr, ValueError> {
+    /// The port of DNS (RFC 1035, 4.2).
+    const DNS_PORT: u16 = 53;
+    let bare = text.strip_prefix('[').and_then(|text| text.strip_suffix(']')).unwrap_or(text);
+    let server = match (text.parse::<SocketAddr>(), bare.parse::<IpAddr>()) {
+        (Ok(server), _) => server,
+        (_, Ok(addr)) => SocketAddr::new(addr, DNS_PORT),
+        _ => return Err(ValueError::DnsServerForm),
+    };
+    let addr = server.ip();
+    if addr.is_unspecified()
+        || addr.is_multicast()
+        || addr == IpAddr::V4(Ipv4Addr::BROADCAST)
+        || server.port() == 0
+    {
+        return Err(ValueError::DnsServerAddress);
+    }
+    Ok(server)
+}
+
+/// What `--dns-host` asks for. A name with a dot in it (or behind it) stands for itself, one without is
+/// put under the domain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsHost {
+    name: String,
+    relative: bool,
+    /// The address the name gets.
+    pub addr: IpAddr,
+}
+
+impl DnsHost {
+    /// The whole name.
+    ///
+    /// # Errors
+    /// [`ValueError::Name`] if it is too long under `domain`.
+    pub fn qualified(&self, domain: &str) -> Result<String, ValueError> {
+        if self.relative { under(&self.name, domain) } else { Ok(self.name.clone()) }
+    }
+}
+
+/// `label` put under `domain`.
+///
+/// # Errors
+/// [`ValueError::Name`] if the whole is too long.
+pub(super) fn under(label: &str, domain: &str) -> Result<String, ValueError> {
+    let whole = format!("{label}.{domain}");
+    if whole.len() > NAME_CHARS_MAX { Err(ValueError::Name(whole)) } else { Ok(whole) }
+}
+
+/// Reads `NAME=IP`.
+pub(super) fn dns_host(text: &str) -> Result<DnsHost, ValueError> {
+    let (name, addr) = text.split_once('=').ok_or(ValueError::DnsHostForm)?;
+    let addr = addr.parse().map_err(|_| ValueError::DnsHostForm)?;
+    Ok(DnsHost { name: domain_name(name)?, relative: !name.contains('.'), addr })
+}
+
+/// Reads a domain for local names.
+pub(super) fn dns_domain(text: &str) -> Result<String, ValueError> {
+    let domain = domain_name(text)?;
+    if domain == "local" || domain.ends_with(".local") { Err(ValueError::LocalDomain) } else { Ok(domain) }
+}
+
+/// A domain name in lower case without a trailing dot.
+fn domain_name(text: &str) -> Result<String, ValueError> {
+    let name = text.strip_suffix('.').unwrap_or(text);
+    let label_holds = |label: &str| {
+        (1..=LABEL_CHARS_MAX).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if name.len() > NAME_CHARS_MAX || !name.split('.').all(label_holds) {
+        return Err(ValueError::Name(text.to_owned()));
+    }
+    Ok(name.to_ascii_lowercase())
+}
+
+/// Reads a guest's MAC address.
+pub(super) fn guest_mac(text: &str) -> Result<MacAddr, ValueError> {
+    let mac: MacAddr = text.parse()?;
+    match mac {
+        MacAddr::GATEWAY => Err(ValueError::GatewayMac),
+        mac if mac.is_unicast() => Ok(mac),
+        _ => Err(ValueError::NotUnicast),
+    }
+}
+
+/// Reads an IP MTU in bytes.
+pub(super) fn ip_mtu(text: &str) -> Result<IpMtu, ValueError> {
+    text.parse().ok().and_then(IpMtu::new).ok_or(ValueError::IpMtu)
+}
+
+/// Reads a log filter: levels and `MODULE=LEVEL`, joined by commas. A bare module name, which a filter
+/// would read as "everything of that module", is refused: it is nearly always a level mistyped.
+pub(super) fn log_level(text: &str) -> Result<String, ValueError> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_level = |level: &str| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level));
+    for part in text.split(',') {
+        let holds = match part.rsplit_once('=') {
+            Some((module, level)) => !module.is_empty() && is_level(level),
+            None => is_level(part),
+        };
+        if !holds || EnvFilter::try_new(part).is_err() {
+            return Err(ValueError::LogLevel(part.to_owned()));
+        }
+    }
+    Ok(text.to_owned())
+}
+
+/// Reads an IPv4 address.
+pub(super) fn ipv4_addr(text: &str) -> Result<Ipv4Addr, ValueError> {
+    text.parse().map_err(|_| ValueError::Ipv4Address)
+}
+
+/// Reads a descriptor's number.
+pub(super) fn descriptor(text: &str) -> Result<RawFd, ValueError> {
+    text.parse().map_err(|_| ValueError::Descriptor)
+}
+
+/// Reads a guest's subnet. A prefix has 8 bits at least, so the first octet tells a reserved one.
+pub(super) fn subnet(text: &str) -> Result<Ipv4Subnet, ValueError> {
+    let subnet: Ipv4Subnet = text.parse()?;
+    match subnet.network().octets()[0] {
+        0 | 127 | 224.. => Err(ValueError::ReservedSubnet),
+        _ => Ok(subnet),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+
+    use super::*;
+
+    /// Every good text gives its value; every bad one an error whose words hold the given part.
+    fn table<T: Debug + PartialEq>(
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+        good: &[(&str, T)],
+        bad: &[(&str, &str)],
+    ) {
+        for (text, value) in good {
+            assert_eq!(parse(text).as_ref(), Ok(value), "{text}");
+        }
+        for (text, part) in bad {
+            let error = parse(text).expect_err(text).to_string();
+            assert!(error.contains(part), "{text}: '{part}' is not in: {error}");
+        }
+    }
+
+    fn ports(protocol: Protocol, host: [u8; 4], host_port: u16, guest_port: u16, ports: u16) -> PublishRange {
+        PublishRange { protocol, host: host.into(), host_port, guest_port, ports }
+    }
+
+    #[test]
+    fn publish_values() {
+        use Protocol::{Tcp, Udp};
+        const ANY: [u8; 4] = [0; 4];
+        table(
+            publish,
+            &[
+                ("8080:80", ports(Tcp, ANY, 8080, 80, 1)),
+                ("tcp:8080:80", ports(Tcp, ANY, 8080, 80, 1)),
+                ("udp:53:53", ports(Udp, ANY, 53, 53, 1)),
+                ("127.0.0.1:2222:22", ports(Tcp, [127, 0, 0, 1], 2222, 22, 1)),
+                ("udp:192.0.2.1:0:53", ports(Udp, [192, 0, 2, 1], 0, 53, 1)),
+                ("0:22-22", ports(Tcp, ANY, 0, 22, 1)),
+                ("0.0.0.0:1:1", ports(Tcp, ANY, 1, 1, 1)),
+                ("8000-8009:9000-9009", ports(Tcp, ANY, 8000, 9000, 10)),
+                ("1-65535:1-65535", ports(Tcp, ANY, 1, 1, 65_535)),
+                ("65535:65535", ports(Tcp, ANY, 65_535, 65_535, 1)),
+            ],
+            &[
+                ("", "expected [tcp:|udp:]"),
+                ("80", "expected [tcp:|udp:]"),
+                ("tcp:80", "expected [tcp:|udp:]"),
+                ("1:2:3:4", "expected [tcp:|udp:]"),
+                ("sctp:80:80", "'sctp' is not an IPv4 address"),
+                ("localhost:80:80", "'localhost' is not an IPv4 address"),
+                ("224.0.0.1:80:80", "'224.0.0.1' is not an IPv4 address"),
+                ("255.255.255.255:80:80", "not an IPv4 address"),
+                ("[::1]:80:80", "IPv6 is not offered by this version"),
+                ("tcp:[2001:db8::1]:80:80", "IPv6 is not offered by this version"),
+                ("2001:db8::1:80:80", "IPv6 is not offered by this version"),
+                ("80:0", "'0' is not a port: give a number from 1 to 65535"),
+                ("65536:80", "'65536' is not a port"),
+                ("8080:80/tcp", "'80/tcp' is not a port"),
+                ("+80:80", "'+80' is not a port"),
+                ("127.0.0.1::80", "or 0 to have a free one picked"),
+                ("80-:80", "'' is not a port"),
+                ("90-80:80-90", "90-80 ends before it starts"),
+                ("80-89:80-88", "10 host ports cannot lead to 9 guest ports"),
+                ("80:80-81", "1 host ports cannot lead to 2 guest ports"),
+                ("0:80-81", "stands for a single port"),
+                ("0-1:80-81", "stands for a single port"),
+            ],
+        );
+    }
+
+    #[test]
+    fn a_published_range_yields_its_ports_in_order() {
+        let range = publish("udp:127.0.0.1:65534-65535:1-2").unwrap();
+        let each = |host: &str, guest_port| Publish {
+            protocol: Protocol::Udp,
+            host: host.parse().unwrap(),
+            guest_port,
+        };
+        assert_eq!(range.count(), 2);
+        assert_eq!(
+            range.iter().collect::<Vec<_>>(),
+            [each("127.0.0.1:65534", 1), each("127.0.0.1:65535", 2)]
+        );
+    }
+
+    #[test]
+    fn dns_server_values() {
+        let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
+        table(
+            dns_server,
+            &[
+                ("192.0.2.53", addr("192.0.2.53:53")),
+                ("127.0.0.53:5353", addr("127.0.0.53:5353")),
+                ("2001:db8::53", addr("[2001:db8::53]:53")),
+                ("[2001:db8::53]", addr("[2001:db8::53]:53")),
+                ("[::1]:5353", addr("[::1]:5353")),
+            ],
+            &[
+                ("", "expected IP[:PORT]"),
+                ("dns.example", "expected IP[:PORT]"),
+                ("192.0.2.53:", "expected IP[:PORT]"),
+                ("192.0.2.53:70000", "expected IP[:PORT]"),
+                ("192.0.2.53:0", "a port other than 0"),
+                ("0.0.0.0", "no resolver can have this address"),
+                ("[::]:53", "no resolver can have this address"),
+                ("224.0.0.251:5353", "no resolver can have this address"),
+                ("255.255.255.255", "no resolver can have this address"),
+            ],
+        );
+    }
+
+    #[test]
+    fn dns_host_values() {
+        let host = |name: &str, relative, addr: &str| DnsHost {
+            name: name.to_owned(),
+            relative,
+            addr: addr.parse().unwrap(),
+        };
+        table(
+            dns_host,
+            &[
+                ("db=10.0.2.9", host("db", true, "10.0.2.9")),
+                ("DB.=10.0.2.9", host("db", false, "10.0.2.9")),
+                ("www.Example.org=2001:db8::80", host("www.example.org", false, "2001:db8::80")),
+                ("_x-1.a=0.0.0.0", host("_x-1.a", false, "0.0.0.0")),
+            ],
+            &[
+                ("", "expected NAME=IP"),
+                ("db", "expected NAME=IP"),
+                ("db=", "expected NAME=IP"),
+                ("db=host", "expected NAME=IP"),
+                ("=10.0.2.9", "'' is not a domain name"),
+                ("a..b=10.0.2.9", "'a..b' is not a domain name"),
+                ("-a=10.0.2.9", "is not a domain name"),
+                ("a-=10.0.2.9", "is not a domain name"),
+                ("a b=10.0.2.9", "is not a domain name"),
+                ("*.a=10.0.2.9", "is not a domain name"),
+            ],
+        );
+    }
+
+    #[test]
+    fn dns_domain_values() {
+        let label = "x".repeat(63);
+        let longest = [&label[..], &label, &label, &label[..61]].join(".");
+        table(
+            dns_domain,
+            &[
+                ("vunet.internal", "vunet.internal".to_owned()),
+                ("Lab.Example.", "lab.example".to_owned()),
+                ("lan", "lan".to_owned()),
+                (&longest, longest.clone()),
+            ],
+            &[
+                ("", "is not a domain name"),
+                (".", "is not a domain name"),
+                (".a", "is not a domain name"),
+                ("a..", "is not a domain name"),
+                ("local", "multicast DNS"),
+                ("vm.LOCAL.", "multicast DNS"),
+                (&format!("{label}x"), "is not a domain name"),
+                (&format!("x{longest}"), "is not a domain name"),
+            ],
+        );
+        assert_eq!(longest.len(), NAME_CHARS_MAX);
+    }
+
+    #[test]
+    fn a_relative_name_goes_under_the_domain_and_a_dotted_one_does_not() {
+        let name = |text: &str| dns_host(text).unwrap().qualified("lan");
+        assert_eq!(name("db=10.0.2.9"), Ok("db.lan".to_owned()));
+        assert_eq!(name("db.=10.0.2.9"), Ok("db".to_owned()));
+        assert_eq!(name("a.b=10.0.2.9"), Ok("a.b".to_owned()));
+        let long = "d".repeat(NAME_CHARS_MAX - 2);
+        assert!(dns_host("ab=10.0.2.9").unwrap().qualified(&long).is_err());
+        assert!(dns_host("a=10.0.2.9").unwrap().qualified(&long).is_ok());
+    }
+
+    #[test]
+    fn mac_values() {
+        table(
+            guest_mac,
+            &[("52:54:00:12:34:56", MacAddr([0x52, 0x54, 0, 0x12, 0x34, 0x56]))],
+            &[
+                ("52:54:00:12:34", "not a MAC address"),
+                ("00:00:00:00:00:00", "neither zero nor multicast"),
+                ("01:00:5e:00:00:01", "neither zero nor multicast"),
+                ("ff:ff:ff:ff:ff:ff", "neither zero nor multicast"),
+                ("02:ab:cd:00:00:01", "vunet's own address"),
+            ],
+        );
+    }
+
+    #[test]
+    fn ip_mtu_values() {
+        let mtu = |bytes| IpMtu::new(bytes).unwrap();
+        table(
+            ip_mtu,
+            &[("576", mtu(576)), ("1500", IpMtu::DEFAULT), ("65521", mtu(65_521))],
+            &[
+                ("575", "from 576 to 65521"),
+                ("65522", "from 576 to 65521"),
+                ("70000", "from 576 to 65521"),
+                ("-1", "from 576 to 65521"),
+                ("9k", "from 576 to 65521"),
+            ],
+        );
+    }
+
+    #[test]
+    fn subnet_values() {
+        let net = |text: &str| text.parse::<Ipv4Subnet>().unwrap();
+        table(
+            subnet,
+            &[
+                ("10.0.2.0/24", net("10.0.2.0/24")),
+                ("10.0.0.0/8", net("10.0.0.0/8")),
+                ("192.168.7.4/30", net("192.168.7.4/30")),
+            ],
+            &[
+                ("10.0.2.0", "expected ADDRESS/PREFIX"),
+                ("fd00::/64", "expected ADDRESS/PREFIX"),
+                ("10.0.2.0/x", "expected ADDRESS/PREFIX"),
+                ("10.0.2.0/31", "use 8 to 30"),
+                ("10.0.0.0/7", "use 8 to 30"),
+                ("10.0.2.1/24", "the subnet is 10.0.2.0/24"),
+                ("127.0.0.0/8", "127/8 and 224/3 are reserved"),
+                ("0.0.0.0/24", "are reserved"),
+                ("224.0.0.0/24", "are reserved"),
+                ("240.0.0.0/24", "are reserved"),
+            ],
+        );
+    }
+
+    #[test]
+    fn log_level_values() {
+        let same = |text: &'static str| (text, text.to_owned());
+        table(
+            log_level,
+            &[same("off"), same("info"), same("TRACE"), same("warn,vunet::device=debug")],
+            &[
+                ("", "neither a level"),
+                ("verbose", "'verbose' is neither a level"),
+                ("vunet::device", "neither a level"),
+                ("info,", "'' is neither a level"),
+                ("vunet=loud", "'vunet=loud' is neither"),
+                ("=info", "'=info' is neither"),
+            ],
+        );
+    }
+
+    #[test]
+    fn address_and_descriptor_values() {
+        table(
+            ipv4_addr,
+            &[("10.0.2.1", Ipv4Addr::new(10, 0, 2, 1))],
+            &[("", "expected an IPv4 address"), ("::1", "expected an IPv4 address"), ("10.0.2", "expected")],
+        );
+        table(descriptor, &[("3", 3), ("-1", -1)], &[("", "such as 3"), ("x", "such as 3")]);
+    }
+}

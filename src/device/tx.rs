@@ -1,0 +1,331 @@
+//! The transmit queues: frames from the guest.
+//!
+//! A chain is popped, its virtio-net header and first bytes are copied once and judged by the copy,
+//! and the frame is handed on in place. Every chain is completed in order, whatever became of its
+//! frame; a batch is published once, with at most one notification. While a batch is full the
+//! driver is asked not to kick; when the queue is empty it is asked to, and looked at once more.
+//!
+//! May touch: transmit rings, guest memory to read. Read first: virtio 1.3, 5.1.6.2; `ring`.
+
+use super::chain::{ChainBuf, ChainError};
+use super::features::{Feature, Features};
+use super::guest_mem::Segments;
+use super::ring::{Popped, Ring, RingFault, SharedMemory};
+use super::stats::TxStats;
+use crate::frame::{QueuePair, TxFrame};
+use crate::limits::{FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX};
+use crate::wire::vnet::{Checksum, GsoKind, VNET_HEADER_BYTES, VnetHeader};
+
+/// Bytes of an Ethernet header: nothing shorter is a frame.
+const ETHERNET_HEADER_BYTES: usize = 14;
+
+/// How a drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// Nothing is left, and the guest will kick when there is.
+    Empty,
+    /// The budget is spent and more may wait; there will be no kick for it.
+    More,
+    /// The ring is not running.
+    Down,
+}
+
+/// Whether the front-end enabled a ring (`VHOST_USER_SET_VRING_ENABLE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Enabled {
+    /// Never since it was reset: its chains wait.
+    NotYet,
+    /// It carries frames.
+    Yes,
+    /// Disabled again: frames from the guest are consumed and discarded, as the vhost-user
+    /// specification asks, so that the guest's queue does not stall.
+    No,
+}
+
+/// A transmit ring in its place.
+#[derive(Debug)]
+pub(super) struct TxRing {
+    pub(super) ring: Ring,
+    pub(super) enabled: Enabled,
+    /// Why it was stopped, until it is started again.
+    pub(super) fault: Option<RingFault>,
+    /// Whether a malformed chain was logged since the start.
+    complained: bool,
+}
+
+impl TxRing {
+    pub(super) fn new(ring: Ring, enabled: Enabled) -> TxRing {
+        TxRing { ring, enabled, fault: None, complained: false }
+    }
+
+    fn is_running(&self) -> bool {
+        self.fault.is_none() && self.enabled != Enabled::NotYet
+    }
+}
+
+/// The transmit queues of all pairs.
+#[derive(Debug)]
+pub struct TxSide {
+    pub(super) rings: [Option<TxRing>; QUEUE_PAIRS_MAX],
+    pub(super) stats: TxStats,
+    features: Features,
+    chain: ChainBuf,
+    head: Box<[u8; FRAME_HEAD_BYTES]>,
+    /// A ring got a fault that `queues` has not seen yet.
+    pub(super) any_fault: bool,
+}
+
+impl TxSide {
+    pub(super) fn new(memory: &SharedMemory) -> TxSide {
+        TxSide {
+            rings: [const { None }; QUEUE_PAIRS_MAX],
+            stats: TxStats::default(),
+            features: Features::NONE,
+            chain: ChainBuf::new(memory),
+            head: Box::new([0; FRAME_HEAD_BYTES]),
+            any_fault: false,
+        }
+    }
+
+    pub(super) fn set_features(&mut self, features: Features) {
+        self.features = features;
+    }
+
+    pub(super) fn set_memory(&mut self, memory: &SharedMemory) {
+        self.chain.set_memory(memory);
+    }
+
+    /// Pairs whose transmit ring runs.
+    pub fn pairs_running(&self) -> impl Iterator<Item = QueuePair> + '_ {
+        let running = |ring: &Option<TxRing>| ring.as_ref().is_some_and(TxRing::is_running);
+        self.rings.iter().zip(0..).filter(move |(ring, _)| running(ring)).map(|(_, n)| QueuePair(n))
+    }
+
+    /// Hands at most `budget_frames` chains' frames of `pair` to `each`, completes them and
+    /// publishes once. What `each` does not copy or send it cannot have later.
+    pub fn drain(
+        &mut self,
+        pair: QueuePair,
+        budget_frames: usize,
+        mut each: impl FnMut(TxFrame<'_>),
+    ) -> Drained {
+        let TxSide { rings, stats, features, chain, head, any_fault } = self;
+        let Some(Some(tx)) = rings.get_mut(usize::from(pair.0)) else { return Drained::Down };
+        if !tx.is_running() {
+            return Drained::Down;
+        }
+        tx.ring.disarm();
+        let mut batch = Batch { tx, stats, features: *features, chain, head, pair };
+        let outcome = batch.run(budget_frames, &mut each);
+        if batch.tx.ring.publish() {
+            batch.stats.calls += 1;
+        }
+        match outcome {
+            Ok(drained) => drained,
+            Err(fault) => {
+                batch.tx.fault = Some(fault);
+                *any_fault = true;
+                Drained::Down
+            }
+        }
+    }
+}
+
+/// One visit to one ring.
+struct Batch<'a> {
+    tx: &'a mut TxRing,
+    stats: &'a mut TxStats,
+    features: Features,
+    chain: &'a mut ChainBuf,
+    head: &'a mut [u8; FRAME_HEAD_BYTES],
+    pair: QueuePair,
+}
+
+impl Batch<'_> {
+    fn run(&mut self, budget: usize, each: &mut impl FnMut(TxFrame<'_>)) -> Result<Drained, RingFault> {
+        for _ in 0..budget {
+            self.chain.clear();
+            let head = match self.tx.ring.pop(self.chain)? {
+                Popped::Empty if self.tx.ring.arm()? => continue,
+                Popped::Empty => return Ok(Drained::Empty),
+                Popped::Bad { head, why } => {
+                    self.refuse(why);
+                    head
+                }
+                Popped::Chain { head } => {
+                    self.hand_on(each);
+                    head
+                }
+            };
+            self.tx.ring.complete(head, 0);
+        }
+        self.tx.ring.disarm();
+        Ok(Drained::More)
+    }
+
+    fn refuse(&mut self, why: ChainError) {
+        self.stats.bad_chains.count(why);
+        if !std::mem::replace(&mut self.tx.complained, true) {
+            tracing::warn!(pair = self.pair.0, reason = %why, "malformed chain in a transmit ring dropped");
+        }
+    }
+
+    /// Judges the chain in `self.chain` and hands its frame on if it is one.
+    fn hand_on(&mut self, each: &mut impl FnMut(TxFrame<'_>)) {
+        if self.chain.writable.count() > 0 {
+            return self.refuse(ChainError::WrongDirection);
+        }
+        if self.tx.enabled != Enabled::Yes {
+            self.stats.disabled += 1;
+            return;
+        }
+        match read_frame(&self.chain.readable, self.features, self.head) {
+            Ok((vnet, whole_bytes)) => {
+                let header_bytes = self.features.vnet_header_bytes();
+                self.stats.frames += 1;
+                self.stats.bytes += whole_bytes as u64;
+                each(TxFrame {
+                    vnet,
+                    head: &self.head[..whole_bytes.min(FRAME_HEAD_BYTES)],
+                    whole: self.chain.readable.payload().range(header_bytes, whole_bytes),
+                    pair: self.pair,
+                });
+            }
+            Err(FrameError::TooShort) => self.stats.too_short += 1,
+            Err(FrameError::TooLong) => self.stats.too_long += 1,
+            Err(FrameError::BadHeader) => self.stats.bad_header += 1,
+            Err(FrameError::NotNegotiated) => self.stats.not_negotiated += 1,
+        }
+    }
+}
+
+/// Why a well-formed chain holds no frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum FrameError {
+    TooShort,
+    TooLong,
+    BadHeader,
+    NotNegotiated,
+}
+
+/// Copies header and head out of `segments`, judges the header, and returns it with the frame's
+/// length.
+fn read_frame(
+    segments: &Segments,
+    features: Features,
+    head: &mut [u8; FRAME_HEAD_BYTES],
+) -> Result<(VnetHeader, usize), FrameError> {
+    let header_bytes = features.vnet_header_bytes();
+    let frame_bytes = segments.len_bytes().checked_sub(header_bytes).ok_or(FrameError::TooShort)?;
+    if frame_bytes < ETHERNET_HEADER_BYTES {
+        return Err(FrameError::TooShort);
+    }
+    if frame_bytes > FRAME_BYTES_MAX {
+        return Err(FrameError::TooLong);
+    }
+    let mut raw = [0; VNET_HEADER_BYTES + FRAME_HEAD_BYTES];
+    let copied = segments.payload().copy_to(&mut raw[..header_bytes + FRAME_HEAD_BYTES]);
+    debug_assert_eq!(copied, header_bytes + frame_bytes.min(FRAME_HEAD_BYTES));
+    head.copy_from_slice(&raw[header_bytes..header_bytes + FRAME_HEAD_BYTES]);
+    let mut header = [0; VNET_HEADER_BYTES];
+    header[..header_bytes].copy_from_slice(&raw[..header_bytes]);
+    let vnet = VnetHeader::parse(&header).map_err(|_| FrameError::BadHeader)?;
+    Ok((judge(vnet, features, frame_bytes)?, frame_bytes))
+}
+
+/// The header as the engine may rely on it: offloads negotiated, offsets within the frame.
+fn judge(mut vnet: VnetHeader, features: Features, frame_bytes: usize) -> Result<VnetHeader, FrameError> {
+    match vnet.checksum {
+        Checksum::Partial { start, offset } => {
+            if !features.has(Feature::CSUM) {
+                return Err(FrameError::NotNegotiated);
+            }
+            let end = usize::from(start) + usize::from(offset) + 2;
+            if usize::from(start) < ETHERNET_HEADER_BYTES || end > frame_bytes {
+                return Err(FrameError::BadHeader);
+            }
+        }
+        // The flag is the device's to set (virtio 1.3, 5.1.6.2.1); the checksum is there.
+        Checksum::Valid => vnet.checksum = Checksum::Complete,
+        Checksum::Complete => {}
+    }
+    if let Some(gso) = &mut vnet.gso {
+        let negotiated = match gso.kind {
+            GsoKind::Tcp4 => features.has(Feature::HOST_TSO4),
+            GsoKind::Tcp6 => features.has(Feature::HOST_TSO6),
+            GsoKind::UdpL4 | GsoKind::UdpFragment => false,
+        };
+        if !negotiated || (gso.ecn && !features.has(Feature::HOST_ECN)) {
+            return Err(FrameError::NotNegotiated);
+        }
+        // Segments get checksums of their own, so the frame cannot carry a complete one.
+        if vnet.checksum == Checksum::Complete {
+            return Err(FrameError::BadHeader);
+        }
+        // A hint only (virtio 1.3, 5.1.6.2.2).
+        gso.headers_bytes = gso.headers_bytes.min(u16::try_from(frame_bytes).unwrap_or(u16::MAX));
+    }
+    vnet.num_buffers = 0;
+    Ok(vnet)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::vnet::Gso;
+
+    fn all() -> Features {
+        Features::offered(true)
+    }
+
+    fn partial(start: u16, offset: u16) -> VnetHeader {
+        VnetHeader { checksum: Checksum::Partial { start, offset }, ..VnetHeader::default() }
+    }
+
+    fn segmented(kind: GsoKind, ecn: bool) -> VnetHeader {
+        let gso = Gso { kind, size_bytes: 1448, headers_bytes: u16::MAX, ecn };
+        VnetHeader { gso: Some(gso), ..partial(34, 16) }
+    }
+
+    #[test]
+    fn checksum_field_beyond_the_frame_is_refused() {
+        assert!(judge(partial(34, 16), all(), 52).is_ok());
+        assert_eq!(judge(partial(34, 16), all(), 51), Err(FrameError::BadHeader));
+        assert_eq!(judge(partial(u16::MAX, u16::MAX), all(), 1500), Err(FrameError::BadHeader));
+        assert_eq!(judge(partial(0, 16), all(), 1500), Err(FrameError::BadHeader));
+    }
+
+    #[test]
+    fn offload_that_was_not_negotiated_is_refused() {
+        assert_eq!(judge(partial(34, 16), Features::NONE, 1500), Err(FrameError::NotNegotiated));
+        let csum = Features::from_bits(Feature::CSUM.mask());
+        assert_eq!(judge(segmented(GsoKind::Tcp4, false), csum, 1500), Err(FrameError::NotNegotiated));
+        let tso4 = Features::from_bits(Feature::CSUM.mask() | Feature::HOST_TSO4.mask());
+        assert!(judge(segmented(GsoKind::Tcp4, false), tso4, 1500).is_ok());
+        assert_eq!(judge(segmented(GsoKind::Tcp4, true), tso4, 1500), Err(FrameError::NotNegotiated));
+        assert_eq!(judge(segmented(GsoKind::Tcp6, false), tso4, 1500), Err(FrameError::NotNegotiated));
+        assert_eq!(judge(segmented(GsoKind::UdpL4, false), all(), 1500), Err(FrameError::NotNegotiated));
+        assert_eq!(
+            judge(segmented(GsoKind::UdpFragment, false), all(), 1500),
+            Err(FrameError::NotNegotiated)
+        );
+    }
+
+    #[test]
+    fn segmentation_without_a_partial_checksum_is_refused() {
+        let header = VnetHeader { checksum: Checksum::Complete, ..segmented(GsoKind::Tcp4, false) };
+        assert_eq!(judge(header, all(), 1500), Err(FrameError::BadHeader));
+    }
+
+    #[test]
+    fn header_length_hint_beyond_the_frame_is_cut() {
+        let judged = judge(segmented(GsoKind::Tcp4, false), all(), 1500).unwrap();
+        assert_eq!(judged.gso.unwrap().headers_bytes, 1500);
+    }
+
+    #[test]
+    fn data_valid_from_the_guest_means_a_complete_checksum() {
+        let header = VnetHeader { checksum: Checksum::Valid, ..VnetHeader::default() };
+        assert_eq!(judge(header, all(), 60).unwrap().checksum, Checksum::Complete);
+    }
+}

@@ -1,0 +1,238 @@
+//! What every part of the engine shares: the network's addresses, counters, neighbours, timers and
+//! the frames that wait for receive buffers.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::counters::{Counters, DropReason};
+use super::emit;
+use super::guest_port::{GuestPort, ReserveError};
+use super::timers::Timers;
+use crate::addr::MacAddr;
+use crate::config::Lan;
+use crate::frame::QueuePair;
+use crate::limits;
+use crate::time::Instant;
+use crate::wire::arp;
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::icmpv4::{Message, UnreachableCode};
+use crate::wire::vnet::VnetHeader;
+
+/// Where a guest address was last seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbour {
+    /// Its MAC address.
+    pub mac: MacAddr,
+    /// The queue pair it last used.
+    pub pair: QueuePair,
+}
+
+/// Shared state of one engine.
+#[derive(Debug)]
+pub struct Core {
+    /// The guest's network.
+    pub lan: Lan,
+    /// The MTU towards the guest now: the smaller of the configured and the front-end's.
+    pub ip_mtu: u16,
+    /// Time of the current batch.
+    pub now: Instant,
+    /// What happened.
+    pub counters: Counters,
+    /// Deadlines.
+    pub timers: Timers,
+    neighbours: HashMap<IpAddr, Neighbour>,
+    /// Whom published ports lead to.
+    primary: Option<IpAddr>,
+    outbox: VecDeque<Queued>,
+    icmp_tokens: u32,
+    icmp_refilled: Instant,
+    next_ident: u16,
+}
+
+#[derive(Debug)]
+struct Queued {
+    pair: QueuePair,
+    vnet: VnetHeader,
+    frame: Box<[u8]>,
+}
+
+impl Core {
+    /// Shared state for the network `lan`.
+    pub fn new(lan: Lan) -> Core {
+        Core {
+            lan,
+            ip_mtu: lan.ip_mtu.get(),
+            now: Instant::ZERO,
+            counters: Counters::default(),
+            timers: Timers::default(),
+            neighbours: HashMap::new(),
+            primary: lan.guest.map(IpAddr::V4),
+            outbox: VecDeque::new(),
+            icmp_tokens: limits::ICMP_ERRORS_BURST,
+            icmp_refilled: Instant::ZERO,
+            next_ident: 0,
+        }
+    }
+
+    /// The gateway's address, family-neutral.
+    pub fn gateway(&self) -> IpAddr {
+        IpAddr::V4(self.lan.gateway)
+    }
+
+    /// Whether `addr` is one the guest may own.
+    pub fn is_guest_address(&self, addr: Ipv4Addr) -> bool {
+        self.lan.subnet.is_host(addr) && addr != self.lan.gateway
+    }
+
+    /// Remembers where a guest address was seen; returns true if its MAC is new or has changed.
+    pub fn learn(&mut self, addr: IpAddr, neighbour: Neighbour) -> bool {
+        self.primary.get_or_insert(addr);
+        if let Some(known) = self.neighbours.get_mut(&addr) {
+            let changed = known.mac != neighbour.mac;
+            *known = neighbour;
+            return changed;
+        }
+        if self.neighbours.len() >= limits::NEIGHBOURS_MAX {
+            // A guest that invents addresses loses them all, its real one until its next frame.
+            self.neighbours.clear();
+        }
+        self.neighbours.insert(addr, neighbour);
+        true
+    }
+
+    /// Where a guest address was last seen.
+    pub fn neighbour(&self, addr: IpAddr) -> Option<Neighbour> {
+        self.neighbours.get(&addr).copied()
+    }
+
+    /// Forgets every neighbour and waiting frame: the guest started anew.
+    pub fn forget_guest(&mut self) {
+        self.neighbours.clear();
+        self.outbox.clear();
+        self.primary = self.lan.guest.map(IpAddr::V4);
+    }
+
+    /// The guest address published ports lead to: the configured one, else the first one seen.
+    pub fn primary_guest(&self) -> Option<IpAddr> {
+        self.primary
+    }
+
+    /// A lease was given: published ports lead to its holder unless configured otherwise.
+    pub fn set_primary_guest(&mut self, addr: IpAddr) {
+        if self.lan.guest.is_none() {
+            self.primary = Some(addr);
+        }
+    }
+
+    /// Asks who holds `addr` (RFC 826); the answer arrives as any ARP packet does.
+    pub fn ask_for(&mut self, port: &mut impl GuestPort, addr: IpAddr) {
+        let IpAddr::V4(target_ip) = addr else { return };
+        let request = arp::Packet {
+            operation: arp::Operation::Request,
+            sender_mac: MacAddr::GATEWAY,
+            sender_ip: self.lan.gateway,
+            target_mac: MacAddr::ZERO,
+            target_ip,
+        };
+        self.send_arp(port, QueuePair::default(), MacAddr::BROADCAST, &request);
+    }
+
+    /// Sends an ARP packet to `to`.
+    pub fn send_arp(
+        &mut self,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        to: MacAddr,
+        packet: &arp::Packet,
+    ) {
+        let mut frame = [0u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
+        let header = ethernet::Header { dst: to, src: MacAddr::GATEWAY, ethertype: EtherType::ARP };
+        header.emit(&mut frame);
+        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
+        self.send(port, pair, VnetHeader::default(), &frame);
+    }
+
+    /// A fresh IPv4 identification for a packet that may be fragmented.
+    pub fn next_ident(&mut self) -> u16 {
+        self.next_ident = self.next_ident.wrapping_add(1);
+        self.next_ident
+    }
+
+    /// Sends a frame from host memory, or queues it until the guest has buffers.
+    pub fn send(&mut self, port: &mut impl GuestPort, pair: QueuePair, vnet: VnetHeader, frame: &[u8]) {
+        if self.outbox.is_empty() {
+            match port.send(pair, vnet, frame) {
+                Ok(()) => {
+                    self.counters.frames_to_guest += 1;
+                    return;
+                }
+                Err(ReserveError::Full) => {}
+                Err(ReserveError::Down | ReserveError::TooSmall) => {
+                    return self.counters.drop(DropReason::GuestNotReceiving);
+                }
+            }
+        }
+        if self.outbox.len() >= limits::OUTBOX_FRAMES_MAX {
+            return self.counters.drop(DropReason::GuestNotReceiving);
+        }
+        self.outbox.push_back(Queued { pair, vnet, frame: frame.into() });
+    }
+
+    /// Sends what waits, as far as there are buffers. Returns whether all of it is gone.
+    pub fn send_waiting(&mut self, port: &mut impl GuestPort) -> bool {
+        while let Some(queued) = self.outbox.front() {
+            match port.send(queued.pair, queued.vnet, &queued.frame) {
+                Err(ReserveError::Full) => return false,
+                Ok(()) => self.counters.frames_to_guest += 1,
+                Err(_) => self.counters.drop(DropReason::GuestNotReceiving),
+            }
+            self.outbox.pop_front();
+        }
+        true
+    }
+
+    /// Sends an ICMP error about `packet` (the first bytes of an IP packet of the guest), within the
+    /// rate limit.
+    pub fn send_icmp_error(
+        &mut self,
+        port: &mut impl GuestPort,
+        to: Neighbour,
+        message: Message,
+        packet: &[u8],
+    ) {
+        if !self.take_icmp_token() {
+            return self.counters.drop(DropReason::RateLimited);
+        }
+        let ident = self.next_ident();
+        let mut frame = [0u8; emit::ICMP_ERROR_FRAME_BYTES_MAX];
+        if let Some(len) = emit::icmp_error(&mut frame, self.lan.gateway, to.mac, ident, message, packet) {
+            self.send(port, to.pair, VnetHeader::default(), &frame[..len]);
+        }
+    }
+
+    /// [`Core::send_icmp_error`] with "destination unreachable".
+    pub fn send_unreachable(
+        &mut self,
+        port: &mut impl GuestPort,
+        to: Neighbour,
+        code: UnreachableCode,
+        packet: &[u8],
+    ) {
+        self.send_icmp_error(port, to, Message::Unreachable { code, next_hop_mtu: 0 }, packet);
+    }
+
+    fn take_icmp_token(&mut self) -> bool {
+        let passed = self.now.since(self.icmp_refilled);
+        let refill = passed.as_millis() as u64 * u64::from(limits::ICMP_ERRORS_PER_SECOND) / 1000;
+        if refill > 0 {
+            let full = u64::from(limits::ICMP_ERRORS_BURST);
+            self.icmp_tokens = (u64::from(self.icmp_tokens) + refill).min(full) as u32;
+            self.icmp_refilled = self.now;
+        }
+        if self.icmp_tokens == 0 {
+            return false;
+        }
+        self.icmp_tokens -= 1;
+        true
+    }
+}

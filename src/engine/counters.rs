@@ -1,0 +1,119 @@
+//! What happened, counted. A frame that goes nowhere is counted with its reason.
+
+/// Why a frame, segment or datagram was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(usize)]
+pub enum DropReason {
+    /// Not parseable as what it claims to be.
+    Malformed,
+    /// A checksum did not match.
+    Checksum,
+    /// An Ethernet type or IP protocol that is not served.
+    Unsupported,
+    /// Addressed to another station.
+    NotForUs,
+    /// A source address that is not the guest's to use.
+    SpoofedSource,
+    /// A destination that policy refuses.
+    Refused,
+    /// No translation for it.
+    NoFlow,
+    /// A table or pool is at its bound.
+    TableFull,
+    /// A host socket would not take it.
+    SocketRefused,
+    /// The guest posts no receive buffers and the outbox is full, or the ring is down.
+    GuestNotReceiving,
+    /// Outside of the receive window, or stale.
+    OutOfWindow,
+    /// Fragments that overlap, exceed bounds or never completed.
+    Fragment,
+    /// Answers withheld by rate limit.
+    RateLimited,
+    /// From a remote endpoint the guest has not sent to.
+    Filtered,
+    /// DHCP or DNS that deserves no answer.
+    ServiceSilent,
+}
+
+const REASONS: [(DropReason, &str); 15] = [
+    (DropReason::Malformed, "malformed"),
+    (DropReason::Checksum, "checksum"),
+    (DropReason::Unsupported, "unsupported"),
+    (DropReason::NotForUs, "not_for_us"),
+    (DropReason::SpoofedSource, "spoofed_source"),
+    (DropReason::Refused, "refused"),
+    (DropReason::NoFlow, "no_flow"),
+    (DropReason::TableFull, "table_full"),
+    (DropReason::SocketRefused, "socket_refused"),
+    (DropReason::GuestNotReceiving, "guest_not_receiving"),
+    (DropReason::OutOfWindow, "out_of_window"),
+    (DropReason::Fragment, "fragment"),
+    (DropReason::RateLimited, "rate_limited"),
+    (DropReason::Filtered, "filtered"),
+    (DropReason::ServiceSilent, "service_silent"),
+];
+
+/// Counters of one engine; plain numbers, owned by its worker.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    /// Frames taken from the guest.
+    pub frames_from_guest: u64,
+    /// Frames placed in the guest's receive buffers.
+    pub frames_to_guest: u64,
+    /// Payload bytes moved from the guest into sockets.
+    pub payload_from_guest_bytes: u64,
+    /// Payload bytes moved from sockets into guest memory.
+    pub payload_to_guest_bytes: u64,
+    /// Flows begun.
+    pub flows_opened: u64,
+    /// Flows ended to make room for others.
+    pub flows_evicted: u64,
+    /// TCP segments sent again.
+    pub retransmits: u64,
+    drops: [u64; REASONS.len()],
+}
+
+impl Counters {
+    /// Counts one drop.
+    pub fn drop(&mut self, reason: DropReason) {
+        self.drops[reason as usize] += 1;
+    }
+
+    /// Drops counted for `reason`.
+    pub fn dropped(&self, reason: DropReason) -> u64 {
+        self.drops[reason as usize]
+    }
+
+    /// All drops.
+    pub fn dropped_total(&self) -> u64 {
+        self.drops.iter().sum()
+    }
+
+    /// The reasons that occurred, as `name=count` words.
+    pub fn drops_text(&self) -> String {
+        let words: Vec<String> = REASONS
+            .iter()
+            .filter(|(reason, _)| self.dropped(*reason) > 0)
+            .map(|(reason, name)| format!("{name}={}", self.dropped(*reason)))
+            .collect();
+        if words.is_empty() { "none".to_owned() } else { words.join(" ") }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_reason_has_its_own_slot_and_name() {
+        for (at, (reason, _)) in REASONS.iter().enumerate() {
+            assert_eq!(*reason as usize, at);
+        }
+        let mut counters = Counters::default();
+        counters.drop(DropReason::Filtered);
+        counters.drop(DropReason::Filtered);
+        assert_eq!(counters.drops_text(), "filtered=2");
+        assert_eq!(counters.dropped_total(), 2);
+    }
+}

@@ -1,0 +1,221 @@
+//! The gateway: what answers at vunet's own address. ARP, ICMP echo, DHCP and DNS over UDP; DNS over
+//! TCP is a flow to the process's own resolver (`nat`).
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use slab::Slab;
+
+use super::core::{Core, Neighbour};
+use super::counters::DropReason;
+use super::emit;
+use super::guest_port::GuestPort;
+use super::nat::DNS_PORT;
+use crate::addr::MacAddr;
+use crate::config::DnsConfig;
+use crate::frame::{Payload, QueuePair};
+use crate::limits;
+use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome};
+use crate::service::dns::{self, DnsAction, DnsService, Transport};
+use crate::wire::checksum;
+use crate::wire::icmpv4::{self, Message};
+use crate::wire::ipv4::Protocol;
+use crate::wire::{arp, udp};
+
+/// A question for the upstream resolvers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DnsForward {
+    /// Names it in [`Gateway::dns_answer`].
+    pub id: u64,
+    /// The query as the guest sent it.
+    pub query: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct PendingDns {
+    id: u64,
+    client: SocketAddr,
+    from: Neighbour,
+    query: Vec<u8>,
+}
+
+/// The gateway's services.
+#[derive(Debug)]
+pub struct Gateway {
+    dhcp: DhcpServer,
+    dns: Arc<DnsService>,
+    pending: Slab<PendingDns>,
+    forwards: VecDeque<DnsForward>,
+    next_id: u32,
+}
+
+impl Gateway {
+    /// The services of the network `core` knows.
+    pub fn new(core: &Core, dns_config: &DnsConfig, dns: Arc<DnsService>) -> Gateway {
+        Gateway {
+            dhcp: DhcpServer::new(&core.lan, dns_config),
+            dns,
+            pending: Slab::new(),
+            forwards: VecDeque::new(),
+            next_id: 0,
+        }
+    }
+
+    /// An ARP packet of the guest. The gateway answers for itself and for nobody else.
+    pub fn arp(&self, core: &mut Core, port: &mut impl GuestPort, pair: QueuePair, packet: &arp::Packet) {
+        let asked = packet.operation == arp::Operation::Request && packet.target_ip == core.lan.gateway;
+        if !asked {
+            return;
+        }
+        let reply = arp::Packet {
+            operation: arp::Operation::Reply,
+            sender_mac: MacAddr::GATEWAY,
+            sender_ip: core.lan.gateway,
+            target_mac: packet.sender_mac,
+            target_ip: packet.sender_ip,
+        };
+        core.send_arp(port, pair, packet.sender_mac, &reply);
+    }
+
+    /// An echo request to the gateway, answered with its own payload (RFC 792).
+    pub fn echo(
+        &self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        from: Neighbour,
+        guest: IpAddr,
+        (ident, seq): (u16, u16),
+        payload: &Payload<'_>,
+    ) {
+        let mut data = vec![0u8; payload.len()];
+        payload.copy_to(&mut data);
+        let mut transport = vec![0u8; icmpv4::HEADER_BYTES + data.len()];
+        Message::EchoReply { ident, seq }.emit_with_payload(&data, &mut transport);
+        let gateway = core.gateway();
+        send_transport(core, port, from, (gateway, guest), Protocol::ICMP, &transport);
+    }
+
+    /// A DHCP message; returns what it did to a lease.
+    pub fn dhcp(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        from: Neighbour,
+        payload: &Payload<'_>,
+    ) -> Option<LeaseEvent> {
+        let mut message = vec![0u8; payload.len().min(limits::DHCP_MESSAGE_BYTES_MAX + 1)];
+        payload.copy_to(&mut message);
+        let reply = match self.dhcp.handle(core.now, from.mac, &message) {
+            Outcome::Reply(reply) => reply,
+            Outcome::Silent(reason) => {
+                tracing::debug!(mac = %from.mac, ?reason, "DHCP message not answered");
+                core.counters.drop(DropReason::ServiceSilent);
+                return None;
+            }
+        };
+        let source = SocketAddr::new(core.gateway(), dhcp::SERVER_PORT);
+        let target = SocketAddr::new(reply.dst_ip.into(), reply.dst_port);
+        let to = Neighbour { mac: reply.dst_mac, pair: from.pair };
+        send_udp(core, port, to, source, target, &reply.payload);
+        if let Some(event) = reply.lease
+            && event.change == LeaseChange::Bound
+        {
+            core.set_primary_guest(IpAddr::V4(event.ip));
+            core.learn(IpAddr::V4(event.ip), Neighbour { mac: event.mac, pair: from.pair });
+        }
+        reply.lease
+    }
+
+    /// A DNS query to the gateway's port 53 over UDP.
+    pub fn dns(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        from: Neighbour,
+        client: SocketAddr,
+        payload: &Payload<'_>,
+    ) {
+        let mut query = vec![0u8; payload.len()];
+        payload.copy_to(&mut query);
+        match self.dns.handle(&query, Transport::Udp) {
+            DnsAction::Reply(answer) => send_dns(core, port, from, client, &answer),
+            DnsAction::Drop(_) => core.counters.drop(DropReason::ServiceSilent),
+            DnsAction::Forward if self.pending.len() >= limits::DNS_PENDING_MAX => {
+                core.counters.drop(DropReason::TableFull);
+                send_dns(core, port, from, client, &dns::servfail(&query));
+            }
+            DnsAction::Forward => {
+                self.next_id = self.next_id.wrapping_add(1);
+                let slot = self.pending.vacant_key() as u64;
+                let id = (u64::from(self.next_id) << 32) | slot;
+                self.pending.insert(PendingDns { id, client, from, query: query.clone() });
+                self.forwards.push_back(DnsForward { id, query });
+            }
+        }
+    }
+
+    /// Questions to forward, to be taken after each batch.
+    pub fn next_forward(&mut self) -> Option<DnsForward> {
+        self.forwards.pop_front()
+    }
+
+    /// An upstream's answer to question `id`.
+    pub fn dns_answer(&mut self, core: &mut Core, port: &mut impl GuestPort, id: u64, answer: &[u8]) {
+        let slot = (id & 0xffff_ffff) as usize;
+        if self.pending.get(slot).is_none_or(|pending| pending.id != id) {
+            return;
+        }
+        let pending = self.pending.remove(slot);
+        let answer = dns::truncate_for_udp(answer, &pending.query);
+        send_dns(core, port, pending.from, pending.client, &answer);
+    }
+
+    /// The guest began anew: nobody waits for answers any more.
+    pub fn forget_guest(&mut self) {
+        self.pending.clear();
+        self.forwards.clear();
+    }
+}
+
+fn send_dns(core: &mut Core, port: &mut impl GuestPort, to: Neighbour, client: SocketAddr, answer: &[u8]) {
+    let source = SocketAddr::new(core.gateway(), DNS_PORT);
+    send_udp(core, port, to, source, client, answer);
+}
+
+/// Sends a UDP datagram from host memory, in fragments if it exceeds the MTU.
+fn send_udp(
+    core: &mut Core,
+    port: &mut impl GuestPort,
+    to: Neighbour,
+    source: SocketAddr,
+    target: SocketAddr,
+    payload: &[u8],
+) {
+    let mut transport = vec![0u8; udp::HEADER_BYTES + payload.len()];
+    let total = transport.len();
+    let header =
+        udp::Header { src_port: source.port(), dst_port: target.port(), len_bytes: total, checksum: 0 };
+    header.emit(&mut transport);
+    transport[udp::HEADER_BYTES..].copy_from_slice(payload);
+    let mut sum = checksum::pseudo_header(source.ip(), target.ip(), Protocol::UDP, total);
+    sum.add_bytes(&transport);
+    let at = udp::CHECKSUM_OFFSET;
+    transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
+    send_transport(core, port, to, (source.ip(), target.ip()), Protocol::UDP, &transport);
+}
+
+fn send_transport(
+    core: &mut Core,
+    port: &mut impl GuestPort,
+    to: Neighbour,
+    (from_ip, to_ip): (IpAddr, IpAddr),
+    protocol: Protocol,
+    transport: &[u8],
+) {
+    let (ident, mtu) = (core.next_ident(), core.ip_mtu);
+    let mac = if to_ip == IpAddr::V4(Ipv4Addr::BROADCAST) { MacAddr::BROADCAST } else { to.mac };
+    emit::fragments(mac, from_ip, to_ip, protocol, ident, transport, mtu, |frame| {
+        core.send(port, to.pair, Default::default(), frame);
+    });
+}

@@ -1,0 +1,430 @@
+//! One TCP connection of the guest, spliced to a host socket.
+//!
+//! The engine terminates the guest's TCP without buffering its bytes: what the guest sends goes into
+//! the socket at once and is acknowledged only then; what the world sends stays queued in the socket
+//! until the guest has acknowledged it, so the socket is the retransmission buffer.
+//!
+//! | state | entered | left | fields that hold |
+//! |---|---|---|---|
+//! | `Connecting` | the guest's SYN, a connect under way | the connect's end, the guest's RST | `recv.nxt` = its sequence number + 1 |
+//! | `SynSent` | a client of a published port, our SYN sent | the guest's SYN-ACK or RST, 6 tries | `send.*` but the peer's window |
+//! | `SynReceived` | the connect succeeded, our SYN-ACK sent | the guest's ACK or RST, 6 tries | all |
+//! | `Established` | the handshake's end | RST either way, or both FINs done | all; `recv.closed`, `send.eof` tell half-closes |
+//! | `TimeWait` | both FINs done, ours first | 10 s, or a new SYN | sequence numbers; no socket |
+//!
+//! Read first: RFC 9293 sections 3.4 to 3.10, RFC 7323 section 2, RFC 5961.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::pool::{Budget, Pool};
+use crate::addr::MacAddr;
+use crate::engine::core::Core;
+use crate::engine::host_net::{Close, HostStream, Readiness, Token};
+use crate::engine::timers::TimerSlot;
+use crate::frame::QueuePair;
+use crate::limits;
+use crate::time::Instant;
+use crate::wire::tcp::{Options, SeqNumber};
+
+/// Window scale offered to the guest (RFC 7323, 2.3), see [`limits::TCP_WINDOW_BYTES_MAX`].
+pub(super) const WINDOW_SCALE: u8 = 8;
+/// Segment size of a peer that names none (RFC 9293, 3.7.1).
+const DEFAULT_MSS: u16 = 536;
+/// Smallest segment size obeyed; a smaller one would cost a frame for a handful of bytes.
+const MIN_MSS: u16 = 88;
+/// First retransmission of a SYN (RFC 6298, 2.1).
+const SYN_RTO: Duration = Duration::from_secs(1);
+/// First retransmission of anything else: the guest is one memory copy away, and Linux's own least.
+const RTO_MIN: Duration = Duration::from_millis(200);
+/// Longest pause between retransmissions or window probes (RFC 6298, 2.5).
+const RTO_MAX: Duration = Duration::from_secs(60);
+/// Tries of a SYN.
+const SYN_RETRIES: u8 = 6;
+/// Tries of data before the guest is taken for dead: about 13 minutes (RFC 9293, 3.8.3 asks 100 s).
+const DATA_RETRIES: u8 = 18;
+/// Idle time after which the guest is asked whether it lives (RFC 9293, 3.8.4).
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(7200);
+/// Pause between unanswered keepalives, and their number (Linux's defaults).
+const KEEPALIVE_PAUSE: Duration = Duration::from_secs(75);
+const KEEPALIVE_PROBES: u8 = 9;
+/// How long a finished flow answers the guest's repeated FIN.
+const TIME_WAIT: Duration = Duration::from_secs(10);
+
+/// Both ends of a flow as the guest sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The guest's end.
+    pub guest: SocketAddr,
+    /// The world's end; the gateway's address for what stands behind it.
+    pub remote: SocketAddr,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Connecting,
+    SynSent,
+    SynReceived,
+    Established,
+    TimeWait,
+}
+
+/// What becomes of a flow after an event.
+#[derive(Debug)]
+pub enum Fate {
+    /// It lives.
+    Live,
+    /// Both directions ended in order.
+    Done,
+    /// It is over; the world sees RST, the guest knows already.
+    Reset,
+    /// It is over; the world sees RST and so does the guest.
+    ResetBoth,
+    /// The connect failed; the guest is told why.
+    ConnectFailed(io::Error),
+}
+
+/// From the guest to the world.
+#[derive(Debug)]
+pub(super) struct Recv {
+    /// Next byte expected: all before went into the socket.
+    pub(super) nxt: SeqNumber,
+    /// Right edge of the window as advertised; never moves left.
+    pub(super) edge: SeqNumber,
+    /// Shift of the windows we send.
+    pub(super) shift: u8,
+    /// Sequence number of the guest's FIN, once seen.
+    pub(super) fin: Option<SeqNumber>,
+    /// The FIN was reached and passed on.
+    pub(super) closed: bool,
+    /// What the socket cannot take yet.
+    pub(super) pool: Pool,
+    /// An acknowledgement is owed.
+    pub(super) ack_due: bool,
+}
+
+/// From the world to the guest.
+#[derive(Debug)]
+pub(super) struct Send {
+    /// Initial sequence number.
+    pub(super) iss: SeqNumber,
+    /// Oldest unacknowledged.
+    pub(super) una: SeqNumber,
+    /// Next to send; moves back to `una` for a retransmission.
+    pub(super) nxt: SeqNumber,
+    /// Highest ever sent.
+    pub(super) max: SeqNumber,
+    /// Sequence number of the first byte in the socket's queue; lags `una` within a batch.
+    pub(super) consumed: SeqNumber,
+    /// The guest's window in bytes, and the segment that told it (RFC 9293, 3.10.7.4).
+    pub(super) window: u32,
+    pub(super) window_max: u32,
+    pub(super) wl1: SeqNumber,
+    pub(super) wl2: SeqNumber,
+    /// Shift of the windows the guest sends.
+    pub(super) shift: u8,
+    /// Largest segment the guest takes, payload bytes.
+    pub(super) mss: u16,
+    /// Sequence number of our FIN, once the world's end of stream was met.
+    pub(super) eof: Option<SeqNumber>,
+    /// The socket may hold bytes not yet peeked.
+    pub(super) readable: bool,
+    /// A SYN or SYN-ACK is owed.
+    pub(super) syn_due: bool,
+    /// A probe (keepalive or zero window) is owed.
+    pub(super) probe_due: bool,
+    /// A reset at this sequence number is owed to a stray segment.
+    pub(super) rst_due: Option<SeqNumber>,
+    pub(super) dup_acks: u8,
+    /// Fast recovery lasts until this is acknowledged (RFC 6582).
+    pub(super) recover: Option<SeqNumber>,
+    /// Retransmissions, window probes or keepalives without an answer.
+    pub(super) tries: u8,
+    /// From when the pending time-out counts.
+    pub(super) timer_base: Instant,
+}
+
+/// One connection. `S` is the host's stream.
+#[derive(Debug)]
+pub struct Flow<S> {
+    pub(super) key: Key,
+    pub(super) token: Token,
+    pub(super) guest_mac: Option<MacAddr>,
+    pub(super) pair: QueuePair,
+    pub(super) stream: Option<S>,
+    pub(super) state: State,
+    pub(super) recv: Recv,
+    pub(super) send: Send,
+    pub(super) timer: TimerSlot,
+    /// On the list of flows with something to do at the batch's end.
+    pub(super) dirty: bool,
+    /// On the list of flows that wait for receive buffers.
+    pub(super) starved: bool,
+    pub(super) last_active: Instant,
+}
+
+/// Who began a flow.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Origin {
+    /// The guest's SYN with this sequence number, options and window.
+    Guest { irs: SeqNumber, options: Options, window: u16 },
+    /// A client of a published port.
+    World,
+}
+
+impl<S: HostStream> Flow<S> {
+    pub(super) fn new(
+        core: &Core,
+        key: Key,
+        token: Token,
+        stream: S,
+        iss: SeqNumber,
+        origin: Origin,
+    ) -> Flow<S> {
+        let mut flow = Flow {
+            key,
+            token,
+            guest_mac: None,
+            pair: QueuePair::default(),
+            stream: Some(stream),
+            state: State::Connecting,
+            recv: Recv {
+                nxt: SeqNumber(0),
+                edge: SeqNumber(0),
+                shift: 0,
+                fin: None,
+                closed: false,
+                pool: Pool::default(),
+                ack_due: false,
+            },
+            send: Send {
+                iss,
+                una: iss,
+                nxt: iss,
+                max: iss,
+                consumed: iss + 1,
+                window: 0,
+                window_max: 0,
+                wl1: SeqNumber(0),
+                wl2: SeqNumber(0),
+                shift: 0,
+                mss: DEFAULT_MSS,
+                eof: None,
+                readable: false,
+                syn_due: false,
+                probe_due: false,
+                rst_due: None,
+                dup_acks: 0,
+                recover: None,
+                tries: 0,
+                timer_base: core.now,
+            },
+            timer: TimerSlot::default(),
+            dirty: false,
+            starved: false,
+            last_active: core.now,
+        };
+        match origin {
+            Origin::Guest { irs, options, window } => flow.take_syn(core, irs, &options, window),
+            Origin::World => {
+                flow.state = State::SynSent;
+                flow.send.syn_due = true;
+                flow.send.readable = true;
+            }
+        }
+        flow
+    }
+
+    /// Takes what the guest's SYN says.
+    pub(super) fn take_syn(&mut self, core: &Core, irs: SeqNumber, options: &Options, window: u16) {
+        self.recv.nxt = irs + 1;
+        self.recv.edge = irs + 1;
+        let room = core.ip_mtu.saturating_sub(40);
+        self.send.mss = options.mss.unwrap_or(DEFAULT_MSS).min(room).max(MIN_MSS);
+        if let Some(shift) = options.window_scale {
+            self.send.shift = shift.min(14);
+            self.recv.shift = WINDOW_SCALE;
+        } else {
+            self.send.shift = 0;
+            self.recv.shift = 0;
+        }
+        // A SYN's own window is never scaled (RFC 7323, 2.2).
+        self.send.window = u32::from(window);
+        self.send.window_max = self.send.window;
+        self.send.wl1 = irs;
+        self.send.wl2 = self.send.una;
+    }
+
+    /// The socket's news.
+    pub(super) fn host_ready(&mut self, core: &Core, budget: &mut Budget, ready: Readiness) -> Fate {
+        let Some(stream) = self.stream.as_mut() else {
+            return Fate::Live;
+        };
+        if self.state == State::Connecting {
+            if !ready.writable && !ready.failed {
+                return Fate::Live;
+            }
+            if let Err(error) = stream.take_error() {
+                return Fate::ConnectFailed(error);
+            }
+            self.state = State::SynReceived;
+            self.send.syn_due = true;
+            self.send.timer_base = core.now;
+        }
+        if ready.readable || ready.peer_closed || ready.failed {
+            self.send.readable = true;
+        }
+        if ready.writable && self.state == State::Established {
+            // Room again: first what was held back, then a larger window for the guest.
+            if let Err(fate) = self.drain_pool(budget) {
+                return fate;
+            }
+            self.recv.ack_due |= !self.recv.closed;
+        }
+        Fate::Live
+    }
+
+    /// Moves held payload into the socket while it fits, then passes a FIN on that was reached.
+    pub(super) fn drain_pool(&mut self, budget: &mut Budget) -> Result<(), Fate> {
+        while let Some(bytes) = self.recv.pool.front(budget, self.recv.nxt) {
+            let Some(stream) = self.stream.as_mut() else { break };
+            match stream.send(&crate::frame::Payload::from_host(bytes)) {
+                Ok(len) => {
+                    let short = len < bytes.len();
+                    self.recv.nxt = self.recv.nxt + len;
+                    self.recv.ack_due = true;
+                    if short {
+                        stream.want_writable();
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    stream.want_writable();
+                    break;
+                }
+                Err(_) => return Err(Fate::ResetBoth),
+            }
+        }
+        self.pass_fin_on(budget)
+    }
+
+    fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
+        if self.recv.closed || self.recv.fin != Some(self.recv.nxt) {
+            return Ok(());
+        }
+        if let Some(stream) = self.stream.as_mut() {
+            stream.shutdown_write().map_err(|_| Fate::ResetBoth)?;
+        }
+        self.recv.nxt = self.recv.nxt + 1;
+        self.recv.closed = true;
+        self.recv.ack_due = true;
+        self.recv.pool.clear(budget);
+        Ok(())
+    }
+
+    /// Whether our FIN was sent and acknowledged.
+    fn fin_acknowledged(&self) -> bool {
+        self.send.eof.is_some_and(|eof| self.send.una.after(eof))
+    }
+
+    /// Ends the flow where both directions are done.
+    pub(super) fn finish(&mut self, core: &Core) -> Fate {
+        if self.state != State::Established || !self.recv.closed || !self.fin_acknowledged() {
+            return Fate::Live;
+        }
+        if let Some(stream) = self.stream.take() {
+            stream.close(Close::Clean);
+        }
+        self.state = State::TimeWait;
+        self.send.timer_base = core.now;
+        Fate::Live
+    }
+
+    /// Sets the timer to what is awaited next.
+    pub(super) fn rearm(&mut self, core: &mut Core) {
+        let send = &self.send;
+        let pause = match self.state {
+            State::Connecting => None,
+            State::SynSent | State::SynReceived => Some(backoff(SYN_RTO, send.tries)),
+            State::TimeWait => Some(TIME_WAIT),
+            State::Established if send.max != send.una => Some(backoff(RTO_MIN, send.tries)),
+            State::Established if send.window == 0 && (send.readable || send.eof.is_some()) => {
+                Some(backoff(RTO_MIN, send.tries))
+            }
+            State::Established if send.tries > 0 => Some(KEEPALIVE_PAUSE),
+            State::Established => Some(KEEPALIVE_IDLE),
+        };
+        match pause {
+            Some(pause) => core.timers.set(&mut self.timer, self.token, self.send.timer_base + pause),
+            None => core.timers.clear(&mut self.timer, self.token),
+        }
+    }
+
+    /// The timer came up.
+    pub(super) fn timeout(&mut self, core: &mut Core) -> Fate {
+        self.send.timer_base = core.now;
+        self.send.tries = self.send.tries.saturating_add(1);
+        match self.state {
+            State::Connecting => Fate::Live,
+            State::TimeWait => Fate::Done,
+            State::SynSent | State::SynReceived if self.send.tries > SYN_RETRIES => Fate::Reset,
+            State::SynSent | State::SynReceived => {
+                self.send.syn_due = true;
+                Fate::Live
+            }
+            State::Established if self.send.max != self.send.una => {
+                if self.send.tries > DATA_RETRIES {
+                    return Fate::ResetBoth;
+                }
+                self.rewind(core);
+                Fate::Live
+            }
+            State::Established => {
+                let probing_window = self.send.window == 0 && (self.send.readable || self.send.eof.is_some());
+                if !probing_window && self.send.tries > KEEPALIVE_PROBES {
+                    return Fate::ResetBoth;
+                }
+                self.send.probe_due = true;
+                Fate::Live
+            }
+        }
+    }
+
+    /// Goes back to the oldest unacknowledged byte.
+    pub(super) fn rewind(&mut self, core: &mut Core) {
+        self.send.nxt = self.send.una;
+        self.send.recover = Some(self.send.max);
+        core.counters.retransmits += 1;
+    }
+
+    /// The window to advertise, as the header's field. Grows the right edge by what the socket
+    /// takes, never by a silly amount (RFC 9293, 3.8.6.2.2) and never back.
+    /// Without an acknowledgement owed the window stands as it is, which spares asking the socket.
+    pub(super) fn window_field(&mut self, scaled: bool) -> u16 {
+        let grow = self.recv.ack_due || !scaled;
+        if let Some(stream) = self.stream.as_mut().filter(|_| grow && !self.recv.closed) {
+            let space = stream.send_space();
+            if space.tight {
+                stream.want_writable();
+            }
+            let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
+            let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
+            let growth = edge.distance_from(self.recv.edge);
+            let closed = self.recv.edge == self.recv.nxt;
+            if growth >= i32::from(self.send.mss) || (growth > 0 && !closed && !space.tight) {
+                self.recv.edge = edge;
+            }
+        }
+        if self.recv.edge.before(self.recv.nxt) {
+            self.recv.edge = self.recv.nxt;
+        }
+        let window = self.recv.edge.distance_from(self.recv.nxt) as u32;
+        let shift = if scaled { self.recv.shift } else { 0 };
+        (window >> shift).min(0xffff) as u16
+    }
+}
+
+fn backoff(first: Duration, tries: u8) -> Duration {
+    first.saturating_mul(1 << tries.min(10)).min(RTO_MAX)
+}

@@ -1,0 +1,440 @@
+//! TCP flows: the table, its life cycle and the batch's end.
+
+mod flow;
+mod output;
+mod pool;
+mod segment;
+
+use std::collections::VecDeque;
+use std::hash::Hasher;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+
+use hashbrown::HashMap;
+use siphasher::sip::SipHasher13;
+use slab::Slab;
+
+pub use flow::{Fate, Flow, Key};
+use flow::{Origin, State};
+use output::After;
+use pool::Budget;
+
+use super::TokenKind;
+use crate::engine::core::{Core, Neighbour};
+use crate::engine::counters::DropReason;
+use crate::engine::emit;
+use crate::engine::guest_port::GuestPort;
+use crate::engine::host_net::{HostStream, Readiness, Token};
+use crate::engine::lru::Lru;
+use crate::frame::Payload;
+use crate::time::Instant;
+use crate::wire::ipv4;
+use crate::wire::tcp::{Flags, Header, Options, SeqNumber};
+use crate::wire::{icmpv4::UnreachableCode, ipv4::Protocol};
+
+/// Flows tried in a row for want of receive buffers before the rest is left waiting.
+const STARVED_TRIES: usize = 16;
+
+/// A TCP segment of the guest, parsed.
+#[derive(Clone, Copy, Debug)]
+pub struct Segment<'a> {
+    /// Both ends.
+    pub key: Key,
+    /// Who sent it.
+    pub from: Neighbour,
+    /// The header.
+    pub header: Header,
+    /// Payload in guest memory.
+    pub payload: Payload<'a>,
+}
+
+/// All TCP flows of an engine.
+#[derive(Debug)]
+pub struct TcpTable<S> {
+    flows: Slab<Flow<S>>,
+    by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
+    lru: Lru,
+    budget: Budget,
+    dirty: Vec<usize>,
+    again: Vec<usize>,
+    starved: VecDeque<Token>,
+    /// Flows whose SYN waits for the guest's MAC address.
+    unresolved: Vec<Token>,
+    isn_secret: (u64, u64),
+    generation: u32,
+}
+
+impl<S: HostStream> TcpTable<S> {
+    /// An empty table; `isn_secret` keys the initial sequence numbers (RFC 6528).
+    pub fn new(isn_secret: (u64, u64)) -> TcpTable<S> {
+        TcpTable {
+            flows: Slab::new(),
+            by_key: HashMap::default(),
+            lru: Lru::default(),
+            budget: Budget::default(),
+            dirty: Vec::new(),
+            again: Vec::new(),
+            starved: VecDeque::new(),
+            unresolved: Vec::new(),
+            isn_secret,
+            generation: 0,
+        }
+    }
+
+    /// Flows in the table.
+    pub fn len(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.flows.is_empty()
+    }
+
+    /// Out-of-order and refused payload held, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.budget.used_bytes()
+    }
+
+    /// When the longest idle flow was last used.
+    pub fn oldest(&self) -> Option<Instant> {
+        self.lru.oldest().map(|at| self.flows[at].last_active)
+    }
+
+    /// Whether a flow with these ends exists.
+    pub fn contains(&self, key: &Key) -> bool {
+        self.by_key.contains_key(key)
+    }
+
+    /// The token the next flow will have, for its socket's readiness events.
+    pub fn next_token(&self) -> Token {
+        TokenKind::Tcp.token(self.generation.wrapping_add(1), self.flows.vacant_key())
+    }
+
+    fn find(&self, token: Token) -> Option<usize> {
+        let at = TokenKind::index(token);
+        self.flows.get(at).filter(|flow| flow.token == token).map(|_| at)
+    }
+
+    /// RFC 6528: a clock of 4 us ticks plus a keyed hash of the flow's ends.
+    fn initial_seq(&self, now: Instant, key: &Key) -> SeqNumber {
+        let mut hasher = SipHasher13::new_with_keys(self.isn_secret.0, self.isn_secret.1);
+        std::hash::Hash::hash(key, &mut hasher);
+        SeqNumber((hasher.finish() as u32).wrapping_add((now.as_micros() / 4) as u32))
+    }
+
+    /// A segment for a flow that exists; false if there is none.
+    pub fn segment(&mut self, core: &mut Core, port: &mut impl GuestPort, segment: &Segment<'_>) -> bool {
+        let Some(&at) = self.by_key.get(&segment.key) else {
+            return false;
+        };
+        let flow = &mut self.flows[at];
+        let syn_only =
+            segment.header.flags.contains(Flags::SYN) && !segment.header.flags.contains(Flags::ACK);
+        if flow.state == State::TimeWait && syn_only && !segment.header.flags.contains(Flags::RST) {
+            // RFC 9293, 3.6.1: a new connection may take the place of one in TIME-WAIT.
+            self.remove(core, at);
+            return false;
+        }
+        flow.last_active = core.now;
+        flow.pair = segment.from.pair;
+        flow.guest_mac = Some(segment.from.mac);
+        self.lru.touch(at);
+        let fate = flow.segment(core, &mut self.budget, &segment.header, &segment.payload);
+        self.mark_dirty(at);
+        self.settle(core, port, at, fate);
+        true
+    }
+
+    /// Answers a segment that belongs to no flow with a reset (RFC 9293, 3.10.7.1).
+    pub fn refuse(core: &mut Core, port: &mut impl GuestPort, segment: &Segment<'_>) {
+        let header = &segment.header;
+        if header.flags.contains(Flags::RST) {
+            return;
+        }
+        core.counters.drop(DropReason::NoFlow);
+        let len = segment.payload.len()
+            + usize::from(header.flags.contains(Flags::SYN))
+            + usize::from(header.flags.contains(Flags::FIN));
+        let (seq, ack, flags) = if header.flags.contains(Flags::ACK) {
+            (header.ack, SeqNumber(0), Flags::RST)
+        } else {
+            (SeqNumber(0), header.seq + len, Flags::RST | Flags::ACK)
+        };
+        send_reset(core, port, segment.from, &segment.key, seq, ack, flags);
+    }
+
+    /// Adds the flow the guest's SYN began, whose connect is under way on `stream`.
+    pub fn insert_from_guest(&mut self, core: &mut Core, segment: &Segment<'_>, stream: S) {
+        let header = &segment.header;
+        let origin = Origin::Guest { irs: header.seq, options: header.options, window: header.window };
+        let at = self.insert(core, segment.key, stream, origin);
+        self.flows[at].guest_mac = Some(segment.from.mac);
+        self.flows[at].pair = segment.from.pair;
+    }
+
+    /// Adds the flow of a client of a published port. Its SYN goes out at the batch's end, or once the
+    /// guest's MAC address is known.
+    pub fn insert_from_world(&mut self, core: &mut Core, key: Key, neighbour: Option<Neighbour>, stream: S) {
+        let at = self.insert(core, key, stream, Origin::World);
+        let flow = &mut self.flows[at];
+        match neighbour {
+            Some(neighbour) => {
+                flow.guest_mac = Some(neighbour.mac);
+                flow.pair = neighbour.pair;
+            }
+            None => self.unresolved.push(flow.token),
+        }
+        self.mark_dirty(at);
+    }
+
+    fn insert(&mut self, core: &mut Core, key: Key, stream: S, origin: Origin) -> usize {
+        let token = self.next_token();
+        self.generation = self.generation.wrapping_add(1);
+        let iss = self.initial_seq(core.now, &key);
+        let at = self.flows.insert(Flow::new(core, key, token, stream, iss, origin));
+        self.by_key.insert(key, at);
+        self.lru.touch(at);
+        core.counters.flows_opened += 1;
+        at
+    }
+
+    /// The guest's MAC address became known.
+    pub fn resolved(&mut self, addr: IpAddr, neighbour: Neighbour) {
+        let mut waiting = std::mem::take(&mut self.unresolved);
+        waiting.retain(|token| {
+            let Some(at) = self.find(*token) else { return false };
+            if self.flows[at].key.guest.ip() != addr {
+                return true;
+            }
+            self.flows[at].guest_mac = Some(neighbour.mac);
+            self.flows[at].pair = neighbour.pair;
+            self.flows[at].send.syn_due = true;
+            self.mark_dirty(at);
+            false
+        });
+        self.unresolved = waiting;
+    }
+
+    /// News of a flow's socket.
+    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
+        let Some(at) = self.find(token) else { return };
+        self.lru.touch(at);
+        let flow = &mut self.flows[at];
+        flow.last_active = core.now;
+        let fate = flow.host_ready(core, &mut self.budget, ready);
+        self.mark_dirty(at);
+        self.settle(core, port, at, fate);
+    }
+
+    /// A deadline came up.
+    pub fn timeout(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let Some(at) = self.find(token) else { return };
+        let flow = &mut self.flows[at];
+        if !core.timers.expired(&mut flow.timer, token, core.now) {
+            return;
+        }
+        let fate = flow.timeout(core);
+        self.mark_dirty(at);
+        self.settle(core, port, at, fate);
+    }
+
+    fn mark_dirty(&mut self, at: usize) {
+        if !std::mem::replace(&mut self.flows[at].dirty, true) {
+            self.dirty.push(at);
+        }
+    }
+
+    /// Whether flows have more to send now.
+    pub fn has_more(&self) -> bool {
+        !self.again.is_empty() || !self.dirty.is_empty()
+    }
+
+    /// Whether flows wait for receive buffers.
+    pub fn is_starved(&self) -> bool {
+        !self.starved.is_empty()
+    }
+
+    /// The end of a batch: every flow touched sends what it owes.
+    pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        let again = std::mem::take(&mut self.again);
+        for &at in &again {
+            if self.flows.contains(at) {
+                self.mark_dirty(at);
+            }
+        }
+        let mut dirty = std::mem::take(&mut self.dirty);
+        for at in dirty.drain(..) {
+            self.output(core, port, at);
+        }
+        // Outputs mark nothing dirty, so the emptied list's room is kept for the next batch.
+        if self.dirty.is_empty() {
+            self.dirty = dirty;
+        }
+    }
+
+    /// The guest posted receive buffers: flows that waited go on, in order.
+    pub fn guest_has_buffers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        let mut failures = 0;
+        for _ in 0..self.starved.len() {
+            let Some(token) = self.starved.pop_front() else { break };
+            let Some(at) = self.find(token) else { continue };
+            self.flows[at].starved = false;
+            if !self.output(core, port, at) {
+                failures += 1;
+                if failures >= STARVED_TRIES {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Lets one flow send; false if it lacked buffers.
+    fn output(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> bool {
+        let Some(flow) = self.flows.get_mut(at) else {
+            return true;
+        };
+        flow.dirty = false;
+        match flow.output(core, port) {
+            After::Idle => {}
+            After::More => self.again.push(at),
+            After::Starved => {
+                let token = flow.token;
+                if !std::mem::replace(&mut flow.starved, true) {
+                    self.starved.push_back(token);
+                }
+                return false;
+            }
+            After::Over(fate) => self.settle(core, port, at, fate),
+        }
+        true
+    }
+
+    /// Carries out what became of a flow.
+    fn settle(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize, fate: Fate) {
+        match fate {
+            Fate::Live => {}
+            Fate::Done | Fate::Reset => self.remove(core, at),
+            Fate::ResetBoth => {
+                self.flows[at].reset_guest(core, port);
+                self.remove(core, at);
+            }
+            Fate::ConnectFailed(error) => {
+                let flow = &self.flows[at];
+                let (key, syn) = (flow.key, flow.recv.nxt - 1);
+                if let Some(mac) = flow.guest_mac {
+                    let from = Neighbour { mac, pair: flow.pair };
+                    connect_failed(core, port, from, &key, syn, &error);
+                }
+                self.remove(core, at);
+            }
+        }
+    }
+
+    /// Ends the longest idle flow to make room; both sides see RST.
+    pub fn evict_oldest(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        if let Some(at) = self.lru.oldest() {
+            core.counters.flows_evicted += 1;
+            self.flows[at].reset_guest(core, port);
+            self.remove(core, at);
+        }
+    }
+
+    /// Ends every flow without a word to the guest, which is gone; the world sees RST.
+    pub fn reset_all(&mut self, core: &mut Core) {
+        while let Some(at) = self.lru.oldest() {
+            self.remove(core, at);
+        }
+        self.unresolved.clear();
+        self.starved.clear();
+    }
+
+    fn remove(&mut self, core: &mut Core, at: usize) {
+        let mut flow = self.flows.remove(at);
+        self.by_key.remove(&flow.key);
+        self.lru.remove(at);
+        core.timers.clear(&mut flow.timer, flow.token);
+        flow.recv.pool.clear(&mut self.budget);
+    }
+}
+
+fn send_reset(
+    core: &mut Core,
+    port: &mut impl GuestPort,
+    to: Neighbour,
+    key: &Key,
+    seq: SeqNumber,
+    ack: SeqNumber,
+    flags: Flags,
+) {
+    let header = Header {
+        src_port: key.remote.port(),
+        dst_port: key.guest.port(),
+        seq,
+        ack,
+        flags,
+        window: 0,
+        urgent: 0,
+        options: Options::default(),
+    };
+    let partial = port.offloads().checksum;
+    if let Some(head) = emit::tcp(to.mac, key.remote, key.guest, &header, &Payload::EMPTY, partial) {
+        core.send(port, to.pair, head.vnet, head.bytes());
+    }
+}
+
+/// Tells the guest why its connect failed: RST where the peer refused, ICMP where a router or the
+/// host's own tables did, silence where nobody answered (its own SYN time-out says so).
+pub fn connect_failed(
+    core: &mut Core,
+    port: &mut impl GuestPort,
+    to: Neighbour,
+    key: &Key,
+    syn: SeqNumber,
+    error: &io::Error,
+) {
+    let code = match error.raw_os_error() {
+        Some(libc::ENETUNREACH | libc::ENETDOWN) => UnreachableCode::Net,
+        Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => UnreachableCode::Host,
+        Some(libc::EACCES | libc::EPERM) => UnreachableCode::AdminProhibited,
+        Some(libc::ETIMEDOUT) => return,
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM | libc::EADDRNOTAVAIL) => {
+            return core.counters.drop(DropReason::TableFull);
+        }
+        _ => return send_reset(core, port, to, key, SeqNumber(0), syn + 1, Flags::RST | Flags::ACK),
+    };
+    unreachable(core, port, to, key, syn, code);
+}
+
+/// Sends "destination unreachable" about the guest's SYN, rebuilt from the flow.
+pub fn unreachable(
+    core: &mut Core,
+    port: &mut impl GuestPort,
+    to: Neighbour,
+    key: &Key,
+    syn: SeqNumber,
+    code: UnreachableCode,
+) {
+    let (SocketAddr::V4(guest), SocketAddr::V4(remote)) = (key.guest, key.remote) else {
+        return;
+    };
+    let mut packet = [0u8; ipv4::HEADER_BYTES + 8];
+    ipv4::Header {
+        src: *guest.ip(),
+        dst: *remote.ip(),
+        protocol: Protocol::TCP,
+        ttl: 64,
+        tos: 0,
+        ident: 0,
+        dont_fragment: true,
+        more_fragments: false,
+        fragment_offset_bytes: 0,
+        header_bytes: ipv4::HEADER_BYTES,
+        payload_bytes: 20,
+    }
+    .emit(&mut packet);
+    packet[20..22].copy_from_slice(&guest.port().to_be_bytes());
+    packet[22..24].copy_from_slice(&remote.port().to_be_bytes());
+    packet[24..28].copy_from_slice(&syn.0.to_be_bytes());
+    core.send_unreachable(port, to, code, &packet);
+}

@@ -1,0 +1,314 @@
+//! What a flow owes the guest at the end of a batch: handshake, data, FIN, acknowledgement, probes.
+//!
+//! Data goes from the socket's queue straight into receive buffers (`peek` into the reservation);
+//! what the guest acknowledged is removed from the queue first. Everything here can be regenerated
+//! from the flow's state, so a lack of receive buffers loses nothing: the flow waits its turn.
+
+use std::io;
+
+use super::flow::{Fate, Flow, State};
+use crate::engine::core::Core;
+use crate::engine::emit;
+use crate::engine::guest_port::{GuestPort, ReserveError};
+use crate::engine::host_net::HostStream;
+use crate::frame::Payload;
+use crate::limits;
+use crate::wire::ethernet;
+use crate::wire::tcp::{self, Flags, Header, Options, SeqNumber};
+use crate::wire::vnet::{Gso, GsoKind};
+
+/// What is left to do after an output.
+#[derive(Debug)]
+pub(super) enum After {
+    /// Nothing until the next event.
+    Idle,
+    /// More could be sent now; others have their turn first.
+    More,
+    /// Receive buffers are missing.
+    Starved,
+    /// The flow ends.
+    Over(Fate),
+}
+
+/// Why sending stopped short.
+enum Stop {
+    Starved,
+    Over(Fate),
+}
+
+impl From<ReserveError> for Stop {
+    fn from(error: ReserveError) -> Stop {
+        match error {
+            ReserveError::Full | ReserveError::Down => Stop::Starved,
+            ReserveError::TooSmall => Stop::Over(Fate::Reset),
+        }
+    }
+}
+
+impl<S: HostStream> Flow<S> {
+    /// Sends all that is owed and possible.
+    pub(super) fn output(&mut self, core: &mut Core, port: &mut impl GuestPort) -> After {
+        let result = self.try_output(core, port);
+        let after = match result {
+            Ok(more) => match self.finish(core) {
+                Fate::Live if more => After::More,
+                Fate::Live => After::Idle,
+                fate => After::Over(fate),
+            },
+            Err(Stop::Starved) => After::Starved,
+            Err(Stop::Over(fate)) => return After::Over(fate),
+        };
+        if matches!(after, After::Starved) {
+            // No time runs against a guest that posts no buffers; its next kick wakes the flow.
+            core.timers.clear(&mut self.timer, self.token);
+        } else {
+            self.rearm(core);
+        }
+        after
+    }
+
+    fn try_output(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
+        if let Some(seq) = self.send.rst_due {
+            self.send_empty(core, port, Flags::RST, seq)?;
+            self.send.rst_due = None;
+        }
+        match self.state {
+            State::Connecting => return Ok(false),
+            State::SynSent | State::SynReceived => {
+                if self.send.syn_due {
+                    self.send_syn(core, port)?;
+                    self.send.syn_due = false;
+                }
+                return Ok(false);
+            }
+            State::Established | State::TimeWait => {}
+        }
+        self.discard_acknowledged()?;
+        let more = self.state == State::Established && self.send_data(core, port)?;
+        if self.send.probe_due {
+            // An old sequence number makes the peer answer with its window (RFC 9293, 3.8.4 and 3.8.6.1).
+            self.send_empty(core, port, Flags::ACK, self.send.una - 1)?;
+            self.send.probe_due = false;
+            self.recv.ack_due = false;
+        }
+        if self.recv.ack_due {
+            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            self.recv.ack_due = false;
+        }
+        Ok(more)
+    }
+
+    /// Removes from the socket what the guest has.
+    fn discard_acknowledged(&mut self) -> Result<(), Stop> {
+        let until = match self.send.eof {
+            Some(eof) if self.send.una.after(eof) => eof,
+            _ => self.send.una,
+        };
+        let len = until.distance_from(self.send.consumed);
+        if len <= 0 {
+            return Ok(());
+        }
+        if let Some(stream) = self.stream.as_mut() {
+            stream.discard(len as usize).map_err(|_| Stop::Over(Fate::ResetBoth))?;
+        }
+        self.send.consumed = until;
+        Ok(())
+    }
+
+    /// Sends data and FIN as far as window, buffers and this flow's turn go. Returns whether the turn
+    /// ended it.
+    fn send_data(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
+        for _ in 0..limits::FLOW_BURST_FRAMES {
+            if self.send.eof == Some(self.send.nxt) {
+                self.send_empty(core, port, Flags::FIN | Flags::ACK, self.send.nxt)?;
+                self.sent(core, 1);
+                return Ok(false);
+            }
+            let unsent = self.send.nxt.before(self.send.max) || self.send.readable;
+            if self.send.eof.is_some_and(|eof| self.send.nxt.after(eof)) || !unsent {
+                return Ok(false);
+            }
+            if !self.send_one(core, port)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Payload bytes the next frame may carry, zero to wait.
+    fn frame_room(&self, segmentation: bool) -> usize {
+        let send = &self.send;
+        let in_flight = send.nxt.distance_from(send.una).max(0) as usize;
+        let window = (send.window as usize).saturating_sub(in_flight);
+        let mss = usize::from(send.mss);
+        // Sender's silly-window avoidance (RFC 9293, 3.8.6.2.1).
+        if window < mss && in_flight > 0 && window < send.window_max as usize / 2 {
+            return 0;
+        }
+        let headers = emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES;
+        let frame_max = ethernet::HEADER_BYTES + 65_535;
+        if segmentation { window.min(frame_max - headers) } else { window.min(mss) }
+    }
+
+    /// Sends one frame of data; false if there is nothing to send or no window for it.
+    fn send_one(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
+        let offloads = port.offloads();
+        let segmentation = offloads.checksum && offloads.tso4 && self.key.guest.is_ipv4();
+        let room = self.frame_room(segmentation);
+        if room == 0 {
+            return Ok(false);
+        }
+        let head_bytes = emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES;
+        let reserved = port.reserve(self.pair, head_bytes + 1, head_bytes + room)?;
+        let ask = reserved - head_bytes;
+        let offset = self.send.nxt.distance_from(self.send.consumed).max(0) as usize;
+        let Some(stream) = self.stream.as_mut() else {
+            port.cancel();
+            return Ok(false);
+        };
+        let len = match stream.peek(offset, port.reserved(head_bytes).range(0, ask)) {
+            Ok(len) if len > 0 => len,
+            outcome => {
+                port.cancel();
+                self.send.readable = false;
+                return match outcome {
+                    Ok(_) => {
+                        self.send.eof = Some(self.send.nxt);
+                        Ok(true)
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+                    Err(_) => Err(Stop::Over(Fate::ResetBoth)),
+                };
+            }
+        };
+        if len < ask && self.send.nxt.at_or_after(self.send.max) {
+            self.send.readable = false;
+        }
+        self.commit_data(core, port, head_bytes, len)
+    }
+
+    fn commit_data(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        head_bytes: usize,
+        len: usize,
+    ) -> Result<bool, Stop> {
+        let flags = if self.send.readable { Flags::ACK } else { Flags::ACK | Flags::PSH };
+        let header = self.header(flags, self.send.nxt, Options::default());
+        let partial = port.offloads().checksum;
+        let Some(mac) = self.guest_mac else {
+            port.cancel();
+            return Ok(false);
+        };
+        let head = {
+            let reserved = port.reserved(head_bytes).range(0, len);
+            emit::tcp(mac, self.key.remote, self.key.guest, &header, &reserved.as_payload(), partial)
+        };
+        let Some(head) = head else {
+            port.cancel();
+            return Ok(false);
+        };
+        let mut vnet = head.vnet;
+        if len > usize::from(self.send.mss) {
+            vnet.gso = Some(Gso {
+                kind: GsoKind::Tcp4,
+                size_bytes: self.send.mss,
+                headers_bytes: head_bytes as u16,
+                ecn: false,
+            });
+        }
+        port.commit(vnet, head.bytes(), head_bytes + len);
+        core.counters.frames_to_guest += 1;
+        core.counters.payload_to_guest_bytes += len as u64;
+        self.recv.ack_due = false;
+        self.sent(core, len);
+        Ok(true)
+    }
+
+    /// Advances over `len` sequence numbers just sent.
+    fn sent(&mut self, core: &Core, len: usize) {
+        let send = &mut self.send;
+        if send.una == send.max {
+            send.timer_base = core.now;
+        }
+        send.nxt = send.nxt + len;
+        if send.nxt.after(send.max) {
+            send.max = send.nxt;
+        }
+    }
+
+    fn header(&mut self, flags: Flags, seq: SeqNumber, options: Options) -> Header {
+        let syn = flags.contains(Flags::SYN);
+        let reset = flags.contains(Flags::RST);
+        Header {
+            src_port: self.key.remote.port(),
+            dst_port: self.key.guest.port(),
+            seq,
+            ack: if flags.contains(Flags::ACK) { self.recv.nxt } else { SeqNumber(0) },
+            flags,
+            window: if reset { 0 } else { self.window_field(!syn) },
+            urgent: 0,
+            options,
+        }
+    }
+
+    fn send_syn(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<(), Stop> {
+        let answer = self.state == State::SynReceived;
+        let scaled = !answer || self.recv.shift > 0;
+        let options = Options {
+            mss: Some(core.ip_mtu.saturating_sub(40)),
+            window_scale: scaled.then_some(super::flow::WINDOW_SCALE),
+            ..Options::default()
+        };
+        let flags = if answer { Flags::SYN | Flags::ACK } else { Flags::SYN };
+        self.send_segment(core, port, flags, self.send.iss, options)?;
+        self.send.max = self.send.iss + 1;
+        self.send.nxt = self.send.max;
+        Ok(())
+    }
+
+    fn send_empty(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        flags: Flags,
+        seq: SeqNumber,
+    ) -> Result<(), Stop> {
+        self.send_segment(core, port, flags, seq, Options::default())
+    }
+
+    fn send_segment(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        flags: Flags,
+        seq: SeqNumber,
+        options: Options,
+    ) -> Result<(), Stop> {
+        let Some(mac) = self.guest_mac else {
+            return Ok(());
+        };
+        let header = self.header(flags, seq, options);
+        let partial = port.offloads().checksum;
+        if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
+        {
+            port.send(self.pair, head.vnet, head.bytes())?;
+            core.counters.frames_to_guest += 1;
+        }
+        Ok(())
+    }
+
+    /// Tells the guest that the flow is over; best effort, an unheard reset is repeated to its next
+    /// segment.
+    pub(super) fn reset_guest(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        let seq = self.send.max;
+        let header = self.header(Flags::RST | Flags::ACK, seq, Options::default());
+        let Some(mac) = self.guest_mac else { return };
+        let partial = port.offloads().checksum;
+        if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
+        {
+            core.send(port, self.pair, head.vnet, head.bytes());
+        }
+    }
+}

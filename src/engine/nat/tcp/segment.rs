@@ -1,0 +1,266 @@
+//! A segment from the guest meets its flow: RFC 9293 section 3.10.7, with RFC 5961's checks.
+//!
+//! Nothing is sent from here. Payload goes into the socket at once; answers owed are noted in the
+//! flow and sent at the end of the batch, one acknowledgement for all of a batch's segments.
+
+use std::io;
+
+use super::flow::{Fate, Flow, State};
+use super::pool::Budget;
+use crate::engine::core::Core;
+use crate::engine::counters::DropReason;
+use crate::engine::host_net::HostStream;
+use crate::frame::Payload;
+use crate::wire::tcp::{Flags, Header, SeqNumber};
+
+/// Duplicate acknowledgements that mean a loss (RFC 5681, 3.2).
+const DUP_ACKS: u8 = 3;
+
+impl<S: HostStream> Flow<S> {
+    /// Takes one segment of the guest.
+    pub(super) fn segment(
+        &mut self,
+        core: &mut Core,
+        budget: &mut Budget,
+        header: &Header,
+        payload: &Payload<'_>,
+    ) -> Fate {
+        match self.state {
+            State::Connecting => self.segment_while_connecting(core, header),
+            State::SynSent => self.segment_after_our_syn(core, header),
+            State::TimeWait => self.segment_in_time_wait(header),
+            State::SynReceived | State::Established => self.segment_in_sync(core, budget, header, payload),
+        }
+    }
+
+    fn segment_while_connecting(&mut self, core: &Core, header: &Header) -> Fate {
+        if header.flags.contains(Flags::RST) {
+            return if header.seq == self.recv.nxt { Fate::Reset } else { Fate::Live };
+        }
+        if header.flags.contains(Flags::SYN) && header.seq + 1 != self.recv.nxt {
+            // The guest gave up and began anew with the same ports; the connect under way serves both.
+            self.take_syn(core, header.seq, &header.options, header.window);
+        }
+        Fate::Live
+    }
+
+    fn segment_after_our_syn(&mut self, core: &mut Core, header: &Header) -> Fate {
+        let acks_ours = header.flags.contains(Flags::ACK) && header.ack == self.send.iss + 1;
+        if header.flags.contains(Flags::RST) {
+            return if acks_ours { Fate::Reset } else { Fate::Live };
+        }
+        if header.flags.contains(Flags::ACK) && !acks_ours {
+            self.send.rst_due = Some(header.ack);
+            return Fate::Live;
+        }
+        if !acks_ours || !header.flags.contains(Flags::SYN) {
+            return Fate::Live;
+        }
+        self.take_syn(core, header.seq, &header.options, header.window);
+        self.establish(core, header.ack);
+        self.recv.ack_due = true;
+        Fate::Live
+    }
+
+    fn segment_in_time_wait(&mut self, header: &Header) -> Fate {
+        if header.flags.contains(Flags::RST) {
+            return Fate::Done;
+        }
+        self.recv.ack_due = true;
+        Fate::Live
+    }
+
+    fn establish(&mut self, core: &mut Core, ack: SeqNumber) {
+        self.state = State::Established;
+        self.send.una = ack;
+        self.send.nxt = ack;
+        self.send.max = ack;
+        self.send.syn_due = false;
+        self.send.readable = true;
+        self.send.tries = 0;
+        self.send.timer_base = core.now;
+    }
+
+    fn segment_in_sync(
+        &mut self,
+        core: &mut Core,
+        budget: &mut Budget,
+        header: &Header,
+        payload: &Payload<'_>,
+    ) -> Fate {
+        let flags = header.flags;
+        let len = payload.len() + usize::from(flags.contains(Flags::FIN));
+        if !self.acceptable(header.seq, len) {
+            core.counters.drop(DropReason::OutOfWindow);
+            if flags.contains(Flags::SYN) && self.state == State::SynReceived {
+                self.send.syn_due = true;
+            } else if !flags.contains(Flags::RST) {
+                self.recv.ack_due = true;
+            }
+            return Fate::Live;
+        }
+        if flags.contains(Flags::RST) {
+            if header.seq == self.recv.nxt {
+                return Fate::Reset;
+            }
+            self.recv.ack_due = true;
+            return Fate::Live;
+        }
+        if flags.contains(Flags::SYN) {
+            // RFC 5961, 4.2: a challenge acknowledgement; a guest that rebooted answers with RST.
+            self.recv.ack_due = true;
+            return Fate::Live;
+        }
+        if !flags.contains(Flags::ACK) {
+            return Fate::Live;
+        }
+        if self.state == State::SynReceived {
+            if header.ack != self.send.iss + 1 {
+                self.send.rst_due = Some(header.ack);
+                return Fate::Live;
+            }
+            self.establish(core, header.ack);
+        }
+        if !self.acknowledge(core, header, payload.is_empty()) {
+            return Fate::Live;
+        }
+        match self.take_payload(core, budget, header, payload) {
+            Ok(()) => Fate::Live,
+            Err(fate) => fate,
+        }
+    }
+
+    /// RFC 9293, 3.10.7.4, first step. A segment that begins at the next byte expected is let through
+    /// whatever the window: the socket judges it, and a window probe must be answered.
+    fn acceptable(&self, seq: SeqNumber, len: usize) -> bool {
+        if seq == self.recv.nxt {
+            return true;
+        }
+        let begins_inside = seq.after(self.recv.nxt) && seq.at_or_before(self.recv.edge);
+        let reaches_inside = len > 0 && seq.before(self.recv.nxt) && (seq + len).after(self.recv.nxt);
+        begins_inside || reaches_inside
+    }
+
+    /// Takes the acknowledgement and window; false if the segment is to be let go of.
+    fn acknowledge(&mut self, core: &mut Core, header: &Header, empty: bool) -> bool {
+        let (ack, send) = (header.ack, &mut self.send);
+        if ack.after(send.max) {
+            // RFC 5961, 5.2.
+            self.recv.ack_due = true;
+            core.counters.drop(DropReason::OutOfWindow);
+            return false;
+        }
+        let window = u32::from(header.window) << send.shift;
+        if ack.after(send.una) {
+            send.una = ack;
+            if send.nxt.before(ack) {
+                send.nxt = ack;
+            }
+            send.dup_acks = 0;
+            send.tries = 0;
+            send.timer_base = core.now;
+            if send.recover.is_some_and(|until| ack.at_or_after(until)) {
+                send.recover = None;
+            }
+        } else if ack == send.una {
+            let is_duplicate =
+                empty && window == send.window && send.max != send.una && !header.flags.contains(Flags::FIN);
+            if is_duplicate {
+                self.duplicate_ack(core);
+            } else if send_is_idle(&self.send) {
+                self.send.tries = 0;
+                self.send.timer_base = core.now;
+            }
+        }
+        let send = &mut self.send;
+        let newer = header.seq.after(send.wl1) || (header.seq == send.wl1 && ack.at_or_after(send.wl2));
+        if newer || (ack == send.una && window > send.window) {
+            if window != send.window {
+                send.tries = 0;
+            }
+            send.window = window;
+            send.window_max = send.window_max.max(window);
+            send.wl1 = header.seq;
+            send.wl2 = ack;
+        }
+        true
+    }
+
+    fn duplicate_ack(&mut self, core: &mut Core) {
+        self.send.dup_acks = self.send.dup_acks.saturating_add(1);
+        if self.send.dup_acks == DUP_ACKS && self.send.recover.is_none() {
+            self.rewind(core);
+            self.send.timer_base = core.now;
+        }
+    }
+
+    fn take_payload(
+        &mut self,
+        core: &mut Core,
+        budget: &mut Budget,
+        header: &Header,
+        payload: &Payload<'_>,
+    ) -> Result<(), Fate> {
+        if header.flags.contains(Flags::FIN) && self.recv.fin.is_none() {
+            self.recv.fin = Some(header.seq + payload.len());
+        }
+        if !payload.is_empty() || header.flags.contains(Flags::FIN) {
+            self.recv.ack_due = true;
+        }
+        if self.recv.closed {
+            return Ok(());
+        }
+        if !payload.is_empty() {
+            self.take_bytes(core, budget, header.seq, payload)?;
+        }
+        self.drain_pool(budget)
+    }
+
+    /// Bytes at `seq`: into the socket where they are next, into the pool where they are not.
+    fn take_bytes(
+        &mut self,
+        core: &mut Core,
+        budget: &mut Budget,
+        seq: SeqNumber,
+        payload: &Payload<'_>,
+    ) -> Result<(), Fate> {
+        let known = self.recv.nxt.distance_from(seq).max(0) as usize;
+        let mut fresh = payload.range(known, payload.len());
+        if let Some(fin) = self.recv.fin {
+            // Nothing follows the FIN, whatever a later segment claims.
+            fresh = fresh.range(0, fin.distance_from(seq + known).max(0) as usize);
+        }
+        if fresh.is_empty() {
+            return Ok(());
+        }
+        let mut at = seq + known;
+        if at == self.recv.nxt && self.recv.pool.front(budget, at).is_none() {
+            let Some(stream) = self.stream.as_mut() else { return Ok(()) };
+            match stream.send(&fresh) {
+                Ok(len) => {
+                    core.counters.payload_from_guest_bytes += len as u64;
+                    self.recv.nxt = self.recv.nxt + len;
+                    at = self.recv.nxt;
+                    fresh = fresh.range(len, fresh.len());
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(Fate::ResetBoth),
+            }
+            if fresh.is_empty() {
+                return Ok(());
+            }
+            stream.want_writable();
+        }
+        // Held back, unacknowledged, and only as far as the window promised.
+        let promised = self.recv.edge.distance_from(at).max(0) as usize;
+        let held = fresh.range(0, promised);
+        if held.len() < fresh.len() || !self.recv.pool.insert(budget, at, &held) {
+            core.counters.drop(DropReason::TableFull);
+        }
+        Ok(())
+    }
+}
+
+fn send_is_idle(send: &super::flow::Send) -> bool {
+    send.max == send.una && send.window > 0
+}

@@ -1,0 +1,291 @@
+//! The DHCP server: one UDP payload in, at most one out.
+//!
+//! [`DhcpServer::handle`] takes what a client sent to port 67 and says what to send back and where
+//! to, or why nothing is sent. It is authoritative for the guest's subnet: there is no other
+//! server, so a client that asks for an address of another network, or for one somebody else
+//! holds, is told so at once (NAK) and starts over.
+//!
+//! `message` reads requests and writes replies, byte for byte; this file decides. Addresses come
+//! from [`crate::network::leases`].
+//!
+//! Read first: RFC 2131, 3 and 4.3 (with table 4 for the client's states), RFC 2132.
+
+mod message;
+
+use std::net::Ipv4Addr;
+
+use dhcproto::v4::MessageType;
+
+use crate::addr::MacAddr;
+use crate::config::{DnsConfig, Lan};
+use crate::network::leases::{Bind, Lease, LeaseTable};
+use crate::service::dhcp::message::{Fault, ReplyWriter, Request};
+use crate::time::Instant;
+
+/// UDP port of servers and relays.
+pub const SERVER_PORT: u16 = 67;
+/// UDP port of clients.
+pub const CLIENT_PORT: u16 = 68;
+
+/// What a message did to a client's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LeaseChange {
+    /// Offered, not taken yet.
+    Offered,
+    /// Leased anew.
+    Bound,
+    /// A running lease was prolonged.
+    Renewed,
+    /// The client gave it back.
+    Released,
+    /// The client found it in use by someone else.
+    Declined,
+}
+
+/// A change of a client's address, worth a line of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseEvent {
+    /// The client's hardware address.
+    pub mac: MacAddr,
+    /// The address.
+    pub ip: Ipv4Addr,
+    /// What became of it.
+    pub change: LeaseChange,
+}
+
+/// A datagram to send: from the gateway's address and [`SERVER_PORT`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DhcpReply {
+    /// Destination hardware address. The client may have no IP address yet and answer no ARP, so
+    /// this one is to be used as it is.
+    pub dst_mac: MacAddr,
+    /// Destination address.
+    pub dst_ip: Ipv4Addr,
+    /// Destination port: a client's, or a relay's.
+    pub dst_port: u16,
+    /// The UDP payload, at least 300 bytes.
+    pub payload: Vec<u8>,
+    /// The change that this reply announces; `None` for NAK and for the answer to INFORM.
+    pub lease: Option<LeaseEvent>,
+}
+
+/// Why a message is not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Silence {
+    /// DHCP is switched off.
+    Disabled,
+    /// Too short, too long, or not a DHCP request in its fixed part.
+    Malformed,
+    /// Not from an Ethernet station: another hardware type, or a group or zero address.
+    NotEthernet,
+    /// Plain BOOTP, or a message type that servers do not take.
+    NotForServers,
+    /// A REQUEST that names no address, or an INFORM from outside the subnet.
+    NoAddress,
+    /// Relayed from a link that is not the guest's subnet, or with our own address as the relay's.
+    ForeignRelay,
+    /// The client chose, released to or declined another server.
+    OtherServer,
+    /// No address is free.
+    PoolExhausted,
+    /// The client gave its address back; RELEASE has no answer.
+    Released(LeaseEvent),
+    /// The client declined its address; DECLINE has no answer.
+    Declined(LeaseEvent),
+    /// A RELEASE or DECLINE of an address that is not the sender's.
+    NotTheirs,
+}
+
+/// What to do after a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Send this.
+    Reply(DhcpReply),
+    /// Send nothing.
+    Silent(Silence),
+}
+
+/// The server of one guest's subnet.
+#[derive(Debug)]
+pub struct DhcpServer {
+    enabled: bool,
+    lan: Lan,
+    leases: LeaseTable,
+    writer: ReplyWriter,
+}
+
+impl DhcpServer {
+    /// A server for `lan` that hands out the gateway as router and, if `dns` is enabled, as
+    /// resolver.
+    pub fn new(lan: &Lan, dns: &DnsConfig) -> DhcpServer {
+        DhcpServer {
+            enabled: lan.dhcp,
+            lan: *lan,
+            leases: LeaseTable::new(lan.subnet, lan.gateway, lan.guest),
+            writer: ReplyWriter::new(lan, dns),
+        }
+    }
+
+    /// Takes the payload of one UDP datagram that came to port 67 in a frame from `link_src`.
+    pub fn handle(&mut self, now: Instant, link_src: MacAddr, udp_payload: &[u8]) -> Outcome {
+        if !self.enabled {
+            return Outcome::Silent(Silence::Disabled);
+        }
+        let request = match Request::parse(udp_payload) {
+            Ok(request) => request,
+            Err(fault) => return Outcome::Silent(fault.into()),
+        };
+        let relay = request.giaddr;
+        if relay != Ipv4Addr::UNSPECIFIED && (!self.lan.subnet.is_host(relay) || relay == self.lan.gateway) {
+            return Outcome::Silent(Silence::ForeignRelay);
+        }
+        match request.message_type {
+            MessageType::Discover => self.discover(now, link_src, &request),
+            MessageType::Request => self.request(now, link_src, &request),
+            MessageType::Decline => self.decline(now, &request),
+            MessageType::Release => self.release(now, &request),
+            MessageType::Inform => self.inform(link_src, &request),
+            _ => Outcome::Silent(Silence::NotForServers),
+        }
+    }
+
+    /// What is known of the client with this hardware address: offered, leased or remembered.
+    pub fn lease_of(&self, mac: MacAddr) -> Option<Lease<'_>> {
+        self.leases.get(mac)
+    }
+
+    /// Every client known, by address: offers, leases and leases that ended.
+    pub fn leases(&self) -> impl Iterator<Item = Lease<'_>> {
+        self.leases.iter()
+    }
+
+    fn discover(&mut self, now: Instant, link_src: MacAddr, request: &Request) -> Outcome {
+        let Some(ip) = self.leases.offer(now, request.mac, request.requested) else {
+            return Outcome::Silent(Silence::PoolExhausted);
+        };
+        self.remember_name(request);
+        let event = LeaseEvent { mac: request.mac, ip, change: LeaseChange::Offered };
+        self.grant(link_src, request, MessageType::Offer, event)
+    }
+
+    /// A REQUEST in one of the client's four states (RFC 2131, 4.3.2): SELECTING names a server;
+    /// RENEWING and REBINDING have `ciaddr`, the address they use; INIT-REBOOT has option 50 only.
+    /// Our answer to the last three is the same, and an address goes back in the field the state
+    /// uses.
+    fn request(&mut self, now: Instant, link_src: MacAddr, request: &Request) -> Outcome {
+        if request.server.is_some_and(|server| server != self.lan.gateway) {
+            self.leases.withdraw(now, request.mac);
+            return Outcome::Silent(Silence::OtherServer);
+        }
+        let in_use = Some(request.ciaddr).filter(|ip| !ip.is_unspecified());
+        let wanted = if request.server.is_some() {
+            request.requested.or(in_use)
+        } else {
+            in_use.or(request.requested)
+        };
+        let Some(ip) = wanted else {
+            return Outcome::Silent(Silence::NoAddress);
+        };
+        let change = match self.leases.bind(now, request.mac, ip) {
+            Ok(Bind::Bound) => LeaseChange::Bound,
+            Ok(Bind::Renewed) => LeaseChange::Renewed,
+            Err(_) => return self.refuse(link_src, request),
+        };
+        self.remember_name(request);
+        self.grant(link_src, request, MessageType::Ack, LeaseEvent { mac: request.mac, ip, change })
+    }
+
+    fn decline(&mut self, now: Instant, request: &Request) -> Outcome {
+        if request.server.is_some_and(|server| server != self.lan.gateway) {
+            return Outcome::Silent(Silence::OtherServer);
+        }
+        match request.requested {
+            Some(ip) if self.leases.decline(now, request.mac, ip) => {
+                let change = LeaseChange::Declined;
+                Outcome::Silent(Silence::Declined(LeaseEvent { mac: request.mac, ip, change }))
+            }
+            _ => Outcome::Silent(Silence::NotTheirs),
+        }
+    }
+
+    fn release(&mut self, now: Instant, request: &Request) -> Outcome {
+        if request.server.is_some_and(|server| server != self.lan.gateway) {
+            return Outcome::Silent(Silence::OtherServer);
+        }
+        let ip = request.ciaddr;
+        if self.leases.release(now, request.mac, ip) {
+            let change = LeaseChange::Released;
+            return Outcome::Silent(Silence::Released(LeaseEvent { mac: request.mac, ip, change }));
+        }
+        Outcome::Silent(Silence::NotTheirs)
+    }
+
+    /// The client has an address from elsewhere and wants the rest (RFC 2131, 3.4 and 4.3.5).
+    fn inform(&mut self, link_src: MacAddr, request: &Request) -> Outcome {
+        if !request.ciaddr.is_unspecified() && !self.is_guest_host(request.ciaddr) {
+            return Outcome::Silent(Silence::NoAddress);
+        }
+        let payload = self.writer.inform_ack(request);
+        let (dst_mac, dst_ip, dst_port) = self.route(link_src, request, Ipv4Addr::UNSPECIFIED);
+        Outcome::Reply(DhcpReply { dst_mac, dst_ip, dst_port, payload, lease: None })
+    }
+
+    fn grant(
+        &self,
+        link_src: MacAddr,
+        request: &Request,
+        message_type: MessageType,
+        event: LeaseEvent,
+    ) -> Outcome {
+        let name = self.leases.get(request.mac).and_then(|lease| lease.host_name);
+        let payload = self.writer.grant(request, message_type, event.ip, name);
+        let (dst_mac, dst_ip, dst_port) = self.route(link_src, request, event.ip);
+        Outcome::Reply(DhcpReply { dst_mac, dst_ip, dst_port, payload, lease: Some(event) })
+    }
+
+    /// NAK goes to everyone on the link, for the client may use an address it must not use; a relay
+    /// is asked to do the same by the broadcast flag (RFC 2131, 4.1 and 4.3.2).
+    fn refuse(&self, link_src: MacAddr, request: &Request) -> Outcome {
+        let payload = self.writer.nak(request);
+        let (dst_mac, dst_ip, dst_port) = if request.giaddr.is_unspecified() {
+            (MacAddr::BROADCAST, Ipv4Addr::BROADCAST, CLIENT_PORT)
+        } else {
+            (link_src, request.giaddr, SERVER_PORT)
+        };
+        Outcome::Reply(DhcpReply { dst_mac, dst_ip, dst_port, payload, lease: None })
+    }
+
+    /// Where OFFER and ACK go (RFC 2131, 4.1): the relay; the address in use; everyone, if the
+    /// client asks for that; else the address it is being given.
+    fn route(&self, link_src: MacAddr, request: &Request, yiaddr: Ipv4Addr) -> (MacAddr, Ipv4Addr, u16) {
+        if !request.giaddr.is_unspecified() {
+            (link_src, request.giaddr, SERVER_PORT)
+        } else if self.is_guest_host(request.ciaddr) {
+            (request.mac, request.ciaddr, CLIENT_PORT)
+        } else if request.broadcast() || yiaddr.is_unspecified() {
+            (MacAddr::BROADCAST, Ipv4Addr::BROADCAST, CLIENT_PORT)
+        } else {
+            (request.mac, yiaddr, CLIENT_PORT)
+        }
+    }
+
+    fn is_guest_host(&self, ip: Ipv4Addr) -> bool {
+        self.lan.subnet.is_host(ip) && ip != self.lan.gateway
+    }
+
+    fn remember_name(&mut self, request: &Request) {
+        if let Some(name) = &request.host_name {
+            self.leases.set_host_name(request.mac, name);
+        }
+    }
+}
+
+impl From<Fault> for Silence {
+    fn from(fault: Fault) -> Silence {
+        match fault {
+            Fault::Malformed => Silence::Malformed,
+            Fault::NotEthernet => Silence::NotEthernet,
+            Fault::NoType => Silence::NotForServers,
+        }
+    }
+}

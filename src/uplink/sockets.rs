@@ -1,0 +1,366 @@
+//! Host sockets: the rootless uplink. Implements the engine's [`HostNet`] over the kernel's TCP, UDP
+//! and ICMP echo sockets.
+//!
+//! TCP sockets linger for zero seconds until they are closed cleanly, so that the death of guest,
+//! front-end or this process reaches the world as RST and never as FIN: a truncated upload cannot
+//! look complete. Their buffers are left to the kernel's autotuning, which a fixed size would switch
+//! off and cap.
+
+use std::cell::RefCell;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::time::Duration;
+
+use libc::iovec;
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+
+use super::sys::poll::Poll;
+use super::sys::socket as sys;
+use crate::engine::host_net::{Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token};
+use crate::frame::{Payload, PayloadMut};
+use crate::limits;
+
+/// Where discarded bytes go when the kernel peeks from the queue's front only.
+const SCRATCH_BYTES: usize = 64 << 10;
+
+/// What the sockets of one worker share.
+#[derive(Debug)]
+struct Shared {
+    poll: Poll,
+    segments: RefCell<Vec<iovec>>,
+    /// Bytes peeked again only to be skipped; never read by us.
+    scratch: RefCell<Box<[u8]>>,
+    peek_offset: bool,
+}
+
+/// Opens the stream to the process's own DNS service.
+pub type ConnectDns = Box<dyn FnMut() -> io::Result<UnixStream>>;
+
+/// The host's sockets, watched by one worker's epoll set.
+pub struct HostSockets {
+    shared: Rc<Shared>,
+    connect_dns: ConnectDns,
+}
+
+impl HostSockets {
+    /// Sockets watched by `poll`. `peek_offset` false never uses `SO_PEEK_OFF` on TCP.
+    pub fn new(poll: Poll, connect_dns: ConnectDns, peek_offset: bool) -> HostSockets {
+        let shared = Shared {
+            poll,
+            segments: RefCell::new(Vec::with_capacity(limits::FRAME_SEGMENTS_MAX)),
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
+            peek_offset: peek_offset && tcp_knows_peek_offset(),
+        };
+        HostSockets { shared: Rc::new(shared), connect_dns }
+    }
+
+    /// Whether TCP data is peeked with `SO_PEEK_OFF`.
+    pub fn uses_peek_offset(&self) -> bool {
+        self.shared.peek_offset
+    }
+
+    /// A published TCP port: listens on `bound` under `token`.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn listener(&self, token: Token, bound: Socket) -> io::Result<Listener> {
+        self.shared.poll.watch_socket(bound.as_fd(), token)?;
+        Ok(Listener { shared: Rc::clone(&self.shared), socket: bound })
+    }
+
+    /// A published UDP port: receives on `bound` under `token`.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn published_udp(&self, token: Token, bound: Socket) -> io::Result<Datagram> {
+        sys::allow_fragmentation(bound.as_fd())?;
+        self.datagram(token, bound)
+    }
+
+    fn datagram(&self, token: Token, socket: Socket) -> io::Result<Datagram> {
+        self.shared.poll.watch_socket(socket.as_fd(), token)?;
+        Ok(Datagram { shared: Rc::clone(&self.shared), socket })
+    }
+
+    fn stream(&self, token: Token, socket: OwnedFd, kind: StreamKind) -> io::Result<Stream> {
+        let peek_offset = match kind {
+            StreamKind::Tcp => self.shared.peek_offset,
+            // Unix streams have had it since Linux 3.4.
+            StreamKind::Local => true,
+        };
+        if peek_offset {
+            sys::set_peek_offset(socket.as_fd(), 0)?;
+        }
+        self.shared.poll.watch_socket(socket.as_fd(), token)?;
+        let position = peek_offset.then_some(0);
+        Ok(Stream { shared: Rc::clone(&self.shared), socket: socket.into(), token, kind, position })
+    }
+}
+
+/// Binds a socket for a published port: TCP sockets listen.
+///
+/// # Errors
+/// The kernel's refusal, such as an address in use.
+pub fn bind_published(kind: Type, address: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
+    if kind == Type::STREAM {
+        socket.set_reuse_address(true)?;
+    }
+    socket.bind(&address.into())?;
+    if kind == Type::STREAM {
+        socket.listen(1024)?;
+    }
+    Ok(socket)
+}
+
+fn tcp_knows_peek_offset() -> bool {
+    let probe = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), Some(Protocol::TCP));
+    probe.is_ok_and(|socket| sys::set_peek_offset(socket.as_fd(), 0).is_ok())
+}
+
+/// What every TCP socket of a flow is set to.
+fn prepare_tcp(socket: &Socket) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_out_of_band_inline(true)?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_keepalive(true)
+}
+
+impl HostNet for HostSockets {
+    type Stream = Stream;
+    type Datagram = Datagram;
+    type Listener = Listener;
+
+    fn connect(&mut self, token: Token, peer: SocketAddr) -> io::Result<Stream> {
+        let kind = Type::STREAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(peer), kind, Some(Protocol::TCP))?;
+        prepare_tcp(&socket)?;
+        match socket.connect(&peer.into()) {
+            Err(error) if error.raw_os_error() != Some(libc::EINPROGRESS) => return Err(error),
+            _ => {}
+        }
+        self.stream(token, socket.into(), StreamKind::Tcp)
+    }
+
+    fn connect_dns(&mut self, token: Token) -> io::Result<Stream> {
+        let stream = (self.connect_dns)()?;
+        self.stream(token, stream.into(), StreamKind::Local)
+    }
+
+    fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<Datagram> {
+        let kind = Type::DGRAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(local), kind, Some(Protocol::UDP))?;
+        sys::allow_fragmentation(socket.as_fd())?;
+        socket.bind(&local.into())?;
+        self.datagram(token, socket)
+    }
+
+    fn ping(&mut self, token: Token, family: IpAddr) -> io::Result<Datagram> {
+        let (domain, protocol) = match family {
+            IpAddr::V4(_) => (Domain::IPV4, Protocol::ICMPV4),
+            IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
+        };
+        let socket = Socket::new(domain, Type::DGRAM.nonblocking().cloexec(), Some(protocol))?;
+        self.datagram(token, socket)
+    }
+
+    fn is_own_address(&mut self, addr: IpAddr) -> bool {
+        // An address can be bound exactly if it is the host's own; no list of ours can be stale.
+        let at = SocketAddr::new(addr, 0);
+        let probe = Socket::new(Domain::for_address(at), Type::DGRAM.cloexec(), Some(Protocol::UDP));
+        // Where descriptors ran out nothing is known, and what is not known is refused.
+        probe.map_or(true, |socket| socket.bind(&at.into()).is_ok())
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StreamKind {
+    Tcp,
+    Local,
+}
+
+/// A stream socket: TCP to the world, or a local one to the process's own services.
+#[derive(Debug)]
+pub struct Stream {
+    shared: Rc<Shared>,
+    socket: Socket,
+    token: Token,
+    kind: StreamKind,
+    /// Where the kernel peeks next, if it keeps an offset.
+    position: Option<usize>,
+}
+
+impl Stream {
+    fn peek_from_front(&mut self, offset: usize, into: &mut PayloadMut<'_>) -> io::Result<usize> {
+        // Asked before reading: a FIN that came with the last bytes is then known with certainty.
+        let closed = offset > 0 && sys::peer_closed(self.socket.as_fd());
+        let mut segments = self.shared.segments.borrow_mut();
+        let mut scratch = self.shared.scratch.borrow_mut();
+        segments.clear();
+        let mut skip = offset;
+        while skip > 0 {
+            let len = skip.min(SCRATCH_BYTES);
+            segments.push(iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: len });
+            skip -= len;
+        }
+        into.push_iovecs(&mut segments);
+        segments.truncate(limits::FRAME_SEGMENTS_MAX);
+        let len = sys::recv_segments(self.socket.as_fd(), &mut segments, libc::MSG_PEEK)?;
+        match len.saturating_sub(offset) {
+            0 if offset > 0 && !closed => Err(io::ErrorKind::WouldBlock.into()),
+            fresh => Ok(fresh),
+        }
+    }
+
+    fn peek_from_offset(&mut self, offset: usize, into: &mut PayloadMut<'_>) -> io::Result<usize> {
+        if self.position != Some(offset) {
+            let at = i32::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+            sys::set_peek_offset(self.socket.as_fd(), at)?;
+        }
+        let mut segments = self.shared.segments.borrow_mut();
+        segments.clear();
+        into.push_iovecs(&mut segments);
+        let outcome = sys::recv_segments(self.socket.as_fd(), &mut segments, libc::MSG_PEEK);
+        self.position = Some(offset + *outcome.as_ref().unwrap_or(&0));
+        outcome
+    }
+}
+
+impl HostStream for Stream {
+    fn take_error(&mut self) -> io::Result<()> {
+        match self.socket.take_error()? {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    fn send(&mut self, payload: &Payload<'_>) -> io::Result<usize> {
+        let mut segments = self.shared.segments.borrow_mut();
+        segments.clear();
+        payload.push_iovecs(&mut segments);
+        sys::send_segments(self.socket.as_fd(), &mut segments, None)
+    }
+
+    fn peek(&mut self, offset_bytes: usize, mut into: PayloadMut<'_>) -> io::Result<usize> {
+        match self.position {
+            Some(_) => self.peek_from_offset(offset_bytes, &mut into),
+            None => self.peek_from_front(offset_bytes, &mut into),
+        }
+    }
+
+    fn discard(&mut self, len_bytes: usize) -> io::Result<()> {
+        let mut left = len_bytes;
+        while left > 0 {
+            let done = match self.kind {
+                StreamKind::Tcp => sys::discard_tcp(self.socket.as_fd(), left)?,
+                StreamKind::Local => {
+                    let mut scratch = self.shared.scratch.borrow_mut();
+                    let len = left.min(SCRATCH_BYTES);
+                    let mut into = [iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: len }];
+                    sys::recv_segments(self.socket.as_fd(), &mut into, 0)?
+                }
+            };
+            if done == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            left -= done;
+        }
+        // The kernel moves its offset back by what left the queue.
+        self.position = self.position.map(|at| at.saturating_sub(len_bytes));
+        Ok(())
+    }
+
+    fn send_space(&mut self) -> SendSpace {
+        let Some(memory) = sys::send_memory(self.socket.as_fd()) else {
+            return SendSpace { bytes: 64 << 10, tight: true };
+        };
+        let free = memory.limit_bytes.saturating_sub(memory.queued_bytes);
+        // A quarter is left for what the kernel charges besides payload. It tells of room once a third
+        // of the queue is free (sk_stream_is_writeable), and grows the queue only when so asked.
+        SendSpace { bytes: free / 4 * 3, tight: free < memory.queued_bytes / 2 }
+    }
+
+    fn want_writable(&mut self) {
+        if let Err(error) = self.shared.poll.rewatch_socket(self.socket.as_fd(), self.token) {
+            tracing::debug!(%error, "cannot watch a socket for room");
+        }
+    }
+
+    fn shutdown_write(&mut self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Write)
+    }
+
+    fn close(self, how: Close) {
+        if how == Close::Clean && self.kind == StreamKind::Tcp {
+            // On failure the socket stays as it was: a reset rather than a false FIN.
+            let _ = self.socket.set_linger(None);
+        }
+    }
+}
+
+/// A UDP or ICMP echo socket.
+#[derive(Debug)]
+pub struct Datagram {
+    shared: Rc<Shared>,
+    socket: Socket,
+}
+
+impl HostDatagram for Datagram {
+    fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        let mut segments = self.shared.segments.borrow_mut();
+        segments.clear();
+        Payload::from_host(head).push_iovecs(&mut segments);
+        payload.push_iovecs(&mut segments);
+        sys::send_segments(self.socket.as_fd(), &mut segments, Some(&SockAddr::from(to)))?;
+        Ok(())
+    }
+
+    fn recv_from(
+        &mut self,
+        head: &mut [u8],
+        mut into: PayloadMut<'_>,
+        overflow: &mut [u8],
+    ) -> io::Result<(usize, SocketAddr)> {
+        let mut segments = self.shared.segments.borrow_mut();
+        segments.clear();
+        PayloadMut::from_host(head).push_iovecs(&mut segments);
+        into.push_iovecs(&mut segments);
+        PayloadMut::from_host(overflow).push_iovecs(&mut segments);
+        sys::recv_datagram(self.socket.as_fd(), &mut segments)
+    }
+}
+
+/// A published TCP port.
+#[derive(Debug)]
+pub struct Listener {
+    shared: Rc<Shared>,
+    socket: Socket,
+}
+
+impl HostListener for Listener {
+    type Stream = Stream;
+
+    fn accept(&mut self, token: Token) -> io::Result<(Stream, SocketAddr)> {
+        let (socket, client) = self.socket.accept()?;
+        socket.set_nonblocking(true)?;
+        prepare_tcp(&socket)?;
+        let client = client.as_socket().unwrap_or(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), 0));
+        let peek_offset = self.shared.peek_offset;
+        if peek_offset {
+            sys::set_peek_offset(socket.as_fd(), 0)?;
+        }
+        self.shared.poll.watch_socket(socket.as_fd(), token)?;
+        let position = peek_offset.then_some(0);
+        let shared = Rc::clone(&self.shared);
+        Ok((Stream { shared, socket, token, kind: StreamKind::Tcp, position }, client))
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

@@ -1,0 +1,156 @@
+//! Vectored system calls and socket options on host sockets.
+//!
+//! The segments handed to the kernel may lie in guest memory; the kernel checks every access itself
+//! and answers a bad one with `EFAULT`, so no guest can make these calls unsound.
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use libc::{c_int, c_void, iovec, socklen_t};
+use socket2::SockAddr;
+
+/// Bytes queued and allowed in a socket's send queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SendMemory {
+    /// Charged to what is queued, headers included.
+    pub queued_bytes: usize,
+    /// Where the kernel starts to refuse.
+    pub limit_bytes: usize,
+}
+
+fn check(result: isize) -> io::Result<usize> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as usize) }
+}
+
+fn header(segments: &mut [iovec]) -> libc::msghdr {
+    // SAFETY: `msghdr` is plain data, for which all zeroes is valid (no name, no control).
+    let mut header: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    header.msg_iov = segments.as_mut_ptr();
+    header.msg_iovlen = segments.len() as _;
+    header
+}
+
+/// `sendmsg` of the segments, without blocking or SIGPIPE; to `to` if given.
+///
+/// # Errors
+/// The kernel's.
+pub fn send_segments(fd: BorrowedFd<'_>, segments: &mut [iovec], to: Option<&SockAddr>) -> io::Result<usize> {
+    let mut header = header(segments);
+    if let Some(to) = to {
+        header.msg_name = to.as_ptr().cast_mut().cast();
+        header.msg_namelen = to.len();
+    }
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `header` names live segments and a live address; the kernel only reads them.
+    check(unsafe { libc::sendmsg(fd.as_raw_fd(), &header, flags) })
+}
+
+/// `recvmsg` into the segments, without blocking, with further `flags`.
+///
+/// # Errors
+/// The kernel's.
+pub fn recv_segments(fd: BorrowedFd<'_>, segments: &mut [iovec], flags: c_int) -> io::Result<usize> {
+    let mut header = header(segments);
+    // SAFETY: `header` names segments that the caller reserved for writing; the kernel writes no
+    // further than each one's length.
+    check(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags | libc::MSG_DONTWAIT) })
+}
+
+/// `recvmsg` of one datagram into the segments; returns its full length, which may exceed them, and
+/// its sender.
+///
+/// # Errors
+/// The kernel's; `InvalidData` for a sender that is not an IP address.
+pub fn recv_datagram(fd: BorrowedFd<'_>, segments: &mut [iovec]) -> io::Result<(usize, SocketAddr)> {
+    let mut header = header(segments);
+    // SAFETY: the closure fills the storage by `recvmsg`, which writes at most `msg_namelen` bytes and
+    // reports how many.
+    let (len, sender) = unsafe {
+        SockAddr::try_init(|storage, storage_len| {
+            header.msg_name = storage.cast();
+            header.msg_namelen = *storage_len;
+            let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+            let len = check(libc::recvmsg(fd.as_raw_fd(), &mut header, flags))?;
+            *storage_len = header.msg_namelen;
+            Ok(len)
+        })?
+    };
+    let sender = sender.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+    Ok((len, sender))
+}
+
+/// Removes `len_bytes` from the front of a TCP socket's receive queue without copying them
+/// (`MSG_TRUNC`, tcp(7)).
+///
+/// # Errors
+/// The kernel's.
+pub fn discard_tcp(fd: BorrowedFd<'_>, len_bytes: usize) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
+    // SAFETY: with MSG_TRUNC a TCP socket writes nothing to the buffer, so a null one is allowed.
+    check(unsafe { libc::recv(fd.as_raw_fd(), std::ptr::null_mut(), len_bytes, flags) })
+}
+
+/// Sets where the next peek begins (`SO_PEEK_OFF`, socket(7); TCP since Linux 6.9), -1 for off.
+///
+/// # Errors
+/// `EOPNOTSUPP` where the socket does not know it.
+pub fn set_peek_offset(fd: BorrowedFd<'_>, offset_bytes: c_int) -> io::Result<()> {
+    set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset_bytes)
+}
+
+/// Lets IP fragment datagrams that exceed the path's MTU instead of refusing them.
+///
+/// # Errors
+/// The kernel's.
+pub fn allow_fragmentation(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+}
+
+fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    let pointer = (&raw const value).cast::<c_void>();
+    // SAFETY: `pointer` is a live `c_int` and the length says so.
+    let result =
+        unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, pointer, size_of::<c_int>() as socklen_t) };
+    check(result as isize).map(|_| ())
+}
+
+/// What lies in the send queue (`SO_MEMINFO`, since Linux 4.12). `None` where it is not known.
+pub fn send_memory(fd: BorrowedFd<'_>) -> Option<SendMemory> {
+    // include/uapi/linux/sock_diag.h: rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc,
+    // wmem_queued, optmem, backlog, drops.
+    const WMEM_ALLOC: usize = 2;
+    const SNDBUF: usize = 3;
+    const WMEM_QUEUED: usize = 5;
+    let mut info = [0u32; 9];
+    let mut len = size_of_val(&info) as socklen_t;
+    let pointer = info.as_mut_ptr().cast::<c_void>();
+    // SAFETY: `pointer` has room for `len` bytes, and the kernel writes no more.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, pointer, &mut len) };
+    let queued = info[WMEM_QUEUED].max(info[WMEM_ALLOC]);
+    (result == 0).then_some(SendMemory { queued_bytes: queued as usize, limit_bytes: info[SNDBUF] as usize })
+}
+
+/// Whether the peer has sent FIN (`POLLRDHUP`, poll(2)).
+pub fn peer_closed(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    // SAFETY: one live `pollfd`, and no waiting.
+    let count = unsafe { libc::poll(&mut poll, 1, 0) };
+    count == 1 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP) != 0
+}
+
+/// Raises the soft limit of open files to the hard one; returns the limit now in force.
+pub fn raise_open_files_limit() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is live and of the type asked for.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 {
+        return 1024;
+    }
+    let soft = limit.rlim_cur;
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: `limit` is live; a refusal leaves the limit as it is.
+    let raised = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } == 0;
+    if raised { limit.rlim_max } else { soft }
+}

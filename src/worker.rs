@@ -1,0 +1,261 @@
+//! A worker: the thread that owns the device's rings, an engine and its sockets, and moves frames.
+//!
+//! One loop, run to completion: wait for events, take what they say, drain the transmit rings within
+//! a budget, carry out deadlines, flush what flows owe, publish. No lock, and nothing to wait for but
+//! the epoll set.
+//!
+//! May touch: `device`, `engine`, `uplink`, `control` (its DNS client).
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
+
+use epoll::Event;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::control::dns_forward::{DnsClient, DnsQuery};
+use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch};
+use crate::engine::counters::Counters;
+use crate::engine::host_net::Token;
+use crate::engine::{Engine, EngineConfig};
+use crate::frame::QueuePair;
+use crate::service::dns::{self, DnsService};
+use crate::time::{Clock, Instant};
+use crate::uplink::sockets::HostSockets;
+use crate::uplink::sys::poll::{self, Poll};
+
+/// Frames taken from one transmit ring before sockets have their turn.
+const TX_BUDGET_FRAMES: usize = 256;
+/// Events taken at once.
+const EVENTS: usize = 256;
+/// How often a ring without a kick descriptor is looked at, in milliseconds.
+const POLLED_RING_MS: i32 = 1;
+
+/// Tokens of the worker's own descriptors: above every kind of the engine's.
+const COMMANDS: Token = Token(0x80 << 56);
+const KICK: u64 = 0x81 << 56;
+const DNS: Token = Token(0x82 << 56);
+const STOP: Token = Token(0x83 << 56);
+const KIND_MASK: u64 = 0xff << 56;
+
+/// Everything a worker owns. Made on its own thread: its parts share without locks.
+pub struct Worker {
+    poll: Poll,
+    queues: DeviceQueues,
+    engine: Engine<HostSockets>,
+    dns: Rc<RefCell<DnsClient>>,
+    clock: Clock,
+    /// Transmit rings with frames waiting, a bit a pair.
+    tx_waiting: u64,
+    device_events: Vec<DeviceEvent>,
+}
+
+/// What a worker is made of.
+pub struct WorkerParts {
+    /// The device's rings.
+    pub queues: DeviceQueues,
+    /// The engine's settings.
+    pub engine: EngineConfig,
+    /// Local DNS answers.
+    pub dns: std::sync::Arc<DnsService>,
+    /// The way to upstream resolvers.
+    pub dns_client: DnsClient,
+    /// Bound sockets of published TCP ports, and the guest's port of each.
+    pub tcp: Vec<(socket2::Socket, u16)>,
+    /// The same for UDP.
+    pub udp: Vec<(socket2::Socket, u16)>,
+    /// Written to end the worker.
+    pub stop: EventFd,
+    /// Whether `SO_PEEK_OFF` may be used on TCP.
+    pub peek_offset: bool,
+}
+
+struct Kicks<'a>(&'a Poll);
+
+impl KickWatch for Kicks<'_> {
+    fn watch(&mut self, fd: RawFd, ring: u16) -> io::Result<()> {
+        self.0.watch_readable(fd, Token(KICK | u64::from(ring)))
+    }
+
+    fn unwatch(&mut self, fd: RawFd) {
+        self.0.unwatch(fd);
+    }
+}
+
+impl Worker {
+    /// Puts a worker together.
+    ///
+    /// # Errors
+    /// Descriptors that cannot be had or watched.
+    pub fn new(parts: WorkerParts) -> io::Result<Worker> {
+        let poll = Poll::new()?;
+        poll.watch_readable(parts.queues.command_fd(), COMMANDS)?;
+        poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
+        let dns = Rc::new(RefCell::new(parts.dns_client));
+        poll.watch_readable(dns.borrow().event_fd().as_raw_fd(), DNS)?;
+        let dns_streams = Rc::clone(&dns);
+        let connect_dns = Box::new(move || dns_streams.borrow_mut().connect_stream());
+        let sockets = HostSockets::new(poll.clone(), connect_dns, parts.peek_offset);
+        let mut engine = Engine::new(&parts.engine, sockets, parts.dns);
+        for (socket, guest_port) in parts.tcp {
+            let token = engine.nat().next_listener_token();
+            let listener = engine.nat().net().listener(token, socket)?;
+            engine.nat().publish_tcp(listener, guest_port);
+        }
+        for (socket, guest_port) in parts.udp {
+            let token = engine.nat().next_datagram_token();
+            let socket = engine.nat().net().published_udp(token, socket)?;
+            engine.publish_udp(socket, guest_port);
+        }
+        Ok(Worker {
+            poll,
+            queues: parts.queues,
+            engine,
+            dns,
+            clock: Clock::start(),
+            tx_waiting: 0,
+            device_events: Vec::new(),
+        })
+    }
+
+    /// Moves frames until `stop` is written; returns what was counted.
+    ///
+    /// # Errors
+    /// The epoll set fails, which it does not.
+    pub fn run(mut self) -> io::Result<Counters> {
+        let mut events = [Event { events: 0, data: 0 }; EVENTS];
+        let mut more = false;
+        loop {
+            let timeout = if more { 0 } else { self.timeout_ms() };
+            let count = self.poll.wait(timeout, &mut events)?;
+            let now = self.clock.now();
+            let mut stop = false;
+            for event in &events[..count] {
+                stop |= self.take(now, event);
+            }
+            if stop {
+                self.engine.guest_reset();
+                return Ok(self.engine.counters().clone());
+            }
+            if self.queues.polled() {
+                self.kick_all(now);
+            }
+            more = self.work(now);
+        }
+    }
+
+    /// Until when to wait: the next deadline, in milliseconds rounded up; -1 without one.
+    fn timeout_ms(&self) -> i32 {
+        let until_deadline = match self.engine.next_deadline() {
+            Some(at) => {
+                let micros = at.since(self.clock.now()).as_micros();
+                i32::try_from(micros.div_ceil(1000)).unwrap_or(i32::MAX)
+            }
+            None => -1,
+        };
+        match until_deadline {
+            wait if self.queues.polled() && !(0..=POLLED_RING_MS).contains(&wait) => POLLED_RING_MS,
+            wait => wait,
+        }
+    }
+
+    /// Takes one event; true if it asks to stop.
+    fn take(&mut self, now: Instant, event: &Event) -> bool {
+        let token = Token(event.data);
+        match token.0 & KIND_MASK {
+            _ if token == STOP => return true,
+            _ if token == COMMANDS => self.commands(now),
+            _ if token == DNS => self.dns_answers(now),
+            KICK => {
+                let kind = self.queues.kicked((token.0 & 0xffff) as u16);
+                self.kicked(now, kind);
+            }
+            _ => {
+                let (_, rx) = self.queues.split();
+                self.engine.host_ready(now, rx, token, poll::readiness(event));
+            }
+        }
+        false
+    }
+
+    fn kicked(&mut self, now: Instant, kind: KickKind) {
+        match kind {
+            KickKind::Tx(QueuePair(pair)) => self.tx_waiting |= 1 << pair,
+            KickKind::Rx(_) => {
+                let (_, rx) = self.queues.split();
+                self.engine.guest_has_buffers(now, rx);
+            }
+            KickKind::Control | KickKind::Idle => {}
+        }
+    }
+
+    /// Rings without a kick descriptor: look at all of them.
+    fn kick_all(&mut self, now: Instant) {
+        let pairs = {
+            let (tx, _) = self.queues.split();
+            tx.pairs_running().fold(0u64, |bits, QueuePair(pair)| bits | 1 << pair)
+        };
+        self.tx_waiting |= pairs;
+        self.kicked(now, KickKind::Rx(QueuePair::default()));
+    }
+
+    fn commands(&mut self, now: Instant) {
+        let mut events = std::mem::take(&mut self.device_events);
+        self.queues.handle_commands(&mut Kicks(&self.poll), &mut events);
+        for event in events.drain(..) {
+            match event {
+                DeviceEvent::Attached | DeviceEvent::RingsDown => {}
+                DeviceEvent::Detached => self.engine.guest_reset(),
+                DeviceEvent::GuestReset => {
+                    tracing::info!("the guest started anew; its connections are reset");
+                    self.engine.guest_reset();
+                }
+                DeviceEvent::IpMtu(bytes) => self.engine.set_ip_mtu(bytes),
+                DeviceEvent::RingsUp => self.kicked(now, KickKind::Rx(QueuePair::default())),
+                DeviceEvent::Ready(kind) => self.kicked(now, kind),
+            }
+        }
+        self.device_events = events;
+    }
+
+    fn dns_answers(&mut self, now: Instant) {
+        let mut client = self.dns.borrow_mut();
+        while let Some(answer) = client.poll_answer() {
+            let (_, rx) = self.queues.split();
+            self.engine.dns_answer(now, rx, answer.id, &answer.bytes);
+        }
+    }
+
+    /// One batch. Returns whether there is more to do at once.
+    fn work(&mut self, now: Instant) -> bool {
+        let (tx, rx) = self.queues.split();
+        let mut waiting = std::mem::take(&mut self.tx_waiting);
+        while waiting != 0 {
+            let pair = waiting.trailing_zeros() as u8;
+            waiting &= waiting - 1;
+            let engine = &mut self.engine;
+            let drained =
+                tx.drain(QueuePair(pair), TX_BUDGET_FRAMES, |frame| engine.from_guest(now, rx, &frame));
+            if drained == Drained::More {
+                self.tx_waiting |= 1 << pair;
+            }
+        }
+        self.engine.run_timers(now, rx);
+        let more = self.engine.flush(rx);
+        self.forward_dns(now);
+        self.queues.publish();
+        more || self.tx_waiting != 0
+    }
+
+    fn forward_dns(&mut self, now: Instant) {
+        while let Some(forward) = self.engine.next_dns_forward() {
+            let query = DnsQuery { id: forward.id, bytes: forward.query };
+            if let Err(refused) = self.dns.borrow_mut().submit(query) {
+                let failure = dns::servfail(&refused.bytes);
+                let (_, rx) = self.queues.split();
+                self.engine.dns_answer(now, rx, refused.id, &failure);
+            }
+        }
+    }
+}
