@@ -71,6 +71,37 @@ backend_stop() {
     BACKEND_PID=
 }
 
+# backend_end: ends vunet by SIGTERM and fails unless it ended at once with 0 and removed its socket.
+backend_end() {
+    local begun pid=$BACKEND_PID status=0
+    begun=$(now_ms)
+    kill -s TERM "$pid" 2>/dev/null || true
+    wait_until 5 backend_is_gone || true
+    if is_running "$pid"; then
+        say "FAIL  vunet ended on SIGTERM: not within 5 s"
+        return 1
+    fi
+    wait "$pid" || status=$?
+    BACKEND_PID=
+    if [[ $status != 0 || -S $SOCKET ]]; then
+        say "FAIL  vunet ended cleanly: status $status, socket $([[ -S $SOCKET ]] && echo left behind || echo removed)"
+        show_log vunet
+        return 1
+    fi
+    show_step ok 'vunet ended on SIGTERM' "$(($(now_ms) - begun))" ''
+}
+
+backend_is_gone() { ! is_running "$BACKEND_PID"; }
+
+# Whether a front-end holds a connection to the vunet that runs now. The kernel lists an accepted socket in
+# the namespace of the side that connected, which is this script's.
+backend_is_attached() { grep -q "0001 03 .* $SOCKET\$" "/proc/$$/net/unix"; }
+
+# backend_counter NAME: a counter of the line vunet logs when it ends.
+backend_counter() {
+    sed 's/\x1b\[[0-9;]*m//g' "$RUN_DIR/vunet.log" | grep -o "\b$1=[0-9]*" | tail -n 1 | cut -d = -f 2
+}
+
 # backend_show_privilege: shows, as a step, whether vunet runs as no root and without any capability.
 backend_show_privilege() {
     local uid capabilities

@@ -3,7 +3,7 @@
 //! an emulated processor hashes more slowly than the network moves.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use crate::body::{self, Stream};
@@ -65,6 +65,29 @@ pub(crate) fn upload(host: &str, count: usize, end: End) -> Result<String, Failu
         return Err(format!("the server got {received} of {count} bytes").into());
     }
     compare(&hash, theirs, count, took)
+}
+
+/// Sends `count` bytes of an upload, says so, and holds the connection open until killed.
+pub(crate) fn hold(host: &str, count: usize) -> Result<String, Failure> {
+    let mut stream = connect(host)?;
+    write!(stream, "PUT /bytes HTTP/1.1\r\nHost: {host}\r\n\r\n")?;
+    stream.write_all(&Stream::new(seed()).take(count.min(body::BYTES_MAX)))?;
+    println!("held after {count} bytes");
+    loop {
+        std::thread::sleep(PATIENCE);
+    }
+}
+
+/// Sends `count` datagrams that begin with their number, a millisecond apart so that no queue fills.
+pub(crate) fn udp_send(to: &str, count: u32) -> Result<String, Failure> {
+    let socket = UdpSocket::bind(("0.0.0.0", 0))?;
+    for number in 0..count {
+        let mut datagram = [0u8; 64];
+        datagram[..4].copy_from_slice(&number.to_be_bytes());
+        socket.send_to(&datagram, to)?;
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(format!("{count} datagrams sent to {to}"))
 }
 
 /// The address and port the server sees this guest at.

@@ -32,6 +32,8 @@ const USAGE: &str = "usage:
   vunet-transfer download HOST:PORT BYTES      fetch a body and compare its SHA-256
   vunet-transfer upload HOST:PORT BYTES        send a body, half-close, compare the SHA-256 answered
   vunet-transfer upload-open HOST:PORT BYTES   the same with a Content-Length and no half-close
+  vunet-transfer upload-hold HOST:PORT BYTES   send a body and never end it
+  vunet-transfer udp-send ADDRESS:PORT COUNT   send numbered datagrams, a thousand a second
   vunet-transfer peer HOST:PORT                print the address the server sees";
 
 fn main() -> ExitCode {
@@ -58,6 +60,8 @@ fn run(words: &[&str]) -> Result<String, Failure> {
         ["download", host, count] => client::download(host, count.parse()?),
         ["upload", host, count] => client::upload(host, count.parse()?, client::End::HalfClose),
         ["upload-open", host, count] => client::upload(host, count.parse()?, client::End::Length),
+        ["upload-hold", host, count] => client::hold(host, count.parse()?),
+        ["udp-send", to, count] => client::udp_send(to, count.parse()?),
         ["peer", host] => client::peer(host),
         _ => Err(USAGE.into()),
     }

@@ -36,7 +36,7 @@ fn serve_on(listener: &TcpListener) -> Result<String, Failure> {
         let open = Arc::clone(&open);
         std::thread::Builder::new().stack_size(256 << 10).spawn(move || {
             if let Err(failure) = exchange(stream) {
-                eprintln!("connection: {failure}");
+                eprintln!("{failure}");
             }
             open.fetch_sub(1, Ordering::Relaxed);
         })?;
@@ -104,7 +104,7 @@ fn receive_body(
     let mut limited = reader.take(length.unwrap_or(u64::MAX));
     let (mut hash, mut count) = (Sha256::new(), 0);
     loop {
-        let chunk = limited.fill_buf().map_err(|error| format!("after {count} bytes: {error}"))?;
+        let chunk = limited.fill_buf().map_err(|error| format!("upload cut after {count} bytes: {error}"))?;
         if chunk.is_empty() {
             break;
         }
@@ -113,6 +113,7 @@ fn receive_body(
         count += taken;
         limited.consume(taken);
     }
+    eprintln!("upload complete with {count} bytes");
     respond(stream, "200 OK", &format!("{count} {}\n", body::hex(&hash.finalize())))
 }
 
