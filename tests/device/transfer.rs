@@ -1,0 +1,1 @@
+//! Frames both ways under every mixture of features.
