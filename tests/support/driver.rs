@@ -7,29 +7,29 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ram::Ram;
 
-pub const NEXT: u16 = 1;
-pub const WRITE: u16 = 2;
-pub const INDIRECT: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// One buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub struct Buffer {
-    pub guest: u64,
-    pub len: u32,
-    pub writable: bool,
+pub(crate) struct Buffer {
+    pub(crate) guest: u64,
+    pub(crate) len: u32,
+    pub(crate) writable: bool,
 }
 
 /// A ring as its driver sees it. It lies at `base` of the memory.
-pub struct DriverRing {
-    pub ram: Arc<Ram>,
-    pub base: usize,
-    pub size: u16,
-    pub kick: EventFd,
-    pub call: EventFd,
-    pub err: EventFd,
-    pub event_idx: bool,
+pub(crate) struct DriverRing {
+    pub(crate) ram: Arc<Ram>,
+    pub(crate) base: usize,
+    pub(crate) size: u16,
+    pub(crate) kick: EventFd,
+    pub(crate) call: EventFd,
+    pub(crate) err: EventFd,
+    pub(crate) event_idx: bool,
     /// Kicks really sent.
-    pub kicks: u64,
+    pub(crate) kicks: u64,
     avail_index: u16,
     used_seen: u16,
     next_descriptor: u16,
@@ -37,7 +37,7 @@ pub struct DriverRing {
 
 impl DriverRing {
     /// Bytes a ring of `size` takes, rounded up to pages.
-    pub fn bytes(size: u16) -> usize {
+    pub(crate) fn bytes(size: u16) -> usize {
         let n = usize::from(size);
         (16 * n).next_multiple_of(16)
             + (6 + 2 * n).next_multiple_of(64)
@@ -45,7 +45,7 @@ impl DriverRing {
             + 4096
     }
 
-    pub fn new(ram: &Arc<Ram>, base: usize, size: u16) -> DriverRing {
+    pub(crate) fn new(ram: &Arc<Ram>, base: usize, size: u16) -> DriverRing {
         let event = || EventFd::new(EFD_NONBLOCK).expect("a descriptor");
         DriverRing {
             ram: Arc::clone(ram),
@@ -62,20 +62,20 @@ impl DriverRing {
         }
     }
 
-    pub fn descriptors_at(&self) -> usize {
+    pub(crate) fn descriptors_at(&self) -> usize {
         self.base
     }
 
-    pub fn avail_at(&self) -> usize {
+    pub(crate) fn avail_at(&self) -> usize {
         self.base + 16 * usize::from(self.size)
     }
 
-    pub fn used_at(&self) -> usize {
+    pub(crate) fn used_at(&self) -> usize {
         (self.avail_at() + 6 + 2 * usize::from(self.size)).next_multiple_of(64)
     }
 
     /// Starts over, as a driver does after a reset.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         let zeroes = vec![0; Self::bytes(self.size)];
         self.ram.write(self.base, &zeroes);
         self.avail_index = 0;
@@ -83,20 +83,20 @@ impl DriverRing {
         self.next_descriptor = 0;
     }
 
-    pub fn set_descriptor(&self, index: u16, guest: u64, len: u32, flags: u16, next: u16) {
+    pub(crate) fn set_descriptor(&self, index: u16, guest: u64, len: u32, flags: u16, next: u16) {
         let at = self.descriptors_at() + 16 * usize::from(index);
         self.ram.write(at, &descriptor(guest, len, flags, next));
     }
 
     /// Puts a chain into descriptors of its own and makes it available. Returns its head.
-    pub fn post(&mut self, chain: &[Buffer]) -> u16 {
+    pub(crate) fn post(&mut self, chain: &[Buffer]) -> u16 {
         let head = self.place(chain);
         self.make_available(head);
         head
     }
 
     /// Puts a chain into descriptors of its own, without making it available.
-    pub fn place(&mut self, chain: &[Buffer]) -> u16 {
+    pub(crate) fn place(&mut self, chain: &[Buffer]) -> u16 {
         let head = self.next_descriptor;
         for (n, buffer) in chain.iter().enumerate() {
             let index = self.next_descriptor;
@@ -109,7 +109,7 @@ impl DriverRing {
     }
 
     /// Puts a chain into an indirect table at `table_at` of the memory and makes it available.
-    pub fn post_indirect(&mut self, table_at: usize, chain: &[Buffer]) -> u16 {
+    pub(crate) fn post_indirect(&mut self, table_at: usize, chain: &[Buffer]) -> u16 {
         for (n, buffer) in chain.iter().enumerate() {
             let more = if n + 1 < chain.len() { NEXT } else { 0 };
             let flags = more | if buffer.writable { WRITE } else { 0 };
@@ -123,7 +123,7 @@ impl DriverRing {
     }
 
     /// Makes `head` available, whatever it is.
-    pub fn make_available(&mut self, head: u16) {
+    pub(crate) fn make_available(&mut self, head: u16) {
         let slot = usize::from(self.avail_index % self.size);
         self.ram.store_u16(self.avail_at() + 4 + 2 * slot, head);
         self.avail_index = self.avail_index.wrapping_add(1);
@@ -131,28 +131,28 @@ impl DriverRing {
     }
 
     /// Stores an avail index out of the blue.
-    pub fn force_avail_index(&mut self, index: u16) {
+    pub(crate) fn force_avail_index(&mut self, index: u16) {
         self.avail_index = index;
         self.ram.store_u16(self.avail_at() + 2, index);
     }
 
-    pub fn avail_index(&self) -> u16 {
+    pub(crate) fn avail_index(&self) -> u16 {
         self.avail_index
     }
 
-    pub fn used_index(&self) -> u16 {
+    pub(crate) fn used_index(&self) -> u16 {
         self.ram.load_u16(self.used_at() + 2)
     }
 
     /// Writes a used index, as another device that worked the ring before would have.
-    pub fn force_used_index(&mut self, index: u16) {
+    pub(crate) fn force_used_index(&mut self, index: u16) {
         self.ram.store_u16(self.used_at() + 2, index);
         self.used_seen = index;
         self.force_avail_index(index);
     }
 
     /// Whether the device asked for a kick after the avail index moved from `old`.
-    pub fn kick_wanted(&self, old: u16) -> bool {
+    pub(crate) fn kick_wanted(&self, old: u16) -> bool {
         fence(Ordering::SeqCst);
         if self.event_idx {
             let event = self.ram.load_u16(self.used_at() + 4 + 8 * usize::from(self.size));
@@ -163,20 +163,20 @@ impl DriverRing {
     }
 
     /// Kicks if the device asked for it, as a driver does that posted since `old`.
-    pub fn kick_after(&mut self, old: u16) {
+    pub(crate) fn kick_after(&mut self, old: u16) {
         if self.kick_wanted(old) {
             self.kick_now();
         }
     }
 
     /// Kicks whether the device asked or not.
-    pub fn kick_now(&mut self) {
+    pub(crate) fn kick_now(&mut self) {
         self.kicks += 1;
         self.kick.write(1).expect("a kick");
     }
 
     /// Takes the used entries that appeared: (head, length).
-    pub fn take_used(&mut self) -> Vec<(u32, u32)> {
+    pub(crate) fn take_used(&mut self) -> Vec<(u32, u32)> {
         let mut out = Vec::new();
         let index = self.used_index();
         while self.used_seen != index {
@@ -191,18 +191,18 @@ impl DriverRing {
     }
 
     /// Chains posted whose completion was not taken yet.
-    pub fn outstanding(&self) -> u16 {
+    pub(crate) fn outstanding(&self) -> u16 {
         self.avail_index.wrapping_sub(self.used_seen)
     }
 
     /// Calls received since the last look.
-    pub fn calls(&self) -> u64 {
+    pub(crate) fn calls(&self) -> u64 {
         self.call.read().unwrap_or(0)
     }
 }
 
 /// The 16 bytes of a descriptor.
-pub fn descriptor(guest: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
+pub(crate) fn descriptor(guest: u64, len: u32, flags: u16, next: u16) -> [u8; 16] {
     let mut out = [0; 16];
     out[0..8].copy_from_slice(&guest.to_le_bytes());
     out[8..12].copy_from_slice(&len.to_le_bytes());

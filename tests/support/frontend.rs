@@ -13,26 +13,26 @@ use super::driver::DriverRing;
 use super::ram::{FILE_OFFSET, GUEST_BASE, Ram, USER_BASE};
 use super::{PATIENCE, eventually};
 
-pub const PROTOCOL_FEATURES: u64 = 1 << 30;
-pub const VERSION_1: u64 = 1 << 32;
-pub const REPLY_ACK: u64 = 1 << 3;
+pub(crate) const PROTOCOL_FEATURES: u64 = 1 << 30;
+pub(crate) const VERSION_1: u64 = 1 << 32;
+pub(crate) const REPLY_ACK: u64 = 1 << 3;
 const NEED_REPLY: u32 = 8;
 
 /// A connected front-end.
-pub struct Frontend {
-    pub stream: UnixStream,
+pub(crate) struct Frontend {
+    pub(crate) stream: UnixStream,
     /// Ask for an acknowledgement of everything.
-    pub ack: bool,
+    pub(crate) ack: bool,
 }
 
 /// A reply: payload and descriptors.
-pub struct Answer {
-    pub payload: Vec<u8>,
-    pub fds: Vec<OwnedFd>,
+pub(crate) struct Answer {
+    pub(crate) payload: Vec<u8>,
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 impl Frontend {
-    pub fn connect(path: &Path) -> Frontend {
+    pub(crate) fn connect(path: &Path) -> Frontend {
         let mut stream = None;
         eventually("the socket takes connections", || {
             stream = UnixStream::connect(path).ok();
@@ -41,14 +41,14 @@ impl Frontend {
         Frontend::new(stream.expect("connected"))
     }
 
-    pub fn new(stream: UnixStream) -> Frontend {
+    pub(crate) fn new(stream: UnixStream) -> Frontend {
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         stream.set_write_timeout(Some(PATIENCE)).expect("a timeout");
         Frontend { stream, ack: false }
     }
 
     /// Sends bytes as they are.
-    pub fn send_raw(&self, bytes: &[u8], fds: &[RawFd]) {
+    pub(crate) fn send_raw(&self, bytes: &[u8], fds: &[RawFd]) {
         if fds.is_empty() {
             // The back-end may have closed the connection: that is for the test to see.
             let _ = (&self.stream).write_all(bytes);
@@ -58,12 +58,12 @@ impl Frontend {
     }
 
     /// Sends one message.
-    pub fn send(&self, code: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
+    pub(crate) fn send(&self, code: u32, flags: u32, payload: &[u8], fds: &[RawFd]) {
         self.send_raw(&message(code, flags | 1, payload), fds);
     }
 
     /// Receives one reply; `None` if the connection is closed.
-    pub fn receive(&self) -> Option<Answer> {
+    pub(crate) fn receive(&self) -> Option<Answer> {
         let mut header = [0u8; 12];
         let mut raw = [-1; 8];
         let mut vectors = [libc::iovec { iov_base: header.as_mut_ptr().cast(), iov_len: 12 }];
@@ -82,22 +82,22 @@ impl Frontend {
     }
 
     /// Whether the back-end closed the connection.
-    pub fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         self.receive().is_none()
     }
 
     /// Sends a request that has a reply of its own and returns it.
-    pub fn ask(&self, code: Req, payload: &[u8]) -> Answer {
+    pub(crate) fn ask(&self, code: Req, payload: &[u8]) -> Answer {
         self.send(code.into(), 0, payload, &[]);
         self.receive().unwrap_or_else(|| panic!("{code:?}: the connection was closed"))
     }
 
-    pub fn ask_u64(&self, code: Req) -> u64 {
+    pub(crate) fn ask_u64(&self, code: Req) -> u64 {
         u64::from_ne_bytes(self.ask(code, &[]).payload.try_into().expect("eight bytes"))
     }
 
     /// Sends a request without a reply; if acknowledgements are on, returns whether it was done.
-    pub fn tell(&self, code: Req, payload: &[u8], fds: &[RawFd]) -> bool {
+    pub(crate) fn tell(&self, code: Req, payload: &[u8], fds: &[RawFd]) -> bool {
         if !self.ack {
             self.send(code.into(), 0, payload, fds);
             return true;
@@ -107,25 +107,25 @@ impl Frontend {
         answer.payload == 0u64.to_ne_bytes()
     }
 
-    pub fn tell_u64(&self, code: Req, value: u64) -> bool {
+    pub(crate) fn tell_u64(&self, code: Req, value: u64) -> bool {
         self.tell(code, &value.to_ne_bytes(), &[])
     }
 
-    pub fn tell_ring(&self, code: Req, ring: u16, value: u32) -> bool {
+    pub(crate) fn tell_ring(&self, code: Req, ring: u16, value: u32) -> bool {
         self.tell(code, &state(ring, value), &[])
     }
 
     /// Makes sure that everything sent before was handled.
-    pub fn sync(&self) {
+    pub(crate) fn sync(&self) {
         self.ask_u64(Req::GET_FEATURES);
     }
 
-    pub fn set_mem_table(&self, ram: &Ram) -> bool {
+    pub(crate) fn set_mem_table(&self, ram: &Ram) -> bool {
         let payload = [&1u32.to_ne_bytes()[..], &[0; 4], &region(ram)].concat();
         self.tell(Req::SET_MEM_TABLE, &payload, &[ram.fd()])
     }
 
-    pub fn set_vring_addr(&self, ring: u16, driver: &DriverRing) -> bool {
+    pub(crate) fn set_vring_addr(&self, ring: u16, driver: &DriverRing) -> bool {
         let user = |at: usize| driver.ram.user(at).to_ne_bytes();
         let payload = [
             &u32::from(ring).to_ne_bytes()[..],
@@ -139,17 +139,17 @@ impl Frontend {
         self.tell(Req::SET_VRING_ADDR, &payload, &[])
     }
 
-    pub fn set_vring_fd(&self, code: Req, ring: u16, fd: &impl AsRawFd) -> bool {
+    pub(crate) fn set_vring_fd(&self, code: Req, ring: u16, fd: &impl AsRawFd) -> bool {
         self.tell(code, &u64::from(ring).to_ne_bytes(), &[fd.as_raw_fd()])
     }
 
-    pub fn get_vring_base(&self, ring: u16) -> u32 {
+    pub(crate) fn get_vring_base(&self, ring: u16) -> u32 {
         let payload = self.ask(Req::GET_VRING_BASE, &state(ring, 0)).payload;
         u32::from_ne_bytes(payload[4..8].try_into().expect("eight bytes"))
     }
 
     /// Negotiates: protocol features first, then `features`.
-    pub fn negotiate(&mut self, features: u64, protocol_features: u64) {
+    pub(crate) fn negotiate(&mut self, features: u64, protocol_features: u64) {
         let offered = self.ask_u64(Req::GET_FEATURES);
         assert_eq!(features & !offered, 0, "the test wants what is offered");
         if offered & PROTOCOL_FEATURES != 0 && protocol_features != 0 {
@@ -162,7 +162,7 @@ impl Frontend {
     }
 
     /// Sets one ring up and starts it, in the order most front-ends use.
-    pub fn start_ring(&self, ring: u16, driver: &DriverRing) {
+    pub(crate) fn start_ring(&self, ring: u16, driver: &DriverRing) {
         self.tell_ring(Req::SET_VRING_NUM, ring, u32::from(driver.size));
         self.tell_ring(Req::SET_VRING_BASE, ring, u32::from(driver.used_index()));
         self.set_vring_addr(ring, driver);
@@ -173,40 +173,40 @@ impl Frontend {
 }
 
 /// A message's bytes.
-pub fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
+pub(crate) fn message(code: u32, flags: u32, payload: &[u8]) -> Vec<u8> {
     let size = payload.len() as u32;
     [&code.to_ne_bytes()[..], &flags.to_ne_bytes(), &size.to_ne_bytes(), payload].concat()
 }
 
 /// Ring index and value.
-pub fn state(ring: u16, value: u32) -> Vec<u8> {
+pub(crate) fn state(ring: u16, value: u32) -> Vec<u8> {
     [u32::from(ring).to_ne_bytes(), value.to_ne_bytes()].concat()
 }
 
 /// The 32 bytes that describe all of `ram`.
-pub fn region(ram: &Ram) -> Vec<u8> {
+pub(crate) fn region(ram: &Ram) -> Vec<u8> {
     region_of(GUEST_BASE, ram.size() as u64, USER_BASE, FILE_OFFSET)
 }
 
 /// The 32 bytes that describe a region.
-pub fn region_of(guest: u64, size: u64, user: u64, offset: u64) -> Vec<u8> {
+pub(crate) fn region_of(guest: u64, size: u64, user: u64, offset: u64) -> Vec<u8> {
     [guest.to_ne_bytes(), size.to_ne_bytes(), user.to_ne_bytes(), offset.to_ne_bytes()].concat()
 }
 
 /// One queue pair with memory: what most tests need.
-pub struct Guest {
-    pub ram: Arc<Ram>,
-    pub rx: DriverRing,
-    pub tx: DriverRing,
+pub(crate) struct Guest {
+    pub(crate) ram: Arc<Ram>,
+    pub(crate) rx: DriverRing,
+    pub(crate) tx: DriverRing,
     /// Where buffers may lie.
-    pub heap: usize,
-    pub features: u64,
+    pub(crate) heap: usize,
+    pub(crate) features: u64,
 }
 
 impl Guest {
-    pub const RAM_BYTES: usize = 32 << 20;
+    pub(crate) const RAM_BYTES: usize = 32 << 20;
 
-    pub fn new(size: u16) -> Guest {
+    pub(crate) fn new(size: u16) -> Guest {
         let ram = Ram::new(Guest::RAM_BYTES);
         let rx = DriverRing::new(&ram, 0, size);
         let tx = DriverRing::new(&ram, DriverRing::bytes(size), size);
@@ -216,7 +216,7 @@ impl Guest {
 
     /// Attaches with `features` (and protocol features with acknowledgements, if they are among
     /// them), and starts both rings.
-    pub fn attach(&mut self, frontend: &mut Frontend, features: u64) {
+    pub(crate) fn attach(&mut self, frontend: &mut Frontend, features: u64) {
         let protocol = if features & PROTOCOL_FEATURES == 0 { 0 } else { REPLY_ACK | 1 };
         self.features = features;
         frontend.negotiate(features, protocol);
@@ -224,7 +224,7 @@ impl Guest {
     }
 
     /// Hands over memory and starts both rings.
-    pub fn start(&mut self, frontend: &Frontend) {
+    pub(crate) fn start(&mut self, frontend: &Frontend) {
         for ring in [&mut self.rx, &mut self.tx] {
             ring.event_idx = self.features & (1 << 29) != 0;
         }
@@ -238,7 +238,7 @@ impl Guest {
         frontend.sync();
     }
 
-    pub fn header_bytes(&self) -> usize {
+    pub(crate) fn header_bytes(&self) -> usize {
         if self.features & (VERSION_1 | 1 << 15) != 0 { 12 } else { 10 }
     }
 }

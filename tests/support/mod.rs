@@ -2,19 +2,20 @@
 //! that can say anything, a driver that can post any descriptor, and a worker with a loopback
 //! instead of an engine.
 
-pub mod driver;
-pub mod frontend;
-pub mod ram;
-pub mod worker;
+pub(crate) mod driver;
+pub(crate) mod frontend;
+pub(crate) mod nic;
+pub(crate) mod ram;
+pub(crate) mod worker;
 
 use std::time::{Duration, Instant};
 
 /// Longest wait for anything a test waits for.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Waits until `holds`, or fails the test with `what`.
 #[track_caller]
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !holds() {
         assert!(Instant::now() < end, "did not happen in time: {what}");
@@ -23,12 +24,12 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 }
 
 /// A small generator of repeatable randomness (xorshift64*).
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     /// Seeded from `VUNET_TEST_SEED`, or from the clock; prints the seed so that a failure can be
     /// replayed.
-    pub fn seeded() -> Random {
+    pub(crate) fn seeded() -> Random {
         let given = std::env::var("VUNET_TEST_SEED").ok().and_then(|s| s.parse().ok());
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         let seed = given.unwrap_or_else(|| now.map_or(1, |t| t.as_nanos() as u64));
@@ -36,7 +37,7 @@ impl Random {
         Random(seed | 1)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -44,11 +45,11 @@ impl Random {
     }
 
     /// A number below `bound`.
-    pub fn below(&mut self, bound: u64) -> u64 {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len).map(|_| self.next() as u8).collect()
     }
 }

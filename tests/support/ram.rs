@@ -9,21 +9,21 @@ use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
 
 /// Guest physical address of the first byte.
-pub const GUEST_BASE: u64 = 0x4000_0000;
+pub(crate) const GUEST_BASE: u64 = 0x4000_0000;
 /// The front-end's pretended own address of the first byte.
-pub const USER_BASE: u64 = 0x7f12_3450_0000;
+pub(crate) const USER_BASE: u64 = 0x7f12_3450_0000;
 /// Where the memory starts in its file.
-pub const FILE_OFFSET: u64 = 0x3000;
+pub(crate) const FILE_OFFSET: u64 = 0x3000;
 
 /// One region of guest memory.
-pub struct Ram {
+pub(crate) struct Ram {
     file: File,
     map: MmapRegion,
     size: usize,
 }
 
 impl Ram {
-    pub fn new(size: usize) -> Arc<Ram> {
+    pub(crate) fn new(size: usize) -> Arc<Ram> {
         let file = tempfile::tempfile_in("/dev/shm").expect("shared memory");
         file.set_len(FILE_OFFSET + size as u64).expect("room in shared memory");
         let for_map = FileOffset::new(file.try_clone().expect("a descriptor"), FILE_OFFSET);
@@ -31,45 +31,45 @@ impl Ram {
         Arc::new(Ram { file, map, size })
     }
 
-    pub fn fd(&self) -> RawFd {
+    pub(crate) fn fd(&self) -> RawFd {
         self.file.as_raw_fd()
     }
 
-    pub fn file(&self) -> &File {
+    pub(crate) fn file(&self) -> &File {
         &self.file
     }
 
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         self.size
     }
 
-    pub fn guest(&self, at: usize) -> u64 {
+    pub(crate) fn guest(&self, at: usize) -> u64 {
         GUEST_BASE + at as u64
     }
 
-    pub fn user(&self, at: usize) -> u64 {
+    pub(crate) fn user(&self, at: usize) -> u64 {
         USER_BASE + at as u64
     }
 
-    pub fn write(&self, at: usize, bytes: &[u8]) {
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
         self.map.as_volatile_slice().write_slice(bytes, at).expect("within memory");
     }
 
-    pub fn read(&self, at: usize, len: usize) -> Vec<u8> {
+    pub(crate) fn read(&self, at: usize, len: usize) -> Vec<u8> {
         let mut out = vec![0; len];
         self.map.as_volatile_slice().read_slice(&mut out, at).expect("within memory");
         out
     }
 
-    pub fn load_u16(&self, at: usize) -> u16 {
+    pub(crate) fn load_u16(&self, at: usize) -> u16 {
         self.map.as_volatile_slice().load(at, Ordering::Acquire).expect("within memory")
     }
 
-    pub fn store_u16(&self, at: usize, value: u16) {
+    pub(crate) fn store_u16(&self, at: usize, value: u16) {
         self.map.as_volatile_slice().store(value, at, Ordering::Release).expect("within memory");
     }
 
-    pub fn load_u32(&self, at: usize) -> u32 {
+    pub(crate) fn load_u32(&self, at: usize) -> u32 {
         self.map.as_volatile_slice().load(at, Ordering::Acquire).expect("within memory")
     }
 }

@@ -21,35 +21,37 @@ use vunet::wire::vnet::VnetHeader;
 
 /// A frame as the worker saw it, or is to send it.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Frame {
-    pub vnet: VnetHeader,
-    pub bytes: Vec<u8>,
-    pub pair: QueuePair,
+pub(crate) struct Frame {
+    pub(crate) vnet: VnetHeader,
+    pub(crate) bytes: Vec<u8>,
+    pub(crate) pair: QueuePair,
 }
 
 /// What the worker saw.
 #[derive(Default)]
-pub struct Seen {
-    pub frames: Vec<Frame>,
-    pub events: Vec<DeviceEvent>,
-    pub stats: DeviceStats,
+pub(crate) struct Seen {
+    pub(crate) frames: Vec<Frame>,
+    pub(crate) events: Vec<DeviceEvent>,
+    pub(crate) stats: DeviceStats,
     /// Frames refused by the receive side for good.
-    pub too_small: u64,
-    pub wakes: u64,
+    pub(crate) too_small: u64,
+    pub(crate) wakes: u64,
 }
 
 /// What the loopback does with frames from the guest.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Engine {
+pub(crate) enum Engine {
     /// Sends each back to its pair.
     Echo,
+    /// Sends each back to its pair through reservations larger than needed, some cancelled first.
+    EchoReserved,
     /// Keeps each in [`Seen::frames`].
     Record,
 }
 
 /// A device that runs: session, worker, socket.
-pub struct TestDevice {
-    pub seen: Arc<Mutex<Seen>>,
+pub(crate) struct TestDevice {
+    pub(crate) seen: Arc<Mutex<Seen>>,
     shutdown: EventFd,
     session: Option<JoinHandle<Result<(), SessionError>>>,
     worker: Option<JoinHandle<()>>,
@@ -58,17 +60,17 @@ pub struct TestDevice {
     dir: Option<TempDir>,
 }
 
-pub fn config() -> DeviceConfig {
+pub(crate) fn config() -> DeviceConfig {
     DeviceConfig { mac: None, ip_mtu: IpMtu::DEFAULT, one_off: false }
 }
 
 impl TestDevice {
     /// Listens on a socket of its own.
-    pub fn listen(engine: Engine) -> TestDevice {
+    pub(crate) fn listen(engine: Engine) -> TestDevice {
         TestDevice::listen_with(engine, config())
     }
 
-    pub fn listen_with(engine: Engine, config: DeviceConfig) -> TestDevice {
+    pub(crate) fn listen_with(engine: Engine, config: DeviceConfig) -> TestDevice {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("s");
         let mut device = TestDevice::start(engine, config, Attach::Listen(path)).expect("a device");
@@ -76,7 +78,11 @@ impl TestDevice {
         device
     }
 
-    pub fn start(engine: Engine, config: DeviceConfig, attach: Attach) -> Result<TestDevice, SessionError> {
+    pub(crate) fn start(
+        engine: Engine,
+        config: DeviceConfig,
+        attach: Attach,
+    ) -> Result<TestDevice, SessionError> {
         let (session, queues) = device(config).expect("descriptors");
         let shutdown = EventFd::new(EFD_NONBLOCK).expect("a descriptor");
         let session = session.spawn(attach, shutdown.try_clone().expect("a descriptor"))?;
@@ -105,30 +111,30 @@ impl TestDevice {
         })
     }
 
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.dir.as_ref().map_or_else(|| Path::new("/nowhere").to_owned(), |d| d.path().join("s"))
     }
 
     /// Sends a frame to the guest.
-    pub fn inject(&self, frame: Frame) {
+    pub(crate) fn inject(&self, frame: Frame) {
         self.inject.send(frame).expect("the worker runs");
         self.inject_event.write(1).expect("a wake-up");
     }
 
-    pub fn stats(&self) -> DeviceStats {
+    pub(crate) fn stats(&self) -> DeviceStats {
         self.seen.lock().expect("the worker lives").stats
     }
 
-    pub fn frames(&self) -> Vec<Frame> {
+    pub(crate) fn frames(&self) -> Vec<Frame> {
         self.seen.lock().expect("the worker lives").frames.clone()
     }
 
-    pub fn events(&self) -> Vec<DeviceEvent> {
+    pub(crate) fn events(&self) -> Vec<DeviceEvent> {
         self.seen.lock().expect("the worker lives").events.clone()
     }
 
     /// Waits for the session to end by itself and returns how.
-    pub fn session_ended(&mut self) -> Result<(), SessionError> {
+    pub(crate) fn session_ended(&mut self) -> Result<(), SessionError> {
         self.session.take().expect("a session").join().expect("the session does not panic")
     }
 }
@@ -249,11 +255,15 @@ impl Worker {
         }
         let mut seen = self.seen.lock().expect("the test lives");
         match self.engine {
-            Engine::Echo => self.waiting.extend(frames),
+            Engine::Echo | Engine::EchoReserved => self.waiting.extend(frames),
             Engine::Record => seen.frames.extend(frames),
         }
         while let Some(frame) = self.waiting.front() {
-            match rx.send(frame.pair, frame.vnet, &frame.bytes) {
+            let sent = match self.engine {
+                Engine::EchoReserved => send_reserved(rx, frame),
+                _ => rx.send(frame.pair, header_for(rx, frame), &frame.bytes),
+            };
+            match sent {
                 Ok(()) => {}
                 Err(ReserveError::Full | ReserveError::Down) => break,
                 Err(ReserveError::TooSmall) => seen.too_small += 1,
@@ -272,4 +282,34 @@ fn note(kind: KickKind, drain: &mut Vec<QueuePair>) {
     if let KickKind::Tx(pair) = kind {
         drain.push(pair);
     }
+}
+
+/// The frame's own header, as far as the driver takes it.
+fn header_for(rx: &impl GuestPort, frame: &Frame) -> VnetHeader {
+    let takes = rx.offloads();
+    let mut vnet = frame.vnet;
+    if !takes.tso4 {
+        vnet.gso = None;
+    }
+    if !takes.checksum {
+        vnet.checksum = vunet::wire::vnet::Checksum::Complete;
+    }
+    vnet
+}
+
+/// Sends a frame the way a socket fills it: more reserved than needed, the body written in place,
+/// the first bytes at the end.
+fn send_reserved(rx: &mut impl GuestPort, frame: &Frame) -> Result<(), ReserveError> {
+    let len = frame.bytes.len();
+    if len % 3 == 0 {
+        rx.reserve(frame.pair, len, 2 * len)?;
+        rx.cancel();
+    }
+    let room = rx.reserve(frame.pair, len, (3 * len).min(vunet::limits::FRAME_BYTES_MAX))?;
+    assert!(room >= len, "what was reserved is at least what was asked for");
+    let head = len.min(54);
+    assert_eq!(rx.reserved(head).copy_from(&frame.bytes[head..]), len - head);
+    let vnet = header_for(rx, frame);
+    rx.commit(vnet, &frame.bytes[..head], len);
+    Ok(())
 }
