@@ -14,6 +14,7 @@ use std::rc::Rc;
 use epoll::Event;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::config::IpMtu;
 use crate::control::dns_forward::{DnsClient, DnsQuery};
 use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch};
 use crate::engine::counters::Counters;
@@ -206,12 +207,15 @@ impl Worker {
         for event in events.drain(..) {
             match event {
                 DeviceEvent::Attached | DeviceEvent::RingsDown => {}
-                DeviceEvent::Detached => self.engine.guest_reset(),
+                DeviceEvent::Detached => {
+                    self.engine.guest_reset();
+                    self.engine.limit_ip_mtu(None);
+                }
                 DeviceEvent::GuestReset => {
                     tracing::info!("the guest started anew; its connections are reset");
                     self.engine.guest_reset();
                 }
-                DeviceEvent::IpMtu(bytes) => self.engine.set_ip_mtu(bytes),
+                DeviceEvent::IpMtu(bytes) => self.engine.limit_ip_mtu(IpMtu::new(bytes)),
                 DeviceEvent::RingsUp => self.kicked(now, KickKind::Rx(QueuePair::default())),
                 DeviceEvent::Ready(kind) => self.kicked(now, kind),
             }

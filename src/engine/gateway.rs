@@ -13,7 +13,7 @@ use super::emit;
 use super::guest_port::GuestPort;
 use super::nat::DNS_PORT;
 use crate::addr::MacAddr;
-use crate::config::DnsConfig;
+use crate::config::{DnsConfig, IpMtu};
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome};
@@ -61,6 +61,11 @@ impl Gateway {
             forwards: VecDeque::new(),
             next_id: 0,
         }
+    }
+
+    /// The MTU that DHCP offers from now on.
+    pub fn set_ip_mtu(&mut self, ip_mtu: IpMtu) {
+        self.dhcp.set_ip_mtu(ip_mtu);
     }
 
     /// An ARP packet of the guest. The gateway answers for itself and for nobody else.

@@ -33,7 +33,7 @@ use self::nat::tcp::Segment;
 use self::nat::{DNS_PORT, Datagram, Nat, datagram};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
-use crate::config::{DnsConfig, Lan, Mode};
+use crate::config::{DnsConfig, IpMtu, Lan, Mode};
 use crate::frame::{Payload, TxFrame};
 use crate::service::dhcp::{self, LeaseChange};
 use crate::service::dns::DnsService;
@@ -115,9 +115,13 @@ impl<N: HostNet> Engine<N> {
         self.nat.publish_udp(&self.core, socket, guest_port);
     }
 
-    /// The MTU towards the guest changed (a front-end's `NET_SET_MTU`).
-    pub fn set_ip_mtu(&mut self, ip_mtu: u16) {
-        self.core.ip_mtu = ip_mtu;
+    /// A front-end asked for an MTU (`NET_SET_MTU`): the smaller of it and the configured one holds,
+    /// until the front-end leaves (`None`).
+    pub fn limit_ip_mtu(&mut self, limit: Option<IpMtu>) {
+        let configured = self.core.lan.ip_mtu;
+        let ip_mtu = limit.filter(|limit| limit.get() < configured.get()).unwrap_or(configured);
+        self.core.ip_mtu = ip_mtu.get();
+        self.gateway.set_ip_mtu(ip_mtu);
     }
 
     /// Takes one frame of the guest.

@@ -212,6 +212,11 @@ pub(super) struct ReplyWriter {
 }
 
 impl ReplyWriter {
+    /// Changes the MTU offered from now on.
+    pub(super) fn set_ip_mtu(&mut self, ip_mtu: IpMtu) {
+        self.lan.ip_mtu = ip_mtu;
+    }
+
     pub(super) fn new(lan: &Lan, dns: &DnsConfig) -> ReplyWriter {
         let name = Name::from_ascii(&dns.domain).ok().filter(|name| !name.is_root());
         let domain = name.map(|mut name| {

@@ -17,7 +17,7 @@ use std::net::Ipv4Addr;
 use dhcproto::v4::MessageType;
 
 use crate::addr::MacAddr;
-use crate::config::{DnsConfig, Lan};
+use crate::config::{DnsConfig, IpMtu, Lan};
 use crate::network::leases::{Bind, Lease, LeaseTable};
 use crate::service::dhcp::message::{Fault, ReplyWriter, Request};
 use crate::time::Instant;
@@ -124,6 +124,11 @@ impl DhcpServer {
             leases: LeaseTable::new(lan.subnet, lan.gateway, lan.guest),
             writer: ReplyWriter::new(lan, dns),
         }
+    }
+
+    /// Changes the MTU offered from now on.
+    pub fn set_ip_mtu(&mut self, ip_mtu: IpMtu) {
+        self.writer.set_ip_mtu(ip_mtu);
     }
 
     /// Takes the payload of one UDP datagram that came to port 67 in a frame from `link_src`.
