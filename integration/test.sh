@@ -69,11 +69,14 @@ cargo_tests() {
 count_nextest() {
     local name=$1 log=$2 status=$3 summary passed failed ignored
     summary=$(grep -E '^ +Summary \[' "$log" | tail -n 1 || true)
-    passed=$(grep -oE '[0-9]+ passed' <<<"$summary" | cut -d ' ' -f 1 || true)
-    failed=$(grep -oE '[0-9]+ (failed|timed out)' <<<"$summary" | awk '{n += $1} END {print n + 0}')
-    ignored=$(grep -oE '[0-9]+ skipped' <<<"$summary" | cut -d ' ' -f 1 || true)
-    count_tests "$name" "${passed:-0}" "${failed:-0}" "${ignored:-0}" "$status"
+    passed=$(summary_count passed "$summary")
+    failed=$(($(summary_count failed "$summary") + $(summary_count 'timed out' "$summary")))
+    ignored=$(summary_count skipped "$summary")
+    count_tests "$name" "$passed" "$failed" "$ignored" "$status"
 }
+
+# The number before a word, or 0.
+summary_count() { sed -nE "s/.*[^0-9]([0-9]+) $1.*/\1/p;t;s/.*/0/p" <<<"$2"; }
 
 # cargo test has a line for each binary: `test result: ok. 10 passed; 0 failed; 1 ignored; ..`.
 count_cargo_test() {

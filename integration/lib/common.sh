@@ -13,6 +13,7 @@ export LC_ALL=C
 
 export TARGET_DIR=${CARGO_TARGET_DIR:-$REPO/target}
 RUN_DIR=
+# Set by who has printed the line that must be the last.
 LAB_SILENT=
 UNDO=()
 

@@ -8,6 +8,14 @@ results_begin() {
     VUNET_RESULTS=$(mktemp)
     export VUNET_RESULTS
     on_exit "rm -f $VUNET_RESULTS"
+    on_exit results_cut
+}
+
+# results_cut: a script that ended before its results did says so, and its totals, all the same.
+results_cut() {
+    [[ -z $LAB_SILENT ]] || return 0
+    result failed 1 "$(basename -- "$0")" 'was cut short'
+    results_end
 }
 
 # result passed|failed|skipped COUNT NAME [REASON]
@@ -42,6 +50,7 @@ results_end() {
         printf "%s: %s%s%s\n", $1, $3, ($2 > 1 ? " (" $2 " tests)" : ""), ($4 != "" ? ": " $4 : "")
     }' "$VUNET_RESULTS"
     # The totals are the last line, so the clean-up must not speak of logs.
+    # shellcheck disable=SC2034 # read by lab_end
     LAB_SILENT=yes
     say "$passed passed, $failed failed, $skipped skipped"
     [[ $failed == 0 && $passed != 0 ]]
