@@ -62,6 +62,6 @@ fi
 if ! is_root; then
     say "network namespaces need root: going on through sudo"
     exec sudo VUNET_PREPARED=1 ${CARGO_TARGET_DIR:+CARGO_TARGET_DIR="$CARGO_TARGET_DIR"} \
-        ${VUNET_BINARY:+VUNET_BINARY="$VUNET_BINARY"} "$REPO/integration/demo.sh" "$@"
+        ${VUNET_BIN:+VUNET_BIN="$VUNET_BIN"} "$REPO/integration/demo.sh" "$@"
 fi
 run

@@ -2,7 +2,7 @@
 # Builds and runs vunet as the tests and the demo do: as an ordinary user without any capability, in
 # the namespace $HOST_NS of `world.sh`.
 #
-# $VUNET_BINARY names a vunet to use in place of the one built here.
+# $VUNET_BIN names a vunet to use in place of the one built here.
 
 # The ordinary user: whoever called sudo, or nobody.
 LAB_UID=65534
@@ -16,9 +16,9 @@ BACKEND_PID=
 # build_programs: builds vunet and the static transfer tool, as whoever runs the script.
 build_programs() {
     command -v cargo >/dev/null || die "cargo is missing: install a Rust toolchain (https://rustup.rs)"
-    if [[ -z ${VUNET_BINARY:-} ]]; then
+    if [[ -z ${VUNET_BIN:-} ]]; then
         say "building vunet (cargo build --release)"
-        (cd "$REPO" && cargo build --release --locked --quiet --package vunet)
+        (cd "$REPO" && cargo build --release --locked --quiet --package vunet) || return 1
     fi
     # A target directory of its own, as other flags would rebuild everything; and a named target, so
     # that the flags spare build scripts.
@@ -28,7 +28,7 @@ build_programs() {
 
 # stage_programs: puts what the ordinary user runs where that user can read it.
 stage_programs() {
-    cp "${VUNET_BINARY:-$TARGET_DIR/release/vunet}" "$RUN_DIR/vunet"
+    cp "${VUNET_BIN:-$TARGET_DIR/release/vunet}" "$RUN_DIR/vunet"
     cp "$TARGET_DIR/guest/x86_64-unknown-linux-gnu/release/vunet-transfer" "$RUN_DIR/vunet-transfer"
     TRANSFER=$RUN_DIR/vunet-transfer
     SOCKET_DIR=$RUN_DIR/sockets

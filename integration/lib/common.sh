@@ -13,6 +13,8 @@ export LC_ALL=C
 
 export TARGET_DIR=${CARGO_TARGET_DIR:-$REPO/target}
 RUN_DIR=
+# Set by who has printed the line that must be the last.
+LAB_SILENT=
 UNDO=()
 
 say() { printf '%s\n' "$*"; }
@@ -66,7 +68,9 @@ lab_end() {
     for ((i = ${#UNDO[@]} - 1; i >= 0; i--)); do
         eval "${UNDO[i]}"
     done
-    if [[ -n ${VUNET_KEEP_LOGS:-} || ($status != 0 && $status != 130) ]]; then
+    if [[ -n $LAB_SILENT ]]; then
+        rm -rf "$RUN_DIR"
+    elif [[ -n ${VUNET_KEEP_LOGS:-} || ($status != 0 && $status != 130) ]]; then
         say "logs are kept in $RUN_DIR"
         find "$RUN_DIR" -type f -size +16M -delete
         rm -f "$RUN_DIR"/initramfs* "$RUN_DIR"/vmlinuz*

@@ -16,7 +16,8 @@ dpdk_start() {
     mkfifo "$RUN_DIR/testpmd.fifo"
     exec {DPDK_FD}<>"$RUN_DIR/testpmd.fifo"
     : >"$RUN_DIR/testpmd.log"
-    setpriv --pdeathsig KILL -- dpdk-testpmd -l 0-1 --no-pci --no-huge -m 256 --single-file-segments \
+    # stdbuf: what it prints must not wait in its buffer.
+    setpriv --pdeathsig KILL -- stdbuf -oL dpdk-testpmd -l 0-1 --no-pci --no-huge -m 256 --single-file-segments \
         --file-prefix="vunet$$" --no-telemetry \
         --vdev="virtio_user0,path=$SOCKET,queues=1,mac=$DPDK_MAC$device" \
         -- -i --total-num-mbufs=8192 --eth-peer=0,$GATEWAY_MAC "$@" \

@@ -25,7 +25,8 @@ dnsmasq|dnsmasq-base|answers DNS in the world
 cpio|cpio|packs the guest'"'"'s initramfs
 cc|gcc|links what cargo builds
 xz|xz-utils|unpacks compressed kernel modules'
-TOOLS_TEST='dig|bind9-dnsutils|asks every record type in the namespace guest
+TOOLS_TEST='shellcheck|shellcheck|checks these scripts
+dig|bind9-dnsutils|asks every record type in the namespace guest
 iperf3|iperf3|loads the namespace guest
 curl|curl|fetches in the namespace guest
 ping|iputils-ping|pings from the namespace guest

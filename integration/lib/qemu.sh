@@ -28,6 +28,8 @@ qemu_start() {
             -device "virtio-net-pci,netdev=net,mac=$GUEST_MAC,vectors=0,romfile=$device")
         ;;
     microvm)
+        # It has no timer to measure the TSC with.
+        append+=" tsc_early_khz=1000000"
         options=(-machine microvm,memory-backend=mem -global virtio-mmio.force-legacy=false
             -device "virtio-net-device,netdev=net,mac=$GUEST_MAC$device")
         ;;

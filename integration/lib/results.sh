@@ -8,18 +8,31 @@ results_begin() {
     VUNET_RESULTS=$(mktemp)
     export VUNET_RESULTS
     on_exit "rm -f $VUNET_RESULTS"
+    on_exit results_cut
 }
 
-# result passed|failed|skipped COUNT NAME [REASON]. Where CI=true nothing may be skipped for what the
-# machine lacks: a skip counts as a failure there.
+# results_cut: a script that ended before its results did says so, and its totals, all the same.
+results_cut() {
+    [[ -z $LAB_SILENT ]] || return 0
+    result failed 1 "$(basename -- "$0")" 'was cut short'
+    results_end
+}
+
+# result passed|failed|skipped COUNT NAME [REASON]
 result() {
-    local verdict=$1 reason=${4:-}
-    if [[ $verdict == skipped && ${CI:-} == true ]]; then
-        verdict=failed
-        reason="must not be skipped with CI=true: $reason"
+    [[ $2 != 0 ]] || return 0
+    printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "${4:-}" >>"$VUNET_RESULTS"
+    [[ $1 == passed ]] || say "$1: $3${4:+ ($4)}"
+}
+
+# result_lacking COUNT NAME WHAT: a skip for what the machine lacks. Where CI=true nothing may be lacking,
+# and it counts as a failure.
+result_lacking() {
+    if [[ ${CI:-} == true ]]; then
+        result failed "$1" "$2" "$3, and CI=true allows no skip"
+    else
+        result skipped "$1" "$2" "$3"
     fi
-    printf '%s\t%s\t%s\t%s\n' "$verdict" "$2" "$3" "$reason" >>"$VUNET_RESULTS"
-    [[ $verdict == passed ]] || say "$verdict: $3${reason:+ ($reason)}"
 }
 
 # results_sum VERDICT: how many have that verdict.
@@ -36,6 +49,9 @@ results_end() {
     awk -F '\t' '$1 != "passed" && $2 > 0 {
         printf "%s: %s%s%s\n", $1, $3, ($2 > 1 ? " (" $2 " tests)" : ""), ($4 != "" ? ": " $4 : "")
     }' "$VUNET_RESULTS"
+    # The totals are the last line, so the clean-up must not speak of logs.
+    # shellcheck disable=SC2034 # read by lab_end
+    LAB_SILENT=yes
     say "$passed passed, $failed failed, $skipped skipped"
     [[ $failed == 0 && $passed != 0 ]]
 }
