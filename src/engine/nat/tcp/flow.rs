@@ -427,9 +427,9 @@ impl<S: HostStream> Flow<S> {
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
             let growth = edge.distance_from(self.recv.edge);
             let closed = self.recv.edge == self.recv.nxt;
-            if growth >= i32::from(self.send.mss.min(SILLY_WINDOW_BYTES))
-                || (growth > 0 && !closed && !space.tight)
-            {
+            // At an MTU of 64 KiB a socket's whole send queue may be less than one segment.
+            let worthwhile = usize::from(self.send.mss).min(space.capacity_bytes / 4).max(1);
+            if growth >= worthwhile as i32 || (growth > 0 && !closed && !space.tight) {
                 self.recv.edge = edge;
             }
         }
