@@ -126,6 +126,11 @@ impl<N: HostNet> Nat<N> {
         self.len() == 0
     }
 
+    /// Payload of guests' segments held because it came out of order or a socket refused it, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.tcp.held_bytes()
+    }
+
     /// The host's side, for what a test has to see of it.
     pub fn net(&mut self) -> &mut N {
         &mut self.net
