@@ -381,7 +381,7 @@ fn queries_too_long_or_too_short_cost_nothing_but_themselves() {
     let mut forwarding = Forwarding::to_fixed(&[answering(|query| answer_to(query, 0, &[]))]);
     let long = vec![0; limits::DNS_QUERY_BYTES_MAX + 1];
     assert!(forwarding.client().submit(DnsQuery { id: 1, bytes: long }).is_err());
-    assert_eq!(forwarding.ask(&[1, 2, 3]), []);
+    assert!(forwarding.ask(&[1, 2, 3]).is_empty());
     let good = query("example.com.", RecordType::A);
     assert_eq!(forwarding.ask(&good), answer_to(&good, 0, &[]));
 }

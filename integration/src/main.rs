@@ -1,5 +1,6 @@
 //! Guests, servers and helpers of vunet's integration tests, as commands.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use vunet_integration::guest::features::Features;
 use vunet_integration::guest::misbehave::Misbehaviour;
 use vunet_integration::guest::session::ProtocolFeatures;
 use vunet_integration::guest::{self, GuestConfig, Order};
+use vunet_integration::world;
 
 /// Real guests for vunet's tests, benchmarks and demo.
 #[derive(Debug, Parser)]
@@ -22,6 +24,12 @@ struct Cli {
 enum Command {
     /// Run a vhost-user front-end whose guest is a network namespace.
     NetnsGuest(Box<NetnsGuest>),
+    /// Run the servers that stand for the world, and report how each connection ended.
+    WorldServer {
+        /// Address to listen on.
+        #[arg(long, default_value = "0.0.0.0")]
+        bind: IpAddr,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -113,6 +121,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::NetnsGuest(args) => guest::run(&args.into_config()).map_err(|e| e.to_string()),
+        Command::WorldServer { bind } => world::serve(bind).map_err(|e| format!("serving on {bind}: {e}")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

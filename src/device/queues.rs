@@ -104,6 +104,8 @@ pub struct DeviceQueues {
     memory_loss: LossWatch,
     any_kick_dead: bool,
     reachable: bool,
+    /// The rings' fresh start was told already; until all have stopped again.
+    reset_told: bool,
 }
 
 /// Where a ring index leads.
@@ -130,6 +132,7 @@ impl DeviceQueues {
             memory_loss: LossWatch::new(),
             any_kick_dead: false,
             reachable: false,
+            reset_told: false,
         }
     }
 
@@ -210,7 +213,7 @@ impl DeviceQueues {
     fn place(&self, index: u16) -> Place {
         match &self.control.ring {
             Some((at, _)) if *at == index => Place::Control,
-            _ if index % 2 == 0 => Place::Rx(usize::from(index) / 2),
+            _ if index.is_multiple_of(2) => Place::Rx(usize::from(index) / 2),
             _ => Place::Tx(usize::from(index) / 2),
         }
     }
@@ -378,9 +381,8 @@ impl DeviceQueues {
         slot.kick = start.kick;
         slot.err = start.err;
         slot.fault_told = false;
-        if slot.stopped_at.is_some_and(|before| started_over(before, at))
-            && !events.contains(&DeviceEvent::GuestReset)
-        {
+        let reset = slot.stopped_at.is_some_and(|before| started_over(before, at));
+        if reset && !std::mem::replace(&mut self.reset_told, true) {
             events.push(DeviceEvent::GuestReset);
         }
         self.install(index, ring, start.enabled, events);
@@ -390,7 +392,7 @@ impl DeviceQueues {
     /// Puts a started ring in its place.
     fn install(&mut self, index: u16, ring: Ring, enabled: Enabled, events: &mut Vec<DeviceEvent>) {
         let pair = usize::from(index) / 2;
-        if index % 2 == 1 {
+        if !index.is_multiple_of(2) {
             self.tx.rings[pair] = Some(TxRing::new(ring, enabled));
             self.settle_as_rx(pair);
             events.push(DeviceEvent::Ready(KickKind::Tx(queue_pair(pair))));
@@ -448,7 +450,11 @@ impl DeviceQueues {
         if let Some(ring) = ring {
             slot.stopped_at = Some(ring.next_avail());
         }
-        slot.stopped_at.unwrap_or(0)
+        let at = slot.stopped_at.unwrap_or(0);
+        if (0..VRINGS_MAX as u16).all(|n| self.ring_at(n).is_none()) {
+            self.reset_told = false;
+        }
+        at
     }
 
     fn enable(&mut self, index: u16, enabled: Enabled, events: &mut Vec<DeviceEvent>) {

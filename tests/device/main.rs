@@ -4,4 +4,7 @@
 mod support;
 
 mod handshake;
+mod hostile_driver;
+mod hostile_front_end;
+mod life;
 mod transfer;

@@ -239,7 +239,8 @@ impl HostStream for SimStream {
         let world = self.world.borrow();
         let queued = world.conns[self.at].send_queue.len();
         let free = world.send_queue_max - queued;
-        SendSpace { bytes: free / 4 * 3, tight: free < queued / 2 }
+        let capacity_bytes = world.send_queue_max / 4 * 3;
+        SendSpace { bytes: free / 4 * 3, capacity_bytes, tight: free < queued / 2 }
     }
 
     fn want_writable(&mut self) {

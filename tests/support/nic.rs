@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Random;
 use super::driver::{Buffer, DriverRing};
-use super::frontend::{Guest, VERSION_1};
+use super::frontend::Guest;
 
 pub(crate) const CSUM: u64 = 1;
 pub(crate) const GUEST_CSUM: u64 = 1 << 1;
@@ -179,9 +179,5 @@ impl Nic {
         }
         assert_eq!(left, 0, "no more was written than fits");
         out
-    }
-
-    pub(crate) fn is_modern(&self) -> bool {
-        self.guest.features & VERSION_1 != 0
     }
 }

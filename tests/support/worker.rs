@@ -301,7 +301,7 @@ fn header_for(rx: &impl GuestPort, frame: &Frame) -> VnetHeader {
 /// the first bytes at the end.
 fn send_reserved(rx: &mut impl GuestPort, frame: &Frame) -> Result<(), ReserveError> {
     let len = frame.bytes.len();
-    if len % 3 == 0 {
+    if len.is_multiple_of(3) {
         rx.reserve(frame.pair, len, 2 * len)?;
         rx.cancel();
     }

@@ -1,1 +1,209 @@
-//! x
+//! A test's own small internet: namespaces, links, processes, all gone when dropped.
+//!
+//! ```text
+//!  guest namespace          host namespace                   world namespace
+//!  eth0 (TAP) -- front-end ~~ vhost-user ~~ vunet -- p0 --- veth --- e0
+//!                           192.0.2.1/24                     192.0.2.2/24
+//! ```
+//! The world has the servers of [`crate::world`], dnsmasq and iperf3; it routes nothing:
+//! [`UNREACHABLE`] is answered by its ICMP error, [`BLACKHOLE`] by nothing at all.
+
+mod backend;
+mod dhcp;
+mod dns;
+pub mod frame;
+mod netns;
+mod process;
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tempfile::TempDir;
+use thiserror::Error;
+
+pub use backend::{Backend, BackendOptions, GuestProcess, vunet_binary};
+pub use dhcp::Lease;
+pub use dns::{BIG_TXT_BYTES, BIG_TXT_NAME, DOMAIN};
+pub use netns::Netns;
+pub use process::{Output, Process, run, run_any};
+
+use crate::world::EndEvent;
+
+/// The world's address.
+pub const WORLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+/// The host's address on the link to the world.
+pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The gateway vunet shows the guest by default.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
+/// The guest's address by default.
+pub const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// The world answers packets to this address with ICMP "network unreachable".
+pub const UNREACHABLE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+/// The world swallows packets to this address.
+pub const BLACKHOLE: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
+
+/// Time any helper command may take.
+pub const SHORT: Duration = Duration::from_secs(10);
+
+/// Why a lab could not be set up or used.
+#[derive(Debug, Error)]
+pub enum LabError {
+    /// A command could not be started.
+    #[error("{command}: {source}")]
+    Start {
+        /// The command line.
+        command: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A command failed or took too long.
+    #[error("{command}: {why}\n{output}")]
+    Failed {
+        /// The command line.
+        command: String,
+        /// Exit status or "timed out".
+        why: String,
+        /// What it printed.
+        output: String,
+    },
+    /// Something awaited did not come.
+    #[error("waited {0:?} in vain for {1}")]
+    Timeout(Duration, String),
+    /// A file or socket failed.
+    #[error("{0}: {1}")]
+    Io(String, io::Error),
+}
+
+/// What a test needs of the machine and why it is not there; `None` if it is.
+///
+/// `tools` are programs looked for in `PATH` (and the `sbin` directories).
+pub fn missing(tools: &[&str]) -> Option<String> {
+    if !crate::sys::process::is_root() {
+        return Some("needs root to make network namespaces".into());
+    }
+    if !Path::new("/dev/net/tun").exists() {
+        return Some("needs /dev/net/tun".into());
+    }
+    let lacks: Vec<&str> = tools.iter().copied().filter(|tool| find_tool(tool).is_none()).collect();
+    if lacks.is_empty() { None } else { Some(format!("needs {}", lacks.join(", "))) }
+}
+
+fn find_tool(tool: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|dir| dir.join(tool))
+        .find(|file| file.is_file())
+}
+
+/// Three namespaces, the link between host and world, and the world's servers.
+#[derive(Debug)]
+pub struct Lab {
+    // First, so that the processes end before their namespaces go.
+    servers: Vec<Process>,
+    /// Where the guest's TAP is.
+    pub guest: Netns,
+    /// Where vunet runs.
+    pub host: Netns,
+    /// Beyond.
+    pub world: Netns,
+    dir: TempDir,
+    integration: PathBuf,
+}
+
+impl Lab {
+    /// Sets everything up. `integration` is the path of the `vunet-integration` binary.
+    ///
+    /// # Errors
+    /// If a namespace, link or server cannot be had.
+    pub fn new(integration: &Path) -> Result<Lab, LabError> {
+        netns::sweep();
+        let io = |e| LabError::Io("temporary directory".into(), e);
+        let dir = tempfile::Builder::new().prefix("netns-lab-").tempdir().map_err(io)?;
+        let mut lab = Lab {
+            guest: Netns::create("guest")?,
+            host: Netns::create("host")?,
+            world: Netns::create("world")?,
+            servers: Vec::new(),
+            dir,
+            integration: integration.to_owned(),
+        };
+        lab.link()?;
+        lab.host.set_resolver(&WORLD.to_string())?;
+        lab.guest.set_resolver(&GATEWAY.to_string())?;
+        lab.start_servers()?;
+        Ok(lab)
+    }
+
+    fn link(&self) -> Result<(), LabError> {
+        let (host, world) = (self.host.name(), self.world.name());
+        let ip = |words: &[&str]| {
+            let mut command = vec!["ip"];
+            command.extend(words);
+            run(&command, SHORT).map(drop)
+        };
+        ip(&["link", "add", "p0", "netns", host, "type", "veth", "peer", "name", "e0", "netns", world])?;
+        ip(&["-n", host, "addr", "add", &format!("{HOST}/24"), "dev", "p0"])?;
+        ip(&["-n", world, "addr", "add", &format!("{WORLD}/24"), "dev", "e0"])?;
+        ip(&["-n", host, "link", "set", "p0", "up"])?;
+        ip(&["-n", world, "link", "set", "e0", "up"])?;
+        ip(&["-n", host, "route", "add", "default", "via", &WORLD.to_string()])?;
+        ip(&["-n", world, "route", "add", "unreachable", "198.51.100.0/24"])?;
+        ip(&["-n", world, "route", "add", "blackhole", "203.0.113.0/24"])?;
+        self.world.sysctl("net.ipv4.ip_forward", "1")?;
+        // No limit on ICMP errors, or a test of many refusals measures the limit.
+        self.world.sysctl("net.ipv4.icmp_ratelimit", "0")?;
+        self.world.sysctl("net.ipv4.tcp_max_syn_backlog", "8192")?;
+        self.world.sysctl("net.core.somaxconn", "8192")?;
+        // Datagram ICMP sockets are refused in a new namespace until this is set.
+        self.host.sysctl("net.ipv4.ping_group_range", "0 2147483647")
+    }
+
+    fn start_servers(&mut self) -> Result<(), LabError> {
+        let binary = self.integration.display().to_string();
+        let world = WORLD.to_string();
+        let server = self.world.spawn(&[&binary, "world-server", "--bind", &world])?;
+        server.wait_line(SHORT, "the world's servers", |line| line.contains("\"ready\":true"))?;
+        self.servers.push(server);
+        self.servers.push(dns::start(&self.world, self.dir.path())?);
+        Ok(())
+    }
+
+    /// Starts `iperf3 -s` in the world.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_iperf3(&mut self) -> Result<(), LabError> {
+        let server = self.world.spawn(&["iperf3", "-s", "--forceflush"])?;
+        server.wait_line(SHORT, "iperf3", |line| line.contains("Server listening"))?;
+        self.servers.push(server);
+        Ok(())
+    }
+
+    /// A directory for the test's files, removed with the lab.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Waits for the world's servers to report the end of a connection for which `pick` holds.
+    ///
+    /// # Errors
+    /// [`LabError::Timeout`].
+    pub fn wait_end(
+        &self,
+        timeout: Duration,
+        what: &str,
+        pick: impl Fn(&EndEvent) -> bool,
+    ) -> Result<EndEvent, LabError> {
+        let found = |line: &str| EndEvent::parse(line).is_some_and(|event| pick(&event));
+        let line = self.servers[0].wait_line(timeout, what, found)?;
+        Ok(EndEvent::parse(&line).expect("the line was picked because it parses"))
+    }
+
+    /// All ends of connections the world's servers reported so far.
+    pub fn ends(&self) -> Vec<EndEvent> {
+        self.servers[0].lines().iter().filter_map(|line| EndEvent::parse(line)).collect()
+    }
+}

@@ -5,5 +5,7 @@
 
 pub(crate) mod mem;
 pub(crate) mod netns;
+pub(crate) mod packet;
+pub(crate) mod process;
 pub(crate) mod signal;
 pub(crate) mod tap;

@@ -99,11 +99,12 @@ fn install() {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
-    // SAFETY: with SA_SIGINFO the kernel hands a valid siginfo.
-    let code = unsafe { (*info).si_code };
+    // SAFETY: with SA_SIGINFO the kernel hands a siginfo that is valid while the handler runs.
+    let info = unsafe { &*info };
+    let code = info.si_code;
     if code > 0 {
-        // SAFETY: as above; SIGBUS raised by the kernel (positive code) carries an address.
-        let address = unsafe { (*info).si_addr() };
+        // SAFETY: SIGBUS raised by the kernel (positive code) carries an address.
+        let address = unsafe { info.si_addr() };
         if replace_page(address as usize) {
             return;
         }

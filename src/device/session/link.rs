@@ -42,7 +42,9 @@ impl Link {
 
     /// Has the worker carry out `command`.
     pub(super) fn call(&mut self, command: Command) -> Result<Reply, Ended> {
-        self.sender.send(command)?;
+        if self.sender.send(command).is_err() {
+            return Err(self.worker_gone());
+        }
         self.unanswered += 1;
         loop {
             match self.sender.replies.recv_timeout(SHUTDOWN_CHECK) {
@@ -52,15 +54,20 @@ impl Link {
                         return Ok(reply);
                     }
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(WorkerGone.into()),
-                Err(RecvTimeoutError::Timeout) => {
-                    let [stop] = sys::wait([(self.shutdown, Interest::Read)], Some(Duration::ZERO))?;
-                    if stop {
-                        return Err(Ended::Shutdown);
-                    }
-                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.worker_gone()),
+                Err(RecvTimeoutError::Timeout) if self.is_shutdown() => return Err(Ended::Shutdown),
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
+    }
+
+    /// Why there is no worker: on shutdown it may be the first to leave.
+    fn worker_gone(&self) -> Ended {
+        if self.is_shutdown() { Ended::Shutdown } else { WorkerGone.into() }
+    }
+
+    fn is_shutdown(&self) -> bool {
+        matches!(sys::wait([(self.shutdown, Interest::Read)], Some(Duration::ZERO)), Ok([true]))
     }
 
     /// Has the worker carry out `command` without waiting for it: the process is ending.

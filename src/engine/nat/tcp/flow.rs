@@ -102,6 +102,8 @@ pub(super) struct Recv {
     pub(super) pool: Pool,
     /// An acknowledgement is owed.
     pub(super) ack_due: bool,
+    /// The socket was asked to tell of room: bytes are held, or the window is nearly shut.
+    pub(super) room_wanted: bool,
 }
 
 /// From the world to the guest.
@@ -199,6 +201,7 @@ impl<S: HostStream> Flow<S> {
                 closed: false,
                 pool: Pool::default(),
                 ack_due: false,
+                room_wanted: false,
             },
             send: Send {
                 iss,
@@ -277,7 +280,8 @@ impl<S: HostStream> Flow<S> {
         }
         self.send.peer_closed |= ready.peer_closed || ready.failed;
         self.send.readable |= ready.readable || self.send.peer_closed;
-        if ready.writable && self.state == State::Established {
+        // An edge-triggered event tells all that is true, so most say "writable" without news.
+        if ready.writable && self.state == State::Established && std::mem::take(&mut self.recv.room_wanted) {
             // Room again: first what was held back, then a larger window for the guest.
             if let Err(fate) = self.drain_pool(budget) {
                 return fate;
@@ -297,18 +301,26 @@ impl<S: HostStream> Flow<S> {
                     self.recv.nxt = self.recv.nxt + len;
                     self.recv.ack_due = true;
                     if short {
-                        stream.want_writable();
+                        self.want_room();
                         break;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stream.want_writable();
+                    self.want_room();
                     break;
                 }
                 Err(_) => return Err(Fate::ResetBoth),
             }
         }
         self.pass_fin_on(budget)
+    }
+
+    /// Asks for an event once the socket has room.
+    pub(super) fn want_room(&mut self) {
+        if let Some(stream) = self.stream.as_mut() {
+            self.recv.room_wanted = true;
+            stream.want_writable();
+        }
     }
 
     fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
@@ -408,13 +420,16 @@ impl<S: HostStream> Flow<S> {
         if let Some(stream) = self.stream.as_mut().filter(|_| grow && !self.recv.closed) {
             let space = stream.send_space();
             if space.tight {
+                self.recv.room_wanted = true;
                 stream.want_writable();
             }
             let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
             let growth = edge.distance_from(self.recv.edge);
             let closed = self.recv.edge == self.recv.nxt;
-            if growth >= i32::from(self.send.mss) || (growth > 0 && !closed && !space.tight) {
+            // At an MTU of 64 KiB a socket's whole send queue may be less than one segment.
+            let worthwhile = usize::from(self.send.mss).min(space.capacity_bytes / 4).max(1);
+            if growth >= worthwhile as i32 || (growth > 0 && !closed && !space.tight) {
                 self.recv.edge = edge;
             }
         }

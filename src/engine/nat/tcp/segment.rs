@@ -249,7 +249,7 @@ impl<S: HostStream> Flow<S> {
             if fresh.is_empty() {
                 return Ok(());
             }
-            stream.want_writable();
+            self.want_room();
         }
         // Held back, unacknowledged, and only as far as the window promised.
         let promised = self.recv.edge.distance_from(at).max(0) as usize;

@@ -1,0 +1,192 @@
+//! Hand-made frames, for what a guest's own stack would never send.
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use super::Netns;
+use crate::sys::packet::RawLink;
+
+/// A transport payload to put into an IPv4 packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// A TCP SYN to this port.
+    TcpSyn(u16),
+    /// A TCP segment of an unknown connection to this port.
+    TcpStray(u16),
+    /// A UDP datagram of four bytes to this port.
+    Udp(u16),
+    /// An ICMP echo request.
+    Echo,
+}
+
+/// Port all probes come from.
+pub const PROBE_PORT: u16 = 40_404;
+
+fn sum(bytes: &[u8], start: u32) -> u32 {
+    bytes
+        .chunks(2)
+        .fold(start, |sum, pair| sum + (u32::from(pair[0]) << 8) + pair.get(1).copied().map_or(0, u32::from))
+}
+
+fn fold(mut sum: u32) -> [u8; 2] {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!u16::try_from(sum).expect("folded to 16 bits")).to_be_bytes()
+}
+
+impl Probe {
+    fn protocol(self) -> u8 {
+        match self {
+            Probe::TcpSyn(_) | Probe::TcpStray(_) => 6,
+            Probe::Udp(_) => 17,
+            Probe::Echo => 1,
+        }
+    }
+
+    /// Transport header and payload with a zero checksum, and where the checksum goes.
+    fn transport(self) -> (Vec<u8>, usize) {
+        let mut out = Vec::new();
+        match self {
+            Probe::TcpSyn(port) | Probe::TcpStray(port) => {
+                out.extend(PROBE_PORT.to_be_bytes());
+                out.extend(port.to_be_bytes());
+                let flags = if matches!(self, Probe::TcpSyn(_)) { 0x02 } else { 0x10 };
+                out.extend([0, 0, 0x12, 0x34, 0, 0, 0x56, 0x78, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+                (out, 16)
+            }
+            Probe::Udp(port) => {
+                out.extend(PROBE_PORT.to_be_bytes());
+                out.extend(port.to_be_bytes());
+                out.extend([0, 12, 0, 0]);
+                out.extend(b"ping");
+                (out, 6)
+            }
+            Probe::Echo => {
+                out.extend([8, 0, 0, 0, 0x77, 0x77, 0, 1]);
+                out.extend(b"ping");
+                (out, 2)
+            }
+        }
+    }
+
+    /// The whole frame.
+    pub fn frame(self, from: ([u8; 6], Ipv4Addr), to: ([u8; 6], Ipv4Addr)) -> Vec<u8> {
+        let (mut transport, checksum_at) = self.transport();
+        let len = u16::try_from(transport.len()).expect("a short packet");
+        let addresses = [from.1.octets(), to.1.octets()].concat();
+        let pseudo = match self {
+            Probe::Echo => 0,
+            _ => sum(&addresses, u32::from(self.protocol()) + u32::from(len)),
+        };
+        let checksum = fold(sum(&transport, pseudo));
+        transport[checksum_at..checksum_at + 2].copy_from_slice(&checksum);
+        let mut ip = vec![0x45, 0];
+        ip.extend((20 + len).to_be_bytes());
+        ip.extend([0, 1, 0x40, 0, 64, self.protocol(), 0, 0]);
+        ip.extend(addresses);
+        let checksum = fold(sum(&ip, 0));
+        ip[10..12].copy_from_slice(&checksum);
+        [&to.0[..], &from.0[..], &[8, 0], &ip, &transport].concat()
+    }
+}
+
+/// An answer to a probe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// A TCP SYN with ACK: somebody accepted.
+    SynAck,
+    /// A TCP RST.
+    Rst,
+    /// A UDP datagram.
+    Datagram,
+    /// An ICMP message: type and code.
+    Icmp(u8, u8),
+}
+
+/// Sends `probe` from interface `eth0` of `netns`, from the address pair `from` to `to`, and waits up
+/// to `timeout` for the first answer from the address probed or about it.
+///
+/// # Errors
+/// If the interface cannot be used.
+pub fn probe(
+    netns: &Netns,
+    probe: Probe,
+    from: ([u8; 6], Ipv4Addr),
+    to: ([u8; 6], Ipv4Addr),
+    timeout: Duration,
+) -> io::Result<Option<Answer>> {
+    netns.inside(|| {
+        let mut link = RawLink::open("eth0")?;
+        link.send(&probe.frame(from, to))?;
+        let deadline = Instant::now() + timeout;
+        let mut frame = [0; 2048];
+        while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|t| !t.is_zero()) {
+            match link.receive(&mut frame, left) {
+                Ok(len) => {
+                    if let Some(answer) = classify(&frame[..len], from, to.1) {
+                        return Ok(Some(answer));
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(None)
+    })
+}
+
+fn classify(frame: &[u8], us: ([u8; 6], Ipv4Addr), probed: Ipv4Addr) -> Option<Answer> {
+    if frame.get(..6)? != us.0 || frame.get(12..14)? != [8, 0] {
+        return None;
+    }
+    let ip = &frame[14..];
+    let header = usize::from(ip.first()? & 15) * 4;
+    let (source, target) = (ip.get(12..16)?, ip.get(16..20)?);
+    if target != us.1.octets() {
+        return None;
+    }
+    let transport = ip.get(header..)?;
+    let from_probed = source == probed.octets();
+    let to_probe_port = transport.get(2..4)? == PROBE_PORT.to_be_bytes();
+    match ip.get(9)? {
+        6 if from_probed && to_probe_port => {
+            let flags = *transport.get(13)?;
+            if flags & 4 != 0 { Some(Answer::Rst) } else { (flags & 0x12 == 0x12).then_some(Answer::SynAck) }
+        }
+        17 if from_probed && to_probe_port => Some(Answer::Datagram),
+        1 => {
+            let (kind, code) = (*transport.first()?, *transport.get(1)?);
+            // An echo reply comes from the address probed, an error quotes it as destination.
+            let about = if kind == 0 { from_probed } else { transport.get(24..28)? == probed.octets() };
+            about.then_some(Answer::Icmp(kind, code))
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probes_have_valid_checksums() {
+        let (a, b) = (Ipv4Addr::new(10, 0, 2, 2), Ipv4Addr::new(192, 0, 2, 2));
+        let frame = Probe::Udp(9).frame(([2; 6], a), ([4; 6], b));
+        assert_eq!(fold(sum(&frame[14..34], 0)), [0, 0]);
+        let pseudo = sum(&[a.octets(), b.octets()].concat(), 17 + 12);
+        assert_eq!(fold(sum(&frame[34..], pseudo)), [0, 0]);
+    }
+
+    #[test]
+    fn answers_are_told_from_noise() {
+        let (us, them) = (([2; 6], Ipv4Addr::new(10, 0, 2, 2)), Ipv4Addr::new(192, 0, 2, 2));
+        let mut reset = Probe::TcpStray(7).frame(([4; 6], them), us);
+        reset[34 + 2..34 + 4].copy_from_slice(&PROBE_PORT.to_be_bytes());
+        reset[34 + 13] = 0x14;
+        assert_eq!(classify(&reset, us, them), Some(Answer::Rst));
+        assert_eq!(classify(&reset, us, Ipv4Addr::LOCALHOST), None);
+        assert_eq!(classify(&reset[..40], us, them), None);
+    }
+}

@@ -1,0 +1,111 @@
+//! Published ports: the world reaches servers in the guest.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::Duration;
+
+use vunet_integration::lab::{GATEWAY, GUEST, HOST, Netns, Process, SHORT, WORLD};
+use vunet_integration::world::pattern;
+
+use crate::bench::{Bench, Failure, MIB, PATIENCE, Setup, ensure, integration_binary, scenario};
+
+const PUBLISH: [&str; 8] = [
+    "--publish",
+    "tcp:8006:9006",
+    "--publish",
+    "udp:8006:9006",
+    "--publish",
+    "tcp:8003-8004:9003-9004",
+    "--publish",
+    "tcp:127.0.0.1:7006:9006",
+];
+
+fn serve_in_guest(bench: &Bench) -> Result<Process, Failure> {
+    let binary = integration_binary().display().to_string();
+    let server = bench.lab.guest.spawn(&[&binary, "world-server", "--bind", &GUEST.to_string()])?;
+    server.wait_line(SHORT, "servers in the guest", |line| line.contains("ready"))?;
+    Ok(server)
+}
+
+fn connect(from: &Netns, to: (Ipv4Addr, u16)) -> Result<TcpStream, Failure> {
+    let addr = SocketAddr::from(to);
+    let stream = from
+        .inside(|| TcpStream::connect_timeout(&addr, PATIENCE))
+        .map_err(|e| Failure(format!("connect to {addr}: {e}")))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// The address the guest's server sees for a client in `from` that connects to `to`.
+fn seen(from: &Netns, to: (Ipv4Addr, u16)) -> Result<SocketAddr, Failure> {
+    let mut text = String::new();
+    connect(from, to)?.read_to_string(&mut text)?;
+    Ok(text.trim().parse()?)
+}
+
+#[test]
+fn a_tcp_client_is_seen_with_its_own_address() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let _server = serve_in_guest(bench)?;
+        let peer = seen(&bench.lab.world, (HOST, 8006))?;
+        ensure!(peer.ip() == WORLD, "the guest saw {peer} for a client at {WORLD}");
+        let peer = seen(&bench.lab.host, (Ipv4Addr::LOCALHOST, 7006))?;
+        ensure!(peer.ip() == GATEWAY, "the guest saw {peer} for a client on the host's loopback");
+        let refused = seen(&bench.lab.world, (HOST, 7006));
+        ensure!(refused.is_err(), "a port published on loopback is open to the world");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_udp_client_is_seen_with_its_own_address() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let _server = serve_in_guest(bench)?;
+        let socket = bench.lab.world.inside(|| UdpSocket::bind((WORLD, 0)))?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        socket.connect((HOST, 8006))?;
+        socket.send(b"who am I?")?;
+        let mut text = [0; 64];
+        let len = socket.recv(&mut text).map_err(|e| Failure(format!("no answer over UDP: {e}")))?;
+        let peer: SocketAddr = String::from_utf8_lossy(&text[..len]).parse()?;
+        ensure!(peer == socket.local_addr()?, "the guest saw {peer} for {:?}", socket.local_addr());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_published_range_carries_bytes_both_ways() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let _server = serve_in_guest(bench)?;
+        let mut echo = connect(&bench.lab.world, (HOST, 8003))?;
+        echo.write_all(b"hello")?;
+        let mut got = [0; 5];
+        echo.read_exact(&mut got)?;
+        ensure!(&got == b"hello", "{got:?}");
+        for count in [0, 1, 16 * MIB] {
+            let mut digest = connect(&bench.lab.world, (HOST, 8004))?;
+            pattern::send(8, count, &mut digest)?;
+            digest.shutdown(Shutdown::Write)?;
+            let mut answer = String::new();
+            digest.read_to_string(&mut answer)?;
+            let want = format!("{} {count}\n", pattern::sha256(8, count));
+            ensure!(answer == want, "upload of {count} into the guest: {answer:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_port_the_guest_does_not_serve_is_no_open_port() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let mut stream = match connect(&bench.lab.world, (HOST, 8006)) {
+            Err(_) => return Ok(()),
+            Ok(stream) => stream,
+        };
+        let mut text = String::new();
+        let end = stream.read_to_string(&mut text);
+        ensure!(end.is_err(), "a port nobody serves gave {text:?} and an orderly end");
+        Ok(())
+    });
+}

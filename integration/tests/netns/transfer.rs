@@ -1,0 +1,252 @@
+//! Bulk transfers, many connections, half-closes and datagrams.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use socket2::{Domain, Protocol, Socket, Type};
+use vunet_integration::lab::{self, WORLD};
+use vunet_integration::world::{self, End, pattern, ports};
+
+use crate::bench::{Bench, Failure, MIB, Outcome, PATIENCE, Setup, allow_files, ensure, fail, scenario};
+
+#[test]
+fn both_ways_64_mib_byte_for_byte() {
+    scenario(&Setup::new().tools(&["curl"]), |bench| bench.http_both_ways(64 * MIB, 64));
+}
+
+#[test]
+fn an_upload_ended_by_half_close_gets_its_answer() {
+    scenario(&Setup::new(), |bench| {
+        for count in [0, 1, 1000, MIB, 64 * MIB] {
+            let mut stream = bench.connect_world(ports::DIGEST)?;
+            pattern::send(count, count, &mut stream)?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut answer = String::new();
+            let got = stream.read_to_string(&mut answer);
+            got.map_err(|e| Failure(format!("answer to {count} bytes: {e}")))?;
+            let want = format!("{} {count}\n", pattern::sha256(count, count));
+            ensure!(answer == want, "answer to {count} bytes: {answer:?} instead of {want:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_server_that_half_closes_still_hears_the_guest() {
+    scenario(&Setup::new(), |bench| {
+        let mut stream = bench.connect_world(ports::HALF_CLOSE)?;
+        let mut greeting = String::new();
+        stream.read_to_string(&mut greeting)?;
+        ensure!(greeting == "your turn\n", "{greeting:?}");
+        pattern::send(5, 4 * MIB, &mut stream)?;
+        drop(stream);
+        let end = bench.lab.wait_end(PATIENCE, "the half-closed upload", |e| e.service == "half_close")?;
+        ensure!(end.bytes == 4 * MIB && end.how == End::Fin, "{end}");
+        Ok(())
+    });
+}
+
+/// Sets the host's limits on socket buffers, and puts them back when dropped.
+struct BufferLimits {
+    before: Vec<(&'static str, String)>,
+}
+
+impl BufferLimits {
+    fn set(bytes: u32) -> Result<BufferLimits, Failure> {
+        let mut limits = BufferLimits { before: Vec::new() };
+        for file in ["/proc/sys/net/core/wmem_max", "/proc/sys/net/core/rmem_max"] {
+            limits.before.push((file, std::fs::read_to_string(file)?));
+            std::fs::write(file, bytes.to_string())?;
+        }
+        Ok(limits)
+    }
+}
+
+impl Drop for BufferLimits {
+    fn drop(&mut self) {
+        for (file, value) in &self.before {
+            if let Err(e) = std::fs::write(file, value) {
+                eprintln!("{file} stays changed: {e}");
+            }
+        }
+    }
+}
+
+fn iperf3(bench: &Bench, args: &[&str]) -> Outcome {
+    let world = WORLD.to_string();
+    let mut words = vec!["iperf3", "-c", &world, "-J", "-t", "5", "-i", "1", "--connect-timeout", "3000"];
+    words.extend(args);
+    let output = bench.lab.guest.run(&words, Duration::from_secs(30))?.stdout;
+    let report: serde_json::Value = serde_json::from_str(&output)?;
+    let mut rates = Vec::new();
+    for interval in report["intervals"].as_array().into_iter().flatten() {
+        let sum = &interval["sum"];
+        // The tail end of a run may be a fraction of an interval.
+        if sum["seconds"].as_f64().unwrap_or(0.0) > 0.9 {
+            rates.push(sum["bits_per_second"].as_f64().unwrap_or(0.0) / 1e6);
+        }
+    }
+    println!("iperf3 {args:?}: {rates:.0?} Mbit/s");
+    ensure!(rates.len() >= 4, "iperf3 {args:?} reported {rates:?}: {output}");
+    ensure!(rates.iter().all(|rate| *rate > 1.0), "iperf3 {args:?} stalled: {rates:?} Mbit/s");
+    Ok(())
+}
+
+#[test]
+fn nothing_stalls_at_the_default_socket_buffer_limits() {
+    scenario(&Setup::new().tools(&["iperf3"]), |bench| {
+        let _limits = BufferLimits::set(212_992)?;
+        bench.lab.start_iperf3()?;
+        iperf3(bench, &[])?;
+        iperf3(bench, &["-R"])?;
+        iperf3(bench, &["-P", "4"])?;
+        iperf3(bench, &["-P", "4", "-R"])
+    });
+}
+
+/// Starts `count` connections from the guest to `addr` before any is waited for.
+fn connect_at_once(bench: &Bench, addr: SocketAddr, count: usize) -> Result<Vec<TcpStream>, Failure> {
+    let mut streams = Vec::new();
+    bench.lab.guest.inside(|| {
+        for _ in 0..count {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP))?;
+            socket.set_nonblocking(true)?;
+            match socket.connect(&addr.into()) {
+                Err(e) if e.raw_os_error() != Some(libc::EINPROGRESS) => return Err(e),
+                _ => streams.push(TcpStream::from(socket)),
+            }
+        }
+        Ok(())
+    })?;
+    for stream in &streams {
+        // A blocking write waits for the connection as well.
+        stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+    }
+    Ok(streams)
+}
+
+#[test]
+fn a_thousand_connections_at_once() {
+    if let Err(failure) = allow_files(16_384) {
+        panic!("{failure:?}");
+    }
+    scenario(&Setup::new(), |bench| {
+        let mut streams = connect_at_once(bench, (WORLD, ports::ECHO).into(), 1000)?;
+        for round in 0..2 {
+            for (index, stream) in streams.iter_mut().enumerate() {
+                let wrote = stream.write_all(format!("line {round} of {index:05}\n").as_bytes());
+                wrote.map_err(|e| Failure(format!("connection {index}, round {round}: {e}")))?;
+            }
+            for (index, stream) in streams.iter_mut().enumerate() {
+                let want = format!("line {round} of {index:05}\n");
+                let mut got = vec![0; want.len()];
+                let read = stream.read_exact(&mut got);
+                read.map_err(|e| Failure(format!("connection {index}, round {round}: {e}")))?;
+                ensure!(got == want.as_bytes(), "connection {index} got {:?}", String::from_utf8_lossy(&got));
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_hundred_small_files_over_one_and_over_many_connections() {
+    scenario(&Setup::new().tools(&["curl"]), |bench| {
+        let url = format!("http://{WORLD}/small/[1-100]");
+        let file = |index: &str| bench.lab.dir().join(format!("small-{index}")).display().to_string();
+        let target = file("#1");
+        let base = ["curl", "-sS", "--fail", "-m", "30", "-o", &target, "-w", "%{num_connects}\n", &url];
+        for (more, connections) in [
+            (&[][..], 1..=1),
+            (&["-H", "Connection: close"], 100..=100),
+            (&["--parallel", "--parallel-max", "50"], 1..=100),
+        ] {
+            let output = bench.in_guest(&[&base[..], more].concat())?;
+            let made: u32 = output.lines().filter_map(|line| line.trim().parse::<u32>().ok()).sum();
+            ensure!(connections.contains(&made), "{more:?} made {made} connections");
+            for index in 1..=100 {
+                let got = std::fs::read_to_string(file(&index.to_string()))?;
+                ensure!(got == world::small_file(index), "file {index} differs with {more:?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn datagrams_of_any_size_both_ways() {
+    scenario(&Setup::new(), |bench| {
+        let socket = bench.lab.guest.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+        socket.connect((WORLD, ports::ECHO))?;
+        let mut got = vec![0; 65_536];
+        for size in [0usize, 1, 512, 1471, 1472, 1473, 2000, 2960, 8972, 30_000, 65_507] {
+            let mut sent = vec![0; size];
+            pattern::Pattern::new(size as u64).fill(&mut sent);
+            socket.send(&sent)?;
+            let len = socket.recv(&mut got).map_err(|e| Failure(format!("echo of {size} bytes: {e}")))?;
+            ensure!(got[..len] == sent, "{size} bytes came back as {len} others");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_burst_of_datagrams_arrives() {
+    scenario(&Setup::new(), |bench| {
+        let socket = bench.lab.guest.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
+        socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+        socket.connect((WORLD, ports::BURST))?;
+        socket.send(b"100 1200")?;
+        let mut seen = std::collections::BTreeSet::new();
+        let mut got = [0; 2048];
+        while let Ok(len) = socket.recv(&mut got) {
+            ensure!(len == 1200, "a datagram of {len} bytes");
+            seen.insert(u32::from_le_bytes([got[0], got[1], got[2], got[3]]));
+            if seen.len() == 100 {
+                break;
+            }
+        }
+        ensure!(seen.len() == 100, "{} of 100 datagrams arrived", seen.len());
+        Ok(())
+    });
+}
+
+#[test]
+fn a_hundred_stalled_flows_harm_nothing_else() {
+    scenario(&Setup::new().tools(&["ping", "curl"]), |bench| {
+        let mut stalled = connect_at_once(bench, (WORLD, ports::STALL).into(), 100)?;
+        for stream in &mut stalled {
+            fill(stream)?;
+        }
+        let world = WORLD.to_string();
+        let pinged = bench.in_guest(&["ping", "-n", "-q", "-c", "20", "-i", "0.05", "-W", "1", &world])?;
+        ensure!(pinged.contains("20 received"), "{pinged}");
+        let resolved = bench.in_guest(&["dig", "+short", "+time=1", "+tries=1", "www.example.test"])?;
+        ensure!(resolved.trim() == world, "{resolved}");
+        let started = Instant::now();
+        bench.http_both_ways(32 * MIB, 3)?;
+        println!("32 MiB both ways beside 100 stalled flows took {:?}", started.elapsed());
+        let lease = bench.lease()?;
+        ensure!(lease.ip == lab::GUEST, "{lease:?}");
+        Ok(())
+    });
+}
+
+/// Writes until the connection takes no more.
+fn fill(stream: &mut TcpStream) -> Outcome {
+    stream.set_write_timeout(Some(Duration::from_millis(100)))?;
+    let chunk = vec![0x55; 64 << 10];
+    let mut total = 0u64;
+    loop {
+        match stream.write(&chunk) {
+            Ok(n) => total += n as u64,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => return Ok(()),
+            Err(e) => fail!("a stalled flow failed after {total} bytes: {e}"),
+        }
+        ensure!(total < 256 * MIB, "a flow nobody reads took {total} bytes");
+    }
+}
