@@ -103,6 +103,8 @@ pub struct DeviceQueues {
     broken_rings: u64,
     memory_loss: LossWatch,
     any_kick_dead: bool,
+    /// Control commands were left for the next visit.
+    control_waits: bool,
     reachable: bool,
     /// The rings' fresh start was told already; until all have stopped again.
     reset_told: bool,
@@ -131,6 +133,7 @@ impl DeviceQueues {
             broken_rings: 0,
             memory_loss: LossWatch::new(),
             any_kick_dead: false,
+            control_waits: false,
             reachable: false,
             reset_told: false,
         }
@@ -148,6 +151,9 @@ impl DeviceQueues {
         self.publish();
         if std::mem::take(&mut self.any_kick_dead) {
             self.drop_dead_kicks(kicks);
+        }
+        if std::mem::take(&mut self.control_waits) {
+            self.serve_control();
         }
         while let Some(command) = self.link.next() {
             let reply = self.handle(command, kicks, events);
@@ -276,6 +282,7 @@ impl DeviceQueues {
     fn serve_control(&mut self) -> KickKind {
         if self.control.serve() {
             // More commands than one visit serves: come back through the command descriptor.
+            self.control_waits = true;
             self.link.shared.wake_worker();
         }
         if self.control.ring.as_ref().is_some_and(|(_, r)| r.fault.is_some()) {
