@@ -181,6 +181,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// Chains seen available and not popped.
+    pub(super) fn seen_available(&self) -> u16 {
+        self.avail_seen.wrapping_sub(self.next_avail)
+    }
+
     /// Loads the driver's index.
     fn refresh(&mut self) -> Result<(), RingFault> {
         let avail = self.avail.load_u16(INDEX_AT);

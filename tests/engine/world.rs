@@ -6,7 +6,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
-use vunet::engine::host_net::{Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token};
+use vunet::engine::host_net::{
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
+};
 use vunet::frame::{Payload, PayloadMut};
 
 /// How a stream ended, as its world's end saw it.
@@ -69,6 +71,8 @@ pub(crate) struct World {
     /// Clients waiting at each published TCP port.
     pub(crate) backlogs: Vec<VecDeque<SocketAddr>>,
     pub(crate) accepts: usize,
+    /// Queued datagrams refused since the last flush.
+    pub(crate) refused: u64,
     pub(crate) own: HashSet<IpAddr>,
     /// The immediate outcome of the next connects.
     pub(crate) connect_error: Option<i32>,
@@ -86,6 +90,7 @@ impl World {
             socks: Vec::new(),
             backlogs: Vec::new(),
             accepts: 0,
+            refused: 0,
             own: HashSet::new(),
             connect_error: None,
             ping_error: None,
@@ -231,6 +236,10 @@ impl HostNet for Net {
         Ok(FakeDatagram { world: Rc::clone(&self.0), at })
     }
 
+    fn flush_datagrams(&mut self) -> u64 {
+        std::mem::take(&mut self.0.borrow_mut().refused)
+    }
+
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
         self.0.borrow().own.contains(&addr)
     }
@@ -334,32 +343,40 @@ impl HostDatagram for FakeDatagram {
         Ok(())
     }
 
-    fn recv_from(
-        &mut self,
-        head: &mut [u8],
-        mut into: PayloadMut<'_>,
-        overflow: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr)> {
-        let sock = &mut self.world.borrow_mut().socks[self.at];
-        sock.receives += 1;
-        if let Some(code) = sock.receive_errors.pop_front() {
-            return Err(os(code));
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) {
+        if self.send_to(&[], payload, to).is_err() {
+            self.world.borrow_mut().refused += 1;
         }
-        let (bytes, from) = sock.inbox.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
-        let mut rest = &bytes[..];
-        let len = head.len().min(rest.len());
-        head[..len].copy_from_slice(&rest[..len]);
-        rest = &rest[len..];
-        rest = &rest[into.copy_from(rest)..];
-        let len = overflow.len().min(rest.len());
-        overflow[..len].copy_from_slice(&rest[..len]);
-        Ok((bytes.len(), from))
     }
-}
 
-impl Drop for FakeDatagram {
-    fn drop(&mut self) {
-        self.world.borrow_mut().socks[self.at].is_open = false;
+    fn send_segments_to(
+        &mut self,
+        payload: &Payload<'_>,
+        segment_bytes: usize,
+        to: SocketAddr,
+    ) -> io::Result<()> {
+        let mut at = 0;
+        while at < payload.len() {
+            self.send_to(&[], &payload.range(at, segment_bytes), to)?;
+            at += segment_bytes;
+        }
+        Ok(())
+    }
+
+    fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
+        for _ in 0..arrivals_max.min(4) {
+            let (bytes, from) = {
+                let sock = &mut self.world.borrow_mut().socks[self.at];
+                sock.receives += 1;
+                if let Some(code) = sock.receive_errors.pop_front() {
+                    return Err(os(code));
+                }
+                let Some(next) = sock.inbox.pop_front() else { return Ok(false) };
+                next
+            };
+            each(Arrival { from, bytes: &bytes, segment_bytes: bytes.len() });
+        }
+        Ok(true)
     }
 }
 

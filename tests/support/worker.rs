@@ -243,7 +243,8 @@ impl Worker {
         let mut frames = Vec::new();
         let (tx, rx) = self.queues.split();
         for pair in drain {
-            let each = |frame: vunet::frame::TxFrame<'_>| {
+            let each = |event: vunet::device::TxEvent<'_>| {
+                let vunet::device::TxEvent::Frame(frame) = event else { return };
                 let mut bytes = vec![0; frame.whole.len()];
                 frame.whole.copy_to(&mut bytes);
                 assert_eq!(frame.head, &bytes[..frame.head.len()], "head and payload are one frame");
