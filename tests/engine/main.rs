@@ -4,7 +4,9 @@
 //! frames. Every frame the guest receives is checked to be well-formed, checksums included.
 
 mod frames;
+mod from_guest;
 mod gateway;
+mod handshake;
 mod policy;
 mod port;
 mod rig;

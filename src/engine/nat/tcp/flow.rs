@@ -102,6 +102,9 @@ pub(super) struct Recv {
     pub(super) pool: Pool,
     /// An acknowledgement is owed.
     pub(super) ack_due: bool,
+    /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
+    /// edge-triggered events repeat it with everything else they report.
+    pub(super) wants_room: bool,
 }
 
 /// From the world to the guest.
@@ -199,6 +202,7 @@ impl<S: HostStream> Flow<S> {
                 closed: false,
                 pool: Pool::default(),
                 ack_due: false,
+                wants_room: false,
             },
             send: Send {
                 iss,
@@ -277,8 +281,9 @@ impl<S: HostStream> Flow<S> {
         }
         self.send.peer_closed |= ready.peer_closed || ready.failed;
         self.send.readable |= ready.readable || self.send.peer_closed;
-        if ready.writable && self.state == State::Established {
+        if ready.writable && self.state == State::Established && self.recv.wants_room {
             // Room again: first what was held back, then a larger window for the guest.
+            self.recv.wants_room = false;
             if let Err(fate) = self.drain_pool(budget) {
                 return fate;
             }
@@ -297,18 +302,26 @@ impl<S: HostStream> Flow<S> {
                     self.recv.nxt = self.recv.nxt + len;
                     self.recv.ack_due = true;
                     if short {
-                        stream.want_writable();
+                        self.want_room();
                         break;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stream.want_writable();
+                    self.want_room();
                     break;
                 }
                 Err(_) => return Err(Fate::ResetBoth),
             }
         }
         self.pass_fin_on(budget)
+    }
+
+    /// Asks the socket to tell of room.
+    pub(super) fn want_room(&mut self) {
+        if let Some(stream) = self.stream.as_mut() {
+            stream.want_writable();
+            self.recv.wants_room = true;
+        }
     }
 
     fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
@@ -409,12 +422,14 @@ impl<S: HostStream> Flow<S> {
             let space = stream.send_space();
             if space.tight {
                 stream.want_writable();
+                self.recv.wants_room = true;
             }
             let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
             let growth = edge.distance_from(self.recv.edge);
-            let closed = self.recv.edge == self.recv.nxt;
-            if growth >= i32::from(self.send.mss) || (growth > 0 && !closed && !space.tight) {
+            // A socket that is not tight has a third of its queue free: no silly window, though it may
+            // be less than a segment where the MTU is large and the queue small.
+            if growth >= i32::from(self.send.mss) || (growth > 0 && !space.tight) {
                 self.recv.edge = edge;
             }
         }

@@ -249,12 +249,13 @@ impl<S: HostStream> Flow<S> {
             if fresh.is_empty() {
                 return Ok(());
             }
-            stream.want_writable();
+            self.want_room();
         }
         // Held back, unacknowledged, and only as far as the window promised.
         let promised = self.recv.edge.distance_from(at).max(0) as usize;
         let held = fresh.range(0, promised);
-        if held.len() < fresh.len() || !self.recv.pool.insert(budget, at, &held) {
+        let all_held = self.recv.pool.insert(budget, at, &held);
+        if !all_held || held.len() < fresh.len() {
             core.counters.drop(DropReason::TableFull);
         }
         Ok(())
