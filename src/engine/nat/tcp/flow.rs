@@ -144,10 +144,24 @@ pub(super) struct Send {
     pub(super) dup_acks: u8,
     /// Fast recovery lasts until this is acknowledged (RFC 6582).
     pub(super) recover: Option<SeqNumber>,
-    /// Retransmissions, window probes or keepalives without an answer.
+    /// Retransmissions, window probes or keepalives without success: they grow the pauses.
     pub(super) tries: u8,
+    /// Time-outs since the guest was last heard: a guest that answers is alive, whatever it answers.
+    pub(super) silent: u8,
     /// From when the pending time-out counts.
     pub(super) timer_base: Instant,
+}
+
+impl Send {
+    /// Whether bytes may wait for the guest to open its window.
+    pub(super) fn probes_window(&self) -> bool {
+        self.window == 0 && self.readable
+    }
+
+    /// Whether nothing is awaited of the guest.
+    pub(super) fn is_idle(&self) -> bool {
+        self.max == self.una && !self.probes_window()
+    }
 }
 
 /// One connection. `S` is the host's stream.
@@ -225,6 +239,7 @@ impl<S: HostStream> Flow<S> {
                 dup_acks: 0,
                 recover: None,
                 tries: 0,
+                silent: 0,
                 timer_base: core.now,
             },
             timer: TimerSlot::default(),
@@ -280,7 +295,7 @@ impl<S: HostStream> Flow<S> {
             self.send.timer_base = core.now;
         }
         self.send.peer_closed |= ready.peer_closed || ready.failed;
-        self.send.readable |= ready.readable || self.send.peer_closed;
+        self.send.readable |= (ready.readable || self.send.peer_closed) && self.send.eof.is_none();
         if ready.writable && self.state == State::Established && self.recv.wants_room {
             // Room again: first what was held back, then a larger window for the guest.
             self.recv.wants_room = false;
@@ -364,9 +379,7 @@ impl<S: HostStream> Flow<S> {
             State::SynSent | State::SynReceived => Some(backoff(SYN_RTO, send.tries)),
             State::TimeWait => Some(TIME_WAIT),
             State::Established if send.max != send.una => Some(backoff(RTO_MIN, send.tries)),
-            State::Established if send.window == 0 && (send.readable || send.eof.is_some()) => {
-                Some(backoff(RTO_MIN, send.tries))
-            }
+            State::Established if send.probes_window() => Some(backoff(RTO_MIN, send.tries)),
             State::Established if send.tries > 0 => Some(KEEPALIVE_PAUSE),
             State::Established => Some(KEEPALIVE_IDLE),
         };
@@ -380,12 +393,23 @@ impl<S: HostStream> Flow<S> {
     pub(super) fn timeout(&mut self, core: &mut Core) -> Fate {
         self.send.timer_base = core.now;
         self.send.tries = self.send.tries.saturating_add(1);
+        self.send.silent = self.send.silent.saturating_add(1);
         match self.state {
             State::Connecting => Fate::Live,
             State::TimeWait => Fate::Done,
             State::SynSent | State::SynReceived if self.send.tries > SYN_RETRIES => Fate::Reset,
             State::SynSent | State::SynReceived => {
                 self.send.syn_due = true;
+                Fate::Live
+            }
+            State::Established if self.send.window == 0 && !self.send.is_idle() => {
+                // Closed, perhaps on bytes in flight: asked for as long as the guest answers
+                // (RFC 9293, 3.8.6.1).
+                if self.send.silent > DATA_RETRIES {
+                    return Fate::ResetBoth;
+                }
+                self.send.nxt = self.send.una;
+                self.send.probe_due = true;
                 Fate::Live
             }
             State::Established if self.send.max != self.send.una => {
@@ -396,8 +420,7 @@ impl<S: HostStream> Flow<S> {
                 Fate::Live
             }
             State::Established => {
-                let probing_window = self.send.window == 0 && (self.send.readable || self.send.eof.is_some());
-                if !probing_window && self.send.tries > KEEPALIVE_PROBES {
+                if self.send.silent > KEEPALIVE_PROBES {
                     return Fate::ResetBoth;
                 }
                 self.send.probe_due = true;
