@@ -40,8 +40,6 @@ pub enum Close {
 pub struct SendSpace {
     /// Bytes it takes without refusing.
     pub bytes: usize,
-    /// Bytes it would take if it were empty.
-    pub capacity_bytes: usize,
     /// So little is left that the kernel will say when there is more, if asked.
     pub tight: bool,
 }

@@ -375,16 +375,12 @@ impl HostStream for Stream {
 
     fn send_space(&mut self) -> SendSpace {
         let Some(memory) = sys::send_memory(self.socket.as_fd()) else {
-            return SendSpace { bytes: 64 << 10, capacity_bytes: 64 << 10, tight: true };
+            return SendSpace { bytes: 64 << 10, tight: true };
         };
         let free = memory.limit_bytes.saturating_sub(memory.queued_bytes);
         // A quarter is left for what the kernel charges besides payload. It tells of room once a third
         // of the queue is free (sk_stream_is_writeable), and grows the queue only when so asked.
-        SendSpace {
-            bytes: free / 4 * 3,
-            capacity_bytes: memory.limit_bytes / 4 * 3,
-            tight: free < memory.queued_bytes / 2,
-        }
+        SendSpace { bytes: free / 4 * 3, tight: free < memory.queued_bytes / 2 }
     }
 
     fn want_writable(&mut self) {

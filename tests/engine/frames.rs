@@ -148,12 +148,20 @@ impl Seg<'_> {
 }
 
 /// A TCP segment the guest received.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub(crate) struct TcpSeen {
     pub(crate) from: SocketAddr,
     pub(crate) to: SocketAddr,
     pub(crate) header: tcp::Header,
     pub(crate) payload: Vec<u8>,
+}
+
+impl std::fmt::Debug for TcpSeen {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let tcp::Header { seq, ack, flags, window, .. } = self.header;
+        let (from, to, len) = (self.from, self.to, self.payload.len());
+        write!(f, "{from} to {to} {flags:?} seq {} ack {} window {window}, {len} bytes", seq.0, ack.0)
+    }
 }
 
 impl TcpSeen {

@@ -292,11 +292,7 @@ impl HostStream for FakeStream {
 
     fn send_space(&mut self) -> SendSpace {
         let conn = &self.world.borrow().conns[self.at];
-        conn.space.unwrap_or(SendSpace {
-            bytes: conn.room,
-            capacity_bytes: conn.room,
-            tight: conn.room < 4096,
-        })
+        conn.space.unwrap_or(SendSpace { bytes: conn.room, tight: conn.room < 4096 })
     }
 
     fn want_writable(&mut self) {

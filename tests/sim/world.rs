@@ -243,8 +243,7 @@ impl HostStream for SimStream {
         let world = self.world.borrow();
         let queued = world.conns[self.at].send_queue.len();
         let free = world.send_queue_max - queued;
-        let capacity_bytes = world.send_queue_max / 4 * 3;
-        SendSpace { bytes: free / 4 * 3, capacity_bytes, tight: free < queued / 2 }
+        SendSpace { bytes: free / 4 * 3, tight: free < queued / 2 }
     }
 
     fn want_writable(&mut self) {
