@@ -25,6 +25,9 @@ use crate::engine::host_net::{
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
 
+/// Receive queue asked for each UDP socket, in bytes.
+const UDP_RECEIVE_BYTES: usize = 4 << 20;
+
 /// Where discarded bytes go when the kernel peeks from the queue's front only.
 const SCRATCH_BYTES: usize = 64 << 10;
 
@@ -210,6 +213,8 @@ fn tcp_knows_peek_offset() -> bool {
 /// What every UDP socket is set to.
 fn prepare_udp(socket: &Socket) -> io::Result<()> {
     sys::allow_fragmentation(socket.as_fd())?;
+    // The kernel cuts this to `net.core.rmem_max`; a burst has to wait somewhere until it is its turn.
+    socket.set_recv_buffer_size(UDP_RECEIVE_BYTES)?;
     // Where the kernel cannot coalesce, datagrams come one by one.
     let _ = sys::allow_coalescing(socket.as_fd());
     Ok(())

@@ -420,9 +420,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         };
         for _ in 0..limits::DATAGRAM_BATCHES {
             let counters = &mut core.counters;
-            match socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow)) {
-                Ok(false) => return Pumped::Empty,
-                Ok(true) | Err(_) => {}
+            let outcome = socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow));
+            if matches!(outcome, Ok(false)) {
+                return Pumped::Empty;
             }
         }
         Pumped::More
