@@ -202,17 +202,18 @@ fn a_burst_of_datagrams_arrives() {
         let socket = bench.lab.guest.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
         socket.set_read_timeout(Some(Duration::from_secs(1)))?;
         socket.connect((WORLD, ports::BURST))?;
-        socket.send(b"100 1200")?;
+        // Fewer than the default receive buffer of a socket holds, so none needs to be lost anywhere.
+        socket.send(b"64 1200")?;
         let mut seen = std::collections::BTreeSet::new();
         let mut got = [0; 2048];
         while let Ok(len) = socket.recv(&mut got) {
             ensure!(len == 1200, "a datagram of {len} bytes");
             seen.insert(u32::from_le_bytes([got[0], got[1], got[2], got[3]]));
-            if seen.len() == 100 {
+            if seen.len() == 64 {
                 break;
             }
         }
-        ensure!(seen.len() == 100, "{} of 100 datagrams arrived", seen.len());
+        ensure!(seen.len() == 64, "{} of 64 datagrams arrived", seen.len());
         Ok(())
     });
 }
