@@ -33,6 +33,7 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 struct NetnsGuest {
     /// The vhost-user socket.
     #[arg(long)]

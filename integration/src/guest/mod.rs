@@ -221,8 +221,8 @@ impl Guest {
         let cost = |lens: &[u32]| if options(true).indirect && lens.len() > 1 { 1 } else { lens.len() };
         let slots = |lens: &[u32]| usize::from(config.ring_size) / cost(lens);
         if slots(&tx_lens) == 0 || slots(&rx_lens) == 0 {
-            let text =
-                format!("a ring of {} cannot hold one frame of {} pieces", config.ring_size, rx_lens.len());
+            let pieces = tx_lens.len().max(rx_lens.len());
+            let text = format!("a ring of {} cannot hold a frame of {pieces} pieces", config.ring_size);
             return Err(GuestError::Config(text));
         }
         // A frame shorter than the longest takes fewer descriptors, so more slots than chains of
