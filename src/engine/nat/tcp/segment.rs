@@ -254,7 +254,8 @@ impl<S: HostStream> Flow<S> {
             }
             self.want_room();
         }
-        if at != self.recv.nxt {
+        // Bytes held at the front are no hole: the socket has to take them, not the guest to resend.
+        if at != self.recv.nxt && self.recv.pool.front(budget, self.recv.nxt).is_none() {
             self.recv.beyond_hole = self.recv.beyond_hole.saturating_add(1);
         }
         // Held back, unacknowledged, and only as far as the window promised.
