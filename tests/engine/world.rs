@@ -77,6 +77,7 @@ pub(crate) struct World {
     pub(crate) descriptors_max: usize,
     /// Room new streams begin with.
     pub(crate) room: usize,
+    open: usize,
 }
 
 impl World {
@@ -91,13 +92,13 @@ impl World {
             ping_error: None,
             descriptors_max: usize::MAX,
             room: 1 << 20,
+            open: 0,
         }
     }
 
     /// Sockets open now.
     pub(crate) fn open(&self) -> usize {
-        let conns = self.conns.iter().filter(|conn| conn.end == End::Open).count();
-        conns + self.socks.iter().filter(|sock| sock.is_open).count()
+        self.open
     }
 
     /// Bytes and datagrams that left towards the world.
@@ -113,6 +114,7 @@ impl World {
     }
 
     fn add_conn(&mut self, token: Token, peer: SocketAddr, is_dns: bool) -> usize {
+        self.open += 1;
         self.conns.push(Conn {
             token,
             peer,
@@ -136,6 +138,7 @@ impl World {
     }
 
     fn add_sock(&mut self, token: Token, is_ping: bool) -> usize {
+        self.open += 1;
         self.socks.push(Sock {
             token,
             is_ping,
@@ -310,7 +313,9 @@ impl HostStream for FakeStream {
 
 impl Drop for FakeStream {
     fn drop(&mut self) {
-        let conn = &mut self.world.borrow_mut().conns[self.at];
+        let mut world = self.world.borrow_mut();
+        world.open -= 1;
+        let conn = &mut world.conns[self.at];
         if conn.end == End::Open {
             conn.end = End::Reset;
         }
@@ -355,7 +360,9 @@ impl HostDatagram for FakeDatagram {
 
 impl Drop for FakeDatagram {
     fn drop(&mut self) {
-        self.world.borrow_mut().socks[self.at].is_open = false;
+        let mut world = self.world.borrow_mut();
+        world.open -= 1;
+        world.socks[self.at].is_open = false;
     }
 }
 

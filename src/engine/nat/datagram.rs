@@ -23,7 +23,7 @@ use crate::engine::guest_port::{GuestPort, ReserveError};
 use crate::engine::host_net::{HostDatagram, Token};
 use crate::engine::lru::Lru;
 use crate::engine::timers::TimerSlot;
-use crate::frame::Payload;
+use crate::frame::{Payload, PayloadMut};
 use crate::limits;
 use crate::time::Instant;
 use crate::wire::icmpv4::{self, Message};
@@ -69,8 +69,11 @@ struct Mapping<D> {
     published_port: Option<u16>,
     socket: D,
     neighbour: Option<Neighbour>,
-    peers: usize,
+    /// The newest peer, which leads to the others.
+    newest_peer: Option<usize>,
     starved: bool,
+    /// Its turn ended with datagrams waiting.
+    again: bool,
     last_active: Instant,
 }
 
@@ -82,6 +85,9 @@ struct Peer {
     mapping: usize,
     answered: bool,
     timer: TimerSlot,
+    /// Neighbours on the list of its mapping's peers.
+    newer: Option<usize>,
+    older: Option<usize>,
 }
 
 impl Peer {
@@ -115,6 +121,7 @@ pub struct DatagramTable<D> {
     peer_lru: Lru,
     again: Vec<Token>,
     starved: VecDeque<Token>,
+    published: usize,
     generation: u32,
     overflow: Box<[u8]>,
 }
@@ -131,6 +138,7 @@ impl<D: HostDatagram> Default for DatagramTable<D> {
             peer_lru: Lru::default(),
             again: Vec::new(),
             starved: VecDeque::new(),
+            published: 0,
             generation: 0,
             overflow: vec![0; 65_536].into_boxed_slice(),
         }
@@ -138,14 +146,14 @@ impl<D: HostDatagram> Default for DatagramTable<D> {
 }
 
 impl<D: HostDatagram> DatagramTable<D> {
-    /// Sockets in the table.
+    /// Sockets in the table; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
-        self.mappings.len()
+        self.mappings.len() - self.published
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.mappings.is_empty()
+        self.len() == 0
     }
 
     /// When the longest idle socket that may be given up was last used.
@@ -186,6 +194,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     pub fn insert_published(&mut self, core: &Core, guest_port: u16, socket: D) {
         let at = self.insert(core, Kind::Udp, socket);
         self.mappings[at].published_port = Some(guest_port);
+        self.published += 1;
     }
 
     fn insert(&mut self, core: &Core, kind: Kind, socket: D) -> usize {
@@ -198,8 +207,9 @@ impl<D: HostDatagram> DatagramTable<D> {
             published_port: None,
             socket,
             neighbour: None,
-            peers: 0,
+            newest_peer: None,
             starved: false,
+            again: false,
             last_active: core.now,
         })
     }
@@ -212,19 +222,25 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     fn add_peer(&mut self, core: &mut Core, mapping: usize, key: Key, real: SocketAddr) -> usize {
-        if self.peers.len() >= limits::DATAGRAM_PEERS_MAX
+        self.generation = self.generation.wrapping_add(1);
+        let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
+        let older = self.mappings[mapping].newest_peer;
+        let timer = TimerSlot::default();
+        let peer = Peer { token, key, real, mapping, answered: false, timer, newer: None, older };
+        let at = self.peers.insert(peer);
+        if let Some(older) = older {
+            self.peers[older].newer = Some(at);
+        }
+        self.mappings[mapping].newest_peer = Some(at);
+        self.by_key.insert(key, at);
+        self.by_real.insert((mapping, real), at);
+        self.refresh(core, at);
+        // After the new one is in, so that the one given up may be its own socket's only other.
+        if self.peers.len() > limits::DATAGRAM_PEERS_MAX
             && let Some(oldest) = self.peer_lru.oldest()
         {
             self.remove_peer(core, oldest);
         }
-        self.generation = self.generation.wrapping_add(1);
-        let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
-        let timer = TimerSlot::default();
-        let at = self.peers.insert(Peer { token, key, real, mapping, answered: false, timer });
-        self.by_key.insert(key, at);
-        self.by_real.insert((mapping, real), at);
-        self.mappings[mapping].peers += 1;
-        self.refresh(core, at);
         at
     }
 
@@ -274,40 +290,43 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
     }
 
+    /// Forgets a peer, and its socket if that was the last one and nobody published it.
     fn remove_peer(&mut self, core: &mut Core, at: usize) {
+        let mapping = self.forget_peer(core, at);
+        if self.mappings[mapping].newest_peer.is_none() && self.mappings[mapping].published_port.is_none() {
+            self.remove_mapping(core, mapping);
+        }
+    }
+
+    /// Takes a peer out of every table; returns its mapping.
+    fn forget_peer(&mut self, core: &mut Core, at: usize) -> usize {
         let mut peer = self.peers.remove(at);
         core.timers.clear(&mut peer.timer, peer.token);
         self.peer_lru.remove(at);
         self.by_key.remove(&peer.key);
         self.by_real.remove(&(peer.mapping, peer.real));
-        let mapping = &mut self.mappings[peer.mapping];
-        mapping.peers -= 1;
-        if mapping.peers == 0 && mapping.published_port.is_none() {
-            self.remove_mapping(core, peer.mapping);
+        if let Some(older) = peer.older {
+            self.peers[older].newer = peer.newer;
         }
+        match peer.newer {
+            Some(newer) => self.peers[newer].older = peer.older,
+            None => self.mappings[peer.mapping].newest_peer = peer.older,
+        }
+        peer.mapping
     }
 
+    /// Ends a socket with its peers; of a published one only the peers.
     fn remove_mapping(&mut self, core: &mut Core, at: usize) {
-        let doomed: Vec<usize> = match self.mappings[at].peers {
-            0 => Vec::new(),
-            _ => self.peers.iter().filter(|(_, peer)| peer.mapping == at).map(|(at, _)| at).collect(),
-        };
-        for peer in doomed {
-            let mut peer = self.peers.remove(peer);
-            core.timers.clear(&mut peer.timer, peer.token);
-            self.by_key.remove(&peer.key);
-            self.by_real.remove(&(peer.mapping, peer.real));
-            self.peer_lru.remove(TokenKind::index(peer.token));
+        while let Some(peer) = self.mappings[at].newest_peer {
+            self.forget_peer(core, peer);
         }
-        if let Some(guest) = self.mappings[at].guest
-            && self.mappings[at].published_port.is_none()
-        {
-            self.by_guest.remove(&(self.mappings[at].kind, guest));
+        if self.mappings[at].published_port.is_some() {
+            return;
         }
-        self.mappings[at].peers = 0;
-        if self.mappings[at].published_port.is_none() {
-            self.lru.remove(at);
-            self.mappings.remove(at);
+        self.lru.remove(at);
+        let mapping = self.mappings.remove(at);
+        if let Some(guest) = mapping.guest {
+            self.by_guest.remove(&(mapping.kind, guest));
         }
     }
 
@@ -329,13 +348,26 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// A socket has datagrams.
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
-        match self.pump(core, port, token) {
+        // One whose turn is still to come takes it then: a flood is no reason for more turns.
+        if let Some(at) = self.find(token)
+            && !self.mappings[at].again
+        {
+            self.take_turn(core, port, token);
+        }
+    }
+
+    fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let pumped = self.pump(core, port, token);
+        let Some(at) = self.find(token) else { return };
+        let mapping = &mut self.mappings[at];
+        match pumped {
             Pumped::Empty => {}
-            Pumped::More => self.again.push(token),
+            Pumped::More => {
+                mapping.again = true;
+                self.again.push(token);
+            }
             Pumped::Starved => {
-                if let Some(at) = self.find(token)
-                    && !std::mem::replace(&mut self.mappings[at].starved, true)
-                {
+                if !std::mem::replace(&mut mapping.starved, true) {
                     self.starved.push_back(token);
                 }
             }
@@ -355,7 +387,10 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// Sockets that used their turn up have another.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         for token in std::mem::take(&mut self.again) {
-            self.host_ready(core, port, token);
+            if let Some(at) = self.find(token) {
+                self.mappings[at].again = false;
+                self.take_turn(core, port, token);
+            }
         }
     }
 
@@ -401,7 +436,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     fn drain_unwanted(&mut self, core: &mut Core, at: usize) -> Pumped {
         for _ in 0..limits::DATAGRAM_BURST {
             let mut none = [];
-            let nowhere = crate::frame::PayloadMut::from_host(&mut none);
+            let nowhere = PayloadMut::from_host(&mut none);
             match self.mappings[at].socket.recv_from(&mut [], nowhere, &mut self.overflow) {
                 Ok(_) => core.counters.drop(DropReason::NoFlow),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Pumped::Empty,
@@ -422,29 +457,30 @@ impl<D: HostDatagram> DatagramTable<D> {
         };
         let head_bytes = emit::ip_head_bytes(guest.ip()) + transport_bytes;
         let frame_bytes = ethernet::HEADER_BYTES + usize::from(core.ip_mtu);
-        match port.reserve(neighbour.pair, frame_bytes, frame_bytes) {
-            Ok(_) => {}
+        let room = match port.reserve(neighbour.pair, frame_bytes, frame_bytes) {
+            Ok(_) => Some(frame_bytes - head_bytes),
             Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
-            Err(ReserveError::TooSmall) => return self.drain_unwanted(core, at),
-        }
-        let room = frame_bytes - head_bytes;
+            // No buffers hold a full frame, but perhaps this datagram: by way of host memory.
+            Err(ReserveError::TooSmall) => None,
+        };
         let mut icmp_head = [0u8; icmpv4::HEADER_BYTES];
         let head_len = if mapping.kind == Kind::Echo { icmpv4::HEADER_BYTES } else { 0 };
-        let into = port.reserved(head_bytes).range(0, room);
+        let mut nothing = [];
+        let into = match room {
+            Some(room) => port.reserved(head_bytes).range(0, room),
+            None => PayloadMut::from_host(&mut nothing),
+        };
         let received = mapping.socket.recv_from(&mut icmp_head[..head_len], into, &mut self.overflow);
         let (len, real) = match received {
             Ok((len, real)) if len >= head_len => (len - head_len, real),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                port.cancel();
-                return Pumped::Empty;
-            }
-            _ => {
-                port.cancel();
-                return Pumped::More;
+            outcome => {
+                let is_empty = outcome.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+                cancel(port, room);
+                return if is_empty { Pumped::Empty } else { Pumped::More };
             }
         };
         let Some(remote) = self.admit(core, at, guest, real) else {
-            port.cancel();
+            cancel(port, room);
             core.counters.drop(DropReason::Filtered);
             return Pumped::More;
         };
@@ -490,7 +526,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     fn deliver_udp(&mut self, core: &mut Core, port: &mut impl GuestPort, to: &Delivery) {
         let ident = core.next_ident();
         core.counters.payload_to_guest_bytes += to.len as u64;
-        if to.len <= to.room {
+        if to.fits() {
             let partial = port.offloads().checksum;
             let head = {
                 let data = port.reserved(to.head_bytes).range(0, to.len);
@@ -523,13 +559,13 @@ impl<D: HostDatagram> DatagramTable<D> {
         received: &[u8; icmpv4::HEADER_BYTES],
     ) {
         let Ok(Message::EchoReply { seq, .. }) = Message::parse(received) else {
-            port.cancel();
+            cancel(port, to.room);
             return core.counters.drop(DropReason::Malformed);
         };
         let reply = Message::EchoReply { ident: to.guest.port(), seq };
         let ident = core.next_ident();
         core.counters.payload_to_guest_bytes += to.len as u64;
-        if to.len <= to.room {
+        if to.fits() {
             let head = {
                 let data = port.reserved(to.head_bytes).range(0, to.len);
                 emit::icmp(to.neighbour.mac, to.remote.ip(), to.guest.ip(), reply, &data.as_payload(), ident)
@@ -550,13 +586,25 @@ struct Delivery {
     remote: SocketAddr,
     neighbour: Neighbour,
     head_bytes: usize,
-    /// Payload bytes that fit the reservation.
-    room: usize,
+    /// Payload bytes that fit the reservation; `None` without one.
+    room: Option<usize>,
     /// Payload bytes received.
     len: usize,
 }
 
+/// Ends the reservation there is where there is `room`.
+fn cancel(port: &mut impl GuestPort, room: Option<usize>) {
+    if room.is_some() {
+        port.cancel();
+    }
+}
+
 impl Delivery {
+    /// Whether the payload lies in the reservation, whole.
+    fn fits(&self) -> bool {
+        self.room.is_some_and(|room| self.len <= room)
+    }
+
     fn commit(&self, core: &mut Core, port: &mut impl GuestPort, head: Option<emit::Head>) {
         match head {
             Some(head) => {
@@ -569,9 +617,11 @@ impl Delivery {
 
     /// Gathers the payload from the reservation and the overflow; ends the reservation.
     fn take_back(&self, port: &mut impl GuestPort, overflow: &[u8], out: &mut [u8]) {
-        let inside = self.room.min(out.len());
-        port.reserved(self.head_bytes).range(0, inside).as_payload().copy_to(&mut out[..inside]);
-        port.cancel();
+        let inside = self.room.unwrap_or(0).min(out.len());
+        if self.room.is_some() {
+            port.reserved(self.head_bytes).range(0, inside).as_payload().copy_to(&mut out[..inside]);
+            port.cancel();
+        }
         let rest = out.len() - inside;
         out[inside..].copy_from_slice(&overflow[..rest]);
     }
