@@ -20,9 +20,12 @@ use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome};
 use crate::service::dns::{self, DnsAction, DnsService, Transport};
 use crate::wire::checksum;
 use crate::wire::icmpv4::{self, Message};
-use crate::wire::ipv4::Protocol;
+use crate::wire::ipv4::{self, Protocol};
 use crate::wire::vnet::VnetHeader;
 use crate::wire::{arp, udp};
+
+/// Longest UDP payload over IPv4.
+const UDP_PAYLOAD_BYTES_MAX: usize = ipv4::PACKET_BYTES_MAX - ipv4::HEADER_BYTES - udp::HEADER_BYTES;
 
 /// A question for the upstream resolvers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,7 +176,9 @@ impl Gateway {
             return;
         }
         let pending = self.pending.remove(slot);
-        let answer = dns::truncate_for_udp(answer, &pending.query);
+        // A client may ask for more than a datagram over IPv4 can be; without OPT it is cut to 512 bytes.
+        let query = if answer.len() > UDP_PAYLOAD_BYTES_MAX { &[][..] } else { &pending.query };
+        let answer = dns::truncate_for_udp(answer, query);
         send_dns(core, port, pending.from, pending.client, &answer);
     }
 

@@ -46,6 +46,10 @@ impl GuestPort for SimPort {
         Ok(max_bytes)
     }
 
+    fn buffers(&self, _: QueuePair) -> usize {
+        self.free
+    }
+
     fn reserved(&mut self, from_bytes: usize) -> PayloadMut<'_> {
         PayloadMut::from_host(&mut self.open.as_mut().expect("a reservation is open")[from_bytes..])
     }

@@ -102,6 +102,12 @@ pub(super) struct Recv {
     pub(super) pool: Pool,
     /// An acknowledgement is owed.
     pub(super) ack_due: bool,
+    /// Segments of this batch beyond a hole. Each is owed a duplicate acknowledgement (RFC 5681, 4.2),
+    /// or the guest would wait for its time-out instead of sending the hole again.
+    pub(super) beyond_hole: u8,
+    /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
+    /// edge-triggered events repeat it with everything else they report.
+    pub(super) wants_room: bool,
 }
 
 /// From the world to the guest.
@@ -141,10 +147,24 @@ pub(super) struct Send {
     pub(super) dup_acks: u8,
     /// Fast recovery lasts until this is acknowledged (RFC 6582).
     pub(super) recover: Option<SeqNumber>,
-    /// Retransmissions, window probes or keepalives without an answer.
+    /// Retransmissions, window probes or keepalives without success: they grow the pauses.
     pub(super) tries: u8,
+    /// Time-outs since the guest was last heard: a guest that answers is alive, whatever it answers.
+    pub(super) silent: u8,
     /// From when the pending time-out counts.
     pub(super) timer_base: Instant,
+}
+
+impl Send {
+    /// Whether bytes may wait for the guest to open its window.
+    pub(super) fn probes_window(&self) -> bool {
+        self.window == 0 && self.readable
+    }
+
+    /// Whether nothing is awaited of the guest.
+    pub(super) fn is_idle(&self) -> bool {
+        self.max == self.una && !self.probes_window()
+    }
 }
 
 /// One connection. `S` is the host's stream.
@@ -199,6 +219,8 @@ impl<S: HostStream> Flow<S> {
                 closed: false,
                 pool: Pool::default(),
                 ack_due: false,
+                beyond_hole: 0,
+                wants_room: false,
             },
             send: Send {
                 iss,
@@ -221,6 +243,7 @@ impl<S: HostStream> Flow<S> {
                 dup_acks: 0,
                 recover: None,
                 tries: 0,
+                silent: 0,
                 timer_base: core.now,
             },
             timer: TimerSlot::default(),
@@ -276,9 +299,10 @@ impl<S: HostStream> Flow<S> {
             self.send.timer_base = core.now;
         }
         self.send.peer_closed |= ready.peer_closed || ready.failed;
-        self.send.readable |= ready.readable || self.send.peer_closed;
-        if ready.writable && self.state == State::Established {
+        self.send.readable |= (ready.readable || self.send.peer_closed) && self.send.eof.is_none();
+        if ready.writable && self.state == State::Established && self.recv.wants_room {
             // Room again: first what was held back, then a larger window for the guest.
+            self.recv.wants_room = false;
             if let Err(fate) = self.drain_pool(budget) {
                 return fate;
             }
@@ -297,18 +321,26 @@ impl<S: HostStream> Flow<S> {
                     self.recv.nxt = self.recv.nxt + len;
                     self.recv.ack_due = true;
                     if short {
-                        stream.want_writable();
+                        self.want_room();
                         break;
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    stream.want_writable();
+                    self.want_room();
                     break;
                 }
                 Err(_) => return Err(Fate::ResetBoth),
             }
         }
         self.pass_fin_on(budget)
+    }
+
+    /// Asks the socket to tell of room.
+    pub(super) fn want_room(&mut self) {
+        if let Some(stream) = self.stream.as_mut() {
+            stream.want_writable();
+            self.recv.wants_room = true;
+        }
     }
 
     fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
@@ -351,9 +383,7 @@ impl<S: HostStream> Flow<S> {
             State::SynSent | State::SynReceived => Some(backoff(SYN_RTO, send.tries)),
             State::TimeWait => Some(TIME_WAIT),
             State::Established if send.max != send.una => Some(backoff(RTO_MIN, send.tries)),
-            State::Established if send.window == 0 && (send.readable || send.eof.is_some()) => {
-                Some(backoff(RTO_MIN, send.tries))
-            }
+            State::Established if send.probes_window() => Some(backoff(RTO_MIN, send.tries)),
             State::Established if send.tries > 0 => Some(KEEPALIVE_PAUSE),
             State::Established => Some(KEEPALIVE_IDLE),
         };
@@ -367,12 +397,23 @@ impl<S: HostStream> Flow<S> {
     pub(super) fn timeout(&mut self, core: &mut Core) -> Fate {
         self.send.timer_base = core.now;
         self.send.tries = self.send.tries.saturating_add(1);
+        self.send.silent = self.send.silent.saturating_add(1);
         match self.state {
             State::Connecting => Fate::Live,
             State::TimeWait => Fate::Done,
             State::SynSent | State::SynReceived if self.send.tries > SYN_RETRIES => Fate::Reset,
             State::SynSent | State::SynReceived => {
                 self.send.syn_due = true;
+                Fate::Live
+            }
+            State::Established if self.send.window == 0 && !self.send.is_idle() => {
+                // Closed, perhaps on bytes in flight: asked for as long as the guest answers
+                // (RFC 9293, 3.8.6.1).
+                if self.send.silent > DATA_RETRIES {
+                    return Fate::ResetBoth;
+                }
+                self.send.nxt = self.send.una;
+                self.send.probe_due = true;
                 Fate::Live
             }
             State::Established if self.send.max != self.send.una => {
@@ -383,8 +424,7 @@ impl<S: HostStream> Flow<S> {
                 Fate::Live
             }
             State::Established => {
-                let probing_window = self.send.window == 0 && (self.send.readable || self.send.eof.is_some());
-                if !probing_window && self.send.tries > KEEPALIVE_PROBES {
+                if self.send.silent > KEEPALIVE_PROBES {
                     return Fate::ResetBoth;
                 }
                 self.send.probe_due = true;
@@ -409,12 +449,14 @@ impl<S: HostStream> Flow<S> {
             let space = stream.send_space();
             if space.tight {
                 stream.want_writable();
+                self.recv.wants_room = true;
             }
             let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
             let growth = edge.distance_from(self.recv.edge);
-            let closed = self.recv.edge == self.recv.nxt;
-            if growth >= i32::from(self.send.mss) || (growth > 0 && !closed && !space.tight) {
+            // A socket that is not tight has a third of its queue free: no silly window, though it may
+            // be less than a segment where the MTU is large and the queue small.
+            if growth >= i32::from(self.send.mss) || (growth > 0 && !space.tight) {
                 self.recv.edge = edge;
             }
         }

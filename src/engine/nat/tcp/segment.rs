@@ -150,6 +150,7 @@ impl<S: HostStream> Flow<S> {
             core.counters.drop(DropReason::OutOfWindow);
             return false;
         }
+        send.silent = 0;
         let window = u32::from(header.window) << send.shift;
         if ack.after(send.una) {
             send.una = ack;
@@ -163,13 +164,15 @@ impl<S: HostStream> Flow<S> {
                 send.recover = None;
             }
         } else if ack == send.una {
+            // Of a closed window, the answer to a probe.
+            let same_window = window == send.window && window > 0;
             let is_duplicate =
-                empty && window == send.window && send.max != send.una && !header.flags.contains(Flags::FIN);
+                empty && same_window && send.max != send.una && !header.flags.contains(Flags::FIN);
             if is_duplicate {
                 self.duplicate_ack(core);
-            } else if send_is_idle(&self.send) {
-                self.send.tries = 0;
-                self.send.timer_base = core.now;
+            } else if send.is_idle() {
+                send.tries = 0;
+                send.timer_base = core.now;
             }
         }
         let send = &mut self.send;
@@ -249,18 +252,19 @@ impl<S: HostStream> Flow<S> {
             if fresh.is_empty() {
                 return Ok(());
             }
-            stream.want_writable();
+            self.want_room();
+        }
+        // Bytes held at the front are no hole: the socket has to take them, not the guest to resend.
+        if at != self.recv.nxt && self.recv.pool.front(budget, self.recv.nxt).is_none() {
+            self.recv.beyond_hole = self.recv.beyond_hole.saturating_add(1);
         }
         // Held back, unacknowledged, and only as far as the window promised.
         let promised = self.recv.edge.distance_from(at).max(0) as usize;
         let held = fresh.range(0, promised);
-        if held.len() < fresh.len() || !self.recv.pool.insert(budget, at, &held) {
+        let all_held = self.recv.pool.insert(budget, at, &held);
+        if !all_held || held.len() < fresh.len() {
             core.counters.drop(DropReason::TableFull);
         }
         Ok(())
     }
-}
-
-fn send_is_idle(send: &super::flow::Send) -> bool {
-    send.max == send.una && send.window > 0
 }

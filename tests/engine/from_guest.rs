@@ -1,0 +1,350 @@
+//! Bytes of the guest on their way into a socket.
+
+use vunet::engine::counters::DropReason;
+use vunet::engine::host_net::SendSpace;
+use vunet::limits;
+use vunet::wire::tcp::Flags;
+
+use crate::frames::{guest, world};
+use crate::rig::{Peer, READABLE, Rig, Setup, WRITABLE, connected, only, pattern, secs};
+
+fn flow(rig: &mut Rig) -> Peer {
+    connected(rig, Peer::new(guest(4000), world(80)))
+}
+
+/// A flow that scales windows, so that they are seen to the nearest 256 bytes.
+fn scaled_flow(rig: &mut Rig) -> Peer {
+    connected(rig, Peer { shift: Some(7), ..Peer::new(guest(4000), world(80)) })
+}
+
+#[test]
+fn bytes_go_into_the_socket_at_once_and_are_acknowledged_only_then() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    let bytes = pattern(1000);
+    rig.feed(&peer.seg(Flags::ACK, &bytes).frame());
+    assert_eq!(rig.conn(0).taken, bytes);
+    let acknowledged = only(rig.flush()).tcp();
+    peer.seq += 1000;
+    assert_eq!((acknowledged.header.flags, acknowledged.header.ack.0), (Flags::ACK, peer.seq));
+    assert_eq!(rig.engine.counters().payload_from_guest_bytes, 1000);
+}
+
+#[test]
+fn one_batch_is_acknowledged_once() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    for _ in 0..20 {
+        rig.feed(&peer.seg(Flags::ACK, &pattern(1000)).frame());
+        peer.seq += 1000;
+    }
+    assert_eq!(only(rig.flush()).tcp().header.ack.0, peer.seq);
+}
+
+#[test]
+fn bytes_a_socket_takes_in_part_are_held_and_follow_when_there_is_room() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    rig.conn(0).room = 400;
+    let bytes = pattern(1000);
+    let start = peer.seq;
+    let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes)).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 400, "only what the socket has");
+    assert_eq!(rig.engine.nat().held_bytes(), 600);
+    assert!(rig.conn(0).wants_writable > 0);
+    rig.conn(0).room = 1 << 20;
+    let acknowledged = only(rig.stream_ready(0, WRITABLE)).tcp();
+    assert_eq!(acknowledged.header.ack.0, peer.seq);
+    assert_eq!(rig.conn(0).taken, bytes);
+    assert_eq!(rig.engine.nat().held_bytes(), 0);
+}
+
+#[test]
+fn bytes_a_socket_refuses_are_held_as_far_as_the_window_promised() {
+    let mut rig = Rig::new();
+    rig.world().room = 3000;
+    let mut peer = flow(&mut rig);
+    rig.conn(0).room = 0;
+    let bytes = pattern(5000);
+    let start = peer.seq;
+    let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes)).tcp();
+    assert_eq!(acknowledged.header.ack.0, start);
+    assert_eq!(rig.engine.nat().held_bytes(), 3000, "the window was 3,000 bytes");
+    assert_eq!(rig.dropped(DropReason::TableFull), 1);
+    rig.conn(0).room = 10_000;
+    let acknowledged = only(rig.stream_ready(0, WRITABLE)).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 3000);
+    peer.seq = start + 3000;
+    let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes[3000..])).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 5000);
+    assert_eq!(rig.conn(0).taken, bytes);
+}
+
+#[test]
+fn segments_out_of_order_are_put_in_order_and_answered_each_batch() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    let bytes = pattern(3000);
+    let start = peer.seq;
+    for at in [2000, 1000] {
+        peer.seq = start + at;
+        let duplicate = only(peer.data(&mut rig, Flags::PSH, &bytes[at as usize..at as usize + 1000])).tcp();
+        assert_eq!(duplicate.header.ack.0, start, "a duplicate acknowledgement tells of the gap");
+    }
+    assert_eq!(rig.engine.nat().held_bytes(), 2000);
+    peer.seq = start;
+    let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes[..1000])).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 3000);
+    assert_eq!(rig.conn(0).taken, bytes);
+    assert_eq!(rig.engine.nat().held_bytes(), 0);
+}
+
+#[test]
+fn sequence_numbers_wrap_without_loss() {
+    for start in [u32::MAX - 1, u32::MAX - 1500, i32::MAX as u32 - 1500] {
+        let mut rig = Rig::new();
+        let mut peer = connected(&mut rig, Peer { seq: start, ..Peer::new(guest(4000), world(80)) });
+        let bytes = pattern(6000);
+        for order in [1, 0, 3, 2, 5, 4] {
+            let at = order * 1000;
+            let sent = Peer { seq: peer.seq.wrapping_add(at as u32), ..peer };
+            rig.send(&sent.seg(Flags::ACK, &bytes[at..at + 1000]).frame());
+        }
+        assert_eq!(rig.conn(0).taken, bytes);
+        peer.seq = peer.seq.wrapping_add(6000);
+        peer.data(&mut rig, Flags::FIN, &[]);
+        assert!(rig.conn(0).fin_from_guest);
+    }
+}
+
+#[test]
+fn what_was_taken_already_is_not_sent_twice() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    let bytes = pattern(2000);
+    let start = peer.seq;
+    peer.data(&mut rig, Flags::PSH, &bytes[..1000]);
+    peer.seq = start;
+    let repeated = only(peer.data(&mut rig, Flags::PSH, &bytes[..1000])).tcp();
+    assert_eq!(repeated.header.ack.0, start + 1000);
+    peer.seq = start + 500;
+    let overlapping = only(peer.data(&mut rig, Flags::PSH, &bytes[500..])).tcp();
+    assert_eq!(overlapping.header.ack.0, start + 2000);
+    assert_eq!(rig.conn(0).taken, bytes);
+}
+
+#[test]
+fn a_full_socket_closes_the_window_and_room_opens_it_again() {
+    let mut rig = Rig::new();
+    rig.world().room = 10_000;
+    let mut peer = scaled_flow(&mut rig);
+    let mut sent = 0;
+    while sent < 10_000 {
+        let acknowledged = only(peer.data(&mut rig, Flags::PSH, &pattern(1000))).tcp();
+        sent += 1000;
+        let window = usize::from(acknowledged.header.window) << 8;
+        assert!(window <= 10_000 - sent, "{window} promised, {} there", 10_000 - sent);
+    }
+    assert!(rig.conn(0).wants_writable > 0, "the socket is asked to tell of room");
+    let probe =
+        only(rig.send(&Peer { seq: peer.seq.wrapping_sub(1), ..peer }.seg(Flags::ACK, &[]).frame())).tcp();
+    assert_eq!((probe.header.window, probe.header.ack.0), (0, peer.seq), "a probe is answered");
+    rig.conn(0).room = 20_000;
+    let update = only(rig.stream_ready(0, WRITABLE)).tcp();
+    assert!(usize::from(update.header.window) << 8 > 19_000);
+    assert!(peer.data(&mut rig, Flags::PSH, &pattern(1000)).len() == 1);
+    assert_eq!(rig.conn(0).taken.len(), 11_000);
+}
+
+#[test]
+fn a_socket_smaller_than_one_segment_still_opens_its_window() {
+    // A guest of an MTU near 64 KiB over a socket whose buffer begins at 87,040 bytes.
+    let mut rig = Rig::with(Setup { ip_mtu: 65_520, ..Setup::default() });
+    rig.world().room = 87_040;
+    let mut peer = Peer { mss: Some(65_480), shift: Some(7), ..Peer::new(guest(4000), world(80)) };
+    peer.syn(&mut rig);
+    rig.conn(0).space = Some(SendSpace { bytes: 65_280, tight: false });
+    let seen = rig.stream_ready(0, WRITABLE);
+    let syn_ack = peer.establish(&mut rig, seen);
+    assert!(syn_ack.header.window > 60_000, "a window of {}", syn_ack.header.window);
+    rig.conn(0).space = Some(SendSpace { bytes: 16_000, tight: true });
+    let window = only(peer.data(&mut rig, Flags::PSH, &pattern(65_280))).tcp().header.window;
+    assert_eq!(window, 0);
+    rig.conn(0).space = Some(SendSpace { bytes: 40_000, tight: false });
+    let window = only(rig.stream_ready(0, WRITABLE)).tcp().header.window;
+    assert_eq!(window, 40_000 >> 8, "open again once a third is free");
+}
+
+#[test]
+fn a_silly_window_is_not_offered_while_the_socket_is_tight() {
+    let mut rig = Rig::new();
+    rig.world().room = 2000;
+    let mut peer = flow(&mut rig);
+    let window = only(peer.data(&mut rig, Flags::PSH, &pattern(2000))).tcp().header.window;
+    assert_eq!(window, 0);
+    rig.conn(0).space = Some(SendSpace { bytes: 300, tight: true });
+    let window = only(rig.stream_ready(0, WRITABLE)).tcp().header.window;
+    assert_eq!(window, 0);
+}
+
+#[test]
+fn readiness_to_read_alone_costs_no_acknowledgement() {
+    // Edge-triggered events repeat what holds already: a socket with room says so with each of them.
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    peer.data(&mut rig, Flags::PSH, b"x");
+    let closed = Peer { window: 0, ..peer };
+    closed.acknowledge(&mut rig);
+    rig.conn(0).queue.extend(pattern(100));
+    for _ in 0..5 {
+        assert_eq!(rig.stream_ready(0, READABLE), [], "the guest has heard all of that");
+    }
+}
+
+#[test]
+fn bytes_beyond_the_fin_are_ignored() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    peer.data(&mut rig, Flags::PSH | Flags::FIN, b"end");
+    assert!(rig.conn(0).fin_from_guest);
+    peer.data(&mut rig, Flags::PSH, b"more");
+    assert_eq!(rig.conn(0).taken, b"end");
+}
+
+#[test]
+fn a_fin_waits_for_the_bytes_before_it() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    let start = peer.seq;
+    peer.seq = start + 10;
+    peer.data(&mut rig, Flags::FIN, b"later");
+    assert!(!rig.conn(0).fin_from_guest);
+    peer.seq = start;
+    let acknowledged = only(peer.data(&mut rig, Flags::PSH, b"0123456789")).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 16);
+    assert!(rig.conn(0).fin_from_guest);
+    assert_eq!(rig.conn(0).taken, b"0123456789later");
+}
+
+#[test]
+fn a_fin_waits_for_bytes_the_socket_refused() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    rig.conn(0).room = 3;
+    let start = peer.seq;
+    peer.data(&mut rig, Flags::FIN, b"upload");
+    assert!(!rig.conn(0).fin_from_guest);
+    rig.conn(0).room = 100;
+    let acknowledged = only(rig.stream_ready(0, WRITABLE)).tcp();
+    assert_eq!(acknowledged.header.ack.0, start + 7);
+    assert!(rig.conn(0).fin_from_guest);
+    assert_eq!(rig.conn(0).taken, b"upload");
+}
+
+#[test]
+fn urgent_bytes_are_bytes_like_any_other() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    peer.data(&mut rig, Flags::URG | Flags::PSH, b"abc");
+    assert_eq!(rig.conn(0).taken, b"abc");
+}
+
+#[test]
+fn segments_outside_of_the_window_are_answered_and_not_taken() {
+    let mut rig = Rig::new();
+    rig.world().room = 8000;
+    let peer = flow(&mut rig);
+    for offset in [8001, 100_000, 0x4000_0000, 0x8000_0000u32, -10i32 as u32] {
+        let stray = Peer { seq: peer.seq.wrapping_add(offset), ..peer };
+        let answer = only(rig.send(&stray.seg(Flags::ACK, b"stray").frame())).tcp();
+        assert_eq!((answer.header.flags, answer.header.ack.0), (Flags::ACK, peer.seq));
+    }
+    assert_eq!(rig.dropped(DropReason::OutOfWindow), 5);
+    assert_eq!(rig.conn(0).taken, b"");
+    assert_eq!(rig.engine.nat().held_bytes(), 0);
+}
+
+#[test]
+fn acknowledgements_of_what_was_never_sent_are_answered_and_ignored() {
+    let mut rig = Rig::new();
+    let peer = flow(&mut rig);
+    let wrong = Peer { ack: peer.ack.wrapping_add(5000), ..peer };
+    let answer = only(rig.send(&wrong.seg(Flags::ACK, b"data").frame())).tcp();
+    assert_eq!((answer.header.seq.0, answer.header.ack.0), (peer.ack, peer.seq));
+    assert_eq!(rig.conn(0).taken, b"");
+}
+
+#[test]
+fn a_reset_in_the_window_is_challenged_and_an_exact_one_obeyed() {
+    let mut rig = Rig::new();
+    let peer = flow(&mut rig);
+    let near = Peer { seq: peer.seq + 1, ..peer };
+    let challenge = only(rig.send(&near.seg(Flags::RST, &[]).frame())).tcp();
+    assert_eq!((challenge.header.flags, challenge.header.ack.0), (Flags::ACK, peer.seq));
+    let outside = Peer { seq: peer.seq.wrapping_sub(1), ..peer };
+    assert_eq!(rig.send(&outside.seg(Flags::RST, &[]).frame()), []);
+    assert_eq!(rig.conn(0).end, crate::world::End::Open);
+    assert_eq!(rig.send(&peer.seg(Flags::RST, &[]).frame()), []);
+    assert_eq!(rig.conn(0).end, crate::world::End::Reset);
+    rig.assert_empty();
+}
+
+#[test]
+fn a_world_that_resets_during_an_upload_is_seen_as_reset() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    rig.conn(0).error = Some(libc::EPIPE);
+    let reset = only(peer.data(&mut rig, Flags::PSH, b"x")).tcp();
+    assert!(reset.has(Flags::RST));
+    assert_eq!(reset.header.seq.0, peer.ack, "a reset counts only at the next byte expected");
+    rig.assert_empty();
+}
+
+#[test]
+fn one_flow_holds_so_much_and_not_a_byte_more() {
+    let mut rig = Rig::new();
+    rig.world().room = 4 << 20;
+    let peer = scaled_flow(&mut rig);
+    let piece = pattern(16 << 10);
+    let pieces = limits::TCP_POOL_FLOW_BYTES_MAX / piece.len();
+    for n in 0..pieces + 3 {
+        let later = Peer { seq: peer.seq.wrapping_add(1 + (n * piece.len()) as u32), ..peer };
+        rig.send(&later.seg(Flags::ACK, &piece).frame());
+    }
+    assert_eq!(rig.engine.nat().held_bytes(), limits::TCP_POOL_FLOW_BYTES_MAX);
+    assert_eq!(rig.dropped(DropReason::TableFull), 3);
+    rig.send(&peer.seg(Flags::RST, &[]).frame());
+    rig.assert_empty();
+}
+
+#[test]
+fn all_flows_together_hold_so_much_and_not_a_byte_more() {
+    let mut rig = Rig::new();
+    rig.world().room = 4 << 20;
+    let piece = pattern(16 << 10);
+    let mut flows = 0;
+    while rig.dropped(DropReason::TableFull) == 0 {
+        flows += 1;
+        let peer = connected(&mut rig, Peer { shift: Some(7), ..Peer::new(guest(4000 + flows), world(80)) });
+        for n in 0..60 {
+            let later = Peer { seq: peer.seq.wrapping_add(1 + (n * piece.len()) as u32), ..peer };
+            rig.send(&later.seg(Flags::ACK, &piece).frame());
+        }
+    }
+    assert_eq!(rig.engine.nat().held_bytes(), limits::TCP_POOL_BYTES_MAX);
+    assert_eq!(usize::from(flows), limits::TCP_POOL_BYTES_MAX / (60 * piece.len()) + 1);
+    rig.engine.guest_reset();
+    rig.assert_empty();
+}
+
+#[test]
+fn a_flow_that_waits_for_room_wakes_nobody() {
+    let mut rig = Rig::new();
+    rig.world().room = 3000;
+    let mut peer = flow(&mut rig);
+    rig.conn(0).room = 0;
+    peer.data(&mut rig, Flags::PSH, &pattern(2000));
+    assert!(rig.engine.nat().held_bytes() > 0);
+    assert!(rig.wakeups(secs(3600)) <= 1, "one deadline of the handshake may come up to be moved");
+    assert_eq!(rig.wakeups(secs(3500)), 0);
+}

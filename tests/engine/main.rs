@@ -1,0 +1,15 @@
+//! The engine between a guest of hand-made frames and a scripted world, time by hand.
+//!
+//! `rig` puts the parts together, `world` and `port` script both sides, `frames` writes and reads
+//! frames. Every frame the guest receives is checked to be well-formed, checksums included.
+
+mod ending;
+mod frames;
+mod from_guest;
+mod gateway;
+mod handshake;
+mod policy;
+mod port;
+mod rig;
+mod to_guest;
+mod world;
