@@ -97,8 +97,11 @@ pub trait HostDatagram {
 
     /// Sends one datagram from guest memory, together with others to the same endpoint where the
     /// kernel can: at the latest at [`HostNet::flush_datagrams`], until which the memory must stay as
-    /// it is. What is refused then is counted there.
-    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr);
+    /// it is. What is refused then is counted there, and the datagram after it goes alone.
+    ///
+    /// # Errors
+    /// As [`HostDatagram::send_to`], for a datagram that goes alone.
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()>;
 
     /// Sends `payload` as datagrams of `segment_bytes` each but the last (`UDP_SEGMENT`).
     ///

@@ -35,6 +35,7 @@ use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan, Mode};
 use crate::frame::{Payload, TxFrame};
+use crate::limits;
 use crate::service::dhcp::{self, LeaseChange};
 use crate::service::dns::DnsService;
 use crate::time::Instant;
@@ -208,11 +209,16 @@ impl<N: HostNet> Engine<N> {
                 payload_bytes: datagram.len(),
                 more_fragments: false,
                 fragment_offset_bytes: 0,
+                header_bytes: ipv4::HEADER_BYTES,
                 ..ip
             };
-            let whole = Payload::from_host(&datagram);
+            // What errors quote is the packet as if it had come whole, whichever fragment came last.
+            let mut packet = vec![0u8; ipv4::HEADER_BYTES];
+            ip.emit(&mut packet);
+            packet.extend_from_slice(&datagram[..datagram.len().min(limits::FRAME_HEAD_BYTES)]);
+            let (head, whole) = (&datagram[..], Payload::from_host(&datagram));
             let checksum = Checksum::Complete;
-            let incoming = Incoming { ip, from, packet, head: &datagram, whole, checksum, gso_bytes: None };
+            let incoming = Incoming { ip, from, packet: &packet, head, whole, checksum, gso_bytes: None };
             return self.transport(port, &incoming);
         }
         let head = &packet[ip.header_bytes..packet.len().min(ip.header_bytes + ip.payload_bytes)];
@@ -409,6 +415,7 @@ impl<N: HostNet> Engine<N> {
     /// The guest is gone or began anew: its flows end, the world sees RST.
     pub fn guest_reset(&mut self) {
         self.nat.reset_all(&mut self.core);
+        self.reassembly = Reassembly::default();
         self.gateway.forget_guest();
         self.core.forget_guest();
     }

@@ -102,7 +102,10 @@ impl Run {
             Err(error) if count > 1 && error.kind() != io::ErrorKind::WouldBlock => {
                 self.send_one_by_one(&socket, &to);
             }
-            Err(_) => self.refused += count as u64,
+            Err(_) => {
+                self.refused += count as u64;
+                socket.refused.set(true);
+            }
         }
         self.starts.clear();
         self.segments.clear();
@@ -117,6 +120,7 @@ impl Run {
             let segments = &mut self.segments[self.starts[n]..end];
             if sys::send_segments(socket.socket.as_fd(), segments, Some(to)).is_err() {
                 self.refused += 1;
+                socket.refused.set(true);
             }
         }
     }
@@ -170,7 +174,7 @@ impl HostSockets {
 
     fn datagram(&self, token: Token, socket: Socket) -> io::Result<Datagram> {
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
-        let socket = Rc::new(UdpSocket { socket, alone: Cell::new(false) });
+        let socket = Rc::new(UdpSocket { socket, alone: Cell::new(false), refused: Cell::new(false) });
         Ok(Datagram { shared: Rc::clone(&self.shared), socket })
     }
 
@@ -411,6 +415,8 @@ struct UdpSocket {
     socket: Socket,
     /// Its route or device refused a run; datagrams go alone.
     alone: Cell<bool>,
+    /// A queued datagram was refused; the next one finds out why.
+    refused: Cell<bool>,
 }
 
 /// A UDP or ICMP echo socket.
@@ -438,7 +444,10 @@ impl HostDatagram for Datagram {
         Ok(())
     }
 
-    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) {
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        if self.socket.refused.take() {
+            return self.send_to(&[], payload, to);
+        }
         let mut run = self.shared.run.borrow_mut();
         let len = payload.len();
         if !run.accepts(&self.socket, to, len) {
@@ -452,6 +461,7 @@ impl HostDatagram for Datagram {
         if !joins || !payload.is_in_guest() {
             run.send();
         }
+        Ok(())
     }
 
     fn send_segments_to(

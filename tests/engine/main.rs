@@ -3,6 +3,8 @@
 //! `rig` puts the parts together, `world` and `port` script both sides, `frames` writes and reads
 //! frames. Every frame the guest receives is checked to be well-formed, checksums included.
 
+mod bounds;
+mod datagrams;
 mod ending;
 mod frames;
 mod from_guest;
@@ -10,6 +12,8 @@ mod gateway;
 mod handshake;
 mod policy;
 mod port;
+mod published;
 mod rig;
+mod starvation;
 mod to_guest;
 mod world;

@@ -61,6 +61,7 @@ pub(crate) struct Sock {
     pub(crate) receive_errors: VecDeque<i32>,
     pub(crate) receives: usize,
     pub(crate) is_open: bool,
+    was_refused: bool,
 }
 
 /// Everything beyond the engine.
@@ -81,6 +82,7 @@ pub(crate) struct World {
     pub(crate) descriptors_max: usize,
     /// Room new streams begin with.
     pub(crate) room: usize,
+    open: usize,
 }
 
 impl World {
@@ -96,13 +98,13 @@ impl World {
             ping_error: None,
             descriptors_max: usize::MAX,
             room: 1 << 20,
+            open: 0,
         }
     }
 
     /// Sockets open now.
     pub(crate) fn open(&self) -> usize {
-        let conns = self.conns.iter().filter(|conn| conn.end == End::Open).count();
-        conns + self.socks.iter().filter(|sock| sock.is_open).count()
+        self.open
     }
 
     /// Bytes and datagrams that left towards the world.
@@ -118,6 +120,7 @@ impl World {
     }
 
     fn add_conn(&mut self, token: Token, peer: SocketAddr, is_dns: bool) -> usize {
+        self.open += 1;
         self.conns.push(Conn {
             token,
             peer,
@@ -141,6 +144,7 @@ impl World {
     }
 
     fn add_sock(&mut self, token: Token, is_ping: bool) -> usize {
+        self.open += 1;
         self.socks.push(Sock {
             token,
             is_ping,
@@ -150,6 +154,7 @@ impl World {
             receive_errors: VecDeque::new(),
             receives: 0,
             is_open: true,
+            was_refused: false,
         });
         self.socks.len() - 1
     }
@@ -319,12 +324,19 @@ impl HostStream for FakeStream {
 
 impl Drop for FakeStream {
     fn drop(&mut self) {
-        let conn = &mut self.world.borrow_mut().conns[self.at];
+        let mut world = self.world.borrow_mut();
+        world.open -= 1;
+        let conn = &mut world.conns[self.at];
         if conn.end == End::Open {
             conn.end = End::Reset;
         }
     }
 }
+
+/// Arrivals a socket hands over at once.
+const BATCH: usize = 4;
+/// Datagrams of one socket's turn.
+pub(crate) const TURN: usize = vunet::limits::DATAGRAM_BATCHES * BATCH;
 
 impl HostDatagram for FakeDatagram {
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
@@ -339,10 +351,15 @@ impl HostDatagram for FakeDatagram {
         Ok(())
     }
 
-    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) {
-        if self.send_to(&[], payload, to).is_err() {
-            self.world.borrow_mut().refused += 1;
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        let outcome = self.send_to(&[], payload, to);
+        let mut world = self.world.borrow_mut();
+        let was_refused = std::mem::replace(&mut world.socks[self.at].was_refused, outcome.is_err());
+        if was_refused || outcome.is_ok() {
+            return outcome;
         }
+        world.refused += 1;
+        Ok(())
     }
 
     fn send_segments_to(
@@ -360,7 +377,7 @@ impl HostDatagram for FakeDatagram {
     }
 
     fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
-        for _ in 0..arrivals_max.min(4) {
+        for _ in 0..arrivals_max.min(BATCH) {
             let (bytes, from) = {
                 let sock = &mut self.world.borrow_mut().socks[self.at];
                 sock.receives += 1;
@@ -373,6 +390,14 @@ impl HostDatagram for FakeDatagram {
             each(Arrival { from, bytes: &bytes, segment_bytes: bytes.len() });
         }
         Ok(true)
+    }
+}
+
+impl Drop for FakeDatagram {
+    fn drop(&mut self) {
+        let mut world = self.world.borrow_mut();
+        world.open -= 1;
+        world.socks[self.at].is_open = false;
     }
 }
 

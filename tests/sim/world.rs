@@ -285,7 +285,7 @@ impl HostDatagram for NoDatagram {
     fn send_to(&mut self, _: &[u8], _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
         match *self {}
     }
-    fn queue_to(&mut self, _: &Payload<'_>, _: SocketAddr) {
+    fn queue_to(&mut self, _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
         match *self {}
     }
     fn send_segments_to(&mut self, _: &Payload<'_>, _: usize, _: SocketAddr) -> io::Result<()> {

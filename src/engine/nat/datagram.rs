@@ -72,8 +72,11 @@ struct Mapping<D> {
     /// Most datagrams in one arrival of the last batch.
     coalesced: usize,
     neighbour: Option<Neighbour>,
-    peers: usize,
+    /// The newest peer, which leads to the others.
+    newest_peer: Option<usize>,
     starved: bool,
+    /// Its turn ended with datagrams waiting.
+    again: bool,
     last_active: Instant,
 }
 
@@ -87,6 +90,9 @@ struct Peer {
     /// The guest has sent to it before.
     spoken: bool,
     timer: TimerSlot,
+    /// Neighbours on the list of its mapping's peers.
+    newer: Option<usize>,
+    older: Option<usize>,
 }
 
 impl Peer {
@@ -120,6 +126,7 @@ pub struct DatagramTable<D> {
     peer_lru: Lru,
     again: Vec<Token>,
     starved: VecDeque<Token>,
+    published: usize,
     generation: u32,
 }
 
@@ -135,20 +142,21 @@ impl<D: HostDatagram> Default for DatagramTable<D> {
             peer_lru: Lru::default(),
             again: Vec::new(),
             starved: VecDeque::new(),
+            published: 0,
             generation: 0,
         }
     }
 }
 
 impl<D: HostDatagram> DatagramTable<D> {
-    /// Sockets in the table.
+    /// Sockets in the table; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
-        self.mappings.len()
+        self.mappings.len() - self.published
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.mappings.is_empty()
+        self.len() == 0
     }
 
     /// When the longest idle socket that may be given up was last used.
@@ -189,6 +197,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     pub fn insert_published(&mut self, core: &Core, guest_port: u16, socket: D) {
         let at = self.insert(core, Kind::Udp, socket);
         self.mappings[at].published_port = Some(guest_port);
+        self.published += 1;
     }
 
     fn insert(&mut self, core: &Core, kind: Kind, socket: D) -> usize {
@@ -202,8 +211,9 @@ impl<D: HostDatagram> DatagramTable<D> {
             socket: Some(socket),
             coalesced: 1,
             neighbour: None,
-            peers: 0,
+            newest_peer: None,
             starved: false,
+            again: false,
             last_active: core.now,
         })
     }
@@ -216,19 +226,26 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     fn add_peer(&mut self, core: &mut Core, mapping: usize, key: Key, real: SocketAddr) -> usize {
-        if self.peers.len() >= limits::DATAGRAM_PEERS_MAX
+        self.generation = self.generation.wrapping_add(1);
+        let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
+        let older = self.mappings[mapping].newest_peer;
+        let timer = TimerSlot::default();
+        let peer =
+            Peer { token, key, real, mapping, answered: false, spoken: false, timer, newer: None, older };
+        let at = self.peers.insert(peer);
+        if let Some(older) = older {
+            self.peers[older].newer = Some(at);
+        }
+        self.mappings[mapping].newest_peer = Some(at);
+        self.by_key.insert(key, at);
+        self.by_real.insert((mapping, real), at);
+        self.refresh(core, at);
+        // After the new one is in, so that the one given up may be its own socket's only other.
+        if self.peers.len() > limits::DATAGRAM_PEERS_MAX
             && let Some(oldest) = self.peer_lru.oldest()
         {
             self.remove_peer(core, oldest);
         }
-        self.generation = self.generation.wrapping_add(1);
-        let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
-        let timer = TimerSlot::default();
-        let at = self.peers.insert(Peer { token, key, real, mapping, answered: false, spoken: false, timer });
-        self.by_key.insert(key, at);
-        self.by_real.insert((mapping, real), at);
-        self.mappings[mapping].peers += 1;
-        self.refresh(core, at);
         at
     }
 
@@ -271,7 +288,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             }
             // The first of an exchange goes alone, so that its error can be told to the guest.
             (Kind::Udp, None) if std::mem::replace(&mut peer.spoken, true) => {
-                socket.queue_to(payload, peer.real);
+                socket.queue_to(payload, peer.real)?;
             }
             _ => socket.send_to(head, payload, peer.real)?,
         }
@@ -290,40 +307,43 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
     }
 
+    /// Forgets a peer, and its socket if that was the last one and nobody published it.
     fn remove_peer(&mut self, core: &mut Core, at: usize) {
+        let mapping = self.forget_peer(core, at);
+        if self.mappings[mapping].newest_peer.is_none() && self.mappings[mapping].published_port.is_none() {
+            self.remove_mapping(core, mapping);
+        }
+    }
+
+    /// Takes a peer out of every table; returns its mapping.
+    fn forget_peer(&mut self, core: &mut Core, at: usize) -> usize {
         let mut peer = self.peers.remove(at);
         core.timers.clear(&mut peer.timer, peer.token);
         self.peer_lru.remove(at);
         self.by_key.remove(&peer.key);
         self.by_real.remove(&(peer.mapping, peer.real));
-        let mapping = &mut self.mappings[peer.mapping];
-        mapping.peers -= 1;
-        if mapping.peers == 0 && mapping.published_port.is_none() {
-            self.remove_mapping(core, peer.mapping);
+        if let Some(older) = peer.older {
+            self.peers[older].newer = peer.newer;
         }
+        match peer.newer {
+            Some(newer) => self.peers[newer].older = peer.older,
+            None => self.mappings[peer.mapping].newest_peer = peer.older,
+        }
+        peer.mapping
     }
 
+    /// Ends a socket with its peers; of a published one only the peers.
     fn remove_mapping(&mut self, core: &mut Core, at: usize) {
-        let doomed: Vec<usize> = match self.mappings[at].peers {
-            0 => Vec::new(),
-            _ => self.peers.iter().filter(|(_, peer)| peer.mapping == at).map(|(at, _)| at).collect(),
-        };
-        for peer in doomed {
-            let mut peer = self.peers.remove(peer);
-            core.timers.clear(&mut peer.timer, peer.token);
-            self.by_key.remove(&peer.key);
-            self.by_real.remove(&(peer.mapping, peer.real));
-            self.peer_lru.remove(TokenKind::index(peer.token));
+        while let Some(peer) = self.mappings[at].newest_peer {
+            self.forget_peer(core, peer);
         }
-        if let Some(guest) = self.mappings[at].guest
-            && self.mappings[at].published_port.is_none()
-        {
-            self.by_guest.remove(&(self.mappings[at].kind, guest));
+        if self.mappings[at].published_port.is_some() {
+            return;
         }
-        self.mappings[at].peers = 0;
-        if self.mappings[at].published_port.is_none() {
-            self.lru.remove(at);
-            self.mappings.remove(at);
+        self.lru.remove(at);
+        let mapping = self.mappings.remove(at);
+        if let Some(guest) = mapping.guest {
+            self.by_guest.remove(&(mapping.kind, guest));
         }
     }
 
@@ -345,13 +365,26 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// A socket has datagrams.
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
-        match self.pump(core, port, token) {
+        // One whose turn is still to come takes it then: a flood is no reason for more turns.
+        if let Some(at) = self.find(token)
+            && !self.mappings[at].again
+        {
+            self.take_turn(core, port, token);
+        }
+    }
+
+    fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let pumped = self.pump(core, port, token);
+        let Some(at) = self.find(token) else { return };
+        let mapping = &mut self.mappings[at];
+        match pumped {
             Pumped::Empty => {}
-            Pumped::More => self.again.push(token),
+            Pumped::More => {
+                mapping.again = true;
+                self.again.push(token);
+            }
             Pumped::Starved => {
-                if let Some(at) = self.find(token)
-                    && !std::mem::replace(&mut self.mappings[at].starved, true)
-                {
+                if !std::mem::replace(&mut mapping.starved, true) {
                     self.starved.push_back(token);
                 }
             }
@@ -371,7 +404,10 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// Sockets that used their turn up have another.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         for token in std::mem::take(&mut self.again) {
-            self.host_ready(core, port, token);
+            if let Some(at) = self.find(token) {
+                self.mappings[at].again = false;
+                self.take_turn(core, port, token);
+            }
         }
     }
 
@@ -436,9 +472,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         };
         // Asked before anything is taken: what waits in the socket is not lost.
         match port.has_room(neighbour.pair, ethernet::HEADER_BYTES + usize::from(core.ip_mtu)) {
-            Ok(()) => {}
+            // No buffers hold a full frame, but perhaps those that come.
+            Ok(()) | Err(ReserveError::TooSmall) => {}
             Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
-            Err(ReserveError::TooSmall) => return self.drain_unwanted(core, at),
         }
         let arrivals_max = port.buffers(neighbour.pair) / mapping.coalesced.max(1);
         let Some(mut socket) = mapping.socket.take() else {

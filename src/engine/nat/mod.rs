@@ -69,8 +69,6 @@ impl TokenKind {
 struct Published<L> {
     listener: L,
     guest_port: u16,
-    /// Its turn ended with clients waiting.
-    again: bool,
 }
 
 /// All flows of an engine.
@@ -81,6 +79,8 @@ pub struct Nat<N: HostNet> {
     tcp: TcpTable<N::Stream>,
     datagrams: DatagramTable<N::Datagram>,
     listeners: Slab<Published<N::Listener>>,
+    /// Listeners whose turn ended with clients waiting.
+    accept_again: Vec<usize>,
     dns: bool,
     ping_refused: bool,
 }
@@ -113,12 +113,13 @@ impl<N: HostNet> Nat<N> {
             tcp: TcpTable::new(isn_secret),
             datagrams: DatagramTable::default(),
             listeners: Slab::new(),
+            accept_again: Vec::new(),
             dns,
             ping_refused: false,
         }
     }
 
-    /// Flows and sockets in the tables.
+    /// Flows and sockets in the tables; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
         self.tcp.len() + self.datagrams.len()
     }
@@ -145,7 +146,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Publishes a listening socket to `guest_port`.
     pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
-        self.listeners.insert(Published { listener, guest_port, again: false });
+        self.listeners.insert(Published { listener, guest_port });
     }
 
     /// The token the next datagram socket will have.
@@ -158,9 +159,12 @@ impl<N: HostNet> Nat<N> {
         self.datagrams.insert_published(core, guest_port, socket);
     }
 
-    /// Keeps the tables within their bound, before one more is added.
-    fn make_room(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        while self.len() >= self.flows_max {
+    /// Keeps the tables within `flows`: finished connections go first, then the longest idle.
+    fn keep_within(&mut self, core: &mut Core, port: &mut impl GuestPort, flows: usize) {
+        while self.len() > flows {
+            if self.tcp.forget_finished(core) {
+                continue;
+            }
             let before = self.len();
             self.evict(core, port);
             if self.len() == before {
@@ -169,6 +173,7 @@ impl<N: HostNet> Nat<N> {
         }
     }
 
+    /// Ends the longest idle flow that holds a descriptor.
     fn evict(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         match (self.tcp.oldest(), self.datagrams.oldest()) {
             (Some(tcp), Some(datagram)) if datagram < tcp => self.datagrams.evict_oldest(core),
@@ -184,7 +189,7 @@ impl<N: HostNet> Nat<N> {
         port: &mut impl GuestPort,
         mut make: impl FnMut(&mut Self) -> io::Result<T>,
     ) -> io::Result<T> {
-        self.make_room(core, port);
+        self.keep_within(core, port, self.flows_max - 1);
         match make(self) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                 self.evict(core, port);
@@ -332,10 +337,8 @@ impl<N: HostNet> Nat<N> {
     fn accept(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
         let at = TokenKind::index(token);
         for _ in 0..limits::ACCEPT_BURST {
-            self.make_room(core, port);
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
-            published.again = false;
             let guest_port = published.guest_port;
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
@@ -352,9 +355,11 @@ impl<N: HostNet> Nat<N> {
                 Err(_) => continue,
             };
             self.begin_published(core, port, stream, client, guest_port);
+            // Only now that there is a client; the newest is never the longest idle.
+            self.keep_within(core, port, self.flows_max);
         }
-        if let Some(published) = self.listeners.get_mut(at) {
-            published.again = true;
+        if !self.accept_again.contains(&at) {
+            self.accept_again.push(at);
         }
     }
 
@@ -406,10 +411,8 @@ impl<N: HostNet> Nat<N> {
 
     /// The end of a batch.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        for at in 0..self.listeners.len() {
-            if self.listeners.get(at).is_some_and(|published| published.again) {
-                self.accept(core, port, TokenKind::Listener.token(0, at));
-            }
+        for at in std::mem::take(&mut self.accept_again) {
+            self.accept(core, port, TokenKind::Listener.token(0, at));
         }
         self.datagrams.flush(core, port);
         self.tcp.flush(core, port);
@@ -417,9 +420,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Whether flows have more to send, or clients wait to be taken, now.
     pub fn has_more(&self) -> bool {
-        self.tcp.has_more()
-            || self.datagrams.has_more()
-            || self.listeners.iter().any(|(_, published)| published.again)
+        self.tcp.has_more() || self.datagrams.has_more() || !self.accept_again.is_empty()
     }
 
     /// Whether flows wait for receive buffers.

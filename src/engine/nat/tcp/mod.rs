@@ -53,7 +53,10 @@ pub struct Segment<'a> {
 pub struct TcpTable<S> {
     flows: Slab<Flow<S>>,
     by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
+    /// Flows that hold a socket.
     lru: Lru,
+    /// Flows in TIME-WAIT, which hold none: the first to go.
+    finished: Lru,
     budget: Budget,
     dirty: Vec<usize>,
     again: Vec<usize>,
@@ -71,6 +74,7 @@ impl<S: HostStream> TcpTable<S> {
             flows: Slab::new(),
             by_key: HashMap::default(),
             lru: Lru::default(),
+            finished: Lru::default(),
             budget: Budget::default(),
             dirty: Vec::new(),
             again: Vec::new(),
@@ -96,7 +100,7 @@ impl<S: HostStream> TcpTable<S> {
         self.budget.used_bytes()
     }
 
-    /// When the longest idle flow was last used.
+    /// When the longest idle flow that holds a socket was last used.
     pub fn oldest(&self) -> Option<Instant> {
         self.lru.oldest().map(|at| self.flows[at].last_active)
     }
@@ -139,7 +143,9 @@ impl<S: HostStream> TcpTable<S> {
         flow.last_active = core.now;
         flow.pair = segment.from.pair;
         flow.guest_mac = Some(segment.from.mac);
-        self.lru.touch(at);
+        if flow.state != State::TimeWait {
+            self.lru.touch(at);
+        }
         let fate = flow.segment(core, &mut self.budget, &segment.header, &segment.payload);
         self.mark_dirty(at);
         self.settle(core, port, at, fate);
@@ -183,9 +189,23 @@ impl<S: HostStream> TcpTable<S> {
                 flow.guest_mac = Some(neighbour.mac);
                 flow.pair = neighbour.pair;
             }
-            None => self.unresolved.push(flow.token),
+            None => {
+                let token = flow.token;
+                self.note_unresolved(token);
+            }
         }
         self.mark_dirty(at);
+    }
+
+    /// Remembers a flow that waits for the guest's MAC address; those that ended meanwhile are
+    /// forgotten once they are the most.
+    fn note_unresolved(&mut self, token: Token) {
+        if self.unresolved.len() > 2 * self.flows.len() {
+            let mut waiting = std::mem::take(&mut self.unresolved);
+            waiting.retain(|token| self.find(*token).is_some());
+            self.unresolved = waiting;
+        }
+        self.unresolved.push(token);
     }
 
     fn insert(&mut self, core: &mut Core, key: Key, stream: S, origin: Origin) -> usize {
@@ -219,8 +239,11 @@ impl<S: HostStream> TcpTable<S> {
     /// News of a flow's socket.
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
         let Some(at) = self.find(token) else { return };
-        self.lru.touch(at);
         let flow = &mut self.flows[at];
+        if flow.state == State::TimeWait {
+            return;
+        }
+        self.lru.touch(at);
         flow.last_active = core.now;
         let fate = flow.host_ready(core, &mut self.budget, ready);
         self.mark_dirty(at);
@@ -235,6 +258,9 @@ impl<S: HostStream> TcpTable<S> {
             return;
         }
         let fate = flow.timeout(core);
+        if flow.guest_mac.is_none() {
+            core.ask_for(port, flow.key.guest.ip());
+        }
         self.mark_dirty(at);
         self.settle(core, port, at, fate);
     }
@@ -295,7 +321,12 @@ impl<S: HostStream> TcpTable<S> {
             return true;
         };
         flow.dirty = false;
-        match flow.output(core, port) {
+        let after = flow.output(core, port);
+        if flow.state == State::TimeWait {
+            self.lru.remove(at);
+            self.finished.touch(at);
+        }
+        match after {
             After::Idle => {}
             After::More => self.again.push(at),
             After::Starved => {
@@ -331,7 +362,7 @@ impl<S: HostStream> TcpTable<S> {
         }
     }
 
-    /// Ends the longest idle flow to make room; both sides see RST.
+    /// Ends the longest idle flow that holds a socket to make room; both sides see RST.
     pub fn evict_oldest(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         if let Some(at) = self.lru.oldest() {
             core.counters.flows_evicted += 1;
@@ -340,8 +371,18 @@ impl<S: HostStream> TcpTable<S> {
         }
     }
 
+    /// Forgets the flow in TIME-WAIT that was used longest ago; false if there is none.
+    pub fn forget_finished(&mut self, core: &mut Core) -> bool {
+        let oldest = self.finished.oldest();
+        if let Some(at) = oldest {
+            self.remove(core, at);
+        }
+        oldest.is_some()
+    }
+
     /// Ends every flow without a word to the guest, which is gone; the world sees RST.
     pub fn reset_all(&mut self, core: &mut Core) {
+        while self.forget_finished(core) {}
         while let Some(at) = self.lru.oldest() {
             self.remove(core, at);
         }
@@ -353,6 +394,7 @@ impl<S: HostStream> TcpTable<S> {
         let mut flow = self.flows.remove(at);
         self.by_key.remove(&flow.key);
         self.lru.remove(at);
+        self.finished.remove(at);
         core.timers.clear(&mut flow.timer, flow.token);
         flow.recv.pool.clear(&mut self.budget);
     }

@@ -136,6 +136,7 @@ impl<S: HostStream> Flow<S> {
         for _ in 0..limits::FLOW_BURST_FRAMES {
             if self.send.eof == Some(self.send.nxt) {
                 self.send_empty(core, port, Flags::FIN | Flags::ACK, self.send.nxt)?;
+                self.recv.ack_due = false;
                 self.sent(core, 1);
                 return Ok(false);
             }

@@ -1,0 +1,319 @@
+//! Ports of the host that lead to the guest.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use vunet::addr::MacAddr;
+use vunet::engine::counters::DropReason;
+use vunet::engine::host_net::Token;
+use vunet::limits;
+use vunet::wire::arp;
+use vunet::wire::ethernet::{self, EtherType};
+use vunet::wire::tcp::{Flags, Options};
+
+use crate::frames::{GATEWAY, GUEST_IP, GUEST_MAC, Seen, echo_frame, guest, udp_frame};
+use crate::rig::{FAILED, Peer, READABLE, Rig, Setup, only, pattern, secs};
+use crate::world::End;
+
+fn client(port: u16) -> SocketAddr {
+    SocketAddr::from(([198, 51, 100, 9], port))
+}
+
+fn v4(addr: SocketAddr) -> std::net::SocketAddrV4 {
+    match addr {
+        SocketAddr::V4(addr) => addr,
+        SocketAddr::V6(_) => panic!("not IPv4"),
+    }
+}
+
+/// Publishes TCP port 22 and UDP port 53.
+fn publish(rig: &mut Rig) -> (Token, Token) {
+    let tcp = rig.engine.nat().next_listener_token();
+    let listener = rig.engine.nat().net().listener();
+    rig.engine.nat().publish_tcp(listener, 22);
+    let udp = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(udp);
+    rig.engine.publish_udp(socket, 53);
+    (tcp, udp)
+}
+
+/// A rig whose guest is known.
+fn rig() -> (Rig, Token) {
+    let mut rig = Rig::new();
+    let (tcp, _) = publish(&mut rig);
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    (rig, tcp)
+}
+
+fn arrives(rig: &mut Rig, listener: Token, client: SocketAddr) -> Vec<Seen> {
+    rig.world().backlogs[0].push_back(client);
+    rig.ready(listener, READABLE)
+}
+
+/// The guest's answer to a SYN of the world.
+fn answer(rig: &mut Rig, syn: &crate::frames::TcpSeen) -> Peer {
+    let mut peer = Peer::new(v4(syn.to), v4(syn.from));
+    peer.ack = syn.header.seq.0.wrapping_add(1);
+    let options = Options { mss: Some(1460), window_scale: Some(7), ..Options::default() };
+    let seg = crate::frames::Seg { options, ..peer.seg(Flags::SYN | Flags::ACK, &[]) };
+    let acknowledged = only(rig.send(&seg.frame())).tcp();
+    peer.seq += 1;
+    assert_eq!((acknowledged.header.flags, acknowledged.header.ack.0), (Flags::ACK, peer.seq));
+    peer
+}
+
+#[test]
+fn a_client_reaches_the_guest_under_its_own_address() {
+    let (mut rig, listener) = rig();
+    let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+    assert_eq!(syn.header.flags, Flags::SYN);
+    assert_eq!((syn.from, syn.to), (client(999), SocketAddr::from(guest(22))));
+    assert_eq!(syn.header.options.mss, Some(1460));
+    assert_eq!(syn.header.options.window_scale, Some(8));
+    let mut peer = answer(&mut rig, &syn);
+    assert_eq!(peer.data(&mut rig, Flags::PSH, b"SSH-2.0").len(), 1);
+    assert_eq!(rig.conn(0).taken, b"SSH-2.0");
+    rig.conn(0).queue.extend(pattern(3000));
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(peer.take(seen), pattern(3000));
+}
+
+#[test]
+fn what_the_client_sent_before_the_guest_answered_arrives() {
+    let (mut rig, listener) = rig();
+    let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+    rig.conn(0).queue.extend(b"hello");
+    rig.conn(0).fin_from_world = true;
+    assert_eq!(rig.stream_ready(0, crate::rig::WORLD_FIN), []);
+    let mut peer = Peer::new(v4(syn.to), v4(syn.from));
+    peer.ack = syn.header.seq.0.wrapping_add(1);
+    let seen = rig.send(&peer.seg(Flags::SYN | Flags::ACK, &[]).frame());
+    assert_eq!(peer.take(seen), b"hello");
+}
+
+#[test]
+fn clients_on_the_host_and_of_the_guests_own_subnet_appear_as_the_gateway() {
+    let hidden = [[127, 0, 0, 1], [127, 1, 2, 3], [10, 0, 2, 2], [10, 0, 2, 77]];
+    for address in hidden {
+        let (mut rig, listener) = rig();
+        let syn = only(arrives(&mut rig, listener, SocketAddr::from((address, 999)))).tcp();
+        assert_eq!(syn.from, SocketAddr::new(GATEWAY.into(), 999));
+        answer(&mut rig, &syn);
+    }
+}
+
+#[test]
+fn clients_whose_visible_ends_collide_get_ports_of_their_own() {
+    let (mut rig, listener) = rig();
+    let mut seen = Vec::new();
+    for n in 1..=20u8 {
+        let syn = only(arrives(&mut rig, listener, SocketAddr::from(([127, 0, 0, n], 999)))).tcp();
+        assert_eq!(syn.from.ip(), GATEWAY);
+        assert!(!seen.contains(&syn.from.port()));
+        seen.push(syn.from.port());
+        answer(&mut rig, &syn);
+    }
+    assert_eq!(seen[0], 999);
+    assert!(seen[1..].iter().all(|port| *port >= 49_152));
+}
+
+#[test]
+fn a_guest_that_refuses_is_a_reset_to_the_client() {
+    let (mut rig, listener) = rig();
+    let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+    let peer = Peer { seq: 0, ack: syn.header.seq.0.wrapping_add(1), ..Peer::new(v4(syn.to), v4(syn.from)) };
+    assert_eq!(rig.send(&peer.seg(Flags::RST | Flags::ACK, &[]).frame()), []);
+    assert_eq!(rig.conn(0).end, End::Reset);
+    assert!(rig.engine.nat().is_empty());
+}
+
+#[test]
+fn a_reset_of_another_time_does_not_end_the_handshake() {
+    let (mut rig, listener) = rig();
+    let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+    let stale = Peer { ack: syn.header.seq.0.wrapping_add(7), ..Peer::new(v4(syn.to), v4(syn.from)) };
+    assert_eq!(rig.send(&stale.seg(Flags::RST | Flags::ACK, &[]).frame()), []);
+    let reset = only(rig.send(&stale.seg(Flags::ACK, &[]).frame())).tcp();
+    assert_eq!(
+        (reset.header.flags, reset.header.seq.0),
+        (Flags::RST, stale.ack),
+        "an old connection's answer"
+    );
+    answer(&mut rig, &syn);
+}
+
+#[test]
+fn a_guest_that_never_answers_is_a_reset_to_the_client_after_six_tries() {
+    let (mut rig, listener) = rig();
+    assert_eq!(arrives(&mut rig, listener, client(999)).len(), 1);
+    let repeated = rig.pass(secs(200));
+    assert_eq!(repeated.len(), 6);
+    assert_eq!(rig.conn(0).end, End::Reset);
+    assert!(rig.engine.nat().is_empty());
+}
+
+#[test]
+fn without_a_guest_clients_are_reset() {
+    let mut rig = Rig::new();
+    let (listener, _) = publish(&mut rig);
+    assert_eq!(arrives(&mut rig, listener, client(999)), []);
+    assert_eq!(rig.conn(0).end, End::Reset);
+}
+
+fn arp_reply() -> Vec<u8> {
+    let mut out = vec![0; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
+    ethernet::Header { dst: MacAddr::GATEWAY, src: GUEST_MAC, ethertype: EtherType::ARP }.emit(&mut out);
+    arp::Packet {
+        operation: arp::Operation::Reply,
+        sender_mac: GUEST_MAC,
+        sender_ip: GUEST_IP,
+        target_mac: MacAddr::GATEWAY,
+        target_ip: GATEWAY,
+    }
+    .emit(&mut out[ethernet::HEADER_BYTES..]);
+    out
+}
+
+fn asks_for_the_guest(seen: &Seen) -> bool {
+    matches!(seen, Seen::Arp(packet) if packet.operation == arp::Operation::Request
+        && packet.target_ip == GUEST_IP && packet.sender_ip == GATEWAY)
+}
+
+#[test]
+fn a_guest_whose_mac_address_is_unknown_is_asked_for_and_then_reached() {
+    let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+    let (listener, _) = publish(&mut rig);
+    let seen = arrives(&mut rig, listener, client(999));
+    assert!(asks_for_the_guest(&only(seen)));
+    let syn = only(rig.send(&arp_reply())).tcp();
+    answer(&mut rig, &syn);
+}
+
+#[test]
+fn a_guest_that_missed_the_question_is_asked_again() {
+    let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+    let (listener, _) = publish(&mut rig);
+    rig.port.is_up = false;
+    assert_eq!(arrives(&mut rig, listener, client(999)), []);
+    rig.port.is_up = true;
+    let seen = rig.pass(secs(20));
+    assert!(!seen.is_empty() && seen.iter().all(asks_for_the_guest), "{seen:?}");
+    let syn = only(rig.send(&arp_reply())).tcp();
+    answer(&mut rig, &syn);
+}
+
+#[test]
+fn clients_of_a_guest_that_is_not_there_leave_nothing_behind() {
+    let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+    let (listener, _) = publish(&mut rig);
+    for n in 0..100 {
+        arrives(&mut rig, listener, client(1000 + n));
+        rig.pass(secs(30));
+    }
+    rig.pass(secs(300));
+    assert!(rig.engine.nat().is_empty());
+    assert_eq!(rig.engine.next_deadline(), None);
+}
+
+#[test]
+fn more_clients_than_one_turn_are_all_taken() {
+    let (mut rig, listener) = rig();
+    let count = 2 * limits::ACCEPT_BURST + 5;
+    for n in 0..count {
+        rig.world().backlogs[0].push_back(client(n as u16 + 1));
+    }
+    let seen = rig.ready(listener, READABLE);
+    assert_eq!(seen.len(), count);
+    assert!(!rig.engine.nat().has_more());
+}
+
+#[test]
+fn a_client_that_left_before_the_guest_answered_ends_as_reset() {
+    let (mut rig, listener) = rig();
+    let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+    rig.conn(0).error = Some(libc::ECONNRESET);
+    rig.stream_ready(0, FAILED);
+    let peer = Peer { ack: syn.header.seq.0.wrapping_add(1), ..Peer::new(v4(syn.to), v4(syn.from)) };
+    let seen = rig.send(&peer.seg(Flags::SYN | Flags::ACK, &[]).frame());
+    assert!(seen.last().expect("an answer").clone().tcp().has(Flags::RST));
+    assert!(rig.engine.nat().is_empty());
+}
+
+#[test]
+fn datagrams_to_a_published_port_reach_the_guest_and_its_answers_leave_from_there() {
+    let (mut rig, _) = rig();
+    let seen = rig.datagram_arrives(0, b"ask", client(999));
+    let expected = Seen::Udp { from: client(999), to: guest(53).into(), payload: b"ask".to_vec() };
+    assert_eq!(only(seen), expected);
+    assert_eq!(rig.send(&udp_frame(guest(53), v4(client(999)), b"answer")), []);
+    assert_eq!(rig.sock(0).sent, [(b"answer".to_vec(), client(999))]);
+    assert_eq!(rig.world().socks.len(), 1);
+}
+
+#[test]
+fn datagrams_of_the_host_itself_appear_as_the_gateways_and_answers_find_back() {
+    let (mut rig, _) = rig();
+    let loopback = |n: u8| SocketAddr::from(([127, 0, 0, n], 999));
+    let mut from = Vec::new();
+    for n in 1..=3 {
+        let Seen::Udp { from: seen, .. } = only(rig.datagram_arrives(0, b"ask", loopback(n))) else {
+            panic!("not UDP")
+        };
+        assert_eq!(seen.ip(), GATEWAY);
+        from.push(seen);
+    }
+    assert_eq!(from[0].port(), 999);
+    assert!(from[1] != from[2] && from[0] != from[1]);
+    for (n, from) in from.into_iter().enumerate() {
+        rig.send(&udp_frame(guest(53), v4(from), b"answer"));
+        assert_eq!(rig.sock(0).sent.pop(), Some((b"answer".to_vec(), loopback(n as u8 + 1))));
+    }
+}
+
+#[test]
+fn a_published_socket_outlives_its_peers_and_the_guest() {
+    let (mut rig, _) = rig();
+    rig.datagram_arrives(0, b"ask", client(999));
+    rig.pass(secs(1000));
+    assert!(rig.sock(0).is_open);
+    assert_eq!(rig.engine.next_deadline(), None);
+    rig.engine.guest_reset();
+    assert!(rig.sock(0).is_open);
+    assert_eq!(rig.datagram_arrives(0, b"lost", client(999)), [], "no guest yet");
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    assert_eq!(rig.datagram_arrives(0, b"ask", client(999)).len(), 1);
+}
+
+#[test]
+fn datagrams_without_a_guest_are_dropped_and_the_socket_drained() {
+    let mut rig = Rig::new();
+    publish(&mut rig);
+    for _ in 0..3 * crate::world::TURN {
+        rig.sock(0).inbox.push_back((b"ask".to_vec(), client(999)));
+    }
+    let token = rig.sock(0).token;
+    assert_eq!(rig.ready(token, READABLE), []);
+    assert_eq!(rig.sock(0).inbox.len(), 0);
+    assert_eq!(rig.dropped(DropReason::NoFlow), 3 * crate::world::TURN as u64);
+}
+
+#[test]
+fn datagrams_for_a_guest_of_unknown_mac_address_make_vunet_ask() {
+    let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+    publish(&mut rig);
+    assert!(asks_for_the_guest(&only(rig.datagram_arrives(0, b"ask", client(999)))));
+    rig.send(&arp_reply());
+    assert_eq!(rig.datagram_arrives(0, b"ask", client(999)).len(), 1);
+}
+
+#[test]
+fn a_flow_follows_the_guest_to_its_new_address() {
+    let (mut rig, _) = rig();
+    assert_eq!(rig.datagram_arrives(0, b"ask", client(999)).len(), 1);
+    rig.engine.guest_reset();
+    let moved = Ipv4Addr::new(10, 0, 2, 9);
+    let message = crate::frames::echo_message(1, 1, b"hello");
+    let header = crate::frames::ip(moved, GATEWAY, vunet::wire::ipv4::Protocol::ICMP, message.len());
+    rig.send(&crate::frames::frame(&header, &message));
+    let Seen::Udp { to, .. } = only(rig.datagram_arrives(0, b"ask", client(999))) else { panic!("not UDP") };
+    assert_eq!(to, SocketAddr::new(moved.into(), 53));
+}
