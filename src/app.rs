@@ -4,8 +4,9 @@
 //! worker and the vhost-user session have threads of their own.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use socket2::Type;
 use thiserror::Error;
@@ -13,12 +14,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
-use crate::control::dns_forward::{self, Upstreams};
-use crate::device::{self, DeviceConfig, SessionError};
+use crate::control::dns_forward::{self, DnsForwarder, Upstreams};
+use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
+use crate::postbox;
+use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
+use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
 use crate::worker::{Worker, WorkerParts};
@@ -62,57 +67,110 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// [`enum@Error`], whose chain says what to do.
 pub fn run(config: Config) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
-    let nat = match &config.mode {
-        Mode::Nat(nat) => nat.clone(),
-        Mode::Isolated => NatConfig::default(),
+    let workers = usize::from(config.workers.queue_pairs.max(1));
+    let device = DeviceConfig {
+        mac: config.mac,
+        ip_mtu: config.lan.ip_mtu,
+        queue_pairs: config.workers.queue_pairs.into(),
+        one_off: config.one_off,
     };
-    let (tcp, udp) = bind_all(&nat.publish)?;
-    let world = matches!(config.mode, Mode::Nat(_));
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
-    let (dns_client, forwarder) =
-        dns_forward::channel(Upstreams::of(&nat)).map_err(starting("the DNS channel"))?;
+    let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let device = DeviceConfig { mac: config.mac, ip_mtu: config.lan.ip_mtu, one_off: config.one_off };
-    let (session, queues) = device::device(device).map_err(starting("the device"))?;
-    let parts = WorkerParts {
-        queues,
-        engine: EngineConfig {
-            lan: config.lan,
-            dns: config.dns.clone(),
-            mode: config.mode.clone(),
-            mac: config.mac,
-            flows_max: flows_max(open_files, nat.publish.len()),
-            isn_secret: random_pair()?,
-        },
-        dns: Arc::clone(&dns),
-        dns_client,
-        tcp,
-        udp,
-        stop: stop.try_clone().map_err(starting("an eventfd"))?,
-        peek_offset: !config.no_peek_off,
-    };
+    let (parts, forwarders, dns) = prepare(&config, open_files, queues, &stop)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
-    let worker = thread::Builder::new()
-        .name("worker-0".into())
-        .spawn(move || Worker::new(parts)?.run())
-        .map_err(starting("the worker thread"))?;
+    let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
+    let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
     let session = session.spawn(config.attach, for_session)?;
     let outcome = runtime.block_on(async {
-        tokio::task::spawn(forwarder.run(dns));
+        for forwarder in forwarders {
+            tokio::task::spawn(forwarder.run(Arc::clone(&dns)));
+        }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
     });
     let _ = stop.write(1);
-    let counters = worker.join().map_err(|_| Error::Thread("worker"))?;
-    log_counters(&counters.map_err(starting("the worker"))?);
+    let mut total = Counters::default();
+    for thread in threads {
+        let counters = thread.join().map_err(|_| Error::Thread("worker"))?;
+        total.add(&counters.map_err(starting("the worker"))?);
+    }
+    log_counters(&total);
     outcome
+}
+
+type Prepared = (Vec<WorkerParts>, Vec<DnsForwarder>, Arc<DnsService>);
+
+/// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
+/// whose queue pair the guest answers on.
+fn prepare(
+    config: &Config,
+    open_files: u64,
+    queues: Vec<DeviceQueues>,
+    stop: &EventFd,
+) -> Result<Prepared, Error> {
+    let nat = match &config.mode {
+        Mode::Nat(nat) => nat.clone(),
+        Mode::Isolated => NatConfig::default(),
+    };
+    let workers = queues.len();
+    let (tcp, udp) = bind_all(&nat.publish)?;
+    let mut published = Some((tcp, udp));
+    let world = matches!(config.mode, Mode::Nat(_));
+    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
+    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    let directory = Arc::new(Directory::default());
+    let clock = Clock::start();
+    let isn_secret = random_pair()?;
+    let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
+    let (mut parts, mut forwarders) = (Vec::new(), Vec::new());
+    for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
+        let (dns_client, forwarder) =
+            dns_forward::channel(Upstreams::of(&nat)).map_err(starting("the DNS channel"))?;
+        forwarders.push(forwarder);
+        let (tcp, udp) = published.take().unwrap_or_default();
+        let several = workers > 1;
+        let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
+        parts.push(WorkerParts {
+            queues,
+            engine: EngineConfig {
+                lan: config.lan,
+                dns: config.dns.clone(),
+                mode: config.mode.clone(),
+                mac: config.mac,
+                flows_max: flows_max(open_files, nat.publish.len(), workers),
+                isn_secret,
+                home: several.then_some(home),
+            },
+            dns: Arc::clone(&dns),
+            dns_client,
+            tcp,
+            udp,
+            stop: stop.try_clone().map_err(starting("an eventfd"))?,
+            peek_offset: !config.no_peek_off,
+            dhcp: Arc::clone(&dhcp),
+            postbox: several.then_some(postbox),
+            clock,
+            cpu: config.workers.cpus.iter().copied().cycle().nth(own.0.into()),
+            busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
+        });
+    }
+    Ok((parts, forwarders, dns))
+}
+
+type WorkerThread = thread::JoinHandle<io::Result<Counters>>;
+
+fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
+    thread::Builder::new()
+        .name(format!("worker-{n}"))
+        .spawn(move || Worker::new(parts)?.run())
+        .map_err(starting("a worker thread"))
 }
 
 /// Waits for a signal or the session's end, and for the session after a signal.
@@ -174,10 +232,12 @@ fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
     Ok((tcp, udp))
 }
 
-/// Flows the open files limit leaves room for, beside everything else and the published ports.
-fn flows_max(open_files: u64, published: usize) -> usize {
+/// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
+/// the published ports.
+fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
-    open_files.saturating_sub(limits::RESERVED_FDS + published).clamp(16, limits::FLOWS_MAX)
+    let reserved = limits::RESERVED_FDS * workers + published;
+    (open_files.saturating_sub(reserved) / workers).clamp(16, limits::FLOWS_MAX)
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {
@@ -206,9 +266,9 @@ mod tests {
 
     #[test]
     fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024, 0), 1024 - limits::RESERVED_FDS);
-        assert_eq!(flows_max(1024, 100), 924 - limits::RESERVED_FDS);
-        assert_eq!(flows_max(64, 4096), 16);
-        assert_eq!(flows_max(u64::MAX, 4096), limits::FLOWS_MAX);
+        assert_eq!(flows_max(1024, 0, 1), 1024 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(1024, 100, 1), 924 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(64, 4096, 1), 16);
+        assert_eq!(flows_max(u64::MAX, 4096, 2), limits::FLOWS_MAX);
     }
 }

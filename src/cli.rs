@@ -22,6 +22,7 @@ use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr};
 use crate::config::{Config, DnsConfig, IpMtu};
+use crate::limits::QUEUE_PAIRS_MAX;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
@@ -200,6 +201,29 @@ pub struct Args {
         help_heading = "Log, on standard error"
     )]
     log_format: LogFormatArg,
+
+    /// Queue pairs offered to the VM, each with a worker thread of its own (QEMU: queues=N and mq=on)
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "1",
+        value_parser = clap::value_parser!(u8).range(1..=QUEUE_PAIRS_MAX as i64),
+        help_heading = "Performance"
+    )]
+    queues: u8,
+    /// CPUs to bind the workers to in turn, such as 2,3 or 4-7
+    #[arg(long, value_name = "CPULIST", value_parser = values::cpu_list, help_heading = "Performance")]
+    pin: Option<values::CpuList>,
+    /// How long a worker that ran out of work looks for more before it sleeps, in microseconds, up to
+    /// 1000000; lowers latency and costs CPU time
+    #[arg(
+        long,
+        value_name = "N",
+        default_value = "0",
+        value_parser = clap::value_parser!(u32).range(0..=1_000_000),
+        help_heading = "Performance"
+    )]
+    busy_poll_us: u32,
 
     /// Never use SO_PEEK_OFF on TCP, even where the kernel has it
     #[arg(long, hide = true)]

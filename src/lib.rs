@@ -16,6 +16,7 @@ pub mod engine;
 pub mod frame;
 pub mod limits;
 pub mod network;
+pub mod postbox;
 pub mod service;
 pub mod time;
 pub mod uplink;

@@ -157,3 +157,10 @@ pub const DNS_UPSTREAMS_MAX: usize = 4;
 
 /// Bytes of `/etc/resolv.conf` that are read.
 pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;
+
+/// Frames of the guest that wait for their flow to come from another worker. A flow comes within a
+/// wake-up; a guest that spreads one flow over its queues on purpose loses frames, not memory.
+pub const AWAITING_FRAMES_MAX: usize = 256;
+
+/// Letters under way from one worker to another.
+pub const LETTERS_MAX: usize = 1024;

@@ -10,6 +10,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use epoll::Event;
 use vmm_sys_util::eventfd::EventFd;
@@ -18,12 +19,15 @@ use crate::config::IpMtu;
 use crate::control::dns_forward::{DnsClient, DnsQuery};
 use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, TxEvent};
 use crate::engine::counters::Counters;
+use crate::engine::gateway::SharedDhcp;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
+use crate::postbox::Postbox;
 use crate::service::dns::{self, DnsService};
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
+use crate::uplink::sys::affinity::bind_to;
 use crate::uplink::sys::poll::{self, Poll};
 
 /// Frames taken from one transmit ring before sockets have their turn.
@@ -38,6 +42,7 @@ const COMMANDS: Token = Token(0x80 << 56);
 const KICK: u64 = 0x81 << 56;
 const DNS: Token = Token(0x82 << 56);
 const STOP: Token = Token(0x83 << 56);
+const LETTERS: Token = Token(0x84 << 56);
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Everything a worker owns. Made on its own thread: its parts share without locks.
@@ -47,6 +52,8 @@ pub struct Worker {
     engine: Engine<HostSockets>,
     dns: Rc<RefCell<DnsClient>>,
     clock: Clock,
+    postbox: Option<Postbox>,
+    busy_poll: Duration,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
     device_events: Vec<DeviceEvent>,
@@ -70,6 +77,16 @@ pub struct WorkerParts {
     pub stop: EventFd,
     /// Whether `SO_PEEK_OFF` may be used on TCP.
     pub peek_offset: bool,
+    /// The process's leases.
+    pub dhcp: SharedDhcp,
+    /// The way to other workers, if there are others.
+    pub postbox: Option<Postbox>,
+    /// The clock of all workers: flows carry its time from one to another.
+    pub clock: Clock,
+    /// CPU to run on, if not any.
+    pub cpu: Option<usize>,
+    /// How long to look for more work before sleeping.
+    pub busy_poll: Duration,
 }
 
 struct Kicks<'a>(&'a Poll);
@@ -98,7 +115,15 @@ impl Worker {
         let dns_streams = Rc::clone(&dns);
         let connect_dns = Box::new(move || dns_streams.borrow_mut().connect_stream());
         let sockets = HostSockets::new(poll.clone(), connect_dns, parts.peek_offset);
-        let mut engine = Engine::new(&parts.engine, sockets, parts.dns);
+        if let Some(cpu) = parts.cpu
+            && let Err(error) = bind_to(cpu)
+        {
+            tracing::warn!(cpu, %error, "--pin: cannot bind a worker to the CPU; it runs on any");
+        }
+        if let Some(postbox) = &parts.postbox {
+            poll.watch_readable(postbox.fd(), LETTERS)?;
+        }
+        let mut engine = Engine::new(&parts.engine, sockets, parts.dhcp, parts.dns);
         for (socket, guest_port) in parts.tcp {
             let token = engine.nat().next_listener_token();
             let listener = engine.nat().net().listener(token, socket)?;
@@ -114,7 +139,9 @@ impl Worker {
             queues: parts.queues,
             engine,
             dns,
-            clock: Clock::start(),
+            clock: parts.clock,
+            postbox: parts.postbox,
+            busy_poll: parts.busy_poll,
             tx_waiting: 0,
             device_events: Vec::new(),
         })
@@ -127,10 +154,25 @@ impl Worker {
     pub fn run(mut self) -> io::Result<Counters> {
         let mut events = [Event { events: 0, data: 0 }; EVENTS];
         let mut more = false;
+        let mut busy_until = Instant::ZERO;
+        let mut was_spinning = false;
         loop {
-            let timeout = if more { 0 } else { self.timeout_ms() };
+            let spinning = !self.busy_poll.is_zero() && self.clock.now() < busy_until;
+            if spinning != was_spinning {
+                // While it looks by itself the guest need not kick; before it sleeps it looks once more.
+                let (tx, _) = self.queues.split();
+                tx.set_polled(spinning);
+                was_spinning = spinning;
+                more |= !spinning;
+                self.kick_all(self.clock.now());
+            }
+            let timeout = if more || spinning { 0 } else { self.timeout_ms() };
             let count = self.poll.wait(timeout, &mut events)?;
             let now = self.clock.now();
+            if spinning {
+                self.kick_all(now);
+            }
+            let frames_before = self.frames();
             let mut stop = false;
             for event in &events[..count] {
                 stop |= self.take(now, event);
@@ -143,7 +185,15 @@ impl Worker {
                 self.kick_all(now);
             }
             more = self.work(now);
+            if !self.busy_poll.is_zero() && (count > 0 || self.frames() != frames_before) {
+                busy_until = now + self.busy_poll;
+            }
         }
+    }
+
+    /// Frames moved so far, both ways.
+    fn frames(&self) -> u64 {
+        self.engine.counters().frames_from_guest + self.engine.counters().frames_to_guest
     }
 
     /// Until when to wait: the next deadline, in milliseconds rounded up; -1 without one.
@@ -168,6 +218,7 @@ impl Worker {
             _ if token == STOP => return true,
             _ if token == COMMANDS => self.commands(now),
             _ if token == DNS => self.dns_answers(now),
+            _ if token == LETTERS => self.letters(now),
             KICK => {
                 let kind = self.queues.kicked((token.0 & 0xffff) as u16);
                 self.kicked(now, kind);
@@ -223,6 +274,24 @@ impl Worker {
         self.device_events = events;
     }
 
+    fn letters(&mut self, now: Instant) {
+        let Some(postbox) = &mut self.postbox else { return };
+        postbox.clear_event();
+        while let Some(letter) = postbox.next() {
+            let (_, rx) = self.queues.split();
+            self.engine.letter(now, rx, letter);
+        }
+    }
+
+    /// Sends what the engine has for other workers. Returns whether all of it is gone.
+    fn send_letters(&mut self) -> bool {
+        let Some(postbox) = &mut self.postbox else { return true };
+        while let Some((to, letter)) = self.engine.next_letter() {
+            postbox.send(to, letter);
+        }
+        postbox.deliver()
+    }
+
     fn dns_answers(&mut self, now: Instant) {
         let mut client = self.dns.borrow_mut();
         while let Some(answer) = client.poll_answer() {
@@ -250,8 +319,9 @@ impl Worker {
         self.engine.run_timers(now, rx);
         let more = self.engine.flush(rx);
         self.forward_dns(now);
+        let all_sent = self.send_letters();
         self.queues.publish();
-        more || self.tx_waiting != 0
+        more || self.tx_waiting != 0 || !all_sent
     }
 
     fn forward_dns(&mut self, now: Instant) {

@@ -11,7 +11,9 @@ use super::subnet::{self, Notice};
 use super::values::{self, PublishRange, ValueError};
 use super::{Args, LogFormatArg, ModeArg};
 use crate::addr::Ipv4Subnet;
-use crate::config::{Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish};
+use crate::config::{
+    Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish, WorkersConfig,
+};
 use crate::limits;
 use crate::uplink::sys::inherited::{self, InheritedError};
 use crate::uplink::sys::routes::HostRoute;
@@ -153,6 +155,11 @@ pub(super) fn into_config(
         lan,
         dns,
         mode,
+        workers: WorkersConfig {
+            queue_pairs: args.queues,
+            cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
+            busy_poll_us: args.busy_poll_us,
+        },
         log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.
@@ -406,6 +413,7 @@ mod tests {
             }
         );
         assert_eq!(config.mode, Mode::Nat(NatConfig::default()));
+        assert_eq!(config.workers, WorkersConfig { queue_pairs: 1, cpus: Vec::new(), busy_poll_us: 0 });
         assert_eq!(config.log, LogConfig { level: "info".to_owned(), json: false });
     }
 
@@ -416,7 +424,11 @@ mod tests {
              --subnet 10.9.0.0/16 --gateway 10.9.0.254 --guest-ip 10.9.9.9 --no-dhcp --publish 8080:80 \
              --publish udp:127.0.0.1:0:53 --allow-host-loopback --dns-server 192.0.2.1 \
              --dns-server 192.0.2.1:53 --dns-domain Lan --dns-host db=10.9.0.7 --log-level debug \
-             --log-format json --no-peek-off",
+             --log-format json --no-peek-off --queues 4 --pin 1,4-6 --busy-poll-us 50",
+        );
+        assert_eq!(
+            config.workers,
+            WorkersConfig { queue_pairs: 4, cpus: vec![1, 4, 5, 6], busy_poll_us: 50 }
         );
         assert!(matches!(&config.attach, Attach::Connect(path) if path.as_os_str() == "vm.sock"));
         assert!(config.one_off && config.no_peek_off);

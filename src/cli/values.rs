@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::addr::{Ipv4Subnet, MacAddr};
 use crate::config::{DnsConfig, IpMtu, Protocol, Publish};
+use crate::uplink::sys::affinity::CPUS_MAX;
 
 /// Longest domain name in text form, in characters (RFC 1035, 2.3.4: 255 octets on the wire).
 const NAME_CHARS_MAX: usize = 253;
@@ -18,6 +19,9 @@ const LABEL_CHARS_MAX: usize = 63;
 /// Why a value is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ValueError {
+    /// Not a list of CPUs.
+    #[error("expected CPU numbers and ranges joined by commas, such as 2,3 or 4-7")]
+    CpuList,
     /// Not the form of `--publish`.
     #[error(
         "expected [tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END], such as 8080:80 or udp:127.0.0.1:5353:53"
@@ -290,6 +294,24 @@ pub(super) fn ipv4_addr(text: &str) -> Result<Ipv4Addr, ValueError> {
 /// Reads a descriptor's number.
 pub(super) fn descriptor(text: &str) -> Result<RawFd, ValueError> {
     text.parse().map_err(|_| ValueError::Descriptor)
+}
+
+/// CPUs of `--pin`, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct CpuList(pub Vec<usize>);
+
+/// `--pin`: numbers and ranges of CPUs joined by commas, the kernel's own list format.
+pub(super) fn cpu_list(text: &str) -> Result<CpuList, ValueError> {
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let number = |text: &str| text.parse::<usize>().ok().filter(|cpu| *cpu < CPUS_MAX);
+        match (number(first), number(last)) {
+            (Some(first), Some(last)) if first <= last => cpus.extend(first..=last),
+            _ => return Err(ValueError::CpuList),
+        }
+    }
+    Ok(CpuList(cpus))
 }
 
 /// Reads a guest's subnet. A prefix has 8 bits at least, so the first octet tells a reserved one.

@@ -131,6 +131,17 @@ pub struct LogConfig {
     pub json: bool,
 }
 
+/// The workers that move frames.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WorkersConfig {
+    /// Queue pairs, each with a worker of its own: 1 to [`crate::limits::QUEUE_PAIRS_MAX`].
+    pub queue_pairs: u8,
+    /// CPUs the workers are bound to, in turn; none leaves them to the scheduler.
+    pub cpus: Vec<usize>,
+    /// How long a worker that ran out of work looks for more before it sleeps, in microseconds.
+    pub busy_poll_us: u32,
+}
+
 /// Everything a backend needs to run.
 #[derive(Debug)]
 pub struct Config {
@@ -146,6 +157,8 @@ pub struct Config {
     pub dns: DnsConfig,
     /// What lies beyond.
     pub mode: Mode,
+    /// The workers.
+    pub workers: WorkersConfig,
     /// The log.
     pub log: LogConfig,
     /// Never use `SO_PEEK_OFF` on TCP even where the kernel has it (hidden, for tests).

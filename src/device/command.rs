@@ -80,12 +80,62 @@ pub(super) enum StartError {
     Kick(#[source] io::Error),
 }
 
+impl Command {
+    /// The ring a command is about; `None` for what concerns every worker.
+    pub(super) fn ring(&self) -> Option<u16> {
+        match self {
+            Command::Attached
+            | Command::Detached
+            | Command::Features(_)
+            | Command::Memory(_)
+            | Command::IpMtu(_) => None,
+            Command::Start(start) => Some(start.index),
+            Command::Stop(index)
+            | Command::Enable(index, _)
+            | Command::Kick(index, _)
+            | Command::Call(index, _)
+            | Command::Err(index, _) => Some(*index),
+        }
+    }
+
+    /// The same command for another worker, of those that concern every one.
+    pub(super) fn for_another(&self) -> Option<Command> {
+        match self {
+            Command::Attached => Some(Command::Attached),
+            Command::Detached => Some(Command::Detached),
+            Command::Features(features) => Some(Command::Features(*features)),
+            Command::Memory(memory) => Some(Command::Memory(Arc::clone(memory))),
+            Command::IpMtu(bytes) => Some(Command::IpMtu(*bytes)),
+            _ => None,
+        }
+    }
+}
+
+/// What the workers tell the session unasked.
+#[derive(Debug)]
+pub(super) struct Notice {
+    event: EventFd,
+    memory_lost: AtomicBool,
+}
+
+impl Notice {
+    /// Takes the notice: whether guest memory was lost since the last call.
+    pub(super) fn take_memory_lost(&self) -> bool {
+        let _ = self.event.read();
+        self.memory_lost.swap(false, Ordering::AcqRel)
+    }
+
+    /// Readable when a notice waits.
+    pub(super) fn fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+}
+
 /// What both sides share.
 #[derive(Debug)]
 pub(super) struct Shared {
     command_event: EventFd,
-    notice_event: EventFd,
-    memory_lost: AtomicBool,
+    notice: Arc<Notice>,
 }
 
 impl Shared {
@@ -97,20 +147,9 @@ impl Shared {
 
     /// Tells the session that guest memory was lost.
     pub(super) fn tell_memory_lost(&self) {
-        if !self.memory_lost.swap(true, Ordering::AcqRel) {
-            let _ = self.notice_event.write(1);
+        if !self.notice.memory_lost.swap(true, Ordering::AcqRel) {
+            let _ = self.notice.event.write(1);
         }
-    }
-
-    /// Takes the worker's notice: whether guest memory was lost since the last call.
-    pub(super) fn take_memory_lost(&self) -> bool {
-        let _ = self.notice_event.read();
-        self.memory_lost.swap(false, Ordering::AcqRel)
-    }
-
-    /// Readable when a notice waits.
-    pub(super) fn notice_fd(&self) -> RawFd {
-        self.notice_event.as_raw_fd()
     }
 }
 
@@ -166,21 +205,23 @@ impl CommandReceiver {
     }
 }
 
-/// Both ends of a fresh pair of channels.
+/// The session's ends and the workers' ends of fresh channels, and the workers' common notice.
+pub(super) type Channels = (Vec<CommandSender>, Vec<CommandReceiver>, Arc<Notice>);
+
+/// Makes the channels to `workers` workers.
 ///
 /// # Errors
 /// No descriptor for the eventfds.
-pub(super) fn channels() -> io::Result<(CommandSender, CommandReceiver)> {
+pub(super) fn channels(workers: usize) -> io::Result<Channels> {
     let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
-    let shared = Arc::new(Shared {
-        command_event: event()?,
-        notice_event: event()?,
-        memory_lost: AtomicBool::new(false),
-    });
-    let (commands, command_queue) = channel();
-    let (replies, reply_queue) = channel();
-    Ok((
-        CommandSender { commands, replies: reply_queue, shared: Arc::clone(&shared) },
-        CommandReceiver { commands: command_queue, replies, shared },
-    ))
+    let notice = Arc::new(Notice { event: event()?, memory_lost: AtomicBool::new(false) });
+    let (mut senders, mut receivers) = (Vec::new(), Vec::new());
+    for _ in 0..workers {
+        let shared = Arc::new(Shared { command_event: event()?, notice: Arc::clone(&notice) });
+        let (commands, command_queue) = channel();
+        let (replies, reply_queue) = channel();
+        senders.push(CommandSender { commands, replies: reply_queue, shared: Arc::clone(&shared) });
+        receivers.push(CommandReceiver { commands: command_queue, replies, shared });
+    }
+    Ok((senders, receivers, notice))
 }

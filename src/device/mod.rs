@@ -46,15 +46,20 @@ pub struct DeviceConfig {
     pub mac: Option<MacAddr>,
     /// The guest's IP MTU; a front-end can make it smaller.
     pub ip_mtu: IpMtu,
+    /// Queue pairs a driver that reads the configuration space is told of, 1 to
+    /// [`crate::limits::QUEUE_PAIRS_MAX`].
+    pub queue_pairs: u16,
     /// End the session when the first front-end leaves.
     pub one_off: bool,
 }
 
-/// A device: the side that speaks to the front-end, and the side that moves frames.
+/// A device: the side that speaks to the front-end, and one side for each of `workers` workers that
+/// moves frames. Worker `n` has the queue pairs `n`, `n + workers`, and so on.
 ///
 /// # Errors
 /// No descriptor for the eventfds between them.
-pub fn device(config: DeviceConfig) -> io::Result<(SessionSide, DeviceQueues)> {
-    let (sender, receiver) = command::channels()?;
-    Ok((SessionSide::new(config, sender), DeviceQueues::new(receiver)))
+pub fn device(config: DeviceConfig, workers: usize) -> io::Result<(SessionSide, Vec<DeviceQueues>)> {
+    let (senders, receivers, notice) = command::channels(workers)?;
+    let queues = receivers.into_iter().map(DeviceQueues::new).collect();
+    Ok((SessionSide::new(config, senders, notice), queues))
 }

@@ -82,6 +82,8 @@ pub struct TxSide {
     head: Box<[u8; FRAME_HEAD_BYTES]>,
     /// A ring got a fault that `queues` has not seen yet.
     pub(super) any_fault: bool,
+    /// The worker looks at the rings by itself.
+    polled: bool,
 }
 
 impl TxSide {
@@ -93,7 +95,14 @@ impl TxSide {
             chain: ChainBuf::new(memory),
             head: Box::new([0; FRAME_HEAD_BYTES]),
             any_fault: false,
+            polled: false,
         }
+    }
+
+    /// While `polled`, drivers are not asked to kick when a ring is empty: the worker looks at all rings
+    /// again soon, and once more after this is switched off.
+    pub fn set_polled(&mut self, polled: bool) {
+        self.polled = polled;
     }
 
     pub(super) fn set_features(&mut self, features: Features) {
@@ -119,13 +128,13 @@ impl TxSide {
         budget_frames: usize,
         mut each: impl FnMut(TxEvent<'_>),
     ) -> Drained {
-        let TxSide { rings, stats, features, chain, head, any_fault } = self;
+        let TxSide { rings, stats, features, chain, head, any_fault, polled } = self;
         let Some(Some(tx)) = rings.get_mut(usize::from(pair.0)) else { return Drained::Down };
         if !tx.is_running() {
             return Drained::Down;
         }
         tx.ring.disarm();
-        let mut batch = Batch { tx, stats, features: *features, chain, head, pair };
+        let mut batch = Batch { tx, stats, features: *features, chain, head, pair, polled: *polled };
         let outcome = batch.run(budget_frames, &mut each);
         each(TxEvent::BatchEnd);
         if batch.tx.ring.publish() {
@@ -150,6 +159,7 @@ struct Batch<'a> {
     chain: &'a mut ChainBuf,
     head: &'a mut [u8; FRAME_HEAD_BYTES],
     pair: QueuePair,
+    polled: bool,
 }
 
 impl Batch<'_> {
@@ -157,6 +167,8 @@ impl Batch<'_> {
         for _ in 0..budget {
             self.chain.clear();
             let head = match self.tx.ring.pop(self.chain)? {
+                // Polled: no kick is wanted, and there will be another look.
+                Popped::Empty if self.polled => return Ok(Drained::Empty),
                 Popped::Empty if self.tx.ring.arm()? => continue,
                 Popped::Empty => return Ok(Drained::Empty),
                 Popped::Bad { head, why } => {

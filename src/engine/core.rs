@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::counters::{Counters, DropReason};
 use super::emit;
 use super::guest_port::{GuestPort, ReserveError};
+use super::placement::{Home, Place, WorkerId};
 use super::timers::Timers;
 use crate::addr::MacAddr;
 use crate::config::Lan;
@@ -40,6 +41,8 @@ pub struct Core {
     pub counters: Counters,
     /// Deadlines.
     pub timers: Timers,
+    /// This worker's place among others, if there are others.
+    pub home: Option<Home>,
     neighbours: HashMap<IpAddr, Neighbour>,
     /// Whom published ports lead to.
     primary: Option<IpAddr>,
@@ -65,6 +68,7 @@ impl Core {
             now: Instant::ZERO,
             counters: Counters::default(),
             timers: Timers::default(),
+            home: None,
             neighbours: HashMap::new(),
             primary: lan.guest.map(IpAddr::V4),
             outbox: VecDeque::new(),
@@ -72,6 +76,30 @@ impl Core {
             icmp_refilled: Instant::ZERO,
             next_ident: 0,
         }
+    }
+
+    /// This worker has `place` from now on.
+    pub fn claim(&self, place: Place) {
+        if let Some(home) = &self.home {
+            home.directory.set(place, home.own);
+        }
+    }
+
+    /// This worker has `place` no more.
+    pub fn release(&self, place: &Place) {
+        if let Some(home) = &self.home {
+            home.directory.clear(place, home.own);
+        }
+    }
+
+    /// The other worker that has `place`, if one has.
+    pub fn elsewhere(&self, place: &Place) -> Option<WorkerId> {
+        self.home.as_ref().and_then(|home| home.elsewhere(place))
+    }
+
+    /// The queue pair for frames that belong to none.
+    pub fn first_pair(&self) -> QueuePair {
+        self.home.as_ref().map(Home::first_pair).unwrap_or_default()
     }
 
     /// The gateway's address, family-neutral.
@@ -134,7 +162,7 @@ impl Core {
             target_mac: MacAddr::ZERO,
             target_ip,
         };
-        self.send_arp(port, QueuePair::default(), MacAddr::BROADCAST, &request);
+        self.send_arp(port, self.first_pair(), MacAddr::BROADCAST, &request);
     }
 
     /// Sends an ARP packet to `to`.

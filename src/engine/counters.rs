@@ -85,6 +85,20 @@ impl Counters {
         self.drops[reason as usize] += count;
     }
 
+    /// Adds another engine's counts.
+    pub fn add(&mut self, other: &Counters) {
+        self.frames_from_guest += other.frames_from_guest;
+        self.frames_to_guest += other.frames_to_guest;
+        self.payload_from_guest_bytes += other.payload_from_guest_bytes;
+        self.payload_to_guest_bytes += other.payload_to_guest_bytes;
+        self.flows_opened += other.flows_opened;
+        self.flows_evicted += other.flows_evicted;
+        self.retransmits += other.retransmits;
+        for (mine, theirs) in self.drops.iter_mut().zip(other.drops) {
+            *mine += theirs;
+        }
+    }
+
     /// Drops counted for `reason`.
     pub fn dropped(&self, reason: DropReason) -> u64 {
         self.drops[reason as usize]

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use slab::Slab;
 
@@ -13,7 +13,7 @@ use super::emit;
 use super::guest_port::GuestPort;
 use super::nat::DNS_PORT;
 use crate::addr::MacAddr;
-use crate::config::{DnsConfig, IpMtu};
+use crate::config::IpMtu;
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome};
@@ -44,10 +44,17 @@ struct PendingDns {
     query: Vec<u8>,
 }
 
+/// The DHCP server of the process: one for all workers, asked a few times in a guest's life.
+pub type SharedDhcp = Arc<Mutex<DhcpServer>>;
+
+fn lock(dhcp: &SharedDhcp) -> MutexGuard<'_, DhcpServer> {
+    dhcp.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The gateway's services.
 #[derive(Debug)]
 pub struct Gateway {
-    dhcp: DhcpServer,
+    dhcp: SharedDhcp,
     dns: Arc<DnsService>,
     pending: Slab<PendingDns>,
     forwards: VecDeque<DnsForward>,
@@ -55,20 +62,14 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// The services of the network `core` knows.
-    pub fn new(core: &Core, dns_config: &DnsConfig, dns: Arc<DnsService>) -> Gateway {
-        Gateway {
-            dhcp: DhcpServer::new(&core.lan, dns_config),
-            dns,
-            pending: Slab::new(),
-            forwards: VecDeque::new(),
-            next_id: 0,
-        }
+    /// The services, over the leases of the whole process.
+    pub fn new(dhcp: SharedDhcp, dns: Arc<DnsService>) -> Gateway {
+        Gateway { dhcp, dns, pending: Slab::new(), forwards: VecDeque::new(), next_id: 0 }
     }
 
     /// The MTU that DHCP offers from now on.
     pub fn set_ip_mtu(&mut self, ip_mtu: IpMtu) {
-        self.dhcp.set_ip_mtu(ip_mtu);
+        lock(&self.dhcp).set_ip_mtu(ip_mtu);
     }
 
     /// An ARP packet of the guest. The gateway answers for itself and for nobody else.
@@ -115,7 +116,7 @@ impl Gateway {
     ) -> Option<LeaseEvent> {
         let mut message = vec![0u8; payload.len().min(limits::DHCP_MESSAGE_BYTES_MAX + 1)];
         payload.copy_to(&mut message);
-        let reply = match self.dhcp.handle(core.now, from.mac, &message) {
+        let reply = match lock(&self.dhcp).handle(core.now, from.mac, &message) {
             Outcome::Reply(reply) => reply,
             Outcome::Silent(reason) => {
                 tracing::debug!(mac = %from.mac, ?reason, "DHCP message not answered");

@@ -46,6 +46,12 @@ pub struct SendSpace {
 
 /// A stream towards the world: TCP, or a connected local service.
 pub trait HostStream {
+    /// The stream without its worker, to be moved to another one.
+    type Detached: Send;
+
+    /// Takes the stream out of its worker's readiness events.
+    fn detach(self) -> Self::Detached;
+
     /// The outcome of a non-blocking connect, once writable: `Ok` if connected.
     ///
     /// # Errors
@@ -159,6 +165,16 @@ pub trait HostNet {
     /// # Errors
     /// The kernel's immediate refusal (no route, no descriptor, ...).
     fn connect(&mut self, token: Token, peer: SocketAddr) -> io::Result<Self::Stream>;
+
+    /// Takes a stream in that another worker detached; readiness it has is reported.
+    ///
+    /// # Errors
+    /// It cannot be watched.
+    fn attach(
+        &mut self,
+        token: Token,
+        detached: <Self::Stream as HostStream>::Detached,
+    ) -> io::Result<Self::Stream>;
 
     /// A stream to the process's own DNS service, which speaks DNS over TCP on it.
     ///

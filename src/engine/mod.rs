@@ -17,20 +17,23 @@ pub mod guest_port;
 pub mod host_net;
 pub mod lru;
 pub mod nat;
+pub mod placement;
 pub mod reassembly;
 pub mod timers;
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use self::core::{Core, Neighbour};
 use self::counters::{Counters, DropReason};
-use self::gateway::{DnsForward, Gateway};
+use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
-use self::host_net::{HostNet, Readiness, Token};
+use self::host_net::{HostNet, HostStream, Readiness, Token};
 use self::nat::policy::Policy;
 use self::nat::tcp::Segment;
 use self::nat::{DNS_PORT, Datagram, Nat, datagram};
+use self::placement::{HeldFrame, Home, Letter, Place, Waiting, WorkerId};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan, Mode};
@@ -60,6 +63,8 @@ pub struct EngineConfig {
     pub flows_max: usize,
     /// Keys the initial sequence numbers (RFC 6528).
     pub isn_secret: (u64, u64),
+    /// The worker's place among others, if there are others.
+    pub home: Option<Home>,
 }
 
 /// The engine of one worker, over the host's sockets `N`.
@@ -69,7 +74,12 @@ pub struct Engine<N: HostNet> {
     nat: Nat<N>,
     reassembly: Reassembly,
     expected_mac: Option<MacAddr>,
+    waiting: Waiting,
+    letters: VecDeque<(WorkerId, LetterOf<N>)>,
 }
+
+/// What engines with sockets of `N` tell each other.
+pub type LetterOf<N> = Letter<<<N as HostNet>::Stream as HostStream>::Detached>;
 
 /// A transport message of the guest: whole in place, and its first bytes in host memory.
 struct Incoming<'a> {
@@ -84,21 +94,26 @@ struct Incoming<'a> {
     checksum: Checksum,
     /// With UDP segmentation offload: length of each datagram but the last.
     gso_bytes: Option<usize>,
+    /// The frame it came in; none if it came in fragments.
+    frame: Option<&'a TxFrame<'a>>,
 }
 
 impl<N: HostNet> Engine<N> {
     /// An engine without flows.
-    pub fn new(config: &EngineConfig, net: N, dns: Arc<DnsService>) -> Engine<N> {
-        let core = Core::new(config.lan);
+    pub fn new(config: &EngineConfig, net: N, dhcp: SharedDhcp, dns: Arc<DnsService>) -> Engine<N> {
+        let mut core = Core::new(config.lan);
+        core.home = config.home.clone();
         let policy = match &config.mode {
             Mode::Nat(nat) => Policy { world: true, host_loopback: nat.allow_host_loopback },
             Mode::Isolated => Policy { world: false, host_loopback: false },
         };
         Engine {
-            gateway: Gateway::new(&core, &config.dns, dns),
+            gateway: Gateway::new(dhcp, dns),
             nat: Nat::new(net, policy, config.flows_max, config.isn_secret, config.dns.enabled),
             reassembly: Reassembly::default(),
             expected_mac: config.mac,
+            waiting: Waiting::default(),
+            letters: VecDeque::new(),
             core,
         }
     }
@@ -178,6 +193,7 @@ impl<N: HostNet> Engine<N> {
     fn learn(&mut self, addr: Ipv4Addr, at: Neighbour) {
         if self.core.learn(IpAddr::V4(addr), at) {
             self.nat.resolved(IpAddr::V4(addr), at);
+            self.tell_others(|| Letter::Neighbour(IpAddr::V4(addr), at.mac));
         }
     }
 
@@ -218,14 +234,18 @@ impl<N: HostNet> Engine<N> {
             packet.extend_from_slice(&datagram[..datagram.len().min(limits::FRAME_HEAD_BYTES)]);
             let (head, whole) = (&datagram[..], Payload::from_host(&datagram));
             let checksum = Checksum::Complete;
-            let incoming = Incoming { ip, from, packet: &packet, head, whole, checksum, gso_bytes: None };
+            let incoming =
+                Incoming { ip, from, packet: &packet, head, whole, checksum, gso_bytes: None, frame: None };
             return self.transport(port, &incoming);
         }
         let head = &packet[ip.header_bytes..packet.len().min(ip.header_bytes + ip.payload_bytes)];
         let checksum = frame.vnet.checksum;
         let uso = frame.vnet.gso.filter(|gso| gso.kind == GsoKind::UdpL4);
         let gso_bytes = uso.map(|gso| usize::from(gso.size_bytes));
-        self.transport(port, &Incoming { ip, from, packet, head, whole, checksum, gso_bytes })
+        self.transport(
+            port,
+            &Incoming { ip, from, packet, head, whole, checksum, gso_bytes, frame: Some(frame) },
+        )
     }
 
     fn transport(&mut self, port: &mut impl GuestPort, incoming: &Incoming<'_>) -> Result<(), DropReason> {
@@ -283,7 +303,10 @@ impl<N: HostNet> Engine<N> {
             return;
         };
         match event.change {
-            LeaseChange::Bound => tracing::info!(mac = %event.mac, address = %event.ip, "lease"),
+            LeaseChange::Bound => {
+                tracing::info!(mac = %event.mac, address = %event.ip, "lease");
+                self.tell_others(|| Letter::Primary(IpAddr::V4(event.ip)));
+            }
             change => {
                 tracing::debug!(mac = %event.mac, address = %event.ip, ?change, "lease");
             }
@@ -312,7 +335,7 @@ impl<N: HostNet> Engine<N> {
                     gso_bytes: incoming.gso_bytes,
                     packet: incoming.packet,
                 };
-                self.nat.datagram(&mut self.core, port, &datagram);
+                return self.datagram(port, incoming, &datagram);
             }
         }
         Ok(())
@@ -347,7 +370,24 @@ impl<N: HostNet> Engine<N> {
         let head = &incoming.head[..icmpv4::HEADER_BYTES];
         let datagram =
             Datagram { key, from: incoming.from, head, payload, gso_bytes: None, packet: incoming.packet };
-        self.nat.datagram(&mut self.core, port, &datagram);
+        self.datagram(port, incoming, &datagram)
+    }
+
+    /// A datagram for the world, or for the worker that has its socket.
+    fn datagram(
+        &mut self,
+        port: &mut impl GuestPort,
+        incoming: &Incoming<'_>,
+        datagram: &Datagram<'_>,
+    ) -> Result<(), DropReason> {
+        let Some(owner) = self.nat.datagram(&mut self.core, port, datagram) else {
+            return Ok(());
+        };
+        // If its fragments came here and its socket is there, it is lost.
+        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
+        self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
+        // It is counted where it is taken.
+        self.core.counters.frames_from_guest -= 1;
         Ok(())
     }
 
@@ -360,8 +400,101 @@ impl<N: HostNet> Engine<N> {
         };
         let payload = incoming.whole.range(header_bytes, incoming.whole.len());
         let segment = Segment { key, from: incoming.from, header, payload };
-        self.nat.segment(&mut self.core, port, &segment);
+        let Some(owner) = self.nat.segment(&mut self.core, port, &segment) else {
+            return Ok(());
+        };
+        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
+        match self.waiting.hold(key, frame) {
+            Some(true) => {
+                if let Some(from) = self.own() {
+                    self.send_letter(owner, Letter::Want { key, from });
+                }
+            }
+            Some(false) => {}
+            None => return Err(DropReason::TableFull),
+        }
+        // It is counted when it is taken.
+        self.core.counters.frames_from_guest -= 1;
         Ok(())
+    }
+
+    fn own(&self) -> Option<WorkerId> {
+        self.core.home.as_ref().map(|home| home.own)
+    }
+
+    fn send_letter(&mut self, to: WorkerId, letter: LetterOf<N>) {
+        if self.letters.len() < limits::LETTERS_MAX {
+            self.letters.push_back((to, letter));
+        } else {
+            self.core.counters.drop(DropReason::TableFull);
+        }
+    }
+
+    /// Sends what `letter` makes to every other worker.
+    fn tell_others(&mut self, letter: impl Fn() -> LetterOf<N>) {
+        let Some(home) = &self.core.home else { return };
+        let (own, workers) = (home.own, home.workers);
+        for to in (0..workers).map(WorkerId).filter(|to| *to != own) {
+            self.send_letter(to, letter());
+        }
+    }
+
+    /// The next letter to another worker, to be delivered after each batch.
+    pub fn next_letter(&mut self) -> Option<(WorkerId, LetterOf<N>)> {
+        self.letters.pop_front()
+    }
+
+    /// A letter from another worker.
+    pub fn letter(&mut self, now: Instant, port: &mut impl GuestPort, letter: LetterOf<N>) {
+        self.core.now = now;
+        match letter {
+            Letter::Want { key, from } => self.give_away(key, from),
+            Letter::Flow(moved) => {
+                let key = moved.key();
+                self.nat.attach(&mut self.core, port, *moved);
+                self.awaited(now, port, &key);
+            }
+            Letter::Gone(key) => self.awaited(now, port, &key),
+            Letter::Frame(frame) => {
+                let pair = self.core.first_pair();
+                self.from_guest(now, port, &frame.as_frame(Some(pair)));
+                self.end_of_frames();
+            }
+            Letter::Neighbour(addr, mac) => {
+                let at = Neighbour { mac, pair: self.core.first_pair() };
+                if self.core.neighbour(addr).is_none_or(|known| known.mac != mac) {
+                    self.core.learn(addr, at);
+                    self.nat.resolved(addr, at);
+                }
+            }
+            Letter::Primary(addr) => self.core.set_primary_guest(addr),
+            Letter::GuestReset => self.forget_guest(),
+        }
+    }
+
+    /// Gives a flow to the worker that has a frame for it.
+    fn give_away(&mut self, key: nat::tcp::Key, to: WorkerId) {
+        if let Some(moved) = self.nat.detach(&mut self.core, &key) {
+            if let Some(home) = &self.core.home {
+                home.directory.set(Place::Tcp(key), to);
+            }
+            // Past the bound on letters the flow would be lost, so that bound does not hold here.
+            self.letters.push_back((to, Letter::Flow(Box::new(moved))));
+        } else if !self.waiting.note(&key, to) {
+            self.send_letter(to, Letter::Gone(key));
+        }
+    }
+
+    /// A flow came or will not come: what waited for it goes on.
+    fn awaited(&mut self, now: Instant, port: &mut impl GuestPort, key: &nat::tcp::Key) {
+        let awaited = self.waiting.take(key);
+        for frame in &awaited.frames {
+            self.from_guest(now, port, &frame.as_frame(None));
+        }
+        self.end_of_frames();
+        for to in awaited.wanted_by {
+            self.give_away(*key, to);
+        }
     }
 
     /// News of a host socket.
@@ -412,8 +545,15 @@ impl<N: HostNet> Engine<N> {
         self.gateway.dns_answer(&mut self.core, port, id, answer);
     }
 
-    /// The guest is gone or began anew: its flows end, the world sees RST.
+    /// The guest is gone or began anew: its flows end, here and at every other worker; the world sees
+    /// RST.
     pub fn guest_reset(&mut self) {
+        self.tell_others(|| Letter::GuestReset);
+        self.forget_guest();
+    }
+
+    fn forget_guest(&mut self) {
+        self.waiting.clear();
         self.nat.reset_all(&mut self.core);
         self.reassembly = Reassembly::default();
         self.gateway.forget_guest();

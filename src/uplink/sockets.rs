@@ -9,7 +9,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::time::Duration;
@@ -248,6 +248,12 @@ impl HostNet for HostSockets {
         self.stream(token, socket.into(), StreamKind::Tcp)
     }
 
+    fn attach(&mut self, token: Token, detached: DetachedStream) -> io::Result<Stream> {
+        let DetachedStream { socket, kind, position } = detached;
+        self.shared.poll.watch_socket(socket.as_fd(), token)?;
+        Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position })
+    }
+
     fn connect_dns(&mut self, token: Token) -> io::Result<Stream> {
         let stream = (self.connect_dns)()?;
         self.stream(token, stream.into(), StreamKind::Local)
@@ -338,7 +344,22 @@ impl Stream {
     }
 }
 
+/// A stream on its way between workers.
+#[derive(Debug)]
+pub struct DetachedStream {
+    socket: Socket,
+    kind: StreamKind,
+    position: Option<usize>,
+}
+
 impl HostStream for Stream {
+    type Detached = DetachedStream;
+
+    fn detach(self) -> DetachedStream {
+        self.shared.poll.unwatch(self.socket.as_raw_fd());
+        DetachedStream { socket: self.socket, kind: self.kind, position: self.position }
+    }
+
     fn take_error(&mut self) -> io::Result<()> {
         match self.socket.take_error()? {
             Some(error) => Err(error),

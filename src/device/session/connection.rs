@@ -318,7 +318,8 @@ impl<'a> Connection<'a> {
 
     /// The configuration read, or an empty payload: the specification's way to say no.
     fn read_config(&self, range: &ConfigRange) -> Vec<u8> {
-        let space = ConfigSpace { mac: self.config.mac, ip_mtu: self.ip_mtu };
+        let space =
+            ConfigSpace { mac: self.config.mac, queue_pairs: self.config.queue_pairs, ip_mtu: self.ip_mtu };
         let Some(bytes) = space.read(range.offset_bytes, range.size_bytes) else { return Vec::new() };
         let mut payload = Vec::new();
         for word in [range.offset_bytes, range.size_bytes, range.flags] {

@@ -6,51 +6,76 @@
 //! May touch: the command channel.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use super::message::Ended;
-use crate::device::command::{Command, CommandSender, Reply, WorkerGone};
+use crate::device::command::{Command, CommandSender, Notice, Reply, WorkerGone};
 use crate::device::sys::{self, Interest};
 
 /// How often a waiting session looks for shutdown.
 const SHUTDOWN_CHECK: Duration = Duration::from_millis(20);
 
-/// The worker, as the session sees it.
+/// One worker, as the session sees it.
 #[derive(Debug)]
-pub(super) struct Link {
+struct Line {
     sender: CommandSender,
-    shutdown: RawFd,
     /// Replies still to come to commands whose wait was given up.
     unanswered: usize,
 }
 
+/// The workers, as the session sees them: pair `n` is at worker `n` modulo their number.
+#[derive(Debug)]
+pub(super) struct Link {
+    lines: Vec<Line>,
+    notice: Arc<Notice>,
+    shutdown: RawFd,
+}
+
 impl Link {
-    pub(super) fn new(sender: CommandSender, shutdown: RawFd) -> Link {
-        Link { sender, shutdown, unanswered: 0 }
+    pub(super) fn new(senders: Vec<CommandSender>, notice: Arc<Notice>, shutdown: RawFd) -> Link {
+        assert!(!senders.is_empty(), "a device has at least one worker");
+        let lines = senders.into_iter().map(|sender| Line { sender, unanswered: 0 }).collect();
+        Link { lines, notice, shutdown }
     }
 
-    /// Readable when the worker has a notice.
+    /// Readable when a worker has a notice.
     pub(super) fn notice_fd(&self) -> RawFd {
-        self.sender.shared.notice_fd()
+        self.notice.fd()
     }
 
-    /// Forgets a notice about memory that is gone anyway.
-    pub(super) fn clear_notice(&self) {
-        self.sender.shared.take_memory_lost();
+    /// Takes the workers' notice: whether guest memory was lost since the last call.
+    pub(super) fn take_memory_lost(&self) -> bool {
+        self.notice.take_memory_lost()
     }
 
-    /// Has the worker carry out `command`.
+    /// Has the worker that owns the ring carry out `command`, or every worker one after the other;
+    /// returns the last one's reply.
     pub(super) fn call(&mut self, command: Command) -> Result<Reply, Ended> {
-        if self.sender.send(command).is_err() {
+        if let Some(ring) = command.ring() {
+            let at = usize::from(ring) / 2 % self.lines.len();
+            return self.call_one(at, command);
+        }
+        for at in 1..self.lines.len() {
+            if let Some(same) = command.for_another() {
+                self.call_one(at, same)?;
+            }
+        }
+        self.call_one(0, command)
+    }
+
+    fn call_one(&mut self, at: usize, command: Command) -> Result<Reply, Ended> {
+        if self.lines[at].sender.send(command).is_err() {
             return Err(self.worker_gone());
         }
-        self.unanswered += 1;
+        self.lines[at].unanswered += 1;
         loop {
-            match self.sender.replies.recv_timeout(SHUTDOWN_CHECK) {
+            let line = &mut self.lines[at];
+            match line.sender.replies.recv_timeout(SHUTDOWN_CHECK) {
                 Ok(reply) => {
-                    self.unanswered -= 1;
-                    if self.unanswered == 0 {
+                    line.unanswered -= 1;
+                    if line.unanswered == 0 {
                         return Ok(reply);
                     }
                 }
@@ -70,10 +95,12 @@ impl Link {
         matches!(sys::wait([(self.shutdown, Interest::Read)], Some(Duration::ZERO)), Ok([true]))
     }
 
-    /// Has the worker carry out `command` without waiting for it: the process is ending.
-    pub(super) fn tell(&mut self, command: Command) {
-        if self.sender.send(command).is_ok() {
-            self.unanswered += 1;
+    /// Tells every worker that the front-end is gone, without waiting: the process is ending.
+    pub(super) fn tell_detached(&mut self) {
+        for line in &mut self.lines {
+            if line.sender.send(Command::Detached).is_ok() {
+                line.unanswered += 1;
+            }
         }
     }
 }

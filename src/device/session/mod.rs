@@ -18,6 +18,7 @@ mod vring;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use thiserror::Error;
@@ -26,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use socket::SocketError;
 
 use super::DeviceConfig;
-use super::command::{Command, CommandSender};
+use super::command::{Command, CommandSender, Notice};
 use crate::config::Attach;
 use connection::Connection;
 use link::Link;
@@ -54,12 +55,13 @@ pub enum SessionError {
 #[derive(Debug)]
 pub struct SessionSide {
     config: DeviceConfig,
-    sender: CommandSender,
+    senders: Vec<CommandSender>,
+    notice: Arc<Notice>,
 }
 
 impl SessionSide {
-    pub(super) fn new(config: DeviceConfig, sender: CommandSender) -> SessionSide {
-        SessionSide { config, sender }
+    pub(super) fn new(config: DeviceConfig, senders: Vec<CommandSender>, notice: Arc<Notice>) -> SessionSide {
+        SessionSide { config, senders, notice }
     }
 
     /// Prepares the socket and runs the session on a thread of its own, until `shutdown` becomes
@@ -82,7 +84,7 @@ impl SessionSide {
     }
 
     fn run(self, mut source: Source, shutdown: &EventFd) -> Result<(), SessionError> {
-        let mut link = Link::new(self.sender, shutdown.as_raw_fd());
+        let mut link = Link::new(self.senders, self.notice, shutdown.as_raw_fd());
         loop {
             let stream = match source.next(shutdown.as_raw_fd()) {
                 Ok(Some(stream)) => stream,
@@ -115,7 +117,8 @@ struct Served {
 
 /// Serves one front-end and cleans up after it.
 fn serve(stream: UnixStream, link: &mut Link, config: &DeviceConfig, shutdown: &EventFd) -> Served {
-    link.clear_notice();
+    // A notice about memory that is gone anyway.
+    link.take_memory_lost();
     let channel = match Channel::new(stream, shutdown.as_raw_fd(), link.notice_fd()) {
         Ok(channel) => channel,
         Err(error) => return Served { ended: error.into(), spoke: false },
@@ -127,7 +130,7 @@ fn serve(stream: UnixStream, link: &mut Link, config: &DeviceConfig, shutdown: &
     let ended = if !spoke {
         ended
     } else if matches!(ended, Ended::Shutdown | Ended::Worker(_)) {
-        link.tell(Command::Detached);
+        link.tell_detached();
         ended
     } else {
         link.call(Command::Detached).err().unwrap_or(ended)

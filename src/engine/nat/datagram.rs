@@ -22,6 +22,7 @@ use crate::engine::emit;
 use crate::engine::guest_port::{GuestPort, ReserveError};
 use crate::engine::host_net::{Arrival, HostDatagram, Token};
 use crate::engine::lru::Lru;
+use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
 use crate::frame::Payload;
 use crate::limits;
@@ -189,6 +190,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         let at = self.insert(core, kind, socket);
         self.mappings[at].guest = Some(guest);
         self.by_guest.insert((kind, guest), at);
+        core.claim(Place::Socket(kind, guest));
         self.lru.touch(at);
         core.counters.flows_opened += 1;
     }
@@ -321,6 +323,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         core.timers.clear(&mut peer.timer, peer.token);
         self.peer_lru.remove(at);
         self.by_key.remove(&peer.key);
+        if self.mappings[peer.mapping].published_port.is_some() {
+            core.release(&Place::Exchange(peer.key));
+        }
         self.by_real.remove(&(peer.mapping, peer.real));
         if let Some(older) = peer.older {
             self.peers[older].newer = peer.newer;
@@ -344,6 +349,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mapping = self.mappings.remove(at);
         if let Some(guest) = mapping.guest {
             self.by_guest.remove(&(mapping.kind, guest));
+            core.release(&Place::Socket(mapping.kind, guest));
         }
     }
 
@@ -530,6 +536,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
         }
         let peer = self.add_peer(core, at, key, real);
+        core.claim(Place::Exchange(key));
         Some(self.peers[peer].key.remote)
     }
 }

@@ -18,7 +18,8 @@ use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour};
 use super::counters::DropReason;
 use super::guest_port::GuestPort;
-use super::host_net::{HostListener, HostNet, Readiness, Token};
+use super::host_net::{HostListener, HostNet, HostStream, Readiness, Token};
+use super::placement::{Place, WorkerId};
 use crate::frame::Payload;
 use crate::limits;
 use crate::wire::icmpv4::UnreachableCode;
@@ -65,6 +66,9 @@ impl TokenKind {
         (token.0 & 0xffff_ffff) as usize
     }
 }
+
+/// A flow on its way between workers with sockets of `N`.
+pub type MovedFlow<N> = tcp::Moved<<<N as HostNet>::Stream as HostStream>::Detached>;
 
 struct Published<L> {
     listener: L,
@@ -199,11 +203,26 @@ impl<N: HostNet> Nat<N> {
         }
     }
 
-    /// A TCP segment of the guest.
-    pub fn segment(&mut self, core: &mut Core, port: &mut impl GuestPort, segment: &Segment<'_>) {
+    /// A TCP segment of the guest. Returns the worker that has its flow, if that is another one: the
+    /// segment was not taken then.
+    pub fn segment(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        segment: &Segment<'_>,
+    ) -> Option<WorkerId> {
         if self.tcp.segment(core, port, segment) {
-            return;
+            return None;
         }
+        let elsewhere = core.elsewhere(&Place::Tcp(segment.key));
+        if elsewhere.is_none() {
+            self.begin(core, port, segment);
+        }
+        elsewhere
+    }
+
+    /// A segment of no flow: begins one if it is a SYN and may.
+    fn begin(&mut self, core: &mut Core, port: &mut impl GuestPort, segment: &Segment<'_>) {
         let flags = segment.header.flags;
         if !flags.contains(Flags::SYN) || flags.intersects(Flags::ACK | Flags::RST | Flags::FIN) {
             return TcpTable::<N::Stream>::refuse(core, port, segment);
@@ -236,12 +255,42 @@ impl<N: HostNet> Nat<N> {
         }
     }
 
-    /// A UDP datagram or ICMP echo request of the guest.
-    pub fn datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) {
-        let Datagram { key, from, head, payload, gso_bytes, packet } = datagram;
-        if !self.datagrams.contains(key) && !self.open_datagram(core, port, datagram) {
-            return;
+    /// Takes a flow out, for another worker.
+    pub fn detach(&mut self, core: &mut Core, key: &tcp::Key) -> Option<MovedFlow<N>> {
+        self.tcp.detach(core, key)
+    }
+
+    /// Takes a flow in that another worker had.
+    pub fn attach(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedFlow<N>) {
+        self.keep_within(core, port, 1);
+        let net = &mut self.net;
+        self.tcp.attach(core, moved, |token, stream| net.attach(token, stream));
+    }
+
+    /// A UDP datagram or ICMP echo request of the guest. Returns the worker that has its socket, if that
+    /// is another one: the datagram was not taken then.
+    pub fn datagram(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        datagram: &Datagram<'_>,
+    ) -> Option<WorkerId> {
+        let key = &datagram.key;
+        if !self.datagrams.contains(key) {
+            let elsewhere = core.elsewhere(&Place::Exchange(*key)).or_else(|| {
+                let has_socket = self.datagrams.has_mapping(key.kind, key.guest);
+                if has_socket { None } else { core.elsewhere(&Place::Socket(key.kind, key.guest)) }
+            });
+            if elsewhere.is_some() || !self.open_datagram(core, port, datagram) {
+                return elsewhere;
+            }
         }
+        self.send_datagram(core, port, datagram);
+        None
+    }
+
+    fn send_datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) {
+        let Datagram { key, from, head, payload, gso_bytes, packet } = datagram;
         let Err(error) = self.datagrams.send(core, key, *from, head, payload, *gso_bytes) else {
             return;
         };

@@ -1,6 +1,7 @@
 //! System calls of the uplink that `std` and `socket2` do not have, and the host's view of its own
 //! network. Linux only, but for what the command line needs.
 
+pub mod affinity;
 pub mod inherited;
 pub mod poll;
 pub mod routes;

@@ -186,6 +186,63 @@ pub struct Flow<S> {
     pub(super) last_active: Instant,
 }
 
+/// A flow on its way between workers. `D` is its stream without its worker.
+#[derive(Debug)]
+pub struct Moved<D> {
+    pub(super) key: Key,
+    guest_mac: Option<MacAddr>,
+    stream: Option<D>,
+    state: State,
+    recv: Recv,
+    send: Send,
+}
+
+impl<D> Moved<D> {
+    /// Both ends.
+    pub fn key(&self) -> Key {
+        self.key
+    }
+}
+
+impl<S: HostStream> Flow<S> {
+    /// Takes the flow out of its worker.
+    pub(super) fn detach(self) -> Moved<S::Detached> {
+        Moved {
+            key: self.key,
+            guest_mac: self.guest_mac,
+            stream: self.stream.map(S::detach),
+            state: self.state,
+            recv: self.recv,
+            send: self.send,
+        }
+    }
+
+    /// Puts a flow into this worker. What it had to do was done or is noted in it; its socket tells of
+    /// readiness anew.
+    pub(super) fn attach(
+        moved: Moved<S::Detached>,
+        token: Token,
+        now: Instant,
+        attach: impl FnOnce(S::Detached) -> io::Result<S>,
+    ) -> io::Result<Flow<S>> {
+        let stream = moved.stream.map(attach).transpose()?;
+        Ok(Flow {
+            key: moved.key,
+            token,
+            guest_mac: moved.guest_mac,
+            pair: QueuePair::default(),
+            stream,
+            state: moved.state,
+            recv: moved.recv,
+            send: moved.send,
+            timer: TimerSlot::default(),
+            dirty: false,
+            starved: false,
+            last_active: now,
+        })
+    }
+}
+
 /// Who began a flow.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {

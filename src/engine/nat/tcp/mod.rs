@@ -14,7 +14,7 @@ use hashbrown::HashMap;
 use siphasher::sip::SipHasher13;
 use slab::Slab;
 
-pub use flow::{Fate, Flow, Key};
+pub use flow::{Fate, Flow, Key, Moved};
 use flow::{Origin, State};
 use output::After;
 use pool::Budget;
@@ -26,6 +26,7 @@ use crate::engine::emit;
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::{HostStream, Readiness, Token};
 use crate::engine::lru::Lru;
+use crate::engine::placement::Place;
 use crate::frame::Payload;
 use crate::time::Instant;
 use crate::wire::ipv4;
@@ -215,8 +216,42 @@ impl<S: HostStream> TcpTable<S> {
         let at = self.flows.insert(Flow::new(core, key, token, stream, iss, origin));
         self.by_key.insert(key, at);
         self.lru.touch(at);
+        core.claim(Place::Tcp(key));
         core.counters.flows_opened += 1;
         at
+    }
+
+    /// Takes a flow out, for another worker.
+    pub fn detach(&mut self, core: &mut Core, key: &Key) -> Option<Moved<S::Detached>> {
+        let at = *self.by_key.get(key)?;
+        let mut flow = self.take_out(at);
+        core.timers.clear(&mut flow.timer, flow.token);
+        flow.recv.pool.leave(&mut self.budget);
+        Some(flow.detach())
+    }
+
+    /// Takes a flow in that another worker had; its stream is watched through `attach`.
+    pub fn attach(
+        &mut self,
+        core: &mut Core,
+        moved: Moved<S::Detached>,
+        attach: impl FnOnce(Token, S::Detached) -> io::Result<S>,
+    ) {
+        let token = self.next_token();
+        self.generation = self.generation.wrapping_add(1);
+        let key = moved.key;
+        let flow = match Flow::attach(moved, token, core.now, |stream| attach(token, stream)) {
+            Ok(flow) => flow,
+            // Without its stream the flow is over; the guest's next segment finds out.
+            Err(_) => return core.release(&Place::Tcp(key)),
+        };
+        flow.recv.pool.enter(&mut self.budget);
+        let at = self.flows.insert(flow);
+        self.by_key.insert(key, at);
+        self.flows[at].pair = core.first_pair();
+        let order = if self.flows[at].state == State::TimeWait { &mut self.finished } else { &mut self.lru };
+        order.touch(at);
+        self.mark_dirty(at);
     }
 
     /// The guest's MAC address became known.
@@ -391,12 +426,19 @@ impl<S: HostStream> TcpTable<S> {
     }
 
     fn remove(&mut self, core: &mut Core, at: usize) {
-        let mut flow = self.flows.remove(at);
+        let mut flow = self.take_out(at);
+        core.release(&Place::Tcp(flow.key));
+        core.timers.clear(&mut flow.timer, flow.token);
+        flow.recv.pool.clear(&mut self.budget);
+    }
+
+    /// Takes a flow out of every list.
+    fn take_out(&mut self, at: usize) -> Flow<S> {
+        let flow = self.flows.remove(at);
         self.by_key.remove(&flow.key);
         self.lru.remove(at);
         self.finished.remove(at);
-        core.timers.clear(&mut flow.timer, flow.token);
-        flow.recv.pool.clear(&mut self.budget);
+        flow
     }
 }
 

@@ -109,6 +109,16 @@ impl Pool {
         (first.start() == seq).then(|| &first.bytes[first.taken..])
     }
 
+    /// Comes into another worker's budget, held bytes and all.
+    pub(super) fn enter(&self, budget: &mut Budget) {
+        budget.used_bytes += self.held_bytes;
+    }
+
+    /// Leaves a worker's budget without losing anything.
+    pub(super) fn leave(&self, budget: &mut Budget) {
+        budget.used_bytes -= self.held_bytes;
+    }
+
     /// Lets everything go.
     pub(super) fn clear(&mut self, budget: &mut Budget) {
         budget.used_bytes -= self.held_bytes;
