@@ -1,0 +1,204 @@
+//! Which worker has a flow, and how flows move between workers.
+//!
+//! Each worker has an engine of its own and shares nothing on the way of a frame. A flow lives where
+//! the guest last sent on it, because its frames towards the guest go out on that queue pair. When a
+//! frame comes to a worker that does not know its flow, the worker looks into the [`Directory`]: if
+//! another has it, the frame is held and the flow asked for by [`Letter`]; it comes with its socket and
+//! the held frames go on. Datagram sockets stay with the worker that opened them (many exchanges share
+//! one, and a published port's cannot move); frames for them are sent on.
+//!
+//! The directory is looked into only for flows that are not known, and written only when one begins or
+//! ends. Read first: `docs/adr/0006-flows-move-between-workers.md`.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::nat::{datagram, tcp};
+use crate::addr::MacAddr;
+use crate::frame::{Payload, QueuePair, TxFrame};
+use crate::limits;
+use crate::wire::vnet::VnetHeader;
+
+/// A worker's number, from zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WorkerId(pub u8);
+
+/// What a worker can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// A TCP flow.
+    Tcp(tcp::Key),
+    /// The datagram socket of a guest's end.
+    Socket(datagram::Kind, SocketAddr),
+    /// An exchange of a published UDP port.
+    Exchange(datagram::Key),
+}
+
+/// Parts of the directory, each with a lock of its own.
+const SHARDS: usize = 16;
+
+/// Who has what, for all workers of the process.
+#[derive(Debug, Default)]
+pub struct Directory {
+    shards: [Mutex<HashMap<Place, WorkerId>>; SHARDS],
+    hasher: RandomState,
+}
+
+impl Directory {
+    fn with<R>(&self, place: &Place, act: impl FnOnce(&mut HashMap<Place, WorkerId>) -> R) -> R {
+        let shard = &self.shards[self.hasher.hash_one(place) as usize % SHARDS];
+        // A panic while a map is changed ends the process (panic = abort); elsewhere the map is whole.
+        act(&mut shard.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Who has `place`.
+    pub fn owner(&self, place: &Place) -> Option<WorkerId> {
+        self.with(place, |map| map.get(place).copied())
+    }
+
+    /// From now on `worker` has `place`.
+    pub fn set(&self, place: Place, worker: WorkerId) {
+        self.with(&place, |map| map.insert(place, worker));
+    }
+
+    /// Nobody has `place`, if `worker` had it.
+    pub fn clear(&self, place: &Place, worker: WorkerId) {
+        self.with(place, |map| {
+            if map.get(place) == Some(&worker) {
+                map.remove(place);
+            }
+        });
+    }
+}
+
+/// A worker's own place among the others.
+#[derive(Clone, Debug)]
+pub struct Home {
+    /// Its number.
+    pub own: WorkerId,
+    /// How many there are.
+    pub workers: u8,
+    /// Who has what.
+    pub directory: Arc<Directory>,
+}
+
+impl Home {
+    /// The other worker that has `place`, if one has.
+    pub fn elsewhere(&self, place: &Place) -> Option<WorkerId> {
+        self.directory.owner(place).filter(|owner| *owner != self.own)
+    }
+
+    /// The queue pair of this worker that frames without one of their own go to.
+    pub fn first_pair(&self) -> QueuePair {
+        QueuePair(self.own.0)
+    }
+}
+
+/// A frame of the guest in host memory.
+#[derive(Clone, Debug)]
+pub struct HeldFrame {
+    vnet: VnetHeader,
+    bytes: Box<[u8]>,
+    pair: QueuePair,
+}
+
+impl HeldFrame {
+    /// A copy of `frame`.
+    pub fn copy_of(frame: &TxFrame<'_>) -> HeldFrame {
+        let mut bytes = vec![0; frame.whole.len()].into_boxed_slice();
+        frame.whole.copy_to(&mut bytes);
+        // What was judged stays what is judged: the copy made first wins over guest memory.
+        bytes[..frame.head.len()].copy_from_slice(frame.head);
+        HeldFrame { vnet: frame.vnet, bytes, pair: frame.pair }
+    }
+
+    /// The frame as if it had come on `pair` of this worker.
+    pub fn as_frame(&self, pair: Option<QueuePair>) -> TxFrame<'_> {
+        TxFrame {
+            vnet: self.vnet,
+            head: &self.bytes[..self.bytes.len().min(limits::FRAME_HEAD_BYTES)],
+            whole: Payload::from_host(&self.bytes),
+            pair: pair.unwrap_or(self.pair),
+        }
+    }
+}
+
+/// What workers tell each other. `D` is a stream without its worker.
+#[derive(Debug)]
+pub enum Letter<D> {
+    /// `from` has a frame for this flow: give it the flow.
+    Want {
+        /// The flow.
+        key: tcp::Key,
+        /// Who asks.
+        from: WorkerId,
+    },
+    /// The flow asked for.
+    Flow(Box<tcp::Moved<D>>),
+    /// There is no such flow.
+    Gone(tcp::Key),
+    /// A frame for a datagram socket of the receiver's.
+    Frame(HeldFrame),
+    /// A guest address was seen at a MAC address.
+    Neighbour(IpAddr, MacAddr),
+    /// Published ports lead to this guest address.
+    Primary(IpAddr),
+    /// The guest started anew.
+    GuestReset,
+}
+
+/// Frames that wait for their flows, and who else asked for those.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    flows: HashMap<tcp::Key, Awaited>,
+    frames: usize,
+}
+
+/// What waits for one flow.
+#[derive(Debug, Default)]
+pub struct Awaited {
+    /// Frames, in order.
+    pub frames: Vec<HeldFrame>,
+    /// Workers that asked for the flow before it came.
+    pub wanted_by: Vec<WorkerId>,
+}
+
+impl Waiting {
+    /// Holds a frame for `key`; returns whether the flow is to be asked for, or `None` if there is no
+    /// room and the frame is lost.
+    pub fn hold(&mut self, key: tcp::Key, frame: &TxFrame<'_>) -> Option<bool> {
+        if self.frames >= limits::AWAITING_FRAMES_MAX {
+            return None;
+        }
+        self.frames += 1;
+        let is_new = !self.flows.contains_key(&key);
+        self.flows.entry(key).or_default().frames.push(HeldFrame::copy_of(frame));
+        Some(is_new)
+    }
+
+    /// Notes that `worker` wants a flow that is itself awaited; false if it is not.
+    pub fn note(&mut self, key: &tcp::Key, worker: WorkerId) -> bool {
+        match self.flows.get_mut(key) {
+            Some(awaited) => {
+                awaited.wanted_by.push(worker);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// What waited for `key`, whose flow came or will not come.
+    pub fn take(&mut self, key: &tcp::Key) -> Awaited {
+        let awaited = self.flows.remove(key).unwrap_or_default();
+        self.frames -= awaited.frames.len();
+        awaited
+    }
+
+    /// Lets everything go: the guest began anew.
+    pub fn clear(&mut self) {
+        self.flows.clear();
+        self.frames = 0;
+    }
+}
