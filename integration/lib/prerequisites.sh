@@ -27,6 +27,7 @@ cc|gcc|links what cargo builds
 /usr/include/stdlib.h|libc6-dev|is the C library to link with
 xz|xz-utils|unpacks compressed kernel modules'
 TOOLS_TEST='shellcheck|shellcheck|checks these scripts
+sysctl|procps|sets a namespace'"'"'s kernel parameters
 dig|bind9-dnsutils|asks every record type in the namespace guest
 iperf3|iperf3|loads the namespace guest
 curl|curl|fetches in the namespace guest
