@@ -85,32 +85,6 @@ fn a_guest_that_stops_reading_gets_the_rest_later() {
     });
 }
 
-/// Sets the host's limits on socket buffers, and puts them back when dropped.
-struct BufferLimits {
-    before: Vec<(&'static str, String)>,
-}
-
-impl BufferLimits {
-    fn set(bytes: u32) -> Result<BufferLimits, Failure> {
-        let mut limits = BufferLimits { before: Vec::new() };
-        for file in ["/proc/sys/net/core/wmem_max", "/proc/sys/net/core/rmem_max"] {
-            limits.before.push((file, std::fs::read_to_string(file)?));
-            std::fs::write(file, bytes.to_string())?;
-        }
-        Ok(limits)
-    }
-}
-
-impl Drop for BufferLimits {
-    fn drop(&mut self) {
-        for (file, value) in &self.before {
-            if let Err(e) = std::fs::write(file, value) {
-                eprintln!("{file} stays changed: {e}");
-            }
-        }
-    }
-}
-
 fn iperf3(bench: &Bench, args: &[&str]) -> Outcome {
     let world = WORLD.to_string();
     let mut words = vec!["iperf3", "-c", &world, "-J", "-t", "5", "-i", "1", "--connect-timeout", "3000"];
@@ -134,7 +108,7 @@ fn iperf3(bench: &Bench, args: &[&str]) -> Outcome {
 #[test]
 fn nothing_stalls_at_the_default_socket_buffer_limits() {
     scenario(&Setup::new().tools(&["iperf3"]), |bench| {
-        let _limits = BufferLimits::set(212_992)?;
+        let _limits = lab::BufferLimits::set(212_992)?;
         bench.lab.start_iperf3()?;
         iperf3(bench, &[])?;
         iperf3(bench, &["-R"])?;
