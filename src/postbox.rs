@@ -78,7 +78,7 @@ impl Postbox {
     }
 
     /// The next letter that waits.
-    pub fn next(&mut self) -> Option<HostLetter> {
+    pub fn take(&mut self) -> Option<HostLetter> {
         self.inboxes.iter_mut().find_map(|inbox| inbox.pop().ok())
     }
 
@@ -129,11 +129,11 @@ mod tests {
         for n in 0..5 {
             boxes[0].send(WorkerId(2), primary(n));
         }
-        assert!(boxes[1].next().is_none());
+        assert!(boxes[1].take().is_none());
         for n in 0..5 {
-            assert_eq!(number(boxes[2].next()), Some(n));
+            assert_eq!(number(boxes[2].take()), Some(n));
         }
-        assert!(boxes[2].next().is_none());
+        assert!(boxes[2].take().is_none());
     }
 
     #[test]
@@ -147,9 +147,9 @@ mod tests {
         boxes[0].send(WorkerId(1), primary(3));
         assert!(!boxes[0].deliver());
         for _ in 0..limits::LETTERS_MAX {
-            assert_eq!(number(boxes[1].next()), Some(1));
+            assert_eq!(number(boxes[1].take()), Some(1));
         }
         assert!(boxes[0].deliver());
-        assert_eq!((number(boxes[1].next()), number(boxes[1].next())), (Some(2), Some(3)));
+        assert_eq!((number(boxes[1].take()), number(boxes[1].take())), (Some(2), Some(3)));
     }
 }

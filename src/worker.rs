@@ -277,7 +277,7 @@ impl Worker {
     fn letters(&mut self, now: Instant) {
         let Some(postbox) = &mut self.postbox else { return };
         postbox.clear_event();
-        while let Some(letter) = postbox.next() {
+        while let Some(letter) = postbox.take() {
             let (_, rx) = self.queues.split();
             self.engine.letter(now, rx, letter);
         }

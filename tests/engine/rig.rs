@@ -3,7 +3,7 @@
 use std::cell::{RefCell, RefMut};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
@@ -27,8 +27,9 @@ pub(crate) const WRITABLE: Readiness = Readiness { writable: true, ..NOTHING };
 pub(crate) const WORLD_FIN: Readiness =
     Readiness { readable: true, writable: true, peer_closed: true, ..NOTHING };
 pub(crate) const FAILED: Readiness =
-    Readiness { readable: true, writable: true, peer_closed: true, failed: true };
-const NOTHING: Readiness = Readiness { readable: false, writable: false, peer_closed: false, failed: false };
+    Readiness { readable: true, writable: true, peer_closed: true, failed: true, ..NOTHING };
+const NOTHING: Readiness =
+    Readiness { readable: false, writable: false, peer_closed: false, failed: false, urgent: false };
 
 /// What varies between tests.
 #[derive(Clone, Debug)]
@@ -91,6 +92,7 @@ impl Rig {
         let dns =
             DnsConfig { enabled: setup.dns, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() };
         let service = Arc::new(DnsService::new(&dns, &lan, matches!(setup.mode, Mode::Nat(_))));
+        let dhcp = Arc::new(Mutex::new(vunet::service::dhcp::DhcpServer::new(&lan, &dns)));
         let config = EngineConfig {
             lan,
             dns,
@@ -98,12 +100,13 @@ impl Rig {
             mac: None,
             flows_max: setup.flows_max,
             isn_secret: (1, 2),
+            home: None,
         };
         let world = Rc::new(RefCell::new(World::new()));
         let mut port = Port::new();
         port.offloads = setup.offloads;
         Rig {
-            engine: Engine::new(&config, Net(Rc::clone(&world)), service),
+            engine: Engine::new(&config, Net(Rc::clone(&world)), dhcp, service),
             port,
             now: Instant::from_micros(1_000_000),
             reader: Reader::default(),

@@ -216,6 +216,11 @@ impl HostNet for Net {
         Ok(FakeStream { world: Rc::clone(&self.0), at })
     }
 
+    fn attach(&mut self, token: Token, at: usize) -> io::Result<FakeStream> {
+        self.0.borrow_mut().conns[at].token = token;
+        Ok(FakeStream { world: Rc::clone(&self.0), at })
+    }
+
     fn connect_dns(&mut self, token: Token) -> io::Result<FakeStream> {
         let mut world = self.0.borrow_mut();
         world.take_descriptor()?;
@@ -251,6 +256,15 @@ impl HostNet for Net {
 }
 
 impl HostStream for FakeStream {
+    type Detached = usize;
+
+    fn detach(self) -> usize {
+        let at = self.at;
+        // It is not dropped, which would be a reset; the one reference count it keeps ends with the test.
+        std::mem::forget(self);
+        at
+    }
+
     fn take_error(&mut self) -> io::Result<()> {
         self.world.borrow().conns[self.at].connect_error.map_or(Ok(()), |code| Err(os(code)))
     }

@@ -4,12 +4,13 @@ use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
 use vunet::engine::{Engine, EngineConfig};
 use vunet::frame::{Payload, QueuePair, TxFrame};
 use vunet::limits;
+use vunet::service::dhcp::DhcpServer;
 use vunet::service::dns::DnsService;
 use vunet::time::Instant;
 use vunet::wire::vnet::VnetHeader;
@@ -155,8 +156,10 @@ fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
         mac: None,
         flows_max: limits::FLOWS_MAX,
         isn_secret: (seed, !seed),
+        home: None,
     };
-    Engine::new(&config, SimNet(Rc::clone(world)), service)
+    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    Engine::new(&config, SimNet(Rc::clone(world)), dhcp, service)
 }
 
 impl Run<'_> {

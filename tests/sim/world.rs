@@ -116,7 +116,10 @@ impl World {
         if reset_after.is_some_and(|limit| conn.sent >= limit) {
             conn.reset_by_world = true;
             conn.queue.clear();
-            ready = Readiness { readable: true, writable: true, peer_closed: true, failed: true };
+            ready.readable = true;
+            ready.writable = true;
+            ready.peer_closed = true;
+            ready.failed = true;
         } else if conn.to_send == 0 && !conn.fin_sent {
             conn.fin_sent = true;
             ready.readable = true;
@@ -164,6 +167,11 @@ impl HostNet for SimNet {
         Ok(SimStream { world: Rc::clone(&self.0), at })
     }
 
+    fn attach(&mut self, token: Token, at: usize) -> io::Result<SimStream> {
+        self.0.borrow_mut().conns[at].token = token;
+        Ok(SimStream { world: Rc::clone(&self.0), at })
+    }
+
     fn connect_dns(&mut self, _: Token) -> io::Result<SimStream> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -186,6 +194,15 @@ impl HostNet for SimNet {
 }
 
 impl HostStream for SimStream {
+    type Detached = usize;
+
+    fn detach(self) -> usize {
+        let at = self.at;
+        // It is not dropped, which would be a reset; the one reference count it keeps ends with the test.
+        std::mem::forget(self);
+        at
+    }
+
     fn take_error(&mut self) -> io::Result<()> {
         match self.world.borrow().refuse_connects {
             true => Err(io::Error::from_raw_os_error(libc::ECONNREFUSED)),

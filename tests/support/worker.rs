@@ -61,7 +61,7 @@ pub(crate) struct TestDevice {
 }
 
 pub(crate) fn config() -> DeviceConfig {
-    DeviceConfig { mac: None, ip_mtu: IpMtu::DEFAULT, one_off: false }
+    DeviceConfig { mac: None, ip_mtu: IpMtu::DEFAULT, queue_pairs: 1, one_off: false }
 }
 
 impl TestDevice {
@@ -83,7 +83,8 @@ impl TestDevice {
         config: DeviceConfig,
         attach: Attach,
     ) -> Result<TestDevice, SessionError> {
-        let (session, queues) = device(config).expect("descriptors");
+        let (session, mut queues) = device(config, 1).expect("descriptors");
+        let queues = queues.remove(0);
         let shutdown = EventFd::new(EFD_NONBLOCK).expect("a descriptor");
         let session = session.spawn(attach, shutdown.try_clone().expect("a descriptor"))?;
         let seen = Arc::new(Mutex::new(Seen::default()));
