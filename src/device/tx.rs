@@ -264,7 +264,8 @@ fn judge(mut vnet: VnetHeader, features: Features, frame_bytes: usize) -> Result
         let negotiated = match gso.kind {
             GsoKind::Tcp4 => features.has(Feature::HOST_TSO4),
             GsoKind::Tcp6 => features.has(Feature::HOST_TSO6),
-            GsoKind::UdpL4 | GsoKind::UdpFragment => false,
+            GsoKind::UdpL4 => features.has(Feature::HOST_USO),
+            GsoKind::UdpFragment => false,
         };
         if !negotiated || (gso.ecn && !features.has(Feature::HOST_ECN)) {
             return Err(FrameError::NotNegotiated);
@@ -315,7 +316,8 @@ mod tests {
         assert!(judge(segmented(GsoKind::Tcp4, false), tso4, 1500).is_ok());
         assert_eq!(judge(segmented(GsoKind::Tcp4, true), tso4, 1500), Err(FrameError::NotNegotiated));
         assert_eq!(judge(segmented(GsoKind::Tcp6, false), tso4, 1500), Err(FrameError::NotNegotiated));
-        assert_eq!(judge(segmented(GsoKind::UdpL4, false), all(), 1500), Err(FrameError::NotNegotiated));
+        assert_eq!(judge(segmented(GsoKind::UdpL4, false), tso4, 1500), Err(FrameError::NotNegotiated));
+        assert!(judge(segmented(GsoKind::UdpL4, false), all(), 1500).is_ok());
         assert_eq!(
             judge(segmented(GsoKind::UdpFragment, false), all(), 1500),
             Err(FrameError::NotNegotiated)

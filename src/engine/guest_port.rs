@@ -19,6 +19,8 @@ pub struct GuestOffloads {
     pub tso6: bool,
     /// ECN on segmented TCP (`VIRTIO_NET_F_GUEST_ECN`).
     pub ecn: bool,
+    /// UDP over IPv4 datagrams of equal size in one frame (`VIRTIO_NET_F_GUEST_USO4`).
+    pub uso4: bool,
 }
 
 /// Why no receive buffer could be reserved.

@@ -24,6 +24,9 @@ pub struct Readiness {
     pub peer_closed: bool,
     /// Both directions are closed or an error waits (`EPOLLHUP`, `EPOLLERR`).
     pub failed: bool,
+    /// Urgent bytes lie in the queue (`EPOLLPRI`): reads stop at them, so a short one says nothing of
+    /// what is behind.
+    pub urgent: bool,
 }
 
 /// How a stream socket ends.

@@ -18,7 +18,8 @@ use libc::iovec;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::sys::poll::Poll;
-use super::sys::socket as sys;
+use super::sys::routes;
+use super::sys::socket::{self as sys, PeerState};
 use crate::engine::host_net::{
     Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
 };
@@ -72,7 +73,7 @@ impl Run {
         !self.ended
             && self.to == Some(to)
             && self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
-            && len <= self.segment_bytes
+            && (1..=self.segment_bytes).contains(&len)
             && self.starts.len() < RUN_DATAGRAMS_MAX
             && self.total_bytes + len <= RUN_BYTES_MAX
     }
@@ -277,11 +278,18 @@ impl HostNet for HostSockets {
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
-        // An address can be bound exactly if it is the host's own; no list of ours can be stale.
+        // The host's own addresses can be bound; no list of ours can be stale.
         let at = SocketAddr::new(addr, 0);
         let probe = Socket::new(Domain::for_address(at), Type::DGRAM.cloexec(), Some(Protocol::UDP));
         // Where descriptors ran out nothing is known, and what is not known is refused.
-        probe.map_or(true, |socket| socket.bind(&at.into()).is_ok())
+        if !probe.map_or(true, |socket| socket.bind(&at.into()).is_ok()) {
+            return false;
+        }
+        // With net.ipv4.ip_nonlocal_bind any address can be bound; the routes have the last word.
+        match addr {
+            IpAddr::V4(addr) => routes::leads_to_host(addr).unwrap_or(true),
+            IpAddr::V6(_) => true,
+        }
     }
 }
 
@@ -304,23 +312,35 @@ pub struct Stream {
 
 impl Stream {
     fn peek_from_front(&mut self, offset: usize, into: &mut PayloadMut<'_>) -> io::Result<usize> {
-        // Asked before reading: a FIN that came with the last bytes is then known with certainty.
-        let closed = offset > 0 && sys::peer_closed(self.socket.as_fd());
+        // Asked before reading: an end that came with the last bytes is then known with certainty.
+        let peer = if offset > 0 { sys::peer_state(self.socket.as_fd()) } else { PeerState::Open };
         let mut segments = self.shared.segments.borrow_mut();
         let mut scratch = self.shared.scratch.borrow_mut();
         segments.clear();
-        let mut skip = offset;
-        while skip > 0 {
-            let len = skip.min(SCRATCH_BYTES);
-            segments.push(iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: len });
-            skip -= len;
-        }
+        push_skipped(&mut segments, &mut scratch, offset);
         into.push_iovecs(&mut segments);
-        segments.truncate(limits::FRAME_SEGMENTS_MAX);
-        let len = sys::recv_segments(self.socket.as_fd(), &mut segments, libc::MSG_PEEK)?;
-        match len.saturating_sub(offset) {
-            0 if offset > 0 && !closed => Err(io::ErrorKind::WouldBlock.into()),
-            fresh => Ok(fresh),
+        let mut seen = 0;
+        // More than one turn only for more segments than one call takes.
+        loop {
+            let count = segments.len().min(limits::FRAME_SEGMENTS_MAX);
+            let asked: usize = segments[..count].iter().map(|segment| segment.iov_len).sum();
+            let len = sys::recv_segments(self.socket.as_fd(), &mut segments[..count], libc::MSG_PEEK)?;
+            seen = len.max(seen);
+            if len < asked || count == segments.len() {
+                break;
+            }
+            let rest = segments.split_off(count);
+            segments.clear();
+            push_skipped(&mut segments, &mut scratch, asked);
+            segments.extend(rest);
+        }
+        match (seen.saturating_sub(offset), peer) {
+            (0, PeerState::Open) if offset > 0 => Err(io::ErrorKind::WouldBlock.into()),
+            // What was peeked before is still there to be read, and hides the error from reads.
+            (0, PeerState::Failed) => {
+                Err(self.socket.take_error()?.unwrap_or(io::ErrorKind::ConnectionReset.into()))
+            }
+            (fresh, _) => Ok(fresh),
         }
     }
 
@@ -335,6 +355,17 @@ impl Stream {
         let outcome = sys::recv_segments(self.socket.as_fd(), &mut segments, libc::MSG_PEEK);
         self.position = Some(offset + *outcome.as_ref().unwrap_or(&0));
         outcome
+    }
+}
+
+/// Appends `len` bytes of `scratch`, over and over, to be skipped by a peek.
+fn push_skipped(segments: &mut Vec<iovec>, scratch: &mut [u8], len: usize) {
+    let base = scratch.as_mut_ptr();
+    let mut left = len;
+    while left > 0 {
+        let iov_len = left.min(scratch.len());
+        segments.push(iovec { iov_base: base.cast(), iov_len });
+        left -= iov_len;
     }
 }
 
@@ -386,10 +417,15 @@ impl HostStream for Stream {
         let Some(memory) = sys::send_memory(self.socket.as_fd()) else {
             return SendSpace { bytes: 64 << 10, tight: true };
         };
-        let free = memory.limit_bytes.saturating_sub(memory.queued_bytes);
+        let queued = match self.kind {
+            StreamKind::Tcp => memory.queued_bytes,
+            StreamKind::Local => memory.allocated_bytes,
+        };
+        let free = memory.limit_bytes.saturating_sub(queued);
         // A quarter is left for what the kernel charges besides payload. It tells of room once a third
         // of the queue is free (sk_stream_is_writeable), and grows the queue only when so asked.
-        SendSpace { bytes: free / 4 * 3, tight: free < memory.queued_bytes / 2 }
+        // Judged otherwise than the kernel does, "tight" would make it tell at once, again and again.
+        SendSpace { bytes: free / 4 * 3, tight: free < queued / 2 }
     }
 
     fn want_writable(&mut self) {

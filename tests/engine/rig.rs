@@ -27,8 +27,9 @@ pub(crate) const WRITABLE: Readiness = Readiness { writable: true, ..NOTHING };
 pub(crate) const WORLD_FIN: Readiness =
     Readiness { readable: true, writable: true, peer_closed: true, ..NOTHING };
 pub(crate) const FAILED: Readiness =
-    Readiness { readable: true, writable: true, peer_closed: true, failed: true };
-const NOTHING: Readiness = Readiness { readable: false, writable: false, peer_closed: false, failed: false };
+    Readiness { readable: true, writable: true, peer_closed: true, failed: true, ..NOTHING };
+const NOTHING: Readiness =
+    Readiness { readable: false, writable: false, peer_closed: false, failed: false, urgent: false };
 
 /// What varies between tests.
 #[derive(Clone, Debug)]

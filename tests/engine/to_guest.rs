@@ -1,6 +1,7 @@
 //! Bytes of a socket on their way to the guest.
 
 use vunet::engine::guest_port::GuestOffloads;
+use vunet::engine::host_net::Readiness;
 use vunet::wire::tcp::Flags;
 use vunet::wire::vnet::{Checksum, Gso, GsoKind};
 
@@ -8,7 +9,7 @@ use crate::frames::{Seen, guest, world};
 use crate::rig::{FAILED, Peer, READABLE, Rig, Setup, WORLD_FIN, connected, ms, only, pattern, secs};
 use crate::world::End;
 
-const TSO: GuestOffloads = GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false };
+const TSO: GuestOffloads = GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false, uso4: false };
 
 fn flow(rig: &mut Rig) -> Peer {
     connected(rig, Peer::new(guest(4000), world(80)))
@@ -301,6 +302,23 @@ fn bytes_are_read_on_to_the_end_of_the_stream_and_the_fin_follows() {
     assert_eq!(peer.take(seen), pattern(3000));
     assert_eq!(peer.acknowledge(&mut rig), []);
     assert_eq!(rig.conn(0).discarded, 3000, "the FIN's number is no byte");
+}
+
+#[test]
+fn short_reads_before_urgent_bytes_leave_nothing_behind() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    rig.conn(0).queue.extend(pattern(3000));
+    rig.conn(0).peek_max = 1000;
+    let seen = rig.stream_ready(0, Readiness { urgent: true, ..READABLE });
+    assert_eq!(peer.take(seen), pattern(3000));
+    // Where the kernel peeks from the front only, the mark is passed once all before it is discarded.
+    rig.conn(0).queue.extend(pattern(500));
+    rig.conn(0).peek_max = 0;
+    assert_eq!(rig.stream_ready(0, READABLE), []);
+    rig.conn(0).peek_max = usize::MAX;
+    let seen = peer.acknowledge(&mut rig);
+    assert_eq!(peer.take(seen), pattern(500));
 }
 
 #[test]

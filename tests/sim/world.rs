@@ -116,7 +116,10 @@ impl World {
         if reset_after.is_some_and(|limit| conn.sent >= limit) {
             conn.reset_by_world = true;
             conn.queue.clear();
-            ready = Readiness { readable: true, writable: true, peer_closed: true, failed: true };
+            ready.readable = true;
+            ready.writable = true;
+            ready.peer_closed = true;
+            ready.failed = true;
         } else if conn.to_send == 0 && !conn.fin_sent {
             conn.fin_sent = true;
             ready.readable = true;

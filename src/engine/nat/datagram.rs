@@ -28,7 +28,7 @@ use crate::limits;
 use crate::time::Instant;
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::Protocol;
-use crate::wire::vnet::VnetHeader;
+use crate::wire::vnet::{Gso, GsoKind, VnetHeader};
 use crate::wire::{checksum, ethernet, udp};
 
 /// Idle time of a peer that has answered (RFC 4787, REQ-5 recommends five minutes) ...
@@ -546,6 +546,14 @@ impl Delivery {
     fn udp(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
         let partial = port.offloads().checksum;
         let room = usize::from(core.ip_mtu) - (emit::ip_head_bytes(self.guest.ip()) - ethernet::HEADER_BYTES);
+        let coalesced = arrival.bytes.len() > arrival.segment_bytes;
+        if coalesced && port.offloads().uso4 && udp::HEADER_BYTES + arrival.segment_bytes <= room {
+            match port.has_room(self.neighbour.pair, emit::HEAD_BYTES_MAX + arrival.bytes.len()) {
+                // A driver without large buffers cannot take it whole.
+                Err(ReserveError::TooSmall) => {}
+                _ => return self.udp_coalesced(core, port, arrival),
+            }
+        }
         // An empty datagram is one too.
         let mut rest = arrival.bytes;
         loop {
@@ -566,6 +574,23 @@ impl Delivery {
             }
             rest = after;
         }
+    }
+
+    /// Hands datagrams of equal size to a guest that cuts them itself (`GUEST_USO4`).
+    fn udp_coalesced(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
+        core.counters.payload_to_guest_bytes += arrival.bytes.len() as u64;
+        let (ident, mac) = (core.next_ident(), self.neighbour.mac);
+        let payload = Payload::from_host(arrival.bytes);
+        let Some(mut head) = emit::udp(mac, self.remote, self.guest, &payload, ident, true) else {
+            return;
+        };
+        head.vnet.gso = Some(Gso {
+            kind: GsoKind::UdpL4,
+            size_bytes: arrival.segment_bytes as u16,
+            headers_bytes: head.bytes().len() as u16,
+            ecn: false,
+        });
+        core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), arrival.bytes);
     }
 
     fn udp_in_fragments(&self, core: &mut Core, port: &mut impl GuestPort, ident: u16, bytes: &[u8]) {

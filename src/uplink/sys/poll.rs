@@ -78,7 +78,7 @@ impl Poll {
 }
 
 fn socket_events() -> Events {
-    Events::EPOLLIN | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET
+    Events::EPOLLIN | Events::EPOLLPRI | Events::EPOLLOUT | Events::EPOLLRDHUP | Events::EPOLLET
 }
 
 /// What an event says of a host socket.
@@ -89,5 +89,6 @@ pub fn readiness(event: &Event) -> Readiness {
         writable: events.contains(Events::EPOLLOUT),
         peer_closed: events.contains(Events::EPOLLRDHUP),
         failed: events.intersects(Events::EPOLLERR | Events::EPOLLHUP),
+        urgent: events.contains(Events::EPOLLPRI),
     }
 }

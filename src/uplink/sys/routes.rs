@@ -2,10 +2,13 @@
 //!
 //! Linux prints its main table as text in `/proc/net/route`: one line per route, addresses as
 //! hexadecimal numbers in the host's byte order. Read once at start; no netlink socket is needed.
+//! Where a single address leads is asked of the kernel, which knows every table and rule.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::net::Ipv4Addr;
+
+use socket2::{Domain, Socket, Type};
 
 use crate::addr::Ipv4Subnet;
 
@@ -49,6 +52,42 @@ pub fn host_routes() -> io::Result<Vec<HostRoute>> {
         std::fs::read_to_string("/proc/net/route").map(|table| parse(&table))
     } else {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// Whether packets to `addr` stay in the host (a route of type `local`): one question to the kernel
+/// (`RTM_GETROUTE`, rtnetlink(7)).
+///
+/// # Errors
+/// No netlink socket, or an answer that is none.
+pub fn leads_to_host(addr: Ipv4Addr) -> io::Result<bool> {
+    const RTM_NEWROUTE: u16 = 24;
+    const RTM_GETROUTE: u16 = 26;
+    const NLMSG_ERROR: u16 = 2;
+    const NLM_F_REQUEST: u16 = 1;
+    const RTA_DST: u16 = 1;
+    const RTN_LOCAL: u8 = 2;
+    const REQUEST_BYTES: usize = 36;
+    /// Behind the message's header of 16 bytes, the route's type.
+    const TYPE_AT: usize = 16 + 7;
+    let mut request = [0u8; REQUEST_BYTES];
+    request[0..4].copy_from_slice(&(REQUEST_BYTES as u32).to_ne_bytes());
+    request[4..6].copy_from_slice(&RTM_GETROUTE.to_ne_bytes());
+    request[6..8].copy_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    request[16] = libc::AF_INET as u8;
+    request[17] = 32;
+    request[28..30].copy_from_slice(&8u16.to_ne_bytes());
+    request[30..32].copy_from_slice(&RTA_DST.to_ne_bytes());
+    request[32..36].copy_from_slice(&addr.octets());
+    let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW.cloexec(), None)?;
+    socket.send(&request)?;
+    let mut answer = [0u8; 1024];
+    let len = (&socket).read(&mut answer)?;
+    match u16::from_ne_bytes([answer[4], answer[5]]) {
+        RTM_NEWROUTE if len > TYPE_AT => Ok(answer[TYPE_AT] == RTN_LOCAL),
+        // No route at all: it leads nowhere.
+        NLMSG_ERROR => Ok(false),
+        _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 

@@ -11,11 +11,14 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use libc::{c_int, c_void, iovec, socklen_t};
 use socket2::{SockAddr, SockAddrStorage};
 
-/// Bytes queued and allowed in a socket's send queue.
+/// Bytes queued and allowed in a socket's send queue, headers and the like charged too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SendMemory {
-    /// Charged to what is queued, headers included.
+    /// In a TCP socket's queue, sent and not acknowledged included: what its kernel judges by.
     pub queued_bytes: usize,
+    /// In buffers that belong to the socket, wherever they are: what a local socket is judged by. For
+    /// TCP it counts copies on their way through devices too.
+    pub allocated_bytes: usize,
     /// Where the kernel starts to refuse.
     pub limit_bytes: usize,
 }
@@ -258,16 +261,35 @@ pub fn send_memory(fd: BorrowedFd<'_>) -> Option<SendMemory> {
     // SAFETY: `pointer` has room for `len` bytes, and the kernel writes no more.
     let result =
         unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MEMINFO, pointer, &mut len) };
-    let queued = info[WMEM_QUEUED].max(info[WMEM_ALLOC]);
-    (result == 0).then_some(SendMemory { queued_bytes: queued as usize, limit_bytes: info[SNDBUF] as usize })
+    (result == 0).then_some(SendMemory {
+        queued_bytes: info[WMEM_QUEUED] as usize,
+        allocated_bytes: info[WMEM_ALLOC] as usize,
+        limit_bytes: info[SNDBUF] as usize,
+    })
 }
 
-/// Whether the peer has sent FIN (`POLLRDHUP`, poll(2)).
-pub fn peer_closed(fd: BorrowedFd<'_>) -> bool {
+/// What a stream's peer has done to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PeerState {
+    /// It may send more.
+    Open,
+    /// It sent FIN.
+    Closed,
+    /// It sent RST, or the connection failed otherwise.
+    Failed,
+}
+
+/// The state of a stream's peer (poll(2)). Does not take the socket's error away.
+pub fn peer_state(fd: BorrowedFd<'_>) -> PeerState {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
     // SAFETY: one live `pollfd`, and no waiting.
     let count = unsafe { libc::poll(&mut poll, 1, 0) };
-    count == 1 && poll.revents & (libc::POLLRDHUP | libc::POLLHUP) != 0
+    match poll.revents {
+        _ if count != 1 => PeerState::Open,
+        events if events & libc::POLLERR != 0 => PeerState::Failed,
+        events if events & (libc::POLLRDHUP | libc::POLLHUP) != 0 => PeerState::Closed,
+        _ => PeerState::Open,
+    }
 }
 
 /// Raises the soft limit of open files to the hard one; returns the limit now in force.

@@ -138,6 +138,9 @@ pub(super) struct Send {
     pub(super) readable: bool,
     /// The world's FIN or error came: after the last byte there is one more thing to read.
     pub(super) peer_closed: bool,
+    /// The world sent urgent bytes: reads stop at them, and where the kernel peeks from the front
+    /// only, go on behind them once what lies before is discarded.
+    pub(super) urgent: bool,
     /// A SYN or SYN-ACK is owed.
     pub(super) syn_due: bool,
     /// A probe (keepalive or zero window) is owed.
@@ -237,6 +240,7 @@ impl<S: HostStream> Flow<S> {
                 eof: None,
                 readable: false,
                 peer_closed: false,
+                urgent: false,
                 syn_due: false,
                 probe_due: false,
                 rst_due: None,
@@ -299,6 +303,7 @@ impl<S: HostStream> Flow<S> {
             self.send.timer_base = core.now;
         }
         self.send.peer_closed |= ready.peer_closed || ready.failed;
+        self.send.urgent |= ready.urgent;
         self.send.readable |= (ready.readable || self.send.peer_closed) && self.send.eof.is_none();
         if ready.writable && self.state == State::Established && self.recv.wants_room {
             // Room again: first what was held back, then a larger window for the guest.

@@ -127,6 +127,7 @@ impl<S: HostStream> Flow<S> {
             stream.discard(len as usize).map_err(|_| Stop::Over(Fate::ResetBoth))?;
         }
         self.send.consumed = until;
+        self.send.readable |= self.send.urgent && self.send.eof.is_none();
         Ok(())
     }
 
@@ -197,8 +198,10 @@ impl<S: HostStream> Flow<S> {
                 };
             }
         };
-        // A short read means an empty queue (epoll(7)), unless what follows is the end of the stream.
-        if len < ask && self.send.nxt.at_or_after(self.send.max) && !self.send.peer_closed {
+        // A short read means an empty queue (epoll(7)), unless what follows is the end of the stream or
+        // an urgent byte.
+        let ends_early = self.send.peer_closed || self.send.urgent;
+        if len < ask && self.send.nxt.at_or_after(self.send.max) && !ends_early {
             self.send.readable = false;
         }
         self.commit_data(core, port, head_bytes, len)
