@@ -100,7 +100,7 @@ count_tests() {
         line=${line#SKIPPED }
         # With CI=true such a test has failed by itself and is counted so.
         [[ ${CI:-} == true ]] || result skipped 1 "$name: ${line%%: *}" "${line#*: }"
-    done <"$VUNET_SKIP_LOG"
+    done < <(sort -u "$VUNET_SKIP_LOG")
     result passed $((passed > skips ? passed - skips : 0)) "$name"
     result failed "$failed" "$name" 'see above'
     result skipped "$ignored" "$name" 'ignored tests run with --long'

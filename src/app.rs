@@ -59,7 +59,7 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for.
 ///
 /// # Errors
-/// [`Error`], whose chain says what to do.
+/// [`enum@Error`], whose chain says what to do.
 pub fn run(config: Config) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let nat = match &config.mode {

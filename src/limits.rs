@@ -60,8 +60,8 @@ pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
 /// Frames of one flow towards the guest before the next flow has its turn.
 pub const FLOW_BURST_FRAMES: usize = 32;
 
-/// Datagrams of one socket before the next has its turn.
-pub const DATAGRAM_BURST: usize = 64;
+/// Batches of datagrams taken from one socket before the next has its turn.
+pub const DATAGRAM_BATCHES: usize = 4;
 
 /// Remote endpoints one datagram socket remembers for filtering; beyond it the longest idle goes.
 pub const DATAGRAM_PEERS_MAX: usize = 65_536;
@@ -157,3 +157,7 @@ pub const DNS_UPSTREAMS_MAX: usize = 4;
 
 /// Bytes of `/etc/resolv.conf` that are read.
 pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;
+
+/// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at
+/// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
+pub const USO_SEGMENTS_MAX: usize = 128;

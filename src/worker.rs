@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::IpMtu;
 use crate::control::dns_forward::{DnsClient, DnsQuery};
-use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch};
+use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, TxEvent};
 use crate::engine::counters::Counters;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
@@ -239,8 +239,10 @@ impl Worker {
             let pair = waiting.trailing_zeros() as u8;
             waiting &= waiting - 1;
             let engine = &mut self.engine;
-            let drained =
-                tx.drain(QueuePair(pair), TX_BUDGET_FRAMES, |frame| engine.from_guest(now, rx, &frame));
+            let drained = tx.drain(QueuePair(pair), TX_BUDGET_FRAMES, |event| match event {
+                TxEvent::Frame(frame) => engine.from_guest(now, rx, &frame),
+                TxEvent::BatchEnd => engine.end_of_frames(),
+            });
             if drained == Drained::More {
                 self.tx_waiting |= 1 << pair;
             }

@@ -90,16 +90,19 @@ spawn() {
     on_exit "end_process $SPAWNED"
 }
 
-# end_process PID [SIGNAL]: ends a child and waits for it, with SIGKILL after 5 seconds.
+# end_process PID [SIGNAL]: ends a child and waits for it, with SIGKILL after 5 seconds. Silent, as bash
+# tells of every child that a signal ended.
 end_process() {
     local pid=$1 signal=${2:-TERM} i
-    kill -s "$signal" "$pid" 2>/dev/null || { wait "$pid" 2>/dev/null || true; return 0; }
-    for ((i = 0; i < 100; i++)); do
-        is_running "$pid" || break
-        sleep 0.05
-    done
-    kill -s KILL "$pid" 2>/dev/null || true
-    wait "$pid" 2>/dev/null || true
+    {
+        kill -s "$signal" "$pid" || true
+        for ((i = 0; i < 100; i++)); do
+            is_running "$pid" || break
+            sleep 0.05
+        done
+        kill -s KILL "$pid" || true
+        wait "$pid" || true
+    } 2>/dev/null
 }
 
 # Whether a process exists and is not a zombie.

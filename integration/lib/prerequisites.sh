@@ -17,15 +17,17 @@
 GUEST_CACHE=$TARGET_DIR/guest-cache
 APT_SECONDS_MAX=900
 
-# command|package|why
+# command or file|package|why
 TOOLS_DEMO='qemu-system-x86_64|qemu-system-x86|runs the Linux guest
 ip|iproute2|makes the network namespaces
 setpriv|util-linux|runs vunet as an ordinary user
 dnsmasq|dnsmasq-base|answers DNS in the world
 cpio|cpio|packs the guest'"'"'s initramfs
 cc|gcc|links what cargo builds
+/usr/include/stdlib.h|libc6-dev|is the C library to link with
 xz|xz-utils|unpacks compressed kernel modules'
 TOOLS_TEST='shellcheck|shellcheck|checks these scripts
+sysctl|procps|sets a namespace'"'"'s kernel parameters
 dig|bind9-dnsutils|asks every record type in the namespace guest
 iperf3|iperf3|loads the namespace guest
 curl|curl|fetches in the namespace guest
@@ -45,12 +47,20 @@ prerequisites_list() {
     esac
 }
 
-# have_tools COMMAND...: whether all are there; sets LACKING to those that are not.
+# have_tool COMMAND|FILE: whether it is there.
+have_tool() {
+    case $1 in
+    /*) [[ -e $1 ]] ;;
+    *) command -v "$1" >/dev/null ;;
+    esac
+}
+
+# have_tools COMMAND|FILE...: whether all are there; sets LACKING to those that are not.
 have_tools() {
     local tool
     LACKING=
     for tool in "$@"; do
-        command -v "$tool" >/dev/null || LACKING+="${LACKING:+, }$tool"
+        have_tool "$tool" || LACKING+="${LACKING:+, }$tool"
     done
     [[ -z $LACKING ]]
 }
@@ -81,9 +91,9 @@ apt_refresh() {
 prerequisites_install() {
     local tool package why packages=()
     while IFS='|' read -r tool package why; do
-        command -v "$tool" >/dev/null && continue
+        ! have_tool "$tool" || continue
         [[ ${#packages[@]} != 0 ]] || say "installing what is missing with apt-get:"
-        note "$package: $tool $why"
+        note "$package: ${tool##*/} $why"
         packages+=("$package")
     done < <(prerequisites_list "$1")
     [[ ${#packages[@]} != 0 ]] || return 0

@@ -38,7 +38,7 @@ result_lacking() {
 # results_sum VERDICT: how many have that verdict.
 results_sum() { awk -F '\t' -v verdict="$1" '$1 == verdict {n += $2} END {print n + 0}' "$VUNET_RESULTS"; }
 
-# results_end: says what failed and what was skipped and why, then the totals as the last line. Fails
+# results_end: says what failed and what was skipped, grouped by why, then the totals as the last line. Fails
 # if anything failed or nothing ran.
 results_end() {
     local passed failed skipped
@@ -46,8 +46,16 @@ results_end() {
     failed=$(results_sum failed)
     skipped=$(results_sum skipped)
     say ''
-    awk -F '\t' '$1 != "passed" && $2 > 0 {
-        printf "%s: %s%s%s\n", $1, $3, ($2 > 1 ? " (" $2 " tests)" : ""), ($4 != "" ? ": " $4 : "")
+    awk -F '\t' '$1 != "passed" {
+        key = $1 FS $4
+        if (!(key in count)) order[++keys] = key
+        count[key] += $2
+        names[key] = names[key] (names[key] != "" ? "\n    " : "") $3
+    } END {
+        for (i = 1; i <= keys; i++) {
+            split(order[i], part, FS)
+            printf "%d %s%s:\n    %s\n", count[order[i]], part[1], (part[2] != "" ? ", " part[2] : ""), names[order[i]]
+        }
     }' "$VUNET_RESULTS"
     # The totals are the last line, so the clean-up must not speak of logs.
     # shellcheck disable=SC2034 # read by lab_end

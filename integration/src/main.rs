@@ -1,15 +1,16 @@
 //! Guests, servers and helpers of vunet's integration tests, as commands.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 use vunet_integration::guest::features::Features;
+use vunet_integration::guest::frames::{self, FramesConfig, Generate};
 use vunet_integration::guest::misbehave::Misbehaviour;
 use vunet_integration::guest::session::ProtocolFeatures;
-use vunet_integration::guest::{self, GuestConfig, Order};
+use vunet_integration::guest::{self, DriverConfig, GuestConfig, Order};
 use vunet_integration::world;
 
 /// Real guests for vunet's tests, benchmarks and demo.
@@ -24,6 +25,8 @@ struct Cli {
 enum Command {
     /// Run a vhost-user front-end whose guest is a network namespace.
     NetnsGuest(Box<NetnsGuest>),
+    /// Run a front-end that makes and counts UDP frames itself, to measure frames a second.
+    Frames(Box<Frames>),
     /// Run the servers that stand for the world, and report how each connection ended.
     WorldServer {
         /// Address to listen on.
@@ -33,23 +36,17 @@ enum Command {
 }
 
 #[derive(Debug, Args)]
-struct NetnsGuest {
+struct Driver {
     /// The vhost-user socket.
     #[arg(long)]
     socket: PathBuf,
     /// Listen on the socket and let the back-end connect.
     #[arg(long)]
     server: bool,
-    /// Network namespace for the TAP, as `ip netns` names it.
-    #[arg(long)]
-    netns: Option<String>,
-    /// Name of the TAP interface.
-    #[arg(long, default_value = "eth0")]
-    tap: String,
-    /// MAC address; without one the device's, else a random one.
-    #[arg(long, value_parser = parse_mac)]
-    mac: Option<[u8; 6]>,
-    /// IP MTU of the interface; without one the device's, else 1500.
+    /// How long to wait for a back-end, in milliseconds.
+    #[arg(long, default_value_t = 10_000)]
+    patience_ms: u64,
+    /// IP MTU of the link; without one the device's, else 1500.
     #[arg(long)]
     ip_mtu: Option<u16>,
     /// Features to accept where offered: names, `all`, `none`, `-name` to take away, or a mask.
@@ -73,26 +70,14 @@ struct NetnsGuest {
     /// Order of the handshake's messages.
     #[arg(long, value_enum, default_value_t = Order::Spec)]
     order: Order,
-    /// Ways to go wrong: drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, late-kick:MS,
-    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N.
-    #[arg(long, value_delimiter = ',')]
-    misbehave: Vec<Misbehaviour>,
-    /// Wait for another back-end when one leaves.
-    #[arg(long)]
-    reconnect: bool,
-    /// How long to wait for a back-end, in milliseconds.
-    #[arg(long, default_value_t = 10_000)]
-    patience_ms: u64,
 }
 
-impl NetnsGuest {
-    fn into_config(self) -> GuestConfig {
-        GuestConfig {
+impl Driver {
+    fn into_config(self) -> DriverConfig {
+        DriverConfig {
             socket: self.socket,
             server: self.server,
-            netns: self.netns,
-            tap: self.tap,
-            mac: self.mac,
+            patience: Duration::from_millis(self.patience_ms),
             ip_mtu: self.ip_mtu,
             features: self.features,
             protocol: self.protocol,
@@ -101,9 +86,76 @@ impl NetnsGuest {
             tx_cuts: self.tx_cuts,
             queues: self.queues,
             order: self.order,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(args_override_self = true)]
+struct NetnsGuest {
+    #[command(flatten)]
+    driver: Driver,
+    /// Network namespace for the TAP, as `ip netns` names it.
+    #[arg(long)]
+    netns: Option<String>,
+    /// Name of the TAP interface.
+    #[arg(long, default_value = "eth0")]
+    tap: String,
+    /// MAC address; without one the device's, else a random one.
+    #[arg(long, value_parser = parse_mac)]
+    mac: Option<[u8; 6]>,
+    /// Ways to go wrong: drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, late-kick:MS,
+    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N.
+    #[arg(long, value_delimiter = ',')]
+    misbehave: Vec<Misbehaviour>,
+    /// Wait for another back-end when one leaves.
+    #[arg(long)]
+    reconnect: bool,
+}
+
+#[derive(Debug, Args)]
+struct Frames {
+    #[command(flatten)]
+    driver: Driver,
+    /// What to send as fast as it goes: udp:FRAME_BYTES:ADDRESS:PORT. Without it, only receive.
+    #[arg(long)]
+    generate: Option<Generate>,
+    /// The guest's MAC address.
+    #[arg(long, value_parser = parse_mac, default_value = "52:54:00:00:00:01")]
+    mac: [u8; 6],
+    /// The guest's address.
+    #[arg(long, default_value = "10.0.2.2")]
+    ip: Ipv4Addr,
+    /// The gateway's MAC address.
+    #[arg(long, value_parser = parse_mac, default_value = "02:ab:cd:00:00:01")]
+    gateway_mac: [u8; 6],
+    /// For how long.
+    #[arg(long, default_value_t = 5)]
+    seconds: u64,
+}
+
+impl NetnsGuest {
+    fn into_config(self) -> GuestConfig {
+        GuestConfig {
+            driver: self.driver.into_config(),
+            netns: self.netns,
+            tap: self.tap,
+            mac: self.mac,
             misbehave: self.misbehave,
             reconnect: self.reconnect,
-            patience: Duration::from_millis(self.patience_ms),
+        }
+    }
+}
+
+impl Frames {
+    fn into_config(self) -> FramesConfig {
+        FramesConfig {
+            driver: self.driver.into_config(),
+            generate: self.generate,
+            mac: self.mac,
+            ip: self.ip,
+            gateway_mac: self.gateway_mac,
+            duration: Duration::from_secs(self.seconds),
         }
     }
 }
@@ -121,6 +173,7 @@ fn parse_mac(text: &str) -> Result<[u8; 6], String> {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::NetnsGuest(args) => guest::run(&args.into_config()).map_err(|e| e.to_string()),
+        Command::Frames(args) => frames::run(&args.into_config()).map_err(|e| e.to_string()),
         Command::WorldServer { bind } => world::serve(bind).map_err(|e| format!("serving on {bind}: {e}")),
     };
     match result {

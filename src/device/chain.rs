@@ -187,3 +187,83 @@ fn indirect_descriptor(memory: &GuestMemory, table: u64, index: u16) -> Result<D
     memory.read(at, descriptor.as_mut_slice()).map_err(|_| ChainError::IndirectUnmapped)?;
     Ok(descriptor)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+    use virtio_bindings::bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT};
+
+    use super::*;
+    use crate::device::guest_mem::RegionSpec;
+
+    const GUEST: u64 = 0x10_0000;
+    const BYTES: u64 = 0x1_0000;
+
+    fn memory(content: &[u8]) -> SharedMemory {
+        use std::os::unix::fs::FileExt;
+        let file: File = tempfile::tempfile_in("/dev/shm").unwrap();
+        file.set_len(BYTES).unwrap();
+        file.write_all_at(content, 0).unwrap();
+        let spec = RegionSpec { guest_addr: GUEST, size_bytes: BYTES, user_addr: 0, file_offset_bytes: 0 };
+        Arc::new(GuestMemory::default().replaced(vec![(spec, file)]).unwrap())
+    }
+
+    fn next(addr: u64, len: u32, next: u16) -> Descriptor {
+        Descriptor::new(addr, len, VRING_DESC_F_NEXT as u16, next)
+    }
+
+    fn walk_table(table: &[Descriptor], indirect: bool, buf: &mut ChainBuf) -> Result<(), ChainError> {
+        walk(0, table.len() as u16, indirect, |n| table[usize::from(n)], buf)
+    }
+
+    #[test]
+    fn chain_as_long_as_its_table_is_taken() {
+        let mut buf = ChainBuf::new(&memory(&[]));
+        let mut table: Vec<_> = (1..=64).map(|n| next(GUEST, 2, n)).collect();
+        assert_eq!(walk_table(&table, false, &mut buf), Err(ChainError::NextOutOfRange));
+        table[63] = Descriptor::new(GUEST, 2, 0, 0);
+        assert_eq!(walk_table(&table, false, &mut buf), Ok(()));
+        assert_eq!(buf.readable.len_bytes(), 128);
+    }
+
+    #[test]
+    fn chain_of_the_most_segments_is_taken_and_one_more_refused() {
+        let mut buf = ChainBuf::new(&memory(&[]));
+        let mut table: Vec<_> = (1..=2048).map(|n| next(GUEST, 1, n)).collect();
+        table[FRAME_SEGMENTS_MAX - 1] = Descriptor::new(GUEST, 1, 0, 0);
+        assert_eq!(walk_table(&table, false, &mut buf), Ok(()));
+        buf.clear();
+        table[FRAME_SEGMENTS_MAX - 1] = next(GUEST, 1, FRAME_SEGMENTS_MAX as u16);
+        table[FRAME_SEGMENTS_MAX] = Descriptor::new(GUEST, 1, 0, 0);
+        assert_eq!(walk_table(&table, false, &mut buf), Err(ChainError::TooLong));
+        assert_eq!(buf.readable.count(), 0, "nothing of it stays");
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_descriptors_end_and_leave_all_or_nothing(
+            raw in proptest::collection::vec((0u8..6, any::<u32>(), 0u32..0x2000, 0u16..8, 0u16..20), 16),
+            content in proptest::collection::vec(any::<u8>(), 0..2048),
+            indirect: bool,
+        ) {
+            let mut buf = ChainBuf::new(&memory(&content));
+            let table: Vec<_> = raw
+                .iter()
+                .map(|(kind, wild, len, flags, next)| match kind {
+                    0 => Descriptor::new(u64::from(*wild) << 20, *wild, *flags, *next),
+                    1 => Descriptor::new(GUEST, *len & !15, VRING_DESC_F_INDIRECT as u16, *next),
+                    _ => Descriptor::new(GUEST + u64::from(*wild) % BYTES, *len, *flags, *next),
+                })
+                .collect();
+            let result = walk_table(&table, indirect, &mut buf);
+            let count = buf.readable.count() + buf.writable.count();
+            if result.is_err() {
+                prop_assert_eq!(count, 0);
+            }
+            prop_assert!(count <= 2 * FRAME_SEGMENTS_MAX);
+        }
+    }
+}

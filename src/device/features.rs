@@ -67,6 +67,9 @@ features! {
     EVENT_IDX = virtio_ring::VIRTIO_RING_F_EVENT_IDX, [];
     PROTOCOL_FEATURES = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits().trailing_zeros(), [];
     IN_ORDER = virtio_config::VIRTIO_F_IN_ORDER, [];
+    GUEST_USO4 = virtio_net::VIRTIO_NET_F_GUEST_USO4, [Feature::GUEST_CSUM];
+    GUEST_USO6 = virtio_net::VIRTIO_NET_F_GUEST_USO6, [Feature::GUEST_CSUM];
+    HOST_USO = virtio_net::VIRTIO_NET_F_HOST_USO, [Feature::CSUM];
 }
 
 impl Feature {
@@ -131,6 +134,7 @@ impl Features {
             tso4: self.has(Feature::GUEST_TSO4),
             tso6: self.has(Feature::GUEST_TSO6),
             ecn: self.has(Feature::GUEST_ECN),
+            uso4: self.has(Feature::GUEST_USO4),
         }
     }
 

@@ -103,7 +103,11 @@ pub struct DeviceQueues {
     broken_rings: u64,
     memory_loss: LossWatch,
     any_kick_dead: bool,
+    /// Control commands were left for the next visit.
+    control_waits: bool,
     reachable: bool,
+    /// The rings' fresh start was told already; until all have stopped again.
+    reset_told: bool,
 }
 
 /// Where a ring index leads.
@@ -129,7 +133,9 @@ impl DeviceQueues {
             broken_rings: 0,
             memory_loss: LossWatch::new(),
             any_kick_dead: false,
+            control_waits: false,
             reachable: false,
+            reset_told: false,
         }
     }
 
@@ -145,6 +151,9 @@ impl DeviceQueues {
         self.publish();
         if std::mem::take(&mut self.any_kick_dead) {
             self.drop_dead_kicks(kicks);
+        }
+        if std::mem::take(&mut self.control_waits) {
+            self.serve_control();
         }
         while let Some(command) = self.link.next() {
             let reply = self.handle(command, kicks, events);
@@ -210,7 +219,7 @@ impl DeviceQueues {
     fn place(&self, index: u16) -> Place {
         match &self.control.ring {
             Some((at, _)) if *at == index => Place::Control,
-            _ if index % 2 == 0 => Place::Rx(usize::from(index) / 2),
+            _ if index.is_multiple_of(2) => Place::Rx(usize::from(index) / 2),
             _ => Place::Tx(usize::from(index) / 2),
         }
     }
@@ -273,6 +282,7 @@ impl DeviceQueues {
     fn serve_control(&mut self) -> KickKind {
         if self.control.serve() {
             // More commands than one visit serves: come back through the command descriptor.
+            self.control_waits = true;
             self.link.shared.wake_worker();
         }
         if self.control.ring.as_ref().is_some_and(|(_, r)| r.fault.is_some()) {
@@ -378,9 +388,8 @@ impl DeviceQueues {
         slot.kick = start.kick;
         slot.err = start.err;
         slot.fault_told = false;
-        if slot.stopped_at.is_some_and(|before| started_over(before, at))
-            && !events.contains(&DeviceEvent::GuestReset)
-        {
+        let reset = slot.stopped_at.is_some_and(|before| started_over(before, at));
+        if reset && !std::mem::replace(&mut self.reset_told, true) {
             events.push(DeviceEvent::GuestReset);
         }
         self.install(index, ring, start.enabled, events);
@@ -390,7 +399,7 @@ impl DeviceQueues {
     /// Puts a started ring in its place.
     fn install(&mut self, index: u16, ring: Ring, enabled: Enabled, events: &mut Vec<DeviceEvent>) {
         let pair = usize::from(index) / 2;
-        if index % 2 == 1 {
+        if !index.is_multiple_of(2) {
             self.tx.rings[pair] = Some(TxRing::new(ring, enabled));
             self.settle_as_rx(pair);
             events.push(DeviceEvent::Ready(KickKind::Tx(queue_pair(pair))));
@@ -448,7 +457,11 @@ impl DeviceQueues {
         if let Some(ring) = ring {
             slot.stopped_at = Some(ring.next_avail());
         }
-        slot.stopped_at.unwrap_or(0)
+        let at = slot.stopped_at.unwrap_or(0);
+        if (0..VRINGS_MAX as u16).all(|n| self.ring_at(n).is_none()) {
+            self.reset_told = false;
+        }
+        at
     }
 
     fn enable(&mut self, index: u16, enabled: Enabled, events: &mut Vec<DeviceEvent>) {

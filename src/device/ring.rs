@@ -181,6 +181,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// Chains seen available and not popped.
+    pub(super) fn seen_available(&self) -> u16 {
+        self.avail_seen.wrapping_sub(self.next_avail)
+    }
+
     /// Loads the driver's index.
     fn refresh(&mut self) -> Result<(), RingFault> {
         let avail = self.avail.load_u16(INDEX_AT);
@@ -249,11 +254,9 @@ impl Ring {
         // The driver stores its wish, then loads the used index; we do the reverse. One of the two
         // must see the other's store (virtio 1.3, 2.7.7.2).
         fence(Ordering::SeqCst);
-        let first = !std::mem::replace(&mut self.asked, true);
-        if !self.driver_wants_call(old) && !(first && self.options.event_idx) {
-            return false;
-        }
-        self.notify_driver()
+        // The event a driver left behind from before this start says nothing: the first batch calls.
+        let first = !std::mem::replace(&mut self.asked, true) && self.options.event_idx;
+        (first || self.driver_wants_call(old)) && self.notify_driver()
     }
 
     fn driver_wants_call(&self, old: u16) -> bool {

@@ -291,6 +291,11 @@ impl GuestPort for RxSide {
         self.try_reserve(usize::from(pair.0), min_bytes, max_bytes)
     }
 
+    fn buffers(&self, pair: QueuePair) -> usize {
+        let ring = self.rings.get(usize::from(pair.0)).and_then(Option::as_ref);
+        ring.map_or(0, |rx| usize::from(rx.ring.seen_available()))
+    }
+
     fn reserved(&mut self, from_bytes: usize) -> PayloadMut<'_> {
         let open = self.open.as_ref().expect("a reservation is open");
         let from = from_bytes.min(open.frame_bytes);

@@ -30,6 +30,15 @@ pub enum Drained {
     Down,
 }
 
+/// What a drain hands on.
+#[derive(Debug)]
+pub enum TxEvent<'a> {
+    /// A frame.
+    Frame(TxFrame<'a>),
+    /// The batch's frames are about to be the guest's again.
+    BatchEnd,
+}
+
 /// Whether the front-end enabled a ring (`VHOST_USER_SET_VRING_ENABLE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Enabled {
@@ -101,13 +110,14 @@ impl TxSide {
         self.rings.iter().zip(0..).filter(move |(ring, _)| running(ring)).map(|(_, n)| QueuePair(n))
     }
 
-    /// Hands at most `budget_frames` chains' frames of `pair` to `each`, completes them and
-    /// publishes once. What `each` does not copy or send it cannot have later.
+    /// Hands at most `budget_frames` chains' frames of `pair` to `each`, then the batch's end, completes
+    /// them and publishes once. A frame's memory is the guest's again after the batch's end: what was
+    /// not copied or sent by then cannot be had later.
     pub fn drain(
         &mut self,
         pair: QueuePair,
         budget_frames: usize,
-        mut each: impl FnMut(TxFrame<'_>),
+        mut each: impl FnMut(TxEvent<'_>),
     ) -> Drained {
         let TxSide { rings, stats, features, chain, head, any_fault } = self;
         let Some(Some(tx)) = rings.get_mut(usize::from(pair.0)) else { return Drained::Down };
@@ -117,6 +127,7 @@ impl TxSide {
         tx.ring.disarm();
         let mut batch = Batch { tx, stats, features: *features, chain, head, pair };
         let outcome = batch.run(budget_frames, &mut each);
+        each(TxEvent::BatchEnd);
         if batch.tx.ring.publish() {
             batch.stats.calls += 1;
         }
@@ -142,7 +153,7 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    fn run(&mut self, budget: usize, each: &mut impl FnMut(TxFrame<'_>)) -> Result<Drained, RingFault> {
+    fn run(&mut self, budget: usize, each: &mut impl FnMut(TxEvent<'_>)) -> Result<Drained, RingFault> {
         for _ in 0..budget {
             self.chain.clear();
             let head = match self.tx.ring.pop(self.chain)? {
@@ -171,7 +182,7 @@ impl Batch<'_> {
     }
 
     /// Judges the chain in `self.chain` and hands its frame on if it is one.
-    fn hand_on(&mut self, each: &mut impl FnMut(TxFrame<'_>)) {
+    fn hand_on(&mut self, each: &mut impl FnMut(TxEvent<'_>)) {
         if self.chain.writable.count() > 0 {
             return self.refuse(ChainError::WrongDirection);
         }
@@ -184,12 +195,12 @@ impl Batch<'_> {
                 let header_bytes = self.features.vnet_header_bytes();
                 self.stats.frames += 1;
                 self.stats.bytes += whole_bytes as u64;
-                each(TxFrame {
+                each(TxEvent::Frame(TxFrame {
                     vnet,
                     head: &self.head[..whole_bytes.min(FRAME_HEAD_BYTES)],
                     whole: self.chain.readable.payload().range(header_bytes, whole_bytes),
                     pair: self.pair,
-                });
+                }));
             }
             Err(FrameError::TooShort) => self.stats.too_short += 1,
             Err(FrameError::TooLong) => self.stats.too_long += 1,
@@ -253,7 +264,8 @@ fn judge(mut vnet: VnetHeader, features: Features, frame_bytes: usize) -> Result
         let negotiated = match gso.kind {
             GsoKind::Tcp4 => features.has(Feature::HOST_TSO4),
             GsoKind::Tcp6 => features.has(Feature::HOST_TSO6),
-            GsoKind::UdpL4 | GsoKind::UdpFragment => false,
+            GsoKind::UdpL4 => features.has(Feature::HOST_USO),
+            GsoKind::UdpFragment => false,
         };
         if !negotiated || (gso.ecn && !features.has(Feature::HOST_ECN)) {
             return Err(FrameError::NotNegotiated);
@@ -304,7 +316,8 @@ mod tests {
         assert!(judge(segmented(GsoKind::Tcp4, false), tso4, 1500).is_ok());
         assert_eq!(judge(segmented(GsoKind::Tcp4, true), tso4, 1500), Err(FrameError::NotNegotiated));
         assert_eq!(judge(segmented(GsoKind::Tcp6, false), tso4, 1500), Err(FrameError::NotNegotiated));
-        assert_eq!(judge(segmented(GsoKind::UdpL4, false), all(), 1500), Err(FrameError::NotNegotiated));
+        assert_eq!(judge(segmented(GsoKind::UdpL4, false), tso4, 1500), Err(FrameError::NotNegotiated));
+        assert!(judge(segmented(GsoKind::UdpL4, false), all(), 1500).is_ok());
         assert_eq!(
             judge(segmented(GsoKind::UdpFragment, false), all(), 1500),
             Err(FrameError::NotNegotiated)

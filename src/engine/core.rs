@@ -178,6 +178,25 @@ impl Core {
         self.outbox.push_back(Queued { pair, vnet, frame: frame.into() });
     }
 
+    /// Sends a frame whose headers and payload lie apart in host memory, or queues it.
+    pub fn send_parts(
+        &mut self,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        vnet: VnetHeader,
+        head: &[u8],
+        payload: &[u8],
+    ) {
+        if self.outbox.is_empty() && port.send_parts(pair, vnet, head, payload).is_ok() {
+            self.counters.frames_to_guest += 1;
+            return;
+        }
+        let mut frame = Vec::with_capacity(head.len() + payload.len());
+        frame.extend_from_slice(head);
+        frame.extend_from_slice(payload);
+        self.send(port, pair, vnet, &frame);
+    }
+
     /// Sends what waits, as far as there are buffers. Returns whether all of it is gone.
     pub fn send_waiting(&mut self, port: &mut impl GuestPort) -> bool {
         while let Some(queued) = self.outbox.front() {

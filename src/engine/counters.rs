@@ -80,6 +80,11 @@ impl Counters {
         self.drops[reason as usize] += 1;
     }
 
+    /// Counts `count` drops.
+    pub fn drop_many(&mut self, reason: DropReason, count: u64) {
+        self.drops[reason as usize] += count;
+    }
+
     /// Drops counted for `reason`.
     pub fn dropped(&self, reason: DropReason) -> u64 {
         self.drops[reason as usize]

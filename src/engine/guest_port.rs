@@ -19,6 +19,8 @@ pub struct GuestOffloads {
     pub tso6: bool,
     /// ECN on segmented TCP (`VIRTIO_NET_F_GUEST_ECN`).
     pub ecn: bool,
+    /// UDP over IPv4 datagrams of equal size in one frame (`VIRTIO_NET_F_GUEST_USO4`).
+    pub uso4: bool,
 }
 
 /// Why no receive buffer could be reserved.
@@ -59,6 +61,37 @@ pub trait GuestPort {
 
     /// Ends the reservation and returns all its buffers to the ring.
     fn cancel(&mut self);
+
+    /// Receive buffers posted and not used, an estimate on the low side; a frame takes one or more.
+    fn buffers(&self, pair: QueuePair) -> usize;
+
+    /// Whether a frame of `len_bytes` could be sent now.
+    ///
+    /// # Errors
+    /// [`ReserveError`]; after `Full` a kick tells of buffers, as after [`GuestPort::reserve`].
+    fn has_room(&mut self, pair: QueuePair, len_bytes: usize) -> Result<(), ReserveError> {
+        self.reserve(pair, len_bytes, len_bytes)?;
+        self.cancel();
+        Ok(())
+    }
+
+    /// Sends a frame whose headers and payload lie in host memory, apart.
+    ///
+    /// # Errors
+    /// [`ReserveError`] if it could not be placed whole.
+    fn send_parts(
+        &mut self,
+        pair: QueuePair,
+        vnet: VnetHeader,
+        head: &[u8],
+        payload: &[u8],
+    ) -> Result<(), ReserveError> {
+        let len = head.len() + payload.len();
+        self.reserve(pair, len, len)?;
+        self.reserved(head.len()).copy_from(payload);
+        self.commit(vnet, head, len);
+        Ok(())
+    }
 
     /// Sends a frame that lies in host memory.
     ///

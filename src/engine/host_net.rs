@@ -98,17 +98,42 @@ pub trait HostDatagram {
     /// `WouldBlock` if the socket is full; the kernel's error for the destination otherwise.
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()>;
 
-    /// Receives one datagram: its first bytes fill `head`, the next `into`, the rest `overflow`.
-    /// Returns its full length and its sender.
+    /// Sends one datagram from guest memory, together with others to the same endpoint where the
+    /// kernel can: at the latest at [`HostNet::flush_datagrams`], until which the memory must stay as
+    /// it is. What is refused then is counted there, and the datagram after it goes alone.
     ///
     /// # Errors
-    /// `WouldBlock` if none waits; the socket's pending error otherwise (the socket lives on).
-    fn recv_from(
+    /// As [`HostDatagram::send_to`], for a datagram that goes alone.
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()>;
+
+    /// Sends `payload` as datagrams of `segment_bytes` each but the last (`UDP_SEGMENT`).
+    ///
+    /// # Errors
+    /// As [`HostDatagram::send_to`].
+    fn send_segments_to(
         &mut self,
-        head: &mut [u8],
-        into: PayloadMut<'_>,
-        overflow: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr)>;
+        payload: &Payload<'_>,
+        segment_bytes: usize,
+        to: SocketAddr,
+    ) -> io::Result<()>;
+
+    /// Receives what waits, at most `arrivals_max` arrivals (the socket may bound it further), and hands
+    /// each to `each`. Returns whether more may wait.
+    ///
+    /// # Errors
+    /// The socket's pending error; the socket lives on.
+    fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool>;
+}
+
+/// A datagram, or several of equal size but the last that one sender sent and the kernel coalesced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Arrival<'a> {
+    /// Who sent them.
+    pub from: SocketAddr,
+    /// Their bytes, one after the other.
+    pub bytes: &'a [u8],
+    /// Length of each but the last; the whole length for a single one.
+    pub segment_bytes: usize,
 }
 
 /// A published TCP port.
@@ -155,6 +180,9 @@ pub trait HostNet {
     /// # Errors
     /// `PermissionDenied` where `net.ipv4.ping_group_range` excludes the process.
     fn ping(&mut self, token: Token, family: IpAddr) -> io::Result<Self::Datagram>;
+
+    /// Sends what [`HostDatagram::queue_to`] still holds; returns how many datagrams were refused.
+    fn flush_datagrams(&mut self) -> u64;
 
     /// Whether `addr` is one of the host's own addresses.
     fn is_own_address(&mut self, addr: IpAddr) -> bool;

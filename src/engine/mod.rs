@@ -42,7 +42,7 @@ use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::{self, Protocol};
-use crate::wire::vnet::Checksum;
+use crate::wire::vnet::{Checksum, GsoKind};
 use crate::wire::{arp, checksum, tcp, udp};
 
 /// What an engine needs to know at its start.
@@ -82,6 +82,8 @@ struct Incoming<'a> {
     /// The transport message.
     whole: Payload<'a>,
     checksum: Checksum,
+    /// With UDP segmentation offload: length of each datagram but the last.
+    gso_bytes: Option<usize>,
 }
 
 impl<N: HostNet> Engine<N> {
@@ -216,11 +218,14 @@ impl<N: HostNet> Engine<N> {
             packet.extend_from_slice(&datagram[..datagram.len().min(limits::FRAME_HEAD_BYTES)]);
             let (head, whole) = (&datagram[..], Payload::from_host(&datagram));
             let checksum = Checksum::Complete;
-            return self.transport(port, &Incoming { ip, from, packet: &packet, head, whole, checksum });
+            let incoming = Incoming { ip, from, packet: &packet, head, whole, checksum, gso_bytes: None };
+            return self.transport(port, &incoming);
         }
         let head = &packet[ip.header_bytes..packet.len().min(ip.header_bytes + ip.payload_bytes)];
         let checksum = frame.vnet.checksum;
-        self.transport(port, &Incoming { ip, from, packet, head, whole, checksum })
+        let uso = frame.vnet.gso.filter(|gso| gso.kind == GsoKind::UdpL4);
+        let gso_bytes = uso.map(|gso| usize::from(gso.size_bytes));
+        self.transport(port, &Incoming { ip, from, packet, head, whole, checksum, gso_bytes })
     }
 
     fn transport(&mut self, port: &mut impl GuestPort, incoming: &Incoming<'_>) -> Result<(), DropReason> {
@@ -297,10 +302,20 @@ impl<N: HostNet> Engine<N> {
             dhcp::SERVER_PORT if local => self.dhcp(port, incoming.from, &payload),
             DNS_PORT if local => self.gateway.dns(&mut self.core, port, incoming.from, guest, &payload),
             _ => {
+                let segments = incoming.gso_bytes.map_or(1, |bytes| payload.len().div_ceil(bytes.max(1)));
+                if segments > limits::USO_SEGMENTS_MAX {
+                    return Err(DropReason::Malformed);
+                }
                 let remote = SocketAddr::new(incoming.ip.dst.into(), header.dst_port);
                 let key = datagram::Key { kind: datagram::Kind::Udp, guest, remote };
-                let datagram =
-                    Datagram { key, from: incoming.from, head: &[], payload, packet: incoming.packet };
+                let datagram = Datagram {
+                    key,
+                    from: incoming.from,
+                    head: &[],
+                    payload,
+                    gso_bytes: incoming.gso_bytes,
+                    packet: incoming.packet,
+                };
                 self.nat.datagram(&mut self.core, port, &datagram);
             }
         }
@@ -334,7 +349,8 @@ impl<N: HostNet> Engine<N> {
             remote: SocketAddr::new(incoming.ip.dst.into(), 0),
         };
         let head = &incoming.head[..icmpv4::HEADER_BYTES];
-        let datagram = Datagram { key, from: incoming.from, head, payload, packet: incoming.packet };
+        let datagram =
+            Datagram { key, from: incoming.from, head, payload, gso_bytes: None, packet: incoming.packet };
         self.nat.datagram(&mut self.core, port, &datagram);
         Ok(())
     }
@@ -370,6 +386,12 @@ impl<N: HostNet> Engine<N> {
     pub fn run_timers(&mut self, now: Instant, port: &mut impl GuestPort) {
         self.core.now = now;
         self.nat.run_timers(&mut self.core, port);
+    }
+
+    /// The end of a batch of frames: what was queued of them leaves before their memory is the guest's
+    /// again.
+    pub fn end_of_frames(&mut self) {
+        self.nat.flush_datagrams(&mut self.core);
     }
 
     /// The end of a batch: what is owed is sent. Returns whether there is more to do at once.

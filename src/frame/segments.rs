@@ -51,6 +51,11 @@ impl<'a> Payload<'a> {
         self.len_bytes == 0
     }
 
+    /// Whether the bytes lie in guest memory, which stays as it is until the batch is published.
+    pub fn is_in_guest(&self) -> bool {
+        matches!(self.source, Source::Guest(_))
+    }
+
     /// The part of at most `len_bytes` from `from_bytes` on; shorter, or empty, where the view ends.
     #[must_use]
     pub fn range(&self, from_bytes: usize, len_bytes: usize) -> Payload<'a> {

@@ -6,7 +6,7 @@
 //! look complete. Their buffers are left to the kernel's autotuning, which a fixed size would switch
 //! off and cap.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -20,9 +20,14 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::sys::poll::Poll;
 use super::sys::routes;
 use super::sys::socket::{self as sys, PeerState};
-use crate::engine::host_net::{Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token};
+use crate::engine::host_net::{
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
+};
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
+
+/// Receive queue asked for each UDP socket, in bytes.
+const UDP_RECEIVE_BYTES: usize = 4 << 20;
 
 /// Where discarded bytes go when the kernel peeks from the queue's front only.
 const SCRATCH_BYTES: usize = 64 << 10;
@@ -34,7 +39,93 @@ struct Shared {
     segments: RefCell<Vec<iovec>>,
     /// Bytes peeked again only to be skipped; never read by us.
     scratch: RefCell<Box<[u8]>>,
+    run: RefCell<Run>,
+    reader: RefCell<sys::DatagramReader>,
     peek_offset: bool,
+}
+
+/// Datagrams of one socket to one endpoint, all of one length but a shorter last one, that leave with
+/// one system call.
+#[derive(Debug, Default)]
+struct Run {
+    socket: Option<Rc<UdpSocket>>,
+    to: Option<SocketAddr>,
+    segment_bytes: usize,
+    /// Where each datagram's segments begin.
+    starts: Vec<usize>,
+    segments: Vec<iovec>,
+    total_bytes: usize,
+    /// A shorter datagram ended it.
+    ended: bool,
+    /// Datagrams refused since this was last asked.
+    refused: u64,
+}
+
+/// Datagrams of one run: `UDP_MAX_SEGMENTS` of kernels before 6.8.
+const RUN_DATAGRAMS_MAX: usize = 64;
+/// Bytes of one run: the largest UDP payload over IPv4.
+const RUN_BYTES_MAX: usize = 65_507;
+/// Longest datagram of a run: longer ones may have to be fragmented, which segmentation cannot.
+const RUN_DATAGRAM_BYTES_MAX: usize = 1472;
+
+impl Run {
+    fn accepts(&self, socket: &Rc<UdpSocket>, to: SocketAddr, len: usize) -> bool {
+        !self.ended
+            && self.to == Some(to)
+            && self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
+            // An empty one would be no datagram at a run's end.
+            && (1..=self.segment_bytes).contains(&len)
+            && self.starts.len() < RUN_DATAGRAMS_MAX
+            && self.total_bytes + len <= RUN_BYTES_MAX
+    }
+
+    fn push(&mut self, payload: &Payload<'_>) {
+        self.starts.push(self.segments.len());
+        payload.push_iovecs(&mut self.segments);
+        self.total_bytes += payload.len();
+        self.ended = payload.len() < self.segment_bytes;
+    }
+
+    /// Sends the run, as one where the kernel can.
+    fn send(&mut self) {
+        let (Some(socket), Some(to)) = (self.socket.take(), self.to.take()) else {
+            return;
+        };
+        let to = SockAddr::from(to);
+        let count = self.starts.len();
+        let outcome = if count == 1 {
+            sys::send_segments(socket.socket.as_fd(), &mut self.segments, Some(&to))
+        } else {
+            let segment_bytes = self.segment_bytes as u16;
+            sys::send_datagrams(socket.socket.as_fd(), &mut self.segments, &to, segment_bytes)
+        };
+        match outcome {
+            Ok(_) => {}
+            Err(error) if count > 1 && error.kind() != io::ErrorKind::WouldBlock => {
+                self.send_one_by_one(&socket, &to);
+            }
+            Err(_) => {
+                self.refused += count as u64;
+                socket.refused.set(true);
+            }
+        }
+        self.starts.clear();
+        self.segments.clear();
+        self.total_bytes = 0;
+        self.ended = false;
+    }
+
+    fn send_one_by_one(&mut self, socket: &UdpSocket, to: &SockAddr) {
+        socket.alone.set(true);
+        for n in 0..self.starts.len() {
+            let end = self.starts.get(n + 1).copied().unwrap_or(self.segments.len());
+            let segments = &mut self.segments[self.starts[n]..end];
+            if sys::send_segments(socket.socket.as_fd(), segments, Some(to)).is_err() {
+                self.refused += 1;
+                socket.refused.set(true);
+            }
+        }
+    }
 }
 
 /// Opens the stream to the process's own DNS service.
@@ -53,6 +144,8 @@ impl HostSockets {
             poll,
             segments: RefCell::new(Vec::with_capacity(limits::FRAME_SEGMENTS_MAX)),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
+            run: RefCell::default(),
+            reader: RefCell::default(),
             peek_offset: peek_offset && tcp_knows_peek_offset(),
         };
         HostSockets { shared: Rc::new(shared), connect_dns }
@@ -77,12 +170,13 @@ impl HostSockets {
     /// # Errors
     /// The kernel's refusal.
     pub fn published_udp(&self, token: Token, bound: Socket) -> io::Result<Datagram> {
-        sys::allow_fragmentation(bound.as_fd())?;
+        prepare_udp(&bound)?;
         self.datagram(token, bound)
     }
 
     fn datagram(&self, token: Token, socket: Socket) -> io::Result<Datagram> {
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
+        let socket = Rc::new(UdpSocket { socket, alone: Cell::new(false), refused: Cell::new(false) });
         Ok(Datagram { shared: Rc::clone(&self.shared), socket })
     }
 
@@ -122,6 +216,16 @@ fn tcp_knows_peek_offset() -> bool {
     probe.is_ok_and(|socket| sys::set_peek_offset(socket.as_fd(), 0).is_ok())
 }
 
+/// What every UDP socket is set to.
+fn prepare_udp(socket: &Socket) -> io::Result<()> {
+    sys::allow_fragmentation(socket.as_fd())?;
+    // The kernel cuts this to `net.core.rmem_max`; a burst has to wait somewhere until it is its turn.
+    socket.set_recv_buffer_size(UDP_RECEIVE_BYTES)?;
+    // Where the kernel cannot coalesce, datagrams come one by one.
+    let _ = sys::allow_coalescing(socket.as_fd());
+    Ok(())
+}
+
 /// What every TCP socket of a flow is set to.
 fn prepare_tcp(socket: &Socket) -> io::Result<()> {
     socket.set_linger(Some(Duration::ZERO))?;
@@ -154,7 +258,7 @@ impl HostNet for HostSockets {
     fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<Datagram> {
         let kind = Type::DGRAM.nonblocking().cloexec();
         let socket = Socket::new(Domain::for_address(local), kind, Some(Protocol::UDP))?;
-        sys::allow_fragmentation(socket.as_fd())?;
+        prepare_udp(&socket)?;
         socket.bind(&local.into())?;
         self.datagram(token, socket)
     }
@@ -166,6 +270,12 @@ impl HostNet for HostSockets {
         };
         let socket = Socket::new(domain, Type::DGRAM.nonblocking().cloexec(), Some(protocol))?;
         self.datagram(token, socket)
+    }
+
+    fn flush_datagrams(&mut self) -> u64 {
+        let mut run = self.shared.run.borrow_mut();
+        run.send();
+        std::mem::take(&mut run.refused)
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
@@ -337,41 +447,103 @@ impl HostStream for Stream {
     }
 }
 
+#[derive(Debug)]
+struct UdpSocket {
+    socket: Socket,
+    /// Its route or device refused a run; datagrams go alone.
+    alone: Cell<bool>,
+    /// A queued datagram was refused; the next one finds out why.
+    refused: Cell<bool>,
+}
+
 /// A UDP or ICMP echo socket.
 #[derive(Debug)]
 pub struct Datagram {
     shared: Rc<Shared>,
-    socket: Socket,
+    socket: Rc<UdpSocket>,
+}
+
+impl Datagram {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.socket.as_fd()
+    }
 }
 
 impl HostDatagram for Datagram {
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        // What waits goes first, so that order is kept.
+        self.shared.run.borrow_mut().send();
         let mut segments = self.shared.segments.borrow_mut();
         segments.clear();
         Payload::from_host(head).push_iovecs(&mut segments);
         payload.push_iovecs(&mut segments);
-        sys::send_segments(self.socket.as_fd(), &mut segments, Some(&SockAddr::from(to)))?;
+        sys::send_segments(self.fd(), &mut segments, Some(&SockAddr::from(to)))?;
         Ok(())
     }
 
-    fn recv_from(
-        &mut self,
-        head: &mut [u8],
-        mut into: PayloadMut<'_>,
-        overflow: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr)> {
-        let mut segments = self.shared.segments.borrow_mut();
-        segments.clear();
-        PayloadMut::from_host(head).push_iovecs(&mut segments);
-        into.push_iovecs(&mut segments);
-        PayloadMut::from_host(overflow).push_iovecs(&mut segments);
-        if segments.len() > limits::FRAME_SEGMENTS_MAX {
-            // More than one call takes: the guest cut its buffers too small. Left in the queue the
-            // datagram would be met again and again.
-            sys::recv_datagram(self.socket.as_fd(), &mut [])?;
-            return Err(io::ErrorKind::InvalidInput.into());
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        if self.socket.refused.take() {
+            return self.send_to(&[], payload, to);
         }
-        sys::recv_datagram(self.socket.as_fd(), &mut segments)
+        let mut run = self.shared.run.borrow_mut();
+        let len = payload.len();
+        if !run.accepts(&self.socket, to, len) {
+            run.send();
+            run.socket = Some(Rc::clone(&self.socket));
+            run.to = Some(to);
+            run.segment_bytes = len;
+        }
+        run.push(payload);
+        let joins = len > 0 && len <= RUN_DATAGRAM_BYTES_MAX && !self.socket.alone.get();
+        if !joins || !payload.is_in_guest() {
+            run.send();
+        }
+        Ok(())
+    }
+
+    fn send_segments_to(
+        &mut self,
+        payload: &Payload<'_>,
+        segment_bytes: usize,
+        to: SocketAddr,
+    ) -> io::Result<()> {
+        self.shared.run.borrow_mut().send();
+        let mut segments = self.shared.segments.borrow_mut();
+        let address = SockAddr::from(to);
+        if !self.socket.alone.get() {
+            segments.clear();
+            payload.push_iovecs(&mut segments);
+            let size = u16::try_from(segment_bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+            match sys::send_datagrams(self.fd(), &mut segments, &address, size) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
+                Err(_) => {}
+            }
+        }
+        let mut at = 0;
+        while at < payload.len() {
+            segments.clear();
+            payload.range(at, segment_bytes).push_iovecs(&mut segments);
+            sys::send_segments(self.fd(), &mut segments, Some(&address))?;
+            at += segment_bytes;
+        }
+        Ok(())
+    }
+
+    fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
+        let mut reader = self.shared.reader.borrow_mut();
+        let messages = arrivals_max.clamp(1, sys::MESSAGES_MAX);
+        let count = match reader.read(self.fd(), messages) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            outcome => outcome?,
+        };
+        for n in 0..count {
+            if let Some((from, bytes, segment_bytes)) = reader.message(n) {
+                each(Arrival { from, bytes, segment_bytes });
+            }
+        }
+        // Fewer than asked for means that nothing is left (epoll(7)'s rule for short reads).
+        Ok(count == messages)
     }
 }
 

@@ -202,7 +202,7 @@ fn icmp_errors_are_never_answered_with_errors() {
 fn icmp_errors_are_limited_to_a_burst_and_a_rate() {
     let mut rig = Rig::new();
     let forbidden = std::net::SocketAddrV4::new(Ipv4Addr::new(127, 0, 0, 1), 9);
-    let mut flood = |rig: &mut Rig| {
+    let flood = |rig: &mut Rig| {
         let answers: usize = (0..500).map(|_| rig.send(&udp_frame(guest(9), forbidden, b"x")).len()).sum();
         answers
     };

@@ -74,6 +74,10 @@ impl GuestPort for Port {
         Ok(bytes)
     }
 
+    fn buffers(&self, _: QueuePair) -> usize {
+        self.free
+    }
+
     fn reserved(&mut self, from_bytes: usize) -> PayloadMut<'_> {
         let (_, bytes) = self.open.as_mut().expect("a reservation is open");
         let from = from_bytes.min(bytes.len());

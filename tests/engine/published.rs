@@ -287,13 +287,13 @@ fn a_published_socket_outlives_its_peers_and_the_guest() {
 fn datagrams_without_a_guest_are_dropped_and_the_socket_drained() {
     let mut rig = Rig::new();
     publish(&mut rig);
-    for _ in 0..3 * limits::DATAGRAM_BURST {
+    for _ in 0..3 * crate::world::TURN {
         rig.sock(0).inbox.push_back((b"ask".to_vec(), client(999)));
     }
     let token = rig.sock(0).token;
     assert_eq!(rig.ready(token, READABLE), []);
     assert_eq!(rig.sock(0).inbox.len(), 0);
-    assert_eq!(rig.dropped(DropReason::NoFlow), 3 * limits::DATAGRAM_BURST as u64);
+    assert_eq!(rig.dropped(DropReason::NoFlow), 3 * crate::world::TURN as u64);
 }
 
 #[test]

@@ -144,6 +144,7 @@ impl Rig {
             pair: QueuePair::default(),
         };
         self.engine.from_guest(self.now, &mut self.port, &frame);
+        self.engine.end_of_frames();
     }
 
     /// Hands one frame over, ends the batch and returns what the guest received.

@@ -3,7 +3,6 @@
 
 use std::net::SocketAddr;
 
-use vunet::limits;
 use vunet::wire::tcp::Flags;
 
 use crate::frames::{GATEWAY, Seen, WORLD, echo_frame, gateway, guest, udp_frame, world};
@@ -158,7 +157,7 @@ fn more_datagrams_than_one_turn_all_arrive() {
     let mut rig = Rig::new();
     rig.send(&udp_frame(guest(4000), world(53), b"ask"));
     rig.port.free = 0;
-    let count = 3 * limits::DATAGRAM_BURST + 7;
+    let count = 3 * crate::world::TURN + 7;
     for n in 0..count {
         rig.sock(0).inbox.push_back((n.to_be_bytes().to_vec(), world(53).into()));
     }
@@ -195,7 +194,7 @@ fn one_socket_that_floods_leaves_others_their_turn() {
     let received = rig.sock(0).receives;
     rig.engine.flush(&mut rig.port);
     let turn = rig.sock(0).receives - received;
-    assert_eq!(turn, limits::DATAGRAM_BURST, "one turn a batch, however often it was ready");
+    assert_eq!(turn, crate::world::TURN, "one turn a batch, however often it was ready");
 }
 
 #[test]

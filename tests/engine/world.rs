@@ -6,7 +6,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
-use vunet::engine::host_net::{Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token};
+use vunet::engine::host_net::{
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
+};
 use vunet::frame::{Payload, PayloadMut};
 
 /// How a stream ended, as its world's end saw it.
@@ -59,6 +61,7 @@ pub(crate) struct Sock {
     pub(crate) receive_errors: VecDeque<i32>,
     pub(crate) receives: usize,
     pub(crate) is_open: bool,
+    was_refused: bool,
 }
 
 /// Everything beyond the engine.
@@ -69,6 +72,8 @@ pub(crate) struct World {
     /// Clients waiting at each published TCP port.
     pub(crate) backlogs: Vec<VecDeque<SocketAddr>>,
     pub(crate) accepts: usize,
+    /// Queued datagrams refused since the last flush.
+    pub(crate) refused: u64,
     pub(crate) own: HashSet<IpAddr>,
     /// The immediate outcome of the next connects.
     pub(crate) connect_error: Option<i32>,
@@ -87,6 +92,7 @@ impl World {
             socks: Vec::new(),
             backlogs: Vec::new(),
             accepts: 0,
+            refused: 0,
             own: HashSet::new(),
             connect_error: None,
             ping_error: None,
@@ -148,6 +154,7 @@ impl World {
             receive_errors: VecDeque::new(),
             receives: 0,
             is_open: true,
+            was_refused: false,
         });
         self.socks.len() - 1
     }
@@ -232,6 +239,10 @@ impl HostNet for Net {
         }
         let at = world.add_sock(token, true);
         Ok(FakeDatagram { world: Rc::clone(&self.0), at })
+    }
+
+    fn flush_datagrams(&mut self) -> u64 {
+        std::mem::take(&mut self.0.borrow_mut().refused)
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
@@ -322,6 +333,11 @@ impl Drop for FakeStream {
     }
 }
 
+/// Arrivals a socket hands over at once.
+const BATCH: usize = 4;
+/// Datagrams of one socket's turn.
+pub(crate) const TURN: usize = vunet::limits::DATAGRAM_BATCHES * BATCH;
+
 impl HostDatagram for FakeDatagram {
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
         let sock = &mut self.world.borrow_mut().socks[self.at];
@@ -335,26 +351,45 @@ impl HostDatagram for FakeDatagram {
         Ok(())
     }
 
-    fn recv_from(
-        &mut self,
-        head: &mut [u8],
-        mut into: PayloadMut<'_>,
-        overflow: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr)> {
-        let sock = &mut self.world.borrow_mut().socks[self.at];
-        sock.receives += 1;
-        if let Some(code) = sock.receive_errors.pop_front() {
-            return Err(os(code));
+    fn queue_to(&mut self, payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
+        let outcome = self.send_to(&[], payload, to);
+        let mut world = self.world.borrow_mut();
+        let was_refused = std::mem::replace(&mut world.socks[self.at].was_refused, outcome.is_err());
+        if was_refused || outcome.is_ok() {
+            return outcome;
         }
-        let (bytes, from) = sock.inbox.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
-        let mut rest = &bytes[..];
-        let len = head.len().min(rest.len());
-        head[..len].copy_from_slice(&rest[..len]);
-        rest = &rest[len..];
-        rest = &rest[into.copy_from(rest)..];
-        let len = overflow.len().min(rest.len());
-        overflow[..len].copy_from_slice(&rest[..len]);
-        Ok((bytes.len(), from))
+        world.refused += 1;
+        Ok(())
+    }
+
+    fn send_segments_to(
+        &mut self,
+        payload: &Payload<'_>,
+        segment_bytes: usize,
+        to: SocketAddr,
+    ) -> io::Result<()> {
+        let mut at = 0;
+        while at < payload.len() {
+            self.send_to(&[], &payload.range(at, segment_bytes), to)?;
+            at += segment_bytes;
+        }
+        Ok(())
+    }
+
+    fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
+        for _ in 0..arrivals_max.min(BATCH) {
+            let (bytes, from) = {
+                let sock = &mut self.world.borrow_mut().socks[self.at];
+                sock.receives += 1;
+                if let Some(code) = sock.receive_errors.pop_front() {
+                    return Err(os(code));
+                }
+                let Some(next) = sock.inbox.pop_front() else { return Ok(false) };
+                next
+            };
+            each(Arrival { from, bytes: &bytes, segment_bytes: bytes.len() });
+        }
+        Ok(true)
     }
 }
 

@@ -32,7 +32,7 @@ impl SimPort {
 impl GuestPort for SimPort {
     fn offloads(&self) -> GuestOffloads {
         let on = self.offload;
-        GuestOffloads { checksum: on, tso4: on, tso6: false, ecn: false }
+        GuestOffloads { checksum: on, tso4: on, tso6: false, ecn: false, uso4: false }
     }
 
     fn reserve(&mut self, _: QueuePair, min_bytes: usize, max_bytes: usize) -> Result<usize, ReserveError> {
@@ -44,6 +44,10 @@ impl GuestPort for SimPort {
         }
         self.open = Some(vec![0xee; max_bytes]);
         Ok(max_bytes)
+    }
+
+    fn buffers(&self, _: QueuePair) -> usize {
+        self.free
     }
 
     fn reserved(&mut self, from_bytes: usize) -> PayloadMut<'_> {

@@ -63,7 +63,7 @@ pub(crate) struct Faults {
 }
 
 impl Faults {
-    pub const NONE: Faults = Faults { lose: 0.0, repeat: 0.0, reorder: 0.0, refuse: 0.0 };
+    pub(crate) const NONE: Faults = Faults { lose: 0.0, repeat: 0.0, reorder: 0.0, refuse: 0.0 };
 }
 
 #[derive(Clone, Debug)]

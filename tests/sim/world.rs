@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use vunet::engine::host_net::{
-    Close, HostDatagram, HostListener, HostNet, HostStream, Readiness, SendSpace, Token,
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, Readiness, SendSpace, Token,
 };
 use vunet::frame::{Payload, PayloadMut};
 
@@ -179,6 +179,10 @@ impl HostNet for SimNet {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    fn flush_datagrams(&mut self) -> u64 {
+        0
+    }
+
     fn is_own_address(&mut self, _: IpAddr) -> bool {
         false
     }
@@ -284,12 +288,13 @@ impl HostDatagram for NoDatagram {
     fn send_to(&mut self, _: &[u8], _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
         match *self {}
     }
-    fn recv_from(
-        &mut self,
-        _: &mut [u8],
-        _: PayloadMut<'_>,
-        _: &mut [u8],
-    ) -> io::Result<(usize, SocketAddr)> {
+    fn queue_to(&mut self, _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
+        match *self {}
+    }
+    fn send_segments_to(&mut self, _: &Payload<'_>, _: usize, _: SocketAddr) -> io::Result<()> {
+        match *self {}
+    }
+    fn recv_batch(&mut self, _: usize, _: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
         match *self {}
     }
 }

@@ -243,7 +243,8 @@ impl Worker {
         let mut frames = Vec::new();
         let (tx, rx) = self.queues.split();
         for pair in drain {
-            let each = |frame: vunet::frame::TxFrame<'_>| {
+            let each = |event: vunet::device::TxEvent<'_>| {
+                let vunet::device::TxEvent::Frame(frame) = event else { return };
                 let mut bytes = vec![0; frame.whole.len()];
                 frame.whole.copy_to(&mut bytes);
                 assert_eq!(frame.head, &bytes[..frame.head.len()], "head and payload are one frame");
@@ -301,7 +302,7 @@ fn header_for(rx: &impl GuestPort, frame: &Frame) -> VnetHeader {
 /// the first bytes at the end.
 fn send_reserved(rx: &mut impl GuestPort, frame: &Frame) -> Result<(), ReserveError> {
     let len = frame.bytes.len();
-    if len % 3 == 0 {
+    if len.is_multiple_of(3) {
         rx.reserve(frame.pair, len, 2 * len)?;
         rx.cancel();
     }

@@ -6,40 +6,137 @@ use std::time::Duration;
 
 use socket2::Type;
 use vunet::engine::host_net::{HostDatagram, HostNet, Token};
-use vunet::frame::{Payload, PayloadMut};
+use vunet::frame::Payload;
 use vunet::uplink::sockets::{Datagram, bind_published};
 
 use crate::{Uplink, loopback, pattern};
 
 const TOKEN: Token = Token(7);
 
-fn receive(socket: &mut Datagram, head: usize, into: usize) -> std::io::Result<(Vec<u8>, SocketAddr)> {
-    let (mut first, mut next, mut rest) = (vec![0; head], vec![0; into], vec![0; 65_536]);
-    let (len, from) = socket.recv_from(&mut first, PayloadMut::from_host(&mut next), &mut rest)?;
-    let mut bytes = [first, next, rest].concat();
-    bytes.truncate(len);
-    Ok((bytes, from))
+/// What one read gives: senders and datagrams, and whether more may wait.
+fn read(socket: &mut Datagram, arrivals_max: usize) -> (Vec<(SocketAddr, Vec<u8>)>, bool) {
+    let mut seen = Vec::new();
+    let more = socket.recv_batch(arrivals_max, &mut |arrival| {
+        if arrival.bytes.is_empty() {
+            seen.push((arrival.from, Vec::new()));
+        }
+        for bytes in arrival.bytes.chunks(arrival.segment_bytes.max(1)) {
+            seen.push((arrival.from, bytes.to_vec()));
+        }
+    });
+    (seen, more.expect("no error waits"))
 }
 
-#[test]
-fn datagrams_of_every_size_come_whole_with_their_sender() {
-    let mut uplink = Uplink::new(true);
+/// The one datagram that waits.
+fn receive(uplink: &Uplink, socket: &mut Datagram) -> (SocketAddr, Vec<u8>) {
+    let start = std::time::Instant::now();
+    loop {
+        let (mut seen, _) = read(socket, 1);
+        match seen.pop() {
+            Some(datagram) => return datagram,
+            None => assert!(start.elapsed() < Duration::from_secs(10), "nothing came"),
+        }
+        uplink.events(Duration::from_millis(10));
+    }
+}
+
+/// A socket, its far end and the address the far end sees.
+fn pair(uplink: &mut Uplink) -> (Datagram, UdpSocket, SocketAddr) {
     let far = UdpSocket::bind(loopback(0)).expect("a socket");
+    far.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
     let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
     socket.send_to(b"he", &Payload::from_host(b"llo"), far.local_addr().expect("an address")).expect("sent");
     let mut bytes = [0; 100];
     let (len, near) = far.recv_from(&mut bytes).expect("it came");
     assert_eq!(&bytes[..len], b"hello");
-    for size in [0, 1, 8, 1472, 9000, 65_507] {
-        for (head, into) in [(0, 1472), (8, 1464), (0, 0), (8, 0)] {
-            far.send_to(&pattern(size), near).expect("sent");
-            uplink.await_event(TOKEN, |ready| ready.readable);
-            let (bytes, from) = receive(&mut socket, head, into).expect("it came");
-            assert!(bytes == pattern(size), "{size} bytes into {head} and {into}");
-            assert_eq!(from, far.local_addr().expect("an address"));
+    (socket, far, near)
+}
+
+#[test]
+fn datagrams_of_every_size_come_whole_with_their_sender() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    for size in [0, 1, 8, 1472, 1473, 9000, 65_507] {
+        far.send_to(&pattern(size), near).expect("sent");
+        let (from, bytes) = receive(&uplink, &mut socket);
+        assert!(bytes == pattern(size), "{size} bytes");
+        assert_eq!(from, far.local_addr().expect("an address"));
+    }
+    assert_eq!(read(&mut socket, 16), (Vec::new(), false));
+}
+
+#[test]
+fn many_datagrams_come_in_order_and_the_last_read_says_so() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    for n in 0..100u8 {
+        far.send_to(&vec![n; usize::from(n) * 7], near).expect("sent");
+    }
+    let mut seen = Vec::new();
+    loop {
+        let (part, more) = read(&mut socket, usize::MAX);
+        seen.extend(part);
+        if !more {
+            break;
         }
     }
-    assert!(receive(&mut socket, 0, 10).is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+    let expected: Vec<_> =
+        (0..100u8).map(|n| (far.local_addr().expect("an address"), vec![n; usize::from(n) * 7])).collect();
+    assert!(seen == expected);
+}
+
+/// `bytes` as a guest's memory holds them: in segments of `segment` bytes.
+fn segments(bytes: &[u8], segment: usize) -> Vec<libc::iovec> {
+    let iovec = |part: &[u8]| libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
+    bytes.chunks(segment).map(iovec).collect()
+}
+
+#[test]
+fn queued_datagrams_leave_each_by_itself_whole_and_in_order() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    let other = UdpSocket::bind(loopback(0)).expect("a socket");
+    other.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let ends = [&far, &other];
+    // Equal ones, shorter ones, empty ones, longer ones, to one end and in between to another.
+    let sizes: Vec<(usize, usize)> = (0..100)
+        .map(|n| {
+            (if n % 13 == 5 { 1 } else { 0 }, [100, 100, 100, 99, 0, 0, 100, 1472, 1472, 1473, 1][n % 11])
+        })
+        .collect();
+    let memory: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(n, (_, len))| vec![n as u8; *len]).collect();
+    let iovecs: Vec<Vec<libc::iovec>> = memory.iter().map(|bytes| segments(bytes, 40)).collect();
+    for (((end, _), iovecs), expected) in sizes.iter().zip(&iovecs).zip(&memory) {
+        // SAFETY: the segments lie in `memory`, which outlives the queue and is not touched.
+        let payload = unsafe { Payload::from_guest(iovecs) };
+        socket.queue_to(&payload, ends[*end].local_addr().expect("an address")).expect("queued");
+        assert_eq!(payload.len(), expected.len());
+    }
+    assert_eq!(uplink.net.flush_datagrams(), 0, "none was refused");
+    for ((end, _), expected) in sizes.iter().zip(&memory) {
+        let mut bytes = vec![0; 2000];
+        let len = ends[*end].recv(&mut bytes).expect("it came");
+        assert!(bytes[..len] == *expected, "{len} bytes instead of {}", expected.len());
+    }
+}
+
+#[test]
+fn segmented_datagrams_leave_each_by_itself_however_many() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    for (total, size) in [(14_720, 1472), (14_721, 1472), (100, 1472), (3000, 1000), (4096, 64), (640, 5)] {
+        let bytes = pattern(total);
+        let iovecs = segments(&bytes, 777);
+        // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+        let payload = unsafe { Payload::from_guest(&iovecs) };
+        let to = far.local_addr().expect("an address");
+        socket.send_segments_to(&payload, size, to).expect("sent");
+        for expected in bytes.chunks(size) {
+            let mut bytes = vec![0; 2000];
+            let len = far.recv(&mut bytes).expect("it came");
+            assert!(bytes[..len] == *expected);
+        }
+    }
 }
 
 #[test]
@@ -78,7 +175,7 @@ fn a_published_port_receives_and_answers_from_where_it_is() {
     let client = UdpSocket::bind(loopback(0)).expect("a socket");
     client.send_to(b"ask", address).expect("sent");
     uplink.await_event(TOKEN, |ready| ready.readable);
-    let (bytes, from) = receive(&mut socket, 0, 100).expect("it came");
+    let (from, bytes) = receive(&uplink, &mut socket);
     assert_eq!((&bytes[..], from), (&b"ask"[..], client.local_addr().expect("an address")));
     socket.send_to(&[], &Payload::from_host(b"answer"), from).expect("sent");
     let mut bytes = [0; 100];
@@ -101,29 +198,8 @@ fn echoes_reach_loopback_where_the_kernel_allows_them() {
     let payload = pattern(3000);
     socket.send_to(&request, &Payload::from_host(&payload), SocketAddr::new(host, 0)).expect("sent");
     uplink.await_event(TOKEN, |ready| ready.readable);
-    let (bytes, from) = receive(&mut socket, 8, 1400).expect("it came");
+    let (from, bytes) = receive(&uplink, &mut socket);
     assert_eq!(from.ip(), host);
     assert_eq!((bytes[0], bytes[1], &bytes[6..8]), (0, 0, &[0, 9][..]));
     assert!(bytes[8..] == payload);
-}
-
-#[test]
-fn a_datagram_for_more_segments_than_one_call_takes_is_given_up_on_and_not_met_again() {
-    let mut uplink = Uplink::new(true);
-    let mut socket = uplink.net.udp(TOKEN, loopback(0)).expect("a socket");
-    let far = UdpSocket::bind(loopback(0)).expect("a socket");
-    socket.send_to(&[], &Payload::from_host(b"x"), far.local_addr().expect("an address")).expect("sent");
-    let near = far.recv_from(&mut [0; 10]).expect("it came").1;
-    far.send_to(b"first", near).expect("sent");
-    far.send_to(b"second", near).expect("sent");
-    uplink.await_event(TOKEN, |ready| ready.readable);
-    let mut memory = [0u8; 1024];
-    let base = memory.as_mut_ptr();
-    let segments: Vec<libc::iovec> =
-        (0..1024).map(|n| libc::iovec { iov_base: base.wrapping_add(n).cast(), iov_len: 1 }).collect();
-    // SAFETY: the segments lie in `memory`, which outlives the view and is not touched meanwhile.
-    let into = unsafe { PayloadMut::from_guest(&segments) };
-    let error = socket.recv_from(&mut [0; 8], into, &mut [0; 100]).expect_err("1,026 segments");
-    assert_ne!(error.kind(), ErrorKind::WouldBlock);
-    assert_eq!(receive(&mut socket, 0, 100).expect("the next").0, b"second");
 }

@@ -104,11 +104,20 @@ impl Slot {
 
     /// Writes `from` at the slot's start.
     pub(crate) fn write(&self, mem: &GuestMemory, from: &[u8]) {
-        let mut done = 0;
+        self.write_at(mem, 0, from);
+    }
+
+    /// Writes `from` at byte `offset` of the slot.
+    pub(crate) fn write_at(&self, mem: &GuestMemory, offset: usize, from: &[u8]) {
+        let (mut skip, mut done) = (offset, 0);
         for piece in &self.pieces {
-            let len = (from.len() - done).min(piece.len as usize);
-            mem.write(piece.addr, &from[done..done + len]);
+            let room = (piece.len as usize).saturating_sub(skip);
+            let len = (from.len() - done).min(room);
+            if len > 0 {
+                mem.write(piece.addr + skip as u64, &from[done..done + len]);
+            }
             done += len;
+            skip = skip.saturating_sub(piece.len as usize);
         }
     }
 }

@@ -8,7 +8,7 @@ use vhost::vhost_user::message::FrontendReq;
 use super::features::{Features, PROTOCOL_FEATURES};
 use super::ring::RingAddrs;
 use super::session::{Session, SessionError, protocol, ring_state, words};
-use super::{GuestConfig, Order};
+use super::{DriverConfig, Order};
 use crate::sys::mem::{GuestMemory, Region};
 
 /// virtio 1.3, 2.1: acknowledged, driver, features accepted, driver ready.
@@ -42,7 +42,7 @@ pub(super) struct RingPlace {
 }
 
 /// Negotiates features and reads the device's configuration.
-pub(super) fn negotiate(session: &mut Session, config: &GuestConfig) -> Result<Agreement, SessionError> {
+pub(super) fn negotiate(session: &mut Session, config: &DriverConfig) -> Result<Agreement, SessionError> {
     let offered = session.offered()?;
     let mut features = offered.intersect(config.features);
     if config.queues == 1 {
@@ -100,7 +100,7 @@ fn offer_backend_channel(session: &mut Session) -> Result<(), SessionError> {
 /// Hands over memory and rings; the rings run when this returns.
 pub(super) fn start_rings(
     session: &mut Session,
-    config: &GuestConfig,
+    config: &DriverConfig,
     agreement: &Agreement,
     mem: &GuestMemory,
     rings: &[RingPlace],

@@ -1,7 +1,7 @@
 //! The namespace guest: a vhost-user front-end whose driver side is a TAP in a network namespace.
 //!
 //! [`run`] is one guest's life: negotiate with the back-end ([`session`]), open the TAP with the
-//! offloads that were negotiated, lay out memory ([`buffers`](self)) and rings, run one worker a
+//! offloads that were negotiated, lay out memory and rings, run one worker a
 //! queue pair, and watch the connection and the signals until it is told to end. If the back-end
 //! leaves and `reconnect` is set, the rings stay as they are and are offered to the next back-end
 //! with `used->idx` as their base, as QEMU does.
@@ -9,7 +9,10 @@
 mod buffers;
 mod check;
 mod counters;
+mod doorbells;
+mod driver;
 pub mod features;
+pub mod frames;
 mod garbage;
 mod handshake;
 pub mod misbehave;
@@ -18,9 +21,7 @@ mod ring;
 pub mod session;
 
 use std::io::{self, Write};
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -32,75 +33,34 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 pub use counters::Counters;
 use counters::PairCounters;
-use features::Features;
+use doorbells::Doorbells;
+use driver::PairRings;
+pub use driver::{DriverConfig, Order};
 use handshake::{Agreement, RingPlace};
 use misbehave::{Misbehaviour, Plan};
-use pair::{Control, Doorbells, NOTICE_PAUSE, Pair, PairParts};
-use ring::{DriverRing, RingAddrs, RingOptions};
-use session::{ProtocolFeatures, Session, SessionError};
+use pair::{Control, NOTICE_PAUSE, Pair, PairParts};
+use session::{Session, SessionError};
 
 use crate::sys::mem::GuestMemory;
 use crate::sys::netns;
 use crate::sys::signal::{Signal, Signals};
 use crate::sys::tap::{Offload, Tap};
-use buffers::{Arena, Slot, rx_pieces, tx_pieces};
 
-/// Guest-physical addresses of the two regions: transmit below 4 GiB, receive above.
-const TX_REGION_ADDR: u64 = 0x4000_0000;
-const RX_REGION_ADDR: u64 = 0x1_2000_0000_0000;
-/// Regions are sized in multiples of this many bytes.
-const REGION_ALIGN_BYTES: u64 = 2 << 20;
-/// Worst-case padding of one ring's parts in bytes.
-const RING_PADDING_BYTES: u64 = 4 * 4096;
-/// Queue pairs at most, so that descriptors and threads stay few.
-const PAIRS_MAX: usize = 16;
-
-/// In which order the messages of a handshake come.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Order {
-    /// Features first, rings enabled last.
-    #[default]
-    Spec,
-    /// As QEMU 7.2: rings are enabled before any SET_FEATURES and never again; feature and memory
-    /// messages repeat for each queue pair.
-    Qemu,
-}
-
-/// What a guest is to be.
+/// What a namespace guest is to be.
 #[derive(Clone, Debug)]
 pub struct GuestConfig {
-    /// The vhost-user socket.
-    pub socket: PathBuf,
-    /// Listen on the socket and let the back-end connect.
-    pub server: bool,
+    /// Its driver.
+    pub driver: DriverConfig,
     /// Network namespace the TAP is made in; `None` for the caller's.
     pub netns: Option<String>,
     /// Name of the TAP interface.
     pub tap: String,
     /// MAC address; without one the device's, else a random one.
     pub mac: Option<[u8; 6]>,
-    /// IP MTU of the interface in bytes; without one the device's, else 1500.
-    pub ip_mtu: Option<u16>,
-    /// Features to accept where offered.
-    pub features: Features,
-    /// Protocol features to accept where offered.
-    pub protocol: ProtocolFeatures,
-    /// Entries of each ring, a power of two.
-    pub ring_size: u16,
-    /// Length of a receive buffer in bytes.
-    pub rx_buffer_bytes: u32,
-    /// Lengths of the descriptors a frame from the guest is cut into; the last one repeats.
-    pub tx_cuts: Vec<u32>,
-    /// Queue pairs.
-    pub queues: usize,
-    /// Order of the handshake's messages.
-    pub order: Order,
     /// Ways to go wrong.
     pub misbehave: Vec<Misbehaviour>,
     /// Wait for another back-end when one leaves.
     pub reconnect: bool,
-    /// How long to wait for a back-end.
-    pub patience: Duration,
 }
 
 /// Why a guest ended.
@@ -124,25 +84,6 @@ fn kernel(what: &'static str) -> impl Fn(io::Error) -> GuestError {
     move |source| GuestError::Kernel(what, source)
 }
 
-impl GuestConfig {
-    fn validate(&self) -> Result<(), GuestError> {
-        let fail = |text: String| Err(GuestError::Config(text));
-        if !self.ring_size.is_power_of_two() || self.ring_size < 2 || self.ring_size > 32_768 {
-            return fail(format!("ring size {}: expected a power of two from 2 to 32768", self.ring_size));
-        }
-        if self.queues == 0 || self.queues > PAIRS_MAX {
-            return fail(format!("{} queue pairs: expected 1 to {PAIRS_MAX}", self.queues));
-        }
-        if self.rx_buffer_bytes < 128 || self.rx_buffer_bytes > 1 << 20 {
-            return fail(format!("receive buffers of {}: expected 128 to 1048576", self.rx_buffer_bytes));
-        }
-        if self.tx_cuts.is_empty() || self.tx_cuts.contains(&0) {
-            return fail("descriptor lengths must be one or more numbers above zero".into());
-        }
-        Ok(())
-    }
-}
-
 /// Runs a guest until SIGTERM or SIGINT, or until the back-end leaves for good. Prints JSON lines:
 /// one with `ready` when the rings run (again after each reconnect), one with `counters` at the end
 /// and on SIGUSR1.
@@ -150,39 +91,26 @@ impl GuestConfig {
 /// # Errors
 /// [`GuestError`]; the counters are printed even then.
 pub fn run(config: &GuestConfig) -> Result<(), GuestError> {
-    config.validate()?;
+    config.driver.validate()?;
     let mut signals = Signals::block().map_err(kernel("signals"))?;
-    let listener = match config.server {
-        true => {
-            let bound = UnixListener::bind(&config.socket).map_err(kernel("binding the socket"))?;
-            Some(bound)
-        }
-        false => None,
-    };
+    let listener = config.driver.listen().map_err(kernel("binding the socket"))?;
     if let Some(name) = &config.netns {
         netns::enter(name).map_err(kernel("entering the network namespace"))?;
     }
-    let mut session = meet(config, listener.as_ref())?;
-    let agreement = handshake::negotiate(&mut session, config)?;
+    let mut session = config.driver.meet(listener.as_ref())?;
+    let agreement = handshake::negotiate(&mut session, &config.driver)?;
     let mut guest = Guest::build(config, agreement)?;
-    handshake::start_rings(&mut session, config, &guest.agreement, guest.mem, &guest.places)?;
+    handshake::start_rings(&mut session, &config.driver, &guest.agreement, guest.mem, &guest.places)?;
     guest.start()?;
     guest.announce(&session);
     let ended = guest.watch(config, session, listener.as_ref(), &mut signals);
     guest.stop();
     guest.report();
-    if config.server {
+    if config.driver.server {
         // Nobody can be helped if it is gone already.
-        let _ = std::fs::remove_file(&config.socket);
+        let _ = std::fs::remove_file(&config.driver.socket);
     }
     ended
-}
-
-fn meet(config: &GuestConfig, listener: Option<&UnixListener>) -> Result<Session, SessionError> {
-    match listener {
-        Some(listener) => Session::accept(listener, &config.socket),
-        None => Session::connect(&config.socket, config.patience),
-    }
 }
 
 /// A guest's TAP, memory, rings and workers.
@@ -201,100 +129,47 @@ struct Guest {
 
 impl Guest {
     fn build(config: &GuestConfig, agreement: Agreement) -> Result<Guest, GuestError> {
-        let features = agreement.features;
         let tap = open_tap(config, &agreement)?;
         let mac = tap.mac().map_err(kernel("reading the MAC address"))?;
-        let tx_lens = tx_pieces(features, &config.tx_cuts);
-        let rx_lens = rx_pieces(features, config.rx_buffer_bytes, u32::from(agreement.ip_mtu));
-        let ring = ring_bytes(config.ring_size);
-        let size = |lens: &[u32], slots: usize| {
-            let pair = ring + Slot::footprint_bytes(lens) * slots as u64;
-            (pair * config.queues as u64).next_multiple_of(REGION_ALIGN_BYTES)
-        };
-        let options = |device_writes| RingOptions {
-            size: config.ring_size,
-            device_writes,
-            event_idx: features.named("event_idx"),
-            indirect: features.named("indirect_desc"),
-            in_order: features.named("in_order"),
-        };
-        let cost = |lens: &[u32]| if options(true).indirect && lens.len() > 1 { 1 } else { lens.len() };
-        let slots = |lens: &[u32]| usize::from(config.ring_size) / cost(lens);
-        if slots(&tx_lens) == 0 || slots(&rx_lens) == 0 {
-            let text =
-                format!("a ring of {} cannot hold one frame of {} pieces", config.ring_size, rx_lens.len());
-            return Err(GuestError::Config(text));
-        }
-        // A frame shorter than the longest takes fewer descriptors, so more slots than chains of
-        // full length are of use when transmitting.
-        let tx_slots = usize::from(config.ring_size);
-        let (tx_bytes, rx_bytes) = (size(&tx_lens, tx_slots), size(&rx_lens, slots(&rx_lens)));
-        let mem = GuestMemory::new(&[(TX_REGION_ADDR, tx_bytes), (RX_REGION_ADDR, rx_bytes)])
-            .map_err(kernel("guest memory"))?;
-        let mut arenas = [Arena::new(TX_REGION_ADDR, tx_bytes), Arena::new(RX_REGION_ADDR, rx_bytes)];
+        let layout = driver::lay_out(&config.driver, &agreement)?;
         let mut guest = Guest {
             agreement,
-            mem,
+            mem: layout.mem,
             tap,
             mac,
-            places: Vec::new(),
+            places: layout.places,
             waiting: Vec::new(),
             bells: Vec::new(),
             counters: Vec::new(),
             control: Vec::new(),
             threads: Vec::new(),
         };
-        for index in 0..config.queues {
-            let tx = DriverRing::new(mem, lay_out_ring(&mut arenas[0], config.ring_size), options(false));
-            let rx = DriverRing::new(mem, lay_out_ring(&mut arenas[1], config.ring_size), options(true));
-            let lay = |arena: &mut Arena, lens: &[u32], n: usize| {
-                (0..n).map(|_| Slot::lay_out(mem, arena, lens)).collect::<Vec<_>>()
-            };
-            let tx_slots = lay(&mut arenas[0], &tx_lens, tx_slots);
-            let rx_slots = lay(&mut arenas[1], &rx_lens, slots(&rx_lens));
-            guest.add_pair(config, index, [rx, tx], [rx_slots, tx_slots])?;
+        for (index, rings) in layout.pairs.into_iter().enumerate() {
+            guest.add_pair(config, index, rings);
         }
         Ok(guest)
     }
 
-    fn add_pair(
-        &mut self,
-        config: &GuestConfig,
-        index: usize,
-        [rx, tx]: [DriverRing; 2],
-        [rx_slots, tx_slots]: [Vec<Slot>; 2],
-    ) -> Result<(), GuestError> {
-        let bells = Arc::new(Doorbells::new().map_err(kernel("eventfd"))?);
+    fn add_pair(&mut self, config: &GuestConfig, index: usize, rings: PairRings) {
         let control = Arc::new(Control::default());
         let counters = Arc::new(PairCounters::default());
-        for (ring, kick, call) in
-            [(&rx, &bells.rx_kick, &bells.rx_call), (&tx, &bells.tx_kick, &bells.tx_call)]
-        {
-            self.places.push(RingPlace {
-                addrs: ring.addrs(),
-                size: ring.size(),
-                kick: kick.as_raw_fd(),
-                call: call.as_raw_fd(),
-            });
-        }
+        self.bells.push(Arc::clone(&rings.bells));
         self.waiting.push(Pair::new(PairParts {
             mem: self.mem,
             features: self.agreement.features,
             ip_mtu: self.agreement.ip_mtu,
             tap: self.tap.fd(index),
-            rx,
-            tx,
-            rx_slots,
-            tx_slots,
-            bells: Arc::clone(&bells),
+            rx: rings.rx,
+            tx: rings.tx,
+            rx_slots: rings.rx_slots,
+            tx_slots: rings.tx_slots,
+            bells: rings.bells,
             counters: Arc::clone(&counters),
             control: Arc::clone(&control),
             plan: Plan::new(&config.misbehave),
         }));
-        self.bells.push(bells);
         self.counters.push(counters);
         self.control.push(control);
-        Ok(())
     }
 
     fn start(&mut self) -> Result<(), GuestError> {
@@ -373,10 +248,10 @@ impl Guest {
         listener: Option<&UnixListener>,
         signals: &mut Signals,
     ) -> Result<Option<Session>, GuestError> {
-        let deadline = Instant::now() + config.patience;
+        let deadline = Instant::now() + config.driver.patience;
         loop {
-            let attempt = GuestConfig { patience: Duration::ZERO, ..config.clone() };
-            match meet(&attempt, listener).and_then(|session| self.resume(config, session)) {
+            let attempt = DriverConfig { patience: Duration::ZERO, ..config.driver.clone() };
+            match attempt.meet(listener).and_then(|session| self.resume(config, session)) {
                 Ok(session) => return Ok(Some(session)),
                 Err(e) if Instant::now() >= deadline => return Err(e.into()),
                 Err(SessionError::Unfit(text)) => return Err(SessionError::Unfit(text).into()),
@@ -390,12 +265,12 @@ impl Guest {
     }
 
     fn resume(&self, config: &GuestConfig, mut session: Session) -> Result<Session, SessionError> {
-        let agreement = handshake::negotiate(&mut session, config)?;
+        let agreement = handshake::negotiate(&mut session, &config.driver)?;
         if agreement.features != self.agreement.features {
             let text = format!("came back with features {}", agreement.features);
             return Err(SessionError::Unfit(text));
         }
-        handshake::start_rings(&mut session, config, &agreement, self.mem, &self.places)?;
+        handshake::start_rings(&mut session, &config.driver, &agreement, self.mem, &self.places)?;
         for bells in &self.bells {
             // Whatever was offered while nobody looked; a full counter wakes the device as well.
             let _ = bells.rx_kick.write(1);
@@ -429,30 +304,13 @@ fn open_tap(config: &GuestConfig, agreement: &Agreement) -> Result<Tap, GuestErr
         ecn: features.named("host_ecn"),
         uso: features.named("host_uso"),
     };
-    let tap = Tap::open(&config.tap, config.queues, features.header_bytes(), offload)
+    let tap = Tap::open(&config.tap, config.driver.queues, features.header_bytes(), offload)
         .map_err(kernel("opening the TAP"))?;
     if let Some(mac) = config.mac.or(agreement.mac) {
         tap.set_mac(mac).map_err(kernel("setting the MAC address"))?;
     }
     tap.set_ip_mtu(agreement.ip_mtu).map_err(kernel("setting the MTU"))?;
     Ok(tap)
-}
-
-fn ring_bytes(size: u16) -> u64 {
-    let n = u64::from(size);
-    16 * n + (6 + 2 * n) + (6 + 8 * n) + RingAddrs::indirect_bytes(size) + RING_PADDING_BYTES
-}
-
-/// Places a ring's parts with the least alignment the specification asks for (virtio 1.3, 2.7), and
-/// not at multiples of anything larger.
-fn lay_out_ring(arena: &mut Arena, size: u16) -> RingAddrs {
-    let n = u64::from(size);
-    RingAddrs {
-        desc: arena.take(16 * n, 4096, 16),
-        avail: arena.take(6 + 2 * n, 4096, 2),
-        used: arena.take(6 + 8 * n, 4096, 4),
-        indirect: arena.take(RingAddrs::indirect_bytes(size), 64, 16),
-    }
 }
 
 enum Event {

@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Slot;
 use super::check::{self, HEAD_BYTES, Header};
 use super::counters::PairCounters;
+use super::doorbells::Doorbells;
 use super::features::Features;
 use super::garbage::{self, GARBAGE_KINDS, HEADER_KINDS};
 use super::misbehave::{Plan, every};
@@ -40,32 +40,6 @@ pub(crate) struct Control {
     pub(crate) lost: AtomicU64,
     /// The value of `lost` the worker has dealt with.
     pub(crate) lost_seen: AtomicU64,
-}
-
-/// The four notification descriptors of a pair, and one to wake the worker.
-#[derive(Debug)]
-pub(crate) struct Doorbells {
-    /// Driver to device, receive ring.
-    pub(crate) rx_kick: EventFd,
-    /// Device to driver, receive ring.
-    pub(crate) rx_call: EventFd,
-    /// Driver to device, transmit ring.
-    pub(crate) tx_kick: EventFd,
-    /// Device to driver, transmit ring.
-    pub(crate) tx_call: EventFd,
-    /// Main thread to worker.
-    pub(crate) wake: EventFd,
-}
-
-impl Doorbells {
-    /// Fresh, non-blocking eventfds.
-    ///
-    /// # Errors
-    /// What `eventfd` answers.
-    pub(crate) fn new() -> io::Result<Doorbells> {
-        let fd = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        Ok(Doorbells { rx_kick: fd()?, rx_call: fd()?, tx_kick: fd()?, tx_call: fd()?, wake: fd()? })
-    }
 }
 
 /// Everything a worker is made of.

@@ -1,5 +1,6 @@
 //! The processes under test: vunet, and the front-end that attaches to it.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -48,10 +49,17 @@ impl Lab {
     /// If it cannot be started or makes no socket.
     pub fn vunet(&self, options: &BackendOptions) -> Result<Backend, LabError> {
         let socket = self.dir().join("vunet.sock");
+        // A dead vunet may have left one behind: wait for the new one.
+        // Inode numbers are used again at once, so its time of birth counts too.
+        let identity = |socket: &Path| {
+            let meta = std::fs::symlink_metadata(socket).ok()?;
+            Some((meta.ino(), meta.ctime(), meta.ctime_nsec()))
+        };
+        let stale = identity(&socket);
         let process = self.start_vunet(options, &["--socket-path", &socket.display().to_string()])?;
         let deadline = Instant::now() + SHORT;
         let mut backend = Backend { process, socket };
-        while !backend.socket.exists() {
+        while identity(&backend.socket).is_none_or(|now| Some(now) == stale) {
             if Instant::now() > deadline || !backend.process.is_running() {
                 let errors = backend.process.errors().join("\n");
                 return Err(LabError::Timeout(SHORT, format!("vunet's socket\n{errors}")));

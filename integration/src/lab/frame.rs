@@ -1,7 +1,7 @@
 //! Hand-made frames, for what a guest's own stack would never send.
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use super::Netns;
@@ -82,14 +82,35 @@ impl Probe {
         };
         let checksum = fold(sum(&transport, pseudo));
         transport[checksum_at..checksum_at + 2].copy_from_slice(&checksum);
-        let mut ip = vec![0x45, 0];
-        ip.extend((20 + len).to_be_bytes());
-        ip.extend([0, 1, 0x40, 0, 64, self.protocol(), 0, 0]);
-        ip.extend(addresses);
-        let checksum = fold(sum(&ip, 0));
-        ip[10..12].copy_from_slice(&checksum);
-        [&to.0[..], &from.0[..], &[8, 0], &ip, &transport].concat()
+        ip_frame(from, to, self.protocol(), &transport)
     }
+}
+
+/// A whole frame with one UDP datagram, checksums included.
+///
+/// # Panics
+/// If `payload` does not fit one IPv4 packet.
+pub fn udp_frame(from: ([u8; 6], SocketAddrV4), to: ([u8; 6], SocketAddrV4), payload: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(8 + payload.len()).expect("a datagram that fits");
+    let mut udp =
+        [from.1.port().to_be_bytes(), to.1.port().to_be_bytes(), len.to_be_bytes(), [0; 2]].concat();
+    udp.extend(payload);
+    let pseudo = [from.1.ip().octets(), to.1.ip().octets()].concat();
+    let checksum = fold(sum(&udp, sum(&pseudo, 17 + u32::from(len))));
+    udp[6..8].copy_from_slice(&checksum);
+    ip_frame((from.0, *from.1.ip()), (to.0, *to.1.ip()), 17, &udp)
+}
+
+fn ip_frame(from: ([u8; 6], Ipv4Addr), to: ([u8; 6], Ipv4Addr), protocol: u8, transport: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(20 + transport.len()).expect("a packet that fits");
+    let mut ip = vec![0x45, 0];
+    ip.extend(len.to_be_bytes());
+    ip.extend([0, 1, 0x40, 0, 64, protocol, 0, 0]);
+    ip.extend(from.1.octets());
+    ip.extend(to.1.octets());
+    let checksum = fold(sum(&ip, 0));
+    ip[10..12].copy_from_slice(&checksum);
+    [&to.0[..], &from.0[..], &[8, 0], &ip, transport].concat()
 }
 
 /// An answer to a probe.

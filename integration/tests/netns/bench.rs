@@ -13,6 +13,8 @@ use vunet_integration::world::pattern;
 
 /// Time a single exchange may take on a loaded machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longest answer of a server in bytes: a back-end that repeats one for ever must not hang a test.
+pub(crate) const ANSWER_BYTES_MAX: u64 = 4096;
 /// One MiB in bytes.
 pub(crate) const MIB: u64 = 1 << 20;
 

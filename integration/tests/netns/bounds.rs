@@ -2,11 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 use vunet_integration::lab::{GATEWAY, WORLD};
 use vunet_integration::world::ports;
 
-use crate::bench::{Bench, Failure, MIB, Outcome, Setup, allow_files, ensure, scenario};
+use crate::bench::{
+    ANSWER_BYTES_MAX, Bench, Failure, MIB, Outcome, PATIENCE, Setup, allow_files, bare, ensure, scenario,
+};
 
 fn exchange(stream: &mut TcpStream, text: &str) -> std::io::Result<bool> {
     stream.write_all(text.as_bytes())?;
@@ -68,14 +71,80 @@ fn check_survivors(streams: &mut [TcpStream]) -> Outcome {
 }
 
 #[test]
+fn two_thousand_short_connections_leave_nothing_behind() {
+    scenario(&Setup::new(), |bench| {
+        let before = open_files(bench)?;
+        std::thread::scope(|scope| {
+            let bench = &*bench;
+            let churn = || {
+                for _ in 0..500 {
+                    // The server closes first, so that the guest does not run out of ports.
+                    let mut text = String::new();
+                    bench.connect_world(ports::PEER)?.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+                    ensure!(text.starts_with("192.0.2.1:"), "{text:?}");
+                }
+                Ok(())
+            };
+            let workers: Vec<_> = (0..4).map(|_| scope.spawn(churn)).collect();
+            workers.into_iter().try_for_each(|worker| {
+                worker.join().unwrap_or_else(|_| Err(Failure("a client panicked".into())))
+            })
+        })?;
+        let deadline = Instant::now() + PATIENCE;
+        while open_files(bench)? > before {
+            ensure!(Instant::now() < deadline, "{} files open, {before} before", open_files(bench)?);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+#[ignore = "takes a minute: part of the long tests"]
+fn a_thousand_front_ends_leave_nothing_behind() {
+    bare(&Setup::new(), |bench| {
+        let mut first = None;
+        for round in 0..1000 {
+            bench.attach(&[])?;
+            match round % 3 {
+                0 => drop(bench.detach()?),
+                _ => bench.guest.take().expect("just attached").process.kill(),
+            }
+            if round == 100 {
+                first = Some(footprint(bench)?);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let (files, threads, kib) = first.expect("more than a hundred rounds");
+        let (files_now, threads_now, kib_now) = footprint(bench)?;
+        println!(
+            "files {files} to {files_now}, threads {threads} to {threads_now}, RSS {kib} to {kib_now} KiB"
+        );
+        ensure!(files_now <= files && threads_now <= threads, "files or threads grow");
+        ensure!(kib_now <= kib + 1024, "memory grows");
+        Ok(())
+    });
+}
+
+/// vunet's open files, threads and resident KiB.
+fn footprint(bench: &Bench) -> Result<(usize, usize, u64), Failure> {
+    let proc = format!("/proc/{}", bench.vunet.process.pid());
+    let threads = std::fs::read_dir(format!("{proc}/task"))?.count();
+    let status = std::fs::read_to_string(format!("{proc}/status"))?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS")).unwrap_or_default();
+    let kib = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0);
+    Ok((open_files(bench)?, threads, kib))
+}
+
+#[test]
 fn an_idle_vunet_does_not_wake() {
     scenario(&Setup::new(), |bench| {
         let _idle = bench.connect_world(ports::ECHO)?;
         // Whatever the guest's own stack sends at first (router solicitations) is over by then.
         bench.lab.guest.sysctl("net.ipv6.conf.eth0.disable_ipv6", "1")?;
-        std::thread::sleep(std::time::Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(3));
         let before = switches(bench)?;
-        std::thread::sleep(std::time::Duration::from_secs(3));
+        std::thread::sleep(Duration::from_secs(3));
         let woke = switches(bench)? - before;
         println!("{woke} context switches in 3 idle seconds");
         ensure!(woke <= 3, "{woke} context switches in 3 idle seconds");

@@ -17,8 +17,10 @@ fn attach_and_transfer(bench: &mut Bench, args: &[&str], count_bytes: u64, seed:
 
 #[test]
 fn every_feature_at_once() {
-    bare(&Setup::new().tools(&["curl"]), |bench| {
+    bare(&Setup::new().tools(&["curl"]).vunet(&["--mac", "52:54:00:aa:bb:cc"]), |bench| {
         bench.attach(&["--features", "all"])?;
+        let mac = &bench.front_end().ready["mac"];
+        ensure!(mac == "52:54:00:aa:bb:cc", "the guest's MAC address is {mac}");
         let offered = bench.front_end().ready["features"].clone();
         for name in [
             "csum",
@@ -121,7 +123,7 @@ fn qemus_order_of_messages() {
 
 #[test]
 fn several_queue_pairs() {
-    bare(&Setup::new().tools(&["curl"]).vunet(&["--queues", "4"]), |bench| {
+    bare(&Setup::new().tools(&["curl"]), |bench| {
         for queues in ["1", "2", "4"] {
             attach_and_transfer(bench, &["--queues", queues], 16 * MIB, 1)?;
             attach_and_transfer(bench, &["--queues", queues, "--order", "qemu"], 8 * MIB, 2)?;

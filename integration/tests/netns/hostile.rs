@@ -53,7 +53,7 @@ fn broken_chains_cost_only_themselves() {
     bare(&Setup { faults_allowed: true, ..Setup::new().tools(&["curl"]) }, |bench| {
         for features in ["all", "all,-indirect_desc", "all,-event_idx,-in_order", "version_1"] {
             let run = |bench: &mut Bench| -> Outcome {
-                bench.attach(&["--misbehave", "garbage:7", "--features", features])?;
+                bench.attach(&["--misbehave", "garbage:2", "--features", features])?;
                 bench.lease()?;
                 bench.http_both_ways(2 * MIB, 1)?;
                 let counters = bench.detach()?;
@@ -105,6 +105,8 @@ fn a_guest_without_buffers_gets_its_data_later() {
         bench.attach(&["--misbehave", "no-refill:2000:1500", "--ring-size", "64"])?;
         bench.lease()?;
         let mut stream = bench.connect_world(ports::SOURCE)?;
+        // Into the pause, which starts half a second after the rings.
+        std::thread::sleep(Duration::from_millis(600));
         stream.write_all(format!("{} 7\n", 2 * MIB).as_bytes())?;
         vunet_integration::world::pattern::expect(7, 2 * MIB, &mut stream)?;
         let rest = stream.read(&mut [0])?;

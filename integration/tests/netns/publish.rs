@@ -7,7 +7,9 @@ use std::time::Duration;
 use vunet_integration::lab::{GATEWAY, GUEST, HOST, Netns, Process, SHORT, WORLD};
 use vunet_integration::world::pattern;
 
-use crate::bench::{Bench, Failure, MIB, PATIENCE, Setup, ensure, integration_binary, scenario};
+use crate::bench::{
+    ANSWER_BYTES_MAX, Bench, Failure, MIB, PATIENCE, Setup, ensure, integration_binary, scenario,
+};
 
 const PUBLISH: [&str; 8] = [
     "--publish",
@@ -40,7 +42,7 @@ fn connect(from: &Netns, to: (Ipv4Addr, u16)) -> Result<TcpStream, Failure> {
 /// The address the guest's server sees for a client in `from` that connects to `to`.
 fn seen(from: &Netns, to: (Ipv4Addr, u16)) -> Result<SocketAddr, Failure> {
     let mut text = String::new();
-    connect(from, to)?.read_to_string(&mut text)?;
+    connect(from, to)?.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
     Ok(text.trim().parse()?)
 }
 
@@ -88,7 +90,7 @@ fn a_published_range_carries_bytes_both_ways() {
             pattern::send(8, count, &mut digest)?;
             digest.shutdown(Shutdown::Write)?;
             let mut answer = String::new();
-            digest.read_to_string(&mut answer)?;
+            (&digest).take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
             let want = format!("{} {count}\n", pattern::sha256(8, count));
             ensure!(answer == want, "upload of {count} into the guest: {answer:?}");
         }
@@ -99,12 +101,12 @@ fn a_published_range_carries_bytes_both_ways() {
 #[test]
 fn a_port_the_guest_does_not_serve_is_no_open_port() {
     scenario(&Setup::new().vunet(&PUBLISH), |bench| {
-        let mut stream = match connect(&bench.lab.world, (HOST, 8006)) {
+        let stream = match connect(&bench.lab.world, (HOST, 8006)) {
             Err(_) => return Ok(()),
             Ok(stream) => stream,
         };
         let mut text = String::new();
-        let end = stream.read_to_string(&mut text);
+        let end = (&stream).take(ANSWER_BYTES_MAX).read_to_string(&mut text);
         ensure!(end.is_err(), "a port nobody serves gave {text:?} and an orderly end");
         Ok(())
     });

@@ -13,6 +13,8 @@ mod area;
 mod region;
 mod segments;
 mod sigbus;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::sync::Arc;

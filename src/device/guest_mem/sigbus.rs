@@ -51,8 +51,8 @@ pub(super) fn lost_pages() -> u32 {
 pub(super) struct Watch(usize);
 
 impl Watch {
-    /// Watches `len_bytes` bytes from `start` on, both multiples of `block_bytes`, a power of two:
-    /// the granularity in which the mapping can be replaced. `None` if the table is full.
+    /// Watches `len_bytes` bytes from `start` on, a multiple of `block_bytes`, a power of two and the
+    /// granularity in which the mapping can be replaced. `None` if the table is full.
     pub(super) fn new(start: usize, len_bytes: usize, block_bytes: usize) -> Option<Watch> {
         install();
         let claim = |slot: &Slot| {
@@ -99,11 +99,12 @@ fn install() {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _context: *mut c_void) {
-    // SAFETY: with SA_SIGINFO the kernel hands a valid siginfo.
-    let code = unsafe { (*info).si_code };
+    // SAFETY: with SA_SIGINFO the kernel hands a siginfo that is valid while the handler runs.
+    let info = unsafe { &*info };
+    let code = info.si_code;
     if code > 0 {
-        // SAFETY: as above; SIGBUS raised by the kernel (positive code) carries an address.
-        let address = unsafe { (*info).si_addr() };
+        // SAFETY: SIGBUS raised by the kernel (positive code) carries an address.
+        let address = unsafe { info.si_addr() };
         if replace_page(address as usize) {
             return;
         }
@@ -119,16 +120,19 @@ fn replace_page(address: usize) -> bool {
     };
     let Some(slot) = TABLE.iter().find(holds) else { return false };
     let block = slot.block.load(Ordering::Relaxed);
+    // Counted from the mapping's start, which need not be a multiple of the block itself.
+    let start = slot.start.load(Ordering::Relaxed);
+    let hole = start + ((address - start) & !(block - 1));
     // SAFETY: the thread's own errno, restored below: the interrupted code must not see ours.
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: `errno` is valid for this thread's whole life.
     let saved = unsafe { *errno };
-    // SAFETY: the block lies in a mapping this process made and watches (`Watch::new`: both ends
-    // are multiples of the block), so replacing it touches nothing of anyone else's. Guest memory is
+    // SAFETY: the block lies in a mapping this process made and watches (`Watch::new`: its length is
+    // a multiple of the block), so replacing it touches nothing of anyone else's. Guest memory is
     // only reached through raw pointers and atomics, for which any content is valid.
     let mapped = unsafe {
         libc::mmap(
-            (address & !(block - 1)) as *mut c_void,
+            hole as *mut c_void,
             block,
             libc::PROT_READ | libc::PROT_WRITE,
             libc::MAP_FIXED | libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE,

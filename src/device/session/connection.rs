@@ -89,7 +89,8 @@ pub(super) struct Connection<'a> {
     complaints: HashSet<(u32, String)>,
     /// What was logged as negotiated last.
     announced: Option<Features>,
-    messages: u64,
+    /// It said something, and the worker knows of it.
+    attached: bool,
 }
 
 impl<'a> Connection<'a> {
@@ -108,26 +109,35 @@ impl<'a> Connection<'a> {
             backend_channel: None,
             complaints: HashSet::new(),
             announced: None,
-            messages: 0,
+            attached: false,
         }
     }
 
-    /// Messages received so far.
-    pub(super) fn messages(&self) -> u64 {
-        self.messages
+    /// Whether it ever said anything: who only looks whether the socket is alive does not.
+    pub(super) fn spoke(&self) -> bool {
+        self.attached
     }
 
     /// Serves messages until the connection ends.
     pub(super) fn serve(&mut self) -> Ended {
         loop {
             let served = self.channel.receive().and_then(|message| {
-                self.messages += 1;
+                self.attach()?;
                 self.serve_message(message)
             });
             if let Err(ended) = served {
                 return ended;
             }
         }
+    }
+
+    /// Tells the worker of the front-end when it says its first word.
+    fn attach(&mut self) -> Result<(), Ended> {
+        if !std::mem::replace(&mut self.attached, true) {
+            self.link.call(Command::Attached)?;
+            self.link.call(Command::IpMtu(self.ip_mtu))?;
+        }
+        Ok(())
     }
 
     fn serve_message(&mut self, message: Message) -> Result<(), Ended> {
@@ -232,8 +242,10 @@ impl<'a> Connection<'a> {
                 self.vrings[index].addrs = Some(addrs);
                 self.start_if_complete(index)?;
             }
+            Request::SetVringBase(index, base) => self.vrings[index].base = base,
             Request::GetVringBase(index) => {
-                let at = self.stop(index)?;
+                self.stop(index)?;
+                let at = self.vrings[index].base;
                 let mut payload = (index as u32).to_ne_bytes().to_vec();
                 payload.extend_from_slice(&u32::from(at).to_ne_bytes());
                 return Ok(Answer::Payload(payload));
@@ -329,9 +341,7 @@ impl<'a> Connection<'a> {
         self.status = status;
         if status == 0 {
             for index in 0..VRINGS_MAX {
-                if self.vrings[index].started {
-                    self.stop(index)?;
-                }
+                self.stop(index)?;
             }
         }
         Ok(())
@@ -389,13 +399,16 @@ impl<'a> Connection<'a> {
         }
     }
 
-    fn stop(&mut self, index: usize) -> Result<u16, Fault> {
+    fn stop(&mut self, index: usize) -> Result<(), Fault> {
         self.vrings[index].kick = Kick::Unset;
-        let Reply::At(at) = self.call(Command::Stop(index as u16))? else { return Ok(0) };
-        if std::mem::take(&mut self.vrings[index].started) {
+        if !std::mem::take(&mut self.vrings[index].started) {
+            return Ok(());
+        }
+        if let Reply::At(at) = self.call(Command::Stop(index as u16))? {
+            self.vrings[index].base = at;
             tracing::info!(ring = index, used_index = at, "ring stopped");
         }
-        Ok(at)
+        Ok(())
     }
 
     fn tell_enabled(&mut self, index: usize) -> Result<(), Fault> {

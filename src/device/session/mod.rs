@@ -100,6 +100,9 @@ impl SessionSide {
             if served.spoke && self.config.one_off || !source.is_repeatable() {
                 return Ok(());
             }
+            if !served.spoke && source.rest(shutdown.as_raw_fd()).is_err() {
+                return Ok(());
+            }
         }
     }
 }
@@ -117,14 +120,13 @@ fn serve(stream: UnixStream, link: &mut Link, config: &DeviceConfig, shutdown: &
         Ok(channel) => channel,
         Err(error) => return Served { ended: error.into(), spoke: false },
     };
-    if let Err(ended) = link.call(Command::Attached) {
-        return Served { ended, spoke: false };
-    }
     let mut connection = Connection::new(channel, link, config);
     let ended = connection.serve();
-    let spoke = connection.messages() > 0;
+    let spoke = connection.spoke();
     drop(connection);
-    let ended = if matches!(ended, Ended::Shutdown | Ended::Worker(_)) {
+    let ended = if !spoke {
+        ended
+    } else if matches!(ended, Ended::Shutdown | Ended::Worker(_)) {
         link.tell(Command::Detached);
         ended
     } else {

@@ -99,8 +99,8 @@ pub(super) enum Request {
     SetFeatures(u64),
     GetProtocolFeatures,
     SetProtocolFeatures(u64),
-    /// SET_OWNER, RESET_OWNER, SET_VRING_BASE, SET_CONFIG: nothing to do. The ring base is not
-    /// believed, `used->idx` rules; nothing in the configuration space is the driver's to set.
+    /// SET_OWNER, RESET_OWNER, SET_CONFIG: nothing to do. Nothing in the configuration space is the
+    /// driver's to set.
     Nothing,
     GetQueueNum,
     SetMemTable(Vec<(RegionSpec, File)>),
@@ -109,6 +109,8 @@ pub(super) enum Request {
     GetMaxMemSlots,
     SetVringNum(usize, u16),
     SetVringAddr(usize, RingAddrs),
+    /// Only remembered: a ring starts where its used index stands, whatever the front-end says.
+    SetVringBase(usize, u16),
     GetVringBase(usize),
     /// A descriptor, or none: the ring is polled, or wants no notification.
     SetVringKick(usize, Option<OwnedFd>),
@@ -147,7 +149,7 @@ impl Request {
                 Request::SetVringNum(index, ring_size(size)?)
             }
             Req::SET_VRING_ADDR => vring_addr(payload)?,
-            Req::SET_VRING_BASE => vring_state(payload).map(|_| Request::Nothing)?,
+            Req::SET_VRING_BASE => vring_state(payload).map(|(n, at)| Request::SetVringBase(n, at as u16))?,
             Req::GET_VRING_BASE => Request::GetVringBase(vring_state(payload)?.0),
             Req::SET_VRING_KICK => vring_fd(payload, fds).map(|(n, fd)| Request::SetVringKick(n, fd))?,
             Req::SET_VRING_CALL => vring_fd(payload, fds).map(|(n, fd)| Request::SetVringCall(n, fd))?,

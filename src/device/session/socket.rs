@@ -91,6 +91,15 @@ impl Source {
         !matches!(self, Source::Connected(_))
     }
 
+    /// Rests after a front-end that said nothing, so that one which lets us connect only to hang up
+    /// does not keep us busy.
+    pub(super) fn rest(&self, shutdown: RawFd) -> Result<(), Ended> {
+        match self {
+            Source::Client(_) => pause(shutdown, RETRY_LONGEST),
+            Source::Listener { .. } | Source::Connected(_) => Ok(()),
+        }
+    }
+
     /// Waits for the next front-end; `None` if there will be none.
     pub(super) fn next(&mut self, shutdown: RawFd) -> Result<Option<UnixStream>, Ended> {
         match self {
@@ -102,6 +111,7 @@ impl Source {
 }
 
 fn accept(listener: &UnixListener, shutdown: RawFd) -> Result<UnixStream, Ended> {
+    let mut told = false;
     loop {
         match sys::wait([(listener.as_raw_fd(), Interest::Read), (shutdown, Interest::Read)], None)? {
             [_, true] => return Err(Ended::Shutdown),
@@ -113,7 +123,9 @@ fn accept(listener: &UnixListener, shutdown: RawFd) -> Result<UnixStream, Ended>
             Err(e) if matches!(e.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
             Err(e) if e.kind() == io::ErrorKind::ConnectionAborted => {}
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a front-end; trying again");
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "cannot accept a front-end; trying again");
+                }
                 pause(shutdown, ACCEPT_RETRY)?;
             }
         }

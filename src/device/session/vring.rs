@@ -25,6 +25,8 @@ pub(super) enum Kick {
 pub(super) struct Vring {
     pub(super) size: Option<u16>,
     pub(super) addrs: Option<RingAddrs>,
+    /// Where the ring stands while it is stopped: where we left it, or what the front-end said last.
+    pub(super) base: u16,
     pub(super) kick: Kick,
     pub(super) call: Option<Notifier>,
     pub(super) err: Option<Notifier>,

@@ -20,15 +20,15 @@ use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::emit;
 use crate::engine::guest_port::{GuestPort, ReserveError};
-use crate::engine::host_net::{HostDatagram, Token};
+use crate::engine::host_net::{Arrival, HostDatagram, Token};
 use crate::engine::lru::Lru;
 use crate::engine::timers::TimerSlot;
-use crate::frame::{Payload, PayloadMut};
+use crate::frame::Payload;
 use crate::limits;
 use crate::time::Instant;
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::Protocol;
-use crate::wire::vnet::VnetHeader;
+use crate::wire::vnet::{Gso, GsoKind, VnetHeader};
 use crate::wire::{checksum, ethernet, udp};
 
 /// Idle time of a peer that has answered (RFC 4787, REQ-5 recommends five minutes) ...
@@ -67,7 +67,10 @@ struct Mapping<D> {
     /// The guest's end; unknown for a published port until a guest is known.
     guest: Option<SocketAddr>,
     published_port: Option<u16>,
-    socket: D,
+    /// Away only while it is being read.
+    socket: Option<D>,
+    /// Most datagrams in one arrival of the last batch.
+    coalesced: usize,
     neighbour: Option<Neighbour>,
     /// The newest peer, which leads to the others.
     newest_peer: Option<usize>,
@@ -84,6 +87,8 @@ struct Peer {
     real: SocketAddr,
     mapping: usize,
     answered: bool,
+    /// The guest has sent to it before.
+    spoken: bool,
     timer: TimerSlot,
     /// Neighbours on the list of its mapping's peers.
     newer: Option<usize>,
@@ -123,7 +128,6 @@ pub struct DatagramTable<D> {
     starved: VecDeque<Token>,
     published: usize,
     generation: u32,
-    overflow: Box<[u8]>,
 }
 
 impl<D: HostDatagram> Default for DatagramTable<D> {
@@ -140,7 +144,6 @@ impl<D: HostDatagram> Default for DatagramTable<D> {
             starved: VecDeque::new(),
             published: 0,
             generation: 0,
-            overflow: vec![0; 65_536].into_boxed_slice(),
         }
     }
 }
@@ -205,7 +208,8 @@ impl<D: HostDatagram> DatagramTable<D> {
             kind,
             guest: None,
             published_port: None,
-            socket,
+            socket: Some(socket),
+            coalesced: 1,
             neighbour: None,
             newest_peer: None,
             starved: false,
@@ -226,7 +230,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
         let older = self.mappings[mapping].newest_peer;
         let timer = TimerSlot::default();
-        let peer = Peer { token, key, real, mapping, answered: false, timer, newer: None, older };
+        let peer =
+            Peer { token, key, real, mapping, answered: false, spoken: false, timer, newer: None, older };
         let at = self.peers.insert(peer);
         if let Some(older) = older {
             self.peers[older].newer = Some(at);
@@ -257,7 +262,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
     }
 
-    /// Sends a datagram of the guest to a known peer: `head` from host memory, then `payload`.
+    /// Sends a datagram of the guest to a known peer: `head` from host memory, then `payload`; or, with
+    /// `gso_bytes`, the payload as UDP datagrams of that many bytes each.
     ///
     /// # Errors
     /// `NotFound` if the exchange is not known; the socket's error otherwise.
@@ -268,13 +274,24 @@ impl<D: HostDatagram> DatagramTable<D> {
         from: Neighbour,
         head: &[u8],
         payload: &Payload<'_>,
+        gso_bytes: Option<usize>,
     ) -> io::Result<()> {
         let at = *self.by_key.get(key).ok_or(io::ErrorKind::NotFound)?;
         self.refresh(core, at);
-        let peer = &self.peers[at];
+        let peer = &mut self.peers[at];
         let mapping = &mut self.mappings[peer.mapping];
         mapping.neighbour = Some(from);
-        mapping.socket.send_to(head, payload, peer.real)?;
+        let Some(socket) = mapping.socket.as_mut() else { return Ok(()) };
+        match (key.kind, gso_bytes) {
+            (Kind::Udp, Some(segment_bytes)) => {
+                socket.send_segments_to(payload, segment_bytes, peer.real)?;
+            }
+            // The first of an exchange goes alone, so that its error can be told to the guest.
+            (Kind::Udp, None) if std::mem::replace(&mut peer.spoken, true) => {
+                socket.queue_to(payload, peer.real)?;
+            }
+            _ => socket.send_to(head, payload, peer.real)?,
+        }
         core.counters.payload_from_guest_bytes += payload.len() as u64;
         Ok(())
     }
@@ -423,8 +440,8 @@ impl<D: HostDatagram> DatagramTable<D> {
                 return self.drain_unwanted(core, at);
             }
         }
-        for _ in 0..limits::DATAGRAM_BURST {
-            match self.pump_one(core, port, at) {
+        for _ in 0..limits::DATAGRAM_BATCHES {
+            match self.pump_batch(core, port, at) {
                 Pumped::More => {}
                 other => return other,
             }
@@ -434,62 +451,55 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// Throws away what comes for a guest that is not there.
     fn drain_unwanted(&mut self, core: &mut Core, at: usize) -> Pumped {
-        for _ in 0..limits::DATAGRAM_BURST {
-            let mut none = [];
-            let nowhere = PayloadMut::from_host(&mut none);
-            match self.mappings[at].socket.recv_from(&mut [], nowhere, &mut self.overflow) {
-                Ok(_) => core.counters.drop(DropReason::NoFlow),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Pumped::Empty,
-                Err(_) => {}
+        let Some(socket) = self.mappings[at].socket.as_mut() else {
+            return Pumped::Empty;
+        };
+        for _ in 0..limits::DATAGRAM_BATCHES {
+            let counters = &mut core.counters;
+            let outcome = socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow));
+            if matches!(outcome, Ok(false)) {
+                return Pumped::Empty;
             }
         }
         Pumped::More
     }
 
-    fn pump_one(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> Pumped {
+    /// Moves one batch of datagrams of socket `at` to the guest.
+    fn pump_batch(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> Pumped {
         let mapping = &mut self.mappings[at];
         let (Some(guest), Some(neighbour)) = (mapping.guest, mapping.neighbour) else {
             return Pumped::Empty;
         };
-        let transport_bytes = match mapping.kind {
-            Kind::Udp => udp::HEADER_BYTES,
-            Kind::Echo => icmpv4::HEADER_BYTES,
-        };
-        let head_bytes = emit::ip_head_bytes(guest.ip()) + transport_bytes;
-        let frame_bytes = ethernet::HEADER_BYTES + usize::from(core.ip_mtu);
-        let room = match port.reserve(neighbour.pair, frame_bytes, frame_bytes) {
-            Ok(_) => Some(frame_bytes - head_bytes),
+        // Asked before anything is taken: what waits in the socket is not lost.
+        match port.has_room(neighbour.pair, ethernet::HEADER_BYTES + usize::from(core.ip_mtu)) {
+            // No buffers hold a full frame, but perhaps those that come.
+            Ok(()) | Err(ReserveError::TooSmall) => {}
             Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
-            // No buffers hold a full frame, but perhaps this datagram: by way of host memory.
-            Err(ReserveError::TooSmall) => None,
-        };
-        let mut icmp_head = [0u8; icmpv4::HEADER_BYTES];
-        let head_len = if mapping.kind == Kind::Echo { icmpv4::HEADER_BYTES } else { 0 };
-        let mut nothing = [];
-        let into = match room {
-            Some(room) => port.reserved(head_bytes).range(0, room),
-            None => PayloadMut::from_host(&mut nothing),
-        };
-        let received = mapping.socket.recv_from(&mut icmp_head[..head_len], into, &mut self.overflow);
-        let (len, real) = match received {
-            Ok((len, real)) if len >= head_len => (len - head_len, real),
-            outcome => {
-                let is_empty = outcome.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
-                cancel(port, room);
-                return if is_empty { Pumped::Empty } else { Pumped::More };
-            }
-        };
-        let Some(remote) = self.admit(core, at, guest, real) else {
-            cancel(port, room);
-            core.counters.drop(DropReason::Filtered);
-            return Pumped::More;
-        };
-        let delivery = Delivery { guest, remote, neighbour, head_bytes, room, len };
-        match self.mappings[at].kind {
-            Kind::Udp => self.deliver_udp(core, port, &delivery),
-            Kind::Echo => self.deliver_echo(core, port, &delivery, &icmp_head),
         }
-        Pumped::More
+        let arrivals_max = port.buffers(neighbour.pair) / mapping.coalesced.max(1);
+        let Some(mut socket) = mapping.socket.take() else {
+            return Pumped::Empty;
+        };
+        let mut most = 1;
+        let outcome = socket.recv_batch(arrivals_max.max(1), &mut |arrival| {
+            most = most.max(arrival.bytes.len().div_ceil(arrival.segment_bytes.max(1)));
+            let Some(remote) = self.admit(core, at, guest, arrival.from) else {
+                return core.counters.drop(DropReason::Filtered);
+            };
+            let delivery = Delivery { guest, remote, neighbour };
+            match self.mappings[at].kind {
+                Kind::Udp => delivery.udp(core, port, &arrival),
+                Kind::Echo => delivery.echo(core, port, arrival.bytes),
+            }
+        });
+        if let Some(mapping) = self.mappings.get_mut(at) {
+            mapping.socket = Some(socket);
+            mapping.coalesced = most;
+        }
+        match outcome {
+            Ok(false) => Pumped::Empty,
+            Ok(true) | Err(_) => Pumped::More,
+        }
     }
 
     /// The remote end as the guest sees it, if it may send to this socket.
@@ -522,111 +532,99 @@ impl<D: HostDatagram> DatagramTable<D> {
         let peer = self.add_peer(core, at, key, real);
         Some(self.peers[peer].key.remote)
     }
-
-    fn deliver_udp(&mut self, core: &mut Core, port: &mut impl GuestPort, to: &Delivery) {
-        let ident = core.next_ident();
-        core.counters.payload_to_guest_bytes += to.len as u64;
-        if to.fits() {
-            let partial = port.offloads().checksum;
-            let head = {
-                let data = port.reserved(to.head_bytes).range(0, to.len);
-                emit::udp(to.neighbour.mac, to.remote, to.guest, &data.as_payload(), ident, partial)
-            };
-            return to.commit(core, port, head);
-        }
-        let mut transport = vec![0u8; udp::HEADER_BYTES + to.len];
-        let total = transport.len();
-        let header = udp::Header {
-            src_port: to.remote.port(),
-            dst_port: to.guest.port(),
-            len_bytes: total,
-            checksum: 0,
-        };
-        header.emit(&mut transport);
-        to.take_back(port, &self.overflow, &mut transport[udp::HEADER_BYTES..]);
-        let mut sum = checksum::pseudo_header(to.remote.ip(), to.guest.ip(), Protocol::UDP, total);
-        sum.add_bytes(&transport);
-        let at = udp::CHECKSUM_OFFSET;
-        transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
-        to.send_fragments(core, port, Protocol::UDP, ident, &transport);
-    }
-
-    fn deliver_echo(
-        &mut self,
-        core: &mut Core,
-        port: &mut impl GuestPort,
-        to: &Delivery,
-        received: &[u8; icmpv4::HEADER_BYTES],
-    ) {
-        let Ok(Message::EchoReply { seq, .. }) = Message::parse(received) else {
-            cancel(port, to.room);
-            return core.counters.drop(DropReason::Malformed);
-        };
-        let reply = Message::EchoReply { ident: to.guest.port(), seq };
-        let ident = core.next_ident();
-        core.counters.payload_to_guest_bytes += to.len as u64;
-        if to.fits() {
-            let head = {
-                let data = port.reserved(to.head_bytes).range(0, to.len);
-                emit::icmp(to.neighbour.mac, to.remote.ip(), to.guest.ip(), reply, &data.as_payload(), ident)
-            };
-            return to.commit(core, port, head);
-        }
-        let mut data = vec![0u8; to.len];
-        to.take_back(port, &self.overflow, &mut data);
-        let mut transport = vec![0u8; icmpv4::HEADER_BYTES + to.len];
-        reply.emit_with_payload(&data, &mut transport);
-        to.send_fragments(core, port, Protocol::ICMP, ident, &transport);
-    }
 }
 
-/// A datagram received and on its way to the guest.
+/// Where datagrams of a peer go.
 struct Delivery {
     guest: SocketAddr,
     remote: SocketAddr,
     neighbour: Neighbour,
-    head_bytes: usize,
-    /// Payload bytes that fit the reservation; `None` without one.
-    room: Option<usize>,
-    /// Payload bytes received.
-    len: usize,
-}
-
-/// Ends the reservation there is where there is `room`.
-fn cancel(port: &mut impl GuestPort, room: Option<usize>) {
-    if room.is_some() {
-        port.cancel();
-    }
 }
 
 impl Delivery {
-    /// Whether the payload lies in the reservation, whole.
-    fn fits(&self) -> bool {
-        self.room.is_some_and(|room| self.len <= room)
-    }
-
-    fn commit(&self, core: &mut Core, port: &mut impl GuestPort, head: Option<emit::Head>) {
-        match head {
-            Some(head) => {
-                port.commit(head.vnet, head.bytes(), self.head_bytes + self.len);
-                core.counters.frames_to_guest += 1;
+    /// Hands UDP datagrams to the guest, each in a frame of its own, in fragments if it exceeds the MTU.
+    fn udp(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
+        let partial = port.offloads().checksum;
+        let room = usize::from(core.ip_mtu) - (emit::ip_head_bytes(self.guest.ip()) - ethernet::HEADER_BYTES);
+        let coalesced = arrival.bytes.len() > arrival.segment_bytes;
+        if coalesced && port.offloads().uso4 && udp::HEADER_BYTES + arrival.segment_bytes <= room {
+            match port.has_room(self.neighbour.pair, emit::HEAD_BYTES_MAX + arrival.bytes.len()) {
+                // A driver without large buffers cannot take it whole.
+                Err(ReserveError::TooSmall) => {}
+                _ => return self.udp_coalesced(core, port, arrival),
             }
-            None => port.cancel(),
+        }
+        // An empty datagram is one too.
+        let mut rest = arrival.bytes;
+        loop {
+            let (bytes, after) = rest.split_at(arrival.segment_bytes.min(rest.len()));
+            core.counters.payload_to_guest_bytes += bytes.len() as u64;
+            let ident = core.next_ident();
+            if udp::HEADER_BYTES + bytes.len() <= room {
+                let payload = Payload::from_host(bytes);
+                let mac = self.neighbour.mac;
+                if let Some(head) = emit::udp(mac, self.remote, self.guest, &payload, ident, partial) {
+                    core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), bytes);
+                }
+            } else {
+                self.udp_in_fragments(core, port, ident, bytes);
+            }
+            if after.is_empty() {
+                return;
+            }
+            rest = after;
         }
     }
 
-    /// Gathers the payload from the reservation and the overflow; ends the reservation.
-    fn take_back(&self, port: &mut impl GuestPort, overflow: &[u8], out: &mut [u8]) {
-        let inside = self.room.unwrap_or(0).min(out.len());
-        if self.room.is_some() {
-            port.reserved(self.head_bytes).range(0, inside).as_payload().copy_to(&mut out[..inside]);
-            port.cancel();
-        }
-        let rest = out.len() - inside;
-        out[inside..].copy_from_slice(&overflow[..rest]);
+    /// Hands datagrams of equal size to a guest that cuts them itself (`GUEST_USO4`).
+    fn udp_coalesced(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
+        core.counters.payload_to_guest_bytes += arrival.bytes.len() as u64;
+        let (ident, mac) = (core.next_ident(), self.neighbour.mac);
+        let payload = Payload::from_host(arrival.bytes);
+        let Some(mut head) = emit::udp(mac, self.remote, self.guest, &payload, ident, true) else {
+            return;
+        };
+        head.vnet.gso = Some(Gso {
+            kind: GsoKind::UdpL4,
+            size_bytes: arrival.segment_bytes as u16,
+            headers_bytes: head.bytes().len() as u16,
+            ecn: false,
+        });
+        core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), arrival.bytes);
     }
 
-    fn send_fragments(
+    fn udp_in_fragments(&self, core: &mut Core, port: &mut impl GuestPort, ident: u16, bytes: &[u8]) {
+        let mut transport = vec![0u8; udp::HEADER_BYTES + bytes.len()];
+        let total = transport.len();
+        let header = udp::Header {
+            src_port: self.remote.port(),
+            dst_port: self.guest.port(),
+            len_bytes: total,
+            checksum: 0,
+        };
+        header.emit(&mut transport);
+        transport[udp::HEADER_BYTES..].copy_from_slice(bytes);
+        let mut sum = checksum::pseudo_header(self.remote.ip(), self.guest.ip(), Protocol::UDP, total);
+        sum.add_bytes(&transport);
+        let at = udp::CHECKSUM_OFFSET;
+        transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
+        self.send_transport(core, port, Protocol::UDP, ident, &transport);
+    }
+
+    /// Hands an ICMP echo reply to the guest under the guest's own identifier.
+    fn echo(&self, core: &mut Core, port: &mut impl GuestPort, message: &[u8]) {
+        let Ok(Message::EchoReply { seq, .. }) = Message::parse(message) else {
+            return core.counters.drop(DropReason::Malformed);
+        };
+        let payload = &message[icmpv4::HEADER_BYTES..];
+        core.counters.payload_to_guest_bytes += payload.len() as u64;
+        let mut transport = vec![0u8; message.len()];
+        Message::EchoReply { ident: self.guest.port(), seq }.emit_with_payload(payload, &mut transport);
+        let ident = core.next_ident();
+        self.send_transport(core, port, Protocol::ICMP, ident, &transport);
+    }
+
+    fn send_transport(
         &self,
         core: &mut Core,
         port: &mut impl GuestPort,

@@ -96,6 +96,8 @@ pub struct Datagram<'a> {
     pub head: &'a [u8],
     /// Payload in guest memory.
     pub payload: Payload<'a>,
+    /// With UDP segmentation offload: length of each datagram in the payload but the last.
+    pub gso_bytes: Option<usize>,
     /// The packet's first bytes, to quote in errors.
     pub packet: &'a [u8],
 }
@@ -236,11 +238,11 @@ impl<N: HostNet> Nat<N> {
 
     /// A UDP datagram or ICMP echo request of the guest.
     pub fn datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) {
-        let Datagram { key, from, head, payload, packet } = datagram;
+        let Datagram { key, from, head, payload, gso_bytes, packet } = datagram;
         if !self.datagrams.contains(key) && !self.open_datagram(core, port, datagram) {
             return;
         }
-        let Err(error) = self.datagrams.send(core, key, *from, head, payload) else {
+        let Err(error) = self.datagrams.send(core, key, *from, head, payload, *gso_bytes) else {
             return;
         };
         core.counters.drop(DropReason::SocketRefused);
@@ -400,6 +402,11 @@ impl<N: HostNet> Nat<N> {
                 _ => {}
             }
         }
+    }
+
+    /// The end of a batch of frames, before their memory is the guest's again.
+    pub fn flush_datagrams(&mut self, core: &mut Core) {
+        core.counters.drop_many(DropReason::SocketRefused, self.net.flush_datagrams());
     }
 
     /// The end of a batch.

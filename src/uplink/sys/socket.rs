@@ -61,24 +61,156 @@ pub fn recv_segments(fd: BorrowedFd<'_>, segments: &mut [iovec], flags: c_int) -
     check(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags | libc::MSG_DONTWAIT) })
 }
 
-/// `recvmsg` of one datagram into the segments; returns its full length, which may exceed them, and
-/// its sender.
+/// `sendmsg` of the segments as datagrams of `segment_bytes` each but the last (`UDP_SEGMENT`,
+/// udp(7), since Linux 4.18).
 ///
 /// # Errors
-/// The kernel's; `InvalidData` for a sender that is not an IP address.
-pub fn recv_datagram(fd: BorrowedFd<'_>, segments: &mut [iovec]) -> io::Result<(usize, SocketAddr)> {
+/// The kernel's; `EINVAL`, `EIO` or `EMSGSIZE` where the route or device cannot.
+pub fn send_datagrams(
+    fd: BorrowedFd<'_>,
+    segments: &mut [iovec],
+    to: &SockAddr,
+    segment_bytes: u16,
+) -> io::Result<usize> {
+    let mut control = Control::default();
     let mut header = header(segments);
-    let mut storage = SockAddrStorage::zeroed();
-    header.msg_name = (&raw mut storage).cast();
-    header.msg_namelen = storage.size_of();
-    let flags = libc::MSG_DONTWAIT | libc::MSG_TRUNC;
-    // SAFETY: `header` names reserved segments and live storage for the sender; the kernel writes no
-    // further than each one's length.
-    let len = check(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags) })?;
-    // SAFETY: the kernel wrote an address of `msg_namelen` bytes into the storage.
-    let sender = unsafe { SockAddr::new(storage, header.msg_namelen) };
-    let sender = sender.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-    Ok((len, sender))
+    header.msg_name = to.as_ptr().cast_mut().cast();
+    header.msg_namelen = to.len();
+    control.attach(&mut header);
+    control.set(libc::UDP_SEGMENT, segment_bytes);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: `header` names live segments, address and control buffer; the kernel only reads them.
+    check(unsafe { libc::sendmsg(fd.as_raw_fd(), &header, flags) })
+}
+
+/// Room for one control message of an integer, laid out as `CMSG_SPACE(sizeof(int))`.
+#[repr(C, align(8))]
+#[derive(Clone, Copy, Default)]
+struct Control {
+    len: usize,
+    level: c_int,
+    kind: c_int,
+    data: [u8; 8],
+}
+
+impl Control {
+    /// Length of a control message's header, `CMSG_LEN(0)`.
+    const HEADER_BYTES: usize = size_of::<usize>() + 2 * size_of::<c_int>();
+
+    fn attach(&mut self, header: &mut libc::msghdr) {
+        header.msg_control = (&raw mut *self).cast();
+        header.msg_controllen = size_of::<Control>() as _;
+    }
+
+    fn set(&mut self, kind: c_int, value: u16) {
+        self.len = Control::HEADER_BYTES + size_of::<u16>();
+        self.level = libc::SOL_UDP;
+        self.kind = kind;
+        self.data[..2].copy_from_slice(&value.to_ne_bytes());
+    }
+
+    /// The integer of a message of `kind`, if that is what the kernel put here.
+    fn get(&self, kind: c_int) -> Option<usize> {
+        let is_it = self.level == libc::SOL_UDP
+            && self.kind == kind
+            && self.len >= Control::HEADER_BYTES + size_of::<c_int>();
+        let value = c_int::from_ne_bytes([self.data[0], self.data[1], self.data[2], self.data[3]]);
+        is_it.then_some(value).and_then(|value| usize::try_from(value).ok())
+    }
+}
+
+/// Messages of one [`DatagramReader::read`].
+pub const MESSAGES_MAX: usize = 16;
+/// Longest message: the largest UDP payload, which is also the most the kernel coalesces.
+pub const MESSAGE_BYTES_MAX: usize = 65_536;
+
+/// Reads datagrams in batches (`recvmmsg`), coalesced ones as they come (`UDP_GRO`).
+pub struct DatagramReader {
+    buffer: Box<[u8]>,
+    messages: Box<[Message; MESSAGES_MAX]>,
+}
+
+#[derive(Clone, Copy)]
+struct Message {
+    from: Option<SocketAddr>,
+    len_bytes: usize,
+    segment_bytes: usize,
+}
+
+impl std::fmt::Debug for DatagramReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DatagramReader").finish_non_exhaustive()
+    }
+}
+
+impl Default for DatagramReader {
+    fn default() -> DatagramReader {
+        let none = Message { from: None, len_bytes: 0, segment_bytes: 0 };
+        DatagramReader {
+            buffer: vec![0; MESSAGES_MAX * MESSAGE_BYTES_MAX].into_boxed_slice(),
+            messages: Box::new([none; MESSAGES_MAX]),
+        }
+    }
+}
+
+impl DatagramReader {
+    /// Reads what waits, at most `messages_max` messages, without blocking; returns the count of messages, to be had with
+    /// [`DatagramReader::message`].
+    ///
+    /// # Errors
+    /// The kernel's; `WouldBlock` if nothing waits.
+    pub fn read(&mut self, fd: BorrowedFd<'_>, messages_max: usize) -> io::Result<usize> {
+        let base = self.buffer.as_mut_ptr();
+        let mut names: [SockAddrStorage; MESSAGES_MAX] = std::array::from_fn(|_| SockAddrStorage::zeroed());
+        let mut controls = [Control::default(); MESSAGES_MAX];
+        let mut segments: [iovec; MESSAGES_MAX] = std::array::from_fn(|n| iovec {
+            iov_base: base.wrapping_add(n * MESSAGE_BYTES_MAX).cast(),
+            iov_len: MESSAGE_BYTES_MAX,
+        });
+        let mut headers: [libc::mmsghdr; MESSAGES_MAX] = std::array::from_fn(|n| {
+            let mut header = header(&mut segments[n..=n]);
+            header.msg_name = (&raw mut names[n]).cast();
+            header.msg_namelen = names[n].size_of();
+            libc::mmsghdr { msg_hdr: header, msg_len: 0 }
+        });
+        for (header, control) in headers.iter_mut().zip(&mut controls) {
+            control.attach(&mut header.msg_hdr);
+        }
+        let (pointer, count) = (headers.as_mut_ptr(), messages_max.min(MESSAGES_MAX) as u32);
+        // SAFETY: every header names live storage of the length it says: a part of the buffer, an
+        // address and a control message of its own.
+        let result = unsafe {
+            libc::recvmmsg(fd.as_raw_fd(), pointer, count, libc::MSG_DONTWAIT, std::ptr::null_mut())
+        };
+        let count = check(result as isize)?;
+        for (n, name) in names.into_iter().enumerate().take(count) {
+            let message = &mut self.messages[n];
+            // SAFETY: the kernel wrote an address of `msg_namelen` bytes into the storage.
+            let from = unsafe { SockAddr::new(name, headers[n].msg_hdr.msg_namelen) };
+            message.from = from.as_socket();
+            message.len_bytes = (headers[n].msg_len as usize).min(MESSAGE_BYTES_MAX);
+            let coalesced = headers[n].msg_hdr.msg_controllen as usize >= Control::HEADER_BYTES;
+            let segment = if coalesced { controls[n].get(libc::UDP_GRO) } else { None };
+            message.segment_bytes = segment.filter(|len| *len > 0).unwrap_or(message.len_bytes);
+        }
+        Ok(count)
+    }
+
+    /// Message `n` of the last read: sender, bytes and the length of each datagram in them. `None` for
+    /// a sender that is not an IP address.
+    pub fn message(&self, n: usize) -> Option<(SocketAddr, &[u8], usize)> {
+        let message = &self.messages[n];
+        let at = n * MESSAGE_BYTES_MAX;
+        Some((message.from?, &self.buffer[at..at + message.len_bytes], message.segment_bytes))
+    }
+}
+
+/// Lets the kernel hand over coalesced datagrams (`UDP_GRO`, udp(7), since Linux 5.0).
+///
+/// # Errors
+/// `ENOPROTOOPT` where it cannot.
+pub fn allow_coalescing(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
 /// Removes `len_bytes` from the front of a TCP socket's receive queue without copying them

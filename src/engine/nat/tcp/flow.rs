@@ -102,6 +102,9 @@ pub(super) struct Recv {
     pub(super) pool: Pool,
     /// An acknowledgement is owed.
     pub(super) ack_due: bool,
+    /// Segments of this batch beyond a hole. Each is owed a duplicate acknowledgement (RFC 5681, 4.2),
+    /// or the guest would wait for its time-out instead of sending the hole again.
+    pub(super) beyond_hole: u8,
     /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
     /// edge-triggered events repeat it with everything else they report.
     pub(super) wants_room: bool,
@@ -219,6 +222,7 @@ impl<S: HostStream> Flow<S> {
                 closed: false,
                 pool: Pool::default(),
                 ack_due: false,
+                beyond_hole: 0,
                 wants_room: false,
             },
             send: Send {

@@ -17,6 +17,9 @@ use crate::wire::ethernet;
 use crate::wire::tcp::{self, Flags, Header, Options, SeqNumber};
 use crate::wire::vnet::{Gso, GsoKind};
 
+/// Duplicate acknowledgements sent at once: one that may change the window, and the three that count.
+const DUPLICATES_MAX: u8 = 4;
+
 /// What is left to do after an output.
 #[derive(Debug)]
 pub(super) enum After {
@@ -91,11 +94,23 @@ impl<S: HostStream> Flow<S> {
             self.send.probe_due = false;
             self.recv.ack_due = false;
         }
+        self.send_acks(core, port)?;
+        Ok(more)
+    }
+
+    /// Sends the acknowledgement owed, and for segments beyond a hole as many duplicates as make the
+    /// guest send the hole again.
+    fn send_acks(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<(), Stop> {
+        while self.recv.beyond_hole > 0 {
+            self.recv.beyond_hole = self.recv.beyond_hole.min(DUPLICATES_MAX) - 1;
+            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            self.recv.ack_due = false;
+        }
         if self.recv.ack_due {
             self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
             self.recv.ack_due = false;
         }
-        Ok(more)
+        Ok(())
     }
 
     /// Removes from the socket what the guest has.

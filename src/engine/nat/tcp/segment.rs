@@ -254,6 +254,10 @@ impl<S: HostStream> Flow<S> {
             }
             self.want_room();
         }
+        // Bytes held at the front are no hole: the socket has to take them, not the guest to resend.
+        if at != self.recv.nxt && self.recv.pool.front(budget, self.recv.nxt).is_none() {
+            self.recv.beyond_hole = self.recv.beyond_hole.saturating_add(1);
+        }
         // Held back, unacknowledged, and only as far as the window promised.
         let promised = self.recv.edge.distance_from(at).max(0) as usize;
         let held = fresh.range(0, promised);

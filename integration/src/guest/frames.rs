@@ -1,0 +1,282 @@
+//! The frame guest: makes and consumes UDP frames in guest memory itself, as many as it can, to
+//! measure frames a second without any network stack in the way.
+//!
+//! Every transmit slot holds its finished frame from the start, so that sending costs the driver one
+//! descriptor. It answers ARP for its own address and counts whatever else arrives.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use thiserror::Error;
+
+use super::driver::{self, DriverConfig, PairRings};
+use super::handshake::{self, Agreement};
+use super::ring::{Piece, Used};
+use super::{GuestError, print_line};
+use crate::lab::frame::udp_frame;
+use crate::sys::mem::GuestMemory;
+
+/// Frames shown to the device at a time.
+const BATCH: usize = 32;
+/// Pause when there is nothing to do, so that the back-end gets the processor on a small machine.
+const IDLE: Duration = Duration::from_micros(50);
+/// Bytes of an ARP packet over Ethernet, with the Ethernet header (RFC 826).
+const ARP_BYTES: usize = 42;
+
+/// What to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generate {
+    /// Length of a frame in bytes, Ethernet header included, FCS not.
+    pub frame_bytes: u16,
+    /// Where the datagrams go.
+    pub to: SocketAddrV4,
+}
+
+/// Why a text is no [`Generate`].
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{0:?}: expected udp:FRAME_BYTES:ADDRESS:PORT with 46 to 1514 bytes, such as udp:64:192.0.2.2:9001")]
+pub struct BadGenerate(String);
+
+impl FromStr for Generate {
+    type Err = BadGenerate;
+    fn from_str(text: &str) -> Result<Generate, BadGenerate> {
+        let bad = || BadGenerate(text.to_owned());
+        let rest = text.strip_prefix("udp:").ok_or_else(bad)?;
+        let (size, to) = rest.split_once(':').ok_or_else(bad)?;
+        let frame_bytes = size.parse().ok().filter(|size| (46..=1514).contains(size)).ok_or_else(bad)?;
+        Ok(Generate { frame_bytes, to: to.parse().map_err(|_| bad())? })
+    }
+}
+
+/// What a frame guest is to be.
+#[derive(Clone, Debug)]
+pub struct FramesConfig {
+    /// Its driver; one queue pair is used.
+    pub driver: DriverConfig,
+    /// What to send; nothing if absent, then it only receives.
+    pub generate: Option<Generate>,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// The guest's address.
+    pub ip: Ipv4Addr,
+    /// The gateway's MAC address.
+    pub gateway_mac: [u8; 6],
+    /// For how long.
+    pub duration: Duration,
+}
+
+/// Runs a frame guest for its time, then prints one JSON line with frames and rates.
+///
+/// # Errors
+/// [`GuestError`].
+pub fn run(config: &FramesConfig) -> Result<(), GuestError> {
+    config.driver.validate()?;
+    let listener = config.driver.listen().map_err(|e| GuestError::Kernel("binding the socket", e))?;
+    let mut session = config.driver.meet(listener.as_ref())?;
+    let agreement = handshake::negotiate(&mut session, &config.driver)?;
+    let mut layout = driver::lay_out(&config.driver, &agreement)?;
+    let rings = layout.pairs.remove(0);
+    let mut source = Source::new(config, layout.mem, agreement, rings)?;
+    handshake::start_rings(&mut session, &config.driver, &agreement, layout.mem, &layout.places)?;
+    print_line(&json!({ "ready": true, "features": agreement.features }));
+    let started = Instant::now();
+    while started.elapsed() < config.duration {
+        source.turn();
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    handshake::stop_rings(&mut session, &layout.places);
+    print_line(&json!({
+        "seconds": seconds,
+        "sent": source.sent,
+        "received": source.received,
+        "received_bytes": source.received_bytes,
+        "sent_per_second": source.sent as f64 / seconds,
+        "received_per_second": source.received as f64 / seconds,
+    }));
+    Ok(())
+}
+
+struct Source {
+    mem: &'static GuestMemory,
+    header_bytes: usize,
+    mac: [u8; 6],
+    ip: Ipv4Addr,
+    rings: PairRings,
+    generates: bool,
+    frame_len_bytes: usize,
+    free: Vec<u16>,
+    /// The slot kept for ARP answers, when it is not in flight.
+    answer_slot: Option<u16>,
+    used: Vec<Used>,
+    pieces: Vec<Piece>,
+    sent: u64,
+    received: u64,
+    received_bytes: u64,
+}
+
+impl Source {
+    fn new(
+        config: &FramesConfig,
+        mem: &'static GuestMemory,
+        agreement: Agreement,
+        rings: PairRings,
+    ) -> Result<Source, GuestError> {
+        let header_bytes = agreement.features.header_bytes();
+        let slots = u16::try_from(rings.tx_slots.len()).expect("slots are counted by ring size");
+        let mut source = Source {
+            mem,
+            header_bytes,
+            mac: config.mac,
+            ip: config.ip,
+            rings,
+            generates: config.generate.is_some(),
+            frame_len_bytes: 0,
+            free: (1..slots).collect(),
+            answer_slot: Some(0),
+            used: Vec::new(),
+            pieces: Vec::new(),
+            sent: 0,
+            received: 0,
+            received_bytes: 0,
+        };
+        if let Some(generate) = config.generate {
+            let payload = vec![0x55; usize::from(generate.frame_bytes) - 42];
+            let from = (config.mac, SocketAddrV4::new(config.ip, 4000));
+            let frame = udp_frame(from, (config.gateway_mac, generate.to), &payload);
+            source.frame_len_bytes = header_bytes + frame.len();
+            for slot in &source.rings.tx_slots[1..] {
+                slot.write(mem, &vec![0; header_bytes]);
+                slot.write_at(mem, header_bytes, &frame);
+            }
+        }
+        for (token, slot) in (0..).zip(&source.rings.rx_slots) {
+            source.rings.rx.add(&slot.pieces, token).map_err(|_| {
+                GuestError::Config("the receive ring is smaller than the buffers laid out for it".into())
+            })?;
+        }
+        source.rings.rx.publish();
+        // It polls: notifications would only cost the device time.
+        source.rings.rx.disarm();
+        source.rings.tx.disarm();
+        Ok(source)
+    }
+
+    /// Sends and receives what can be, once.
+    fn turn(&mut self) {
+        let taken = self.take_back();
+        let received = self.receive();
+        let sent = if self.generates { self.send() } else { 0 };
+        if taken + received + sent == 0 {
+            std::thread::sleep(IDLE);
+        }
+    }
+
+    fn take_back(&mut self) -> usize {
+        self.used.clear();
+        self.rings.tx.take_used(usize::MAX, &mut self.used);
+        for used in &self.used {
+            match used.token {
+                0 => self.answer_slot = Some(0),
+                token => self.free.push(token),
+            }
+        }
+        self.used.len()
+    }
+
+    fn send(&mut self) -> usize {
+        let mut count = 0;
+        while count < BATCH {
+            let Some(&token) = self.free.last() else {
+                break;
+            };
+            if !self.offer(token, self.frame_len_bytes) {
+                break;
+            }
+            self.free.pop();
+            count += 1;
+        }
+        self.sent += count as u64;
+        self.show_tx();
+        count
+    }
+
+    fn offer(&mut self, token: u16, len_bytes: usize) -> bool {
+        self.pieces.clear();
+        self.rings.tx_slots[usize::from(token)].pieces_of(len_bytes, &mut self.pieces);
+        self.rings.tx.add(&self.pieces, token).is_ok()
+    }
+
+    fn show_tx(&mut self) {
+        if self.rings.tx.publish() {
+            // A full counter has told the device often enough.
+            let _ = self.rings.bells.tx_kick.write(1);
+        }
+    }
+
+    fn receive(&mut self) -> usize {
+        self.used.clear();
+        self.rings.rx.take_used(usize::MAX, &mut self.used);
+        let used = std::mem::take(&mut self.used);
+        for used in &used {
+            self.received += 1;
+            self.received_bytes += (used.len as usize).saturating_sub(self.header_bytes) as u64;
+            self.answer_arp(*used);
+            let slot = &self.rings.rx_slots[usize::from(used.token)];
+            self.rings.rx.add(&slot.pieces, used.token).expect("its own descriptors are free again");
+        }
+        if self.rings.rx.publish() {
+            // As above.
+            let _ = self.rings.bells.rx_kick.write(1);
+        }
+        let count = used.len();
+        self.used = used;
+        count
+    }
+
+    /// Answers a request for the guest's own address (RFC 826).
+    fn answer_arp(&mut self, used: Used) {
+        if used.len as usize > self.header_bytes + 128 {
+            return;
+        }
+        let mut frame = [0; 12 + ARP_BYTES];
+        let frame = &mut frame[..self.header_bytes + ARP_BYTES];
+        self.rings.rx_slots[usize::from(used.token)].read(self.mem, frame);
+        let request = &frame[self.header_bytes..];
+        let asks_us =
+            request[12..14] == [8, 6] && request[20..22] == [0, 1] && request[38..42] == self.ip.octets();
+        let Some(slot) = self.answer_slot.filter(|_| asks_us) else {
+            return;
+        };
+        let mut answer = vec![0; self.header_bytes];
+        answer.extend(&request[6..12]);
+        answer.extend(self.mac);
+        answer.extend(&request[12..21]);
+        answer.push(2);
+        answer.extend(self.mac);
+        answer.extend(self.ip.octets());
+        answer.extend(&request[22..32]);
+        self.rings.tx_slots[usize::from(slot)].write(self.mem, &answer);
+        if self.offer(slot, answer.len()) {
+            self.answer_slot = None;
+            self.show_tx();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generators_parse() {
+        let to = "192.0.2.2:9001".parse().unwrap();
+        assert_eq!("udp:64:192.0.2.2:9001".parse(), Ok(Generate { frame_bytes: 64, to }));
+        for bad in
+            ["udp:64", "udp:20:192.0.2.2:9", "udp:1515:192.0.2.2:9", "tcp:64:192.0.2.2:9", "udp:64:host:9"]
+        {
+            assert_eq!(bad.parse::<Generate>(), Err(BadGenerate(bad.into())));
+        }
+    }
+}
