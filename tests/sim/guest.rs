@@ -1,7 +1,7 @@
 //! The guest: smoltcp's stack, with an application that sends, receives and checks on every socket.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -80,7 +80,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(seed: u64, flows: usize, bytes: usize) -> Guest {
+    /// A guest that connects to each of `peers`, sends `bytes` there and expects as many.
+    pub(crate) fn new(seed: u64, peers: &[SocketAddrV4], bytes: usize) -> Guest {
         let mut link = Link::default();
         let mut config = Config::new(EthernetAddress(MAC).into());
         config.random_seed = seed;
@@ -90,18 +91,19 @@ impl Guest {
         });
         interface.routes_mut().add_default_ipv4_route(GATEWAY).expect("room for one route");
         let mut sockets = SocketSet::new(Vec::new());
-        let apps = (0..flows)
-            .map(|n| {
+        let apps = peers
+            .iter()
+            .enumerate()
+            .map(|(n, peer)| {
                 let buffer = || tcp::SocketBuffer::new(vec![0; 40_000]);
                 let mut socket = tcp::Socket::new(buffer(), buffer());
-                let peer = SocketAddr::from(([192, 0, 2, 2], 7000 + n as u16));
-                let remote = (IpAddress::Ipv4(Ipv4Addr::new(192, 0, 2, 2)), peer.port());
+                let remote = (IpAddress::Ipv4(*peer.ip()), peer.port());
                 socket
                     .connect(interface.context(), remote, 40_000 + n as u16)
                     .expect("a fresh socket connects");
                 App {
                     handle: sockets.add(socket),
-                    peer,
+                    peer: SocketAddr::V4(*peer),
                     sent: 0,
                     received: 0,
                     closed: false,

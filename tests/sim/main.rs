@@ -6,10 +6,12 @@
 //! and every final state is checked.
 
 mod guest;
+mod live;
 mod port;
 mod scenario;
 mod world;
 
+use live::Live;
 use scenario::{Faults, Outcome, Scenario};
 
 /// Seeds run by default.
@@ -87,4 +89,41 @@ fn a_guest_that_vanishes_is_seen_as_reset_by_the_world() {
 #[test]
 fn a_refused_connect_reaches_the_guest_as_reset() {
     run(&Scenario { refused: true, ..Scenario::clean(3) });
+}
+
+/// Runs with both ways of peeking and with and without offloads.
+fn live_each_way(live: Live) {
+    for peek_offset in [true, false] {
+        for offload in [false, true] {
+            if !live::run(Live { peek_offset, offload, ..live }) {
+                eprintln!("this kernel has no SO_PEEK_OFF for TCP: only peeking from the front is tested");
+            }
+        }
+    }
+}
+
+const LIVE: Live = Live {
+    seed: 1,
+    peek_offset: true,
+    offload: false,
+    flows: 4,
+    bytes: 1 << 20,
+    buffers: 256,
+    lose: 0.0,
+    slow_world: false,
+};
+
+#[test]
+fn over_the_kernels_sockets_every_byte_arrives_both_ways() {
+    live_each_way(LIVE);
+}
+
+#[test]
+fn over_the_kernels_sockets_a_slow_world_loses_nothing() {
+    live_each_way(Live { slow_world: true, seed: 2, ..LIVE });
+}
+
+#[test]
+fn over_the_kernels_sockets_losses_and_few_buffers_lose_nothing() {
+    live_each_way(Live { lose: 0.005, buffers: 8, bytes: 300_000, seed: 3, ..LIVE });
 }

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -138,7 +138,13 @@ struct Run<'a> {
     vanished: bool,
 }
 
-fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
+/// Where the guest's flows go.
+fn peers(flows: usize) -> Vec<SocketAddrV4> {
+    (0..flows).map(|n| SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 2), 7000 + n as u16)).collect()
+}
+
+/// The engine's settings, but for its mode.
+pub(crate) fn engine_config(seed: u64, mode: Mode) -> EngineConfig {
     let lan = Lan {
         subnet: "10.0.2.0/24".parse().expect("a subnet"),
         gateway: Ipv4Addr::new(10, 0, 2, 1),
@@ -146,16 +152,19 @@ fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
         ip_mtu: IpMtu::DEFAULT,
         dhcp: true,
     };
-    let dns = DnsConfig { enabled: true, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() };
-    let service = Arc::new(DnsService::new(&dns, &lan, true));
-    let config = EngineConfig {
+    EngineConfig {
         lan,
-        dns,
-        mode: Mode::Nat(NatConfig::default()),
+        dns: DnsConfig { enabled: true, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() },
+        mode,
         mac: None,
         flows_max: limits::FLOWS_MAX,
         isn_secret: (seed, !seed),
-    };
+    }
+}
+
+fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
+    let config = engine_config(seed, Mode::Nat(NatConfig::default()));
+    let service = Arc::new(DnsService::new(&config.dns, &config.lan, true));
     Engine::new(&config, SimNet(Rc::clone(world)), service)
 }
 
@@ -170,7 +179,7 @@ impl Run<'_> {
             scenario,
             engine: engine(&world, scenario.seed),
             world,
-            guest: Guest::new(scenario.seed, scenario.flows, scenario.bytes),
+            guest: Guest::new(scenario.seed, &peers(scenario.flows), scenario.bytes),
             port: SimPort::new(scenario.offload, scenario.buffers),
             rng: Rng::new(scenario.seed + 2),
             now_us: 0,
