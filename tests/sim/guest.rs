@@ -72,6 +72,8 @@ pub(crate) struct App {
 }
 
 pub(crate) struct Guest {
+    /// Until when the applications read nothing, in microseconds.
+    pub(crate) reads_nothing_until: u64,
     pub(crate) link: Link,
     interface: Interface,
     sockets: SocketSet<'static>,
@@ -112,7 +114,7 @@ impl Guest {
                 }
             })
             .collect();
-        Guest { link, interface, sockets, apps, bytes }
+        Guest { reads_nothing_until: 0, link, interface, sockets, apps, bytes }
     }
 
     /// Lets the stack and the applications work at `micros`.
@@ -121,7 +123,7 @@ impl Guest {
         self.interface.poll(now, &mut self.link, &mut self.sockets);
         for app in &mut self.apps {
             let socket = self.sockets.get_mut::<tcp::Socket<'_>>(app.handle);
-            app.step(socket, self.bytes);
+            app.step(socket, self.bytes, micros >= self.reads_nothing_until);
         }
         self.interface.poll(now, &mut self.link, &mut self.sockets);
     }
@@ -135,14 +137,14 @@ impl Guest {
     /// Whether every connection is over on the guest's side.
     pub(crate) fn is_done(&self) -> bool {
         self.apps.iter().all(|app| {
-            let state = self.sockets.get::<tcp::Socket<'_>>(app.handle).state();
-            matches!(state, tcp::State::Closed | tcp::State::TimeWait)
+            let socket = self.sockets.get::<tcp::Socket<'_>>(app.handle);
+            matches!(socket.state(), tcp::State::Closed | tcp::State::TimeWait) && !socket.can_recv()
         })
     }
 }
 
 impl App {
-    fn step(&mut self, socket: &mut tcp::Socket<'_>, bytes: usize) {
+    fn step(&mut self, socket: &mut tcp::Socket<'_>, bytes: usize, reads: bool) {
         if socket.state() == tcp::State::Established {
             self.opened = true;
         }
@@ -159,7 +161,9 @@ impl App {
                 .expect("can send");
             self.sent += len;
         }
-        while socket.can_recv() {
+        // smoltcp throws away what is unread when TIME-WAIT ends.
+        let reads = reads || socket.state() == tcp::State::TimeWait;
+        while reads && socket.can_recv() {
             let (peer, received) = (self.peer, self.received);
             let len = socket
                 .recv(|data| {
@@ -175,7 +179,10 @@ impl App {
             socket.close();
             self.closed = true;
         }
-        if socket.state() == tcp::State::Closed && (self.received < bytes || !self.closed) {
+        if socket.state() == tcp::State::Closed
+            && !socket.can_recv()
+            && (self.received < bytes || !self.closed)
+        {
             self.was_reset = true;
         }
     }

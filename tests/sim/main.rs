@@ -2,8 +2,8 @@
 //!
 //! Everything random comes from one seed, which is printed with a failure and can be replayed:
 //! `VUNET_SIM_SEED=n cargo test --test sim`. Frames between guest and engine are lost, repeated and
-//! reordered; receive buffers run short; host sockets refuse bytes they promised to take. Every byte
-//! and every final state is checked.
+//! reordered; receive buffers run short, rings stop, offloads change; applications stop reading; host
+//! sockets refuse bytes they promised to take. Every byte and every final state is checked.
 
 mod guest;
 mod live;
@@ -47,6 +47,30 @@ fn every_byte_arrives_both_ways_whatever_is_lost_repeated_or_reordered() {
         retransmits += run(&Scenario::hostile(seed)).retransmits;
     }
     assert!(retransmits > 0, "the faults must have cost something, or they were not there");
+}
+
+#[test]
+fn an_upload_ended_by_half_close_gets_its_late_answer() {
+    for seed in seeds(20) {
+        let outcome = run(&Scenario { answers_late: true, ..Scenario::clean(seed) });
+        assert_eq!(outcome.retransmits, 0);
+    }
+}
+
+#[test]
+fn guests_that_stop_reading_for_a_minute_lose_nothing() {
+    for seed in seeds(20) {
+        let faults = Faults { guest_pauses: 0.01, ..Faults::NONE };
+        run(&Scenario { faults, ..Scenario::clean(seed) });
+    }
+}
+
+#[test]
+fn rings_that_stop_and_offloads_that_change_lose_nothing() {
+    for seed in seeds(20) {
+        let faults = Faults { ring_stops: 0.02, offloads_change: 0.05, ..Faults::NONE };
+        run(&Scenario { faults, ..Scenario::clean(seed) });
+    }
 }
 
 #[test]
