@@ -157,3 +157,7 @@ pub const DNS_UPSTREAMS_MAX: usize = 4;
 
 /// Bytes of `/etc/resolv.conf` that are read.
 pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;
+
+/// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at
+/// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
+pub const USO_SEGMENTS_MAX: usize = 128;

@@ -137,11 +137,16 @@ impl Rig {
     }
 
     pub(crate) fn feed_with(&mut self, vnet: VnetHeader, frame: &[u8]) {
+        self.feed_on(QueuePair::default(), vnet, frame);
+    }
+
+    /// Hands a frame over that came by the queue `pair`.
+    pub(crate) fn feed_on(&mut self, pair: QueuePair, vnet: VnetHeader, frame: &[u8]) {
         let frame = TxFrame {
             vnet,
             head: &frame[..frame.len().min(limits::FRAME_HEAD_BYTES)],
             whole: Payload::from_host(frame),
-            pair: QueuePair::default(),
+            pair,
         };
         self.engine.from_guest(self.now, &mut self.port, &frame);
         self.engine.end_of_frames();
