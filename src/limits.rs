@@ -164,3 +164,7 @@ pub const AWAITING_FRAMES_MAX: usize = 256;
 
 /// Letters under way from one worker to another.
 pub const LETTERS_MAX: usize = 1024;
+
+/// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at
+/// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
+pub const USO_SEGMENTS_MAX: usize = 128;

@@ -325,6 +325,10 @@ impl<N: HostNet> Engine<N> {
             dhcp::SERVER_PORT if local => self.dhcp(port, incoming.from, &payload),
             DNS_PORT if local => self.gateway.dns(&mut self.core, port, incoming.from, guest, &payload),
             _ => {
+                let segments = incoming.gso_bytes.map_or(1, |bytes| payload.len().div_ceil(bytes.max(1)));
+                if segments > limits::USO_SEGMENTS_MAX {
+                    return Err(DropReason::Malformed);
+                }
                 let remote = SocketAddr::new(incoming.ip.dst.into(), header.dst_port);
                 let key = datagram::Key { kind: datagram::Kind::Udp, guest, remote };
                 let datagram = Datagram {

@@ -73,6 +73,7 @@ impl Run {
         !self.ended
             && self.to == Some(to)
             && self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
+            // An empty one would be no datagram at a run's end.
             && (1..=self.segment_bytes).contains(&len)
             && self.starts.len() < RUN_DATAGRAMS_MAX
             && self.total_bytes + len <= RUN_BYTES_MAX

@@ -4,9 +4,10 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use vunet::engine::counters::DropReason;
 use vunet::engine::guest_port::GuestOffloads;
+use vunet::limits;
 use vunet::wire::icmpv4::Message;
 use vunet::wire::ipv4::Protocol;
-use vunet::wire::vnet::Checksum;
+use vunet::wire::vnet::{Checksum, Gso, GsoKind, VnetHeader};
 
 use crate::frames::{Seen, WORLD, echo_frame, echo_message, fragments, guest, udp_frame, udp_message, world};
 use crate::rig::{READABLE, Rig, Setup, only, pattern, secs};
@@ -275,4 +276,25 @@ fn an_answer_reaches_the_queue_pair_and_the_mac_address_last_seen() {
     let token = rig.sock(0).token;
     rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
     assert_eq!(rig.port.delivered[0].frame[..6], [0x52, 0x54, 0, 0, 0, 2]);
+}
+
+#[test]
+fn a_frame_to_be_cut_leaves_as_datagrams_and_not_as_too_many() {
+    let mut rig = Rig::new();
+    let most = limits::USO_SEGMENTS_MAX;
+    for (len, size, count) in
+        [(3000, 1000, 3), (3001, 1000, 4), (100, 1000, 1), (most, 1, most), (most + 1, 1, 0)]
+    {
+        let payload = pattern(len);
+        let gso = Gso { kind: GsoKind::UdpL4, size_bytes: size, headers_bytes: 42, ecn: false };
+        let checksum = Checksum::Partial { start: 34, offset: 6 };
+        rig.feed_with(
+            VnetHeader { checksum, gso: Some(gso), num_buffers: 0 },
+            &udp_frame(guest(4000), world(9), &payload),
+        );
+        let sent: Vec<Vec<u8>> = rig.sock(0).sent.drain(..).map(|(bytes, _)| bytes).collect();
+        assert_eq!(sent.len(), count);
+        assert!(count == 0 || sent.concat() == payload);
+    }
+    assert_eq!(rig.dropped(DropReason::Malformed), 1);
 }

@@ -196,10 +196,13 @@ impl Seen {
     }
 }
 
+/// The pieces of one packet, each with its offset, and its length once known.
+type Pieces = (Vec<(usize, Vec<u8>)>, Option<usize>);
+
 /// Puts fragments together and reads what is whole.
 #[derive(Debug, Default)]
 pub(crate) struct Reader {
-    partial: HashMap<u16, (Vec<(usize, Vec<u8>)>, Option<usize>)>,
+    partial: HashMap<u16, Pieces>,
     pub(crate) fragments: usize,
 }
 

@@ -9,6 +9,7 @@ mod ending;
 mod frames;
 mod from_guest;
 mod gateway;
+mod handover;
 mod handshake;
 mod policy;
 mod port;

@@ -10,6 +10,7 @@ use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
 use vunet::engine::counters::DropReason;
 use vunet::engine::guest_port::GuestOffloads;
 use vunet::engine::host_net::{Readiness, Token};
+use vunet::engine::placement::{Directory, Home, WorkerId};
 use vunet::engine::{Engine, EngineConfig};
 use vunet::frame::{Payload, QueuePair, TxFrame};
 use vunet::limits;
@@ -40,6 +41,8 @@ pub(crate) struct Setup {
     pub(crate) offloads: GuestOffloads,
     pub(crate) guest: Option<std::net::Ipv4Addr>,
     pub(crate) dns: bool,
+    /// Its place among other workers.
+    pub(crate) home: Option<Home>,
 }
 
 impl Default for Setup {
@@ -51,6 +54,7 @@ impl Default for Setup {
             offloads: GuestOffloads::default(),
             guest: None,
             dns: true,
+            home: None,
         }
     }
 }
@@ -100,7 +104,7 @@ impl Rig {
             mac: None,
             flows_max: setup.flows_max,
             isn_secret: (1, 2),
-            home: None,
+            home: setup.home,
         };
         let world = Rc::new(RefCell::new(World::new()));
         let mut port = Port::new();
@@ -113,6 +117,22 @@ impl Rig {
             world,
             ip_mtu: usize::from(setup.ip_mtu),
         }
+    }
+
+    /// Workers with a rig each, all in one world.
+    pub(crate) fn workers(count: u8) -> Vec<Rig> {
+        let directory = Arc::new(Directory::default());
+        let rig = |n| {
+            let home = Home { own: WorkerId(n), workers: count, directory: Arc::clone(&directory) };
+            Rig::with(Setup { home: Some(home), ..Setup::default() })
+        };
+        let mut rigs: Vec<Rig> = (0..count).map(rig).collect();
+        let world = Rc::clone(&rigs[0].world);
+        for rig in &mut rigs[1..] {
+            rig.engine.nat().net().0 = Rc::clone(&world);
+            rig.world = Rc::clone(&world);
+        }
+        rigs
     }
 
     pub(crate) fn world(&self) -> RefMut<'_, World> {
@@ -139,11 +159,16 @@ impl Rig {
     }
 
     pub(crate) fn feed_with(&mut self, vnet: VnetHeader, frame: &[u8]) {
+        self.feed_on(QueuePair::default(), vnet, frame);
+    }
+
+    /// Hands a frame over that came by the queue `pair`.
+    pub(crate) fn feed_on(&mut self, pair: QueuePair, vnet: VnetHeader, frame: &[u8]) {
         let frame = TxFrame {
             vnet,
             head: &frame[..frame.len().min(limits::FRAME_HEAD_BYTES)],
             whole: Payload::from_host(frame),
-            pair: QueuePair::default(),
+            pair,
         };
         self.engine.from_guest(self.now, &mut self.port, &frame);
         self.engine.end_of_frames();

@@ -2,8 +2,9 @@
 
 use vunet::engine::guest_port::GuestOffloads;
 use vunet::engine::host_net::Readiness;
+use vunet::frame::QueuePair;
 use vunet::wire::tcp::Flags;
-use vunet::wire::vnet::{Checksum, Gso, GsoKind};
+use vunet::wire::vnet::{Checksum, Gso, GsoKind, VnetHeader};
 
 use crate::frames::{Seen, guest, world};
 use crate::rig::{FAILED, Peer, READABLE, Rig, Setup, WORLD_FIN, connected, ms, only, pattern, secs};
@@ -449,4 +450,19 @@ fn a_flow_takes_turns_with_others() {
     let seen = rig.flush();
     bytes.extend(first.take(seen));
     assert_eq!(bytes, pattern(100_000));
+}
+
+#[test]
+fn a_flow_answers_on_the_queue_pair_the_guest_used_last() {
+    let mut rig = Rig::new();
+    let peer = flow(&mut rig);
+    for pair in [QueuePair(3), QueuePair(1)] {
+        rig.feed_on(pair, VnetHeader::default(), &peer.seg(Flags::ACK, &[]).frame());
+        rig.conn(0).queue.extend(b"x");
+        let token = rig.conn(0).token;
+        rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+        rig.engine.flush(&mut rig.port);
+        let received = rig.port.delivered.pop_front().expect("a frame");
+        assert_eq!(received.pair, pair);
+    }
 }

@@ -1,7 +1,7 @@
 //! The guest: smoltcp's stack, with an application that sends, receives and checks on every socket.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use smoltcp::iface::{Config, Interface, SocketHandle, SocketSet};
 use smoltcp::phy::{Device, DeviceCapabilities, Medium, RxToken, TxToken};
@@ -72,6 +72,8 @@ pub(crate) struct App {
 }
 
 pub(crate) struct Guest {
+    /// Until when the applications read nothing, in microseconds.
+    pub(crate) reads_nothing_until: u64,
     pub(crate) link: Link,
     interface: Interface,
     sockets: SocketSet<'static>,
@@ -80,7 +82,8 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    pub(crate) fn new(seed: u64, flows: usize, bytes: usize) -> Guest {
+    /// A guest that connects to each of `peers`, sends `bytes` there and expects as many.
+    pub(crate) fn new(seed: u64, peers: &[SocketAddrV4], bytes: usize) -> Guest {
         let mut link = Link::default();
         let mut config = Config::new(EthernetAddress(MAC).into());
         config.random_seed = seed;
@@ -90,18 +93,19 @@ impl Guest {
         });
         interface.routes_mut().add_default_ipv4_route(GATEWAY).expect("room for one route");
         let mut sockets = SocketSet::new(Vec::new());
-        let apps = (0..flows)
-            .map(|n| {
+        let apps = peers
+            .iter()
+            .enumerate()
+            .map(|(n, peer)| {
                 let buffer = || tcp::SocketBuffer::new(vec![0; 40_000]);
                 let mut socket = tcp::Socket::new(buffer(), buffer());
-                let peer = SocketAddr::from(([192, 0, 2, 2], 7000 + n as u16));
-                let remote = (IpAddress::Ipv4(Ipv4Addr::new(192, 0, 2, 2)), peer.port());
+                let remote = (IpAddress::Ipv4(*peer.ip()), peer.port());
                 socket
                     .connect(interface.context(), remote, 40_000 + n as u16)
                     .expect("a fresh socket connects");
                 App {
                     handle: sockets.add(socket),
-                    peer,
+                    peer: SocketAddr::V4(*peer),
                     sent: 0,
                     received: 0,
                     closed: false,
@@ -110,7 +114,7 @@ impl Guest {
                 }
             })
             .collect();
-        Guest { link, interface, sockets, apps, bytes }
+        Guest { reads_nothing_until: 0, link, interface, sockets, apps, bytes }
     }
 
     /// Lets the stack and the applications work at `micros`.
@@ -119,7 +123,7 @@ impl Guest {
         self.interface.poll(now, &mut self.link, &mut self.sockets);
         for app in &mut self.apps {
             let socket = self.sockets.get_mut::<tcp::Socket<'_>>(app.handle);
-            app.step(socket, self.bytes);
+            app.step(socket, self.bytes, micros >= self.reads_nothing_until);
         }
         self.interface.poll(now, &mut self.link, &mut self.sockets);
     }
@@ -133,14 +137,14 @@ impl Guest {
     /// Whether every connection is over on the guest's side.
     pub(crate) fn is_done(&self) -> bool {
         self.apps.iter().all(|app| {
-            let state = self.sockets.get::<tcp::Socket<'_>>(app.handle).state();
-            matches!(state, tcp::State::Closed | tcp::State::TimeWait)
+            let socket = self.sockets.get::<tcp::Socket<'_>>(app.handle);
+            matches!(socket.state(), tcp::State::Closed | tcp::State::TimeWait) && !socket.can_recv()
         })
     }
 }
 
 impl App {
-    fn step(&mut self, socket: &mut tcp::Socket<'_>, bytes: usize) {
+    fn step(&mut self, socket: &mut tcp::Socket<'_>, bytes: usize, reads: bool) {
         if socket.state() == tcp::State::Established {
             self.opened = true;
         }
@@ -157,7 +161,9 @@ impl App {
                 .expect("can send");
             self.sent += len;
         }
-        while socket.can_recv() {
+        // smoltcp throws away what is unread when TIME-WAIT ends.
+        let reads = reads || socket.state() == tcp::State::TimeWait;
+        while reads && socket.can_recv() {
             let (peer, received) = (self.peer, self.received);
             let len = socket
                 .recv(|data| {
@@ -173,7 +179,10 @@ impl App {
             socket.close();
             self.closed = true;
         }
-        if socket.state() == tcp::State::Closed && (self.received < bytes || !self.closed) {
+        if socket.state() == tcp::State::Closed
+            && !socket.can_recv()
+            && (self.received < bytes || !self.closed)
+        {
             self.was_reset = true;
         }
     }

@@ -2,14 +2,16 @@
 //!
 //! Everything random comes from one seed, which is printed with a failure and can be replayed:
 //! `VUNET_SIM_SEED=n cargo test --test sim`. Frames between guest and engine are lost, repeated and
-//! reordered; receive buffers run short; host sockets refuse bytes they promised to take. Every byte
-//! and every final state is checked.
+//! reordered; receive buffers run short, rings stop, offloads change; applications stop reading; host
+//! sockets refuse bytes they promised to take. Every byte and every final state is checked.
 
 mod guest;
+mod live;
 mod port;
 mod scenario;
 mod world;
 
+use live::Live;
 use scenario::{Faults, Outcome, Scenario};
 
 /// Seeds run by default.
@@ -45,6 +47,30 @@ fn every_byte_arrives_both_ways_whatever_is_lost_repeated_or_reordered() {
         retransmits += run(&Scenario::hostile(seed)).retransmits;
     }
     assert!(retransmits > 0, "the faults must have cost something, or they were not there");
+}
+
+#[test]
+fn an_upload_ended_by_half_close_gets_its_late_answer() {
+    for seed in seeds(20) {
+        let outcome = run(&Scenario { answers_late: true, ..Scenario::clean(seed) });
+        assert_eq!(outcome.retransmits, 0);
+    }
+}
+
+#[test]
+fn guests_that_stop_reading_for_a_minute_lose_nothing() {
+    for seed in seeds(20) {
+        let faults = Faults { guest_pauses: 0.01, ..Faults::NONE };
+        run(&Scenario { faults, ..Scenario::clean(seed) });
+    }
+}
+
+#[test]
+fn rings_that_stop_and_offloads_that_change_lose_nothing() {
+    for seed in seeds(20) {
+        let faults = Faults { ring_stops: 0.02, offloads_change: 0.05, ..Faults::NONE };
+        run(&Scenario { faults, ..Scenario::clean(seed) });
+    }
 }
 
 #[test]
@@ -87,4 +113,41 @@ fn a_guest_that_vanishes_is_seen_as_reset_by_the_world() {
 #[test]
 fn a_refused_connect_reaches_the_guest_as_reset() {
     run(&Scenario { refused: true, ..Scenario::clean(3) });
+}
+
+/// Runs with both ways of peeking and with and without offloads.
+fn live_each_way(live: Live) {
+    for peek_offset in [true, false] {
+        for offload in [false, true] {
+            if !live::run(Live { peek_offset, offload, ..live }) {
+                eprintln!("this kernel has no SO_PEEK_OFF for TCP: only peeking from the front is tested");
+            }
+        }
+    }
+}
+
+const LIVE: Live = Live {
+    seed: 1,
+    peek_offset: true,
+    offload: false,
+    flows: 4,
+    bytes: 1 << 20,
+    buffers: 256,
+    lose: 0.0,
+    slow_world: false,
+};
+
+#[test]
+fn over_the_kernels_sockets_every_byte_arrives_both_ways() {
+    live_each_way(LIVE);
+}
+
+#[test]
+fn over_the_kernels_sockets_a_slow_world_loses_nothing() {
+    live_each_way(Live { slow_world: true, seed: 2, ..LIVE });
+}
+
+#[test]
+fn over_the_kernels_sockets_losses_and_few_buffers_lose_nothing() {
+    live_each_way(Live { lose: 0.005, buffers: 8, bytes: 300_000, seed: 3, ..LIVE });
 }

@@ -16,6 +16,8 @@ pub(crate) struct Received {
 /// Receive buffers and what was put into them.
 pub(crate) struct SimPort {
     pub(crate) offload: bool,
+    /// Whether the ring runs.
+    pub(crate) is_up: bool,
     /// Buffers free now.
     pub(crate) free: usize,
     pub(crate) starved: bool,
@@ -25,7 +27,14 @@ pub(crate) struct SimPort {
 
 impl SimPort {
     pub(crate) fn new(offload: bool, buffers: usize) -> SimPort {
-        SimPort { offload, free: buffers, starved: false, delivered: VecDeque::new(), open: None }
+        SimPort {
+            offload,
+            is_up: true,
+            free: buffers,
+            starved: false,
+            delivered: VecDeque::new(),
+            open: None,
+        }
     }
 }
 
@@ -38,6 +47,9 @@ impl GuestPort for SimPort {
     fn reserve(&mut self, _: QueuePair, min_bytes: usize, max_bytes: usize) -> Result<usize, ReserveError> {
         assert!(self.open.is_none(), "one reservation at a time");
         assert!(min_bytes <= max_bytes);
+        if !self.is_up {
+            return Err(ReserveError::Down);
+        }
         if self.free == 0 {
             self.starved = true;
             return Err(ReserveError::Full);

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
@@ -61,10 +61,24 @@ pub(crate) struct Faults {
     pub(crate) reorder: f64,
     /// A socket takes less than it promised, a probability a send.
     pub(crate) refuse: f64,
+    /// The receive ring stops for a while, a probability a round.
+    pub(crate) ring_stops: f64,
+    /// The guest accepts other offloads from now on, a probability a round.
+    pub(crate) offloads_change: f64,
+    /// The guest's applications read nothing for up to a minute, a probability a round.
+    pub(crate) guest_pauses: f64,
 }
 
 impl Faults {
-    pub(crate) const NONE: Faults = Faults { lose: 0.0, repeat: 0.0, reorder: 0.0, refuse: 0.0 };
+    pub(crate) const NONE: Faults = Faults {
+        lose: 0.0,
+        repeat: 0.0,
+        reorder: 0.0,
+        refuse: 0.0,
+        ring_stops: 0.0,
+        offloads_change: 0.0,
+        guest_pauses: 0.0,
+    };
 }
 
 #[derive(Clone, Debug)]
@@ -79,6 +93,7 @@ pub(crate) struct Scenario {
     pub(crate) world_resets: bool,
     pub(crate) guest_vanishes: bool,
     pub(crate) refused: bool,
+    pub(crate) answers_late: bool,
 }
 
 /// What a run cost.
@@ -100,6 +115,7 @@ impl Scenario {
             world_resets: false,
             guest_vanishes: false,
             refused: false,
+            answers_late: false,
         }
     }
 
@@ -107,14 +123,22 @@ impl Scenario {
     pub(crate) fn hostile(seed: u64) -> Scenario {
         let mut rng = Rng::new(seed ^ 0x5eed);
         let mut up_to = |max: f64| rng.below(1000) as f64 / 1000.0 * max;
-        let faults =
-            Faults { lose: up_to(0.08), repeat: up_to(0.08), reorder: up_to(0.15), refuse: up_to(0.3) };
+        let faults = Faults {
+            lose: up_to(0.08),
+            repeat: up_to(0.08),
+            reorder: up_to(0.15),
+            refuse: up_to(0.3),
+            ring_stops: up_to(0.002),
+            offloads_change: up_to(0.01),
+            guest_pauses: up_to(0.0005),
+        };
         Scenario {
             faults,
             flows: 4,
             bytes: 64 << 10,
             buffers: 4 + rng.below(250),
             offload: rng.chance(0.3),
+            answers_late: rng.chance(0.3),
             ..Scenario::clean(seed)
         }
     }
@@ -137,9 +161,16 @@ struct Run<'a> {
     world_next_us: u64,
     largest_frame: usize,
     vanished: bool,
+    ring_up_at_us: u64,
 }
 
-fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
+/// Where the guest's flows go.
+fn peers(flows: usize) -> Vec<SocketAddrV4> {
+    (0..flows).map(|n| SocketAddrV4::new(Ipv4Addr::new(192, 0, 2, 2), 7000 + n as u16)).collect()
+}
+
+/// The engine's settings, but for its mode.
+pub(crate) fn engine_config(seed: u64, mode: Mode) -> EngineConfig {
     let lan = Lan {
         subnet: "10.0.2.0/24".parse().expect("a subnet"),
         gateway: Ipv4Addr::new(10, 0, 2, 1),
@@ -147,17 +178,20 @@ fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
         ip_mtu: IpMtu::DEFAULT,
         dhcp: true,
     };
-    let dns = DnsConfig { enabled: true, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() };
-    let service = Arc::new(DnsService::new(&dns, &lan, true));
-    let config = EngineConfig {
+    EngineConfig {
         lan,
-        dns,
-        mode: Mode::Nat(NatConfig::default()),
+        dns: DnsConfig { enabled: true, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() },
+        mode,
         mac: None,
         flows_max: limits::FLOWS_MAX,
         isn_secret: (seed, !seed),
         home: None,
-    };
+    }
+}
+
+fn engine(world: &Rc<RefCell<World>>, seed: u64) -> Engine<SimNet> {
+    let config = engine_config(seed, Mode::Nat(NatConfig::default()));
+    let service = Arc::new(DnsService::new(&config.dns, &config.lan, true));
     let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
     Engine::new(&config, SimNet(Rc::clone(world)), dhcp, service)
 }
@@ -167,19 +201,21 @@ impl Run<'_> {
         let mut world = World::new(Rng::new(scenario.seed + 1), scenario.bytes);
         world.refuse = scenario.faults.refuse;
         world.refuse_connects = scenario.refused;
+        world.answers_late = scenario.answers_late;
         world.reset_after = scenario.world_resets.then_some(scenario.bytes / 2);
         let world = Rc::new(RefCell::new(world));
         Run {
             scenario,
             engine: engine(&world, scenario.seed),
             world,
-            guest: Guest::new(scenario.seed, scenario.flows, scenario.bytes),
+            guest: Guest::new(scenario.seed, &peers(scenario.flows), scenario.bytes),
             port: SimPort::new(scenario.offload, scenario.buffers),
             rng: Rng::new(scenario.seed + 2),
             now_us: 0,
             world_next_us: 0,
             largest_frame: 0,
             vanished: false,
+            ring_up_at_us: 0,
         }
     }
 
@@ -216,6 +252,7 @@ impl Run<'_> {
     /// One round of everybody; true if anything moved.
     fn step(&mut self) -> bool {
         let now = self.now();
+        self.trouble(now);
         if !self.vanished {
             self.guest.step(self.now_us);
         }
@@ -245,6 +282,25 @@ impl Run<'_> {
         self.engine.run_timers(now, &mut self.port);
         busy |= self.engine.flush(&mut self.port);
         busy | self.deliver(now)
+    }
+
+    /// What befalls the guest's side between batches.
+    fn trouble(&mut self, now: Instant) {
+        let faults = self.scenario.faults;
+        if self.port.is_up && self.rng.chance(faults.ring_stops) {
+            self.port.is_up = false;
+            self.ring_up_at_us = self.now_us + self.rng.below(3_000_000) as u64;
+        }
+        if !self.port.is_up && self.now_us >= self.ring_up_at_us {
+            self.port.is_up = true;
+            self.engine.guest_has_buffers(now, &mut self.port);
+        }
+        if self.rng.chance(faults.offloads_change) {
+            self.port.offload = !self.port.offload;
+        }
+        if self.rng.chance(faults.guest_pauses) {
+            self.guest.reads_nothing_until = self.now_us + self.rng.below(60_000_000) as u64;
+        }
     }
 
     fn feed(&mut self, now: Instant, frame: &[u8]) {
@@ -308,7 +364,9 @@ impl Run<'_> {
         let guest = if self.vanished { None } else { self.guest.next_deadline(self.now_us) };
         let active = self.world.borrow().conns.iter().any(|conn| conn.end == End::Open);
         let world = active.then_some(self.world_next_us);
-        let next = [engine, guest, world].into_iter().flatten().min();
+        let ring = (!self.port.is_up).then_some(self.ring_up_at_us);
+        let reads = Some(self.guest.reads_nothing_until).filter(|until| *until > self.now_us);
+        let next = [engine, guest, world, ring, reads].into_iter().flatten().min();
         self.now_us = next.unwrap_or(self.now_us + WORLD_STEP_US).max(self.now_us + 1);
     }
 
@@ -320,7 +378,6 @@ impl Run<'_> {
                 assert!(app.was_reset && app.received == 0, "the guest must see the refusal");
             } else if self.scenario.guest_vanishes {
                 assert_eq!(conn.end, End::Reset, "a dead guest is a reset, never FIN");
-                assert!(!conn.fin_received);
             } else if self.scenario.world_resets {
                 assert!(app.was_reset, "the guest must see the reset");
             } else {
@@ -332,6 +389,8 @@ impl Run<'_> {
         }
         drop(world);
         assert!(self.engine.nat().is_empty(), "no flow is left");
+        assert_eq!(self.engine.nat().held_bytes(), 0, "no held payload is left");
+        assert_eq!(self.engine.next_deadline(), None, "no timer is left");
         let counters = self.engine.counters();
         Outcome { retransmits: counters.retransmits, largest_frame: self.largest_frame }
     }

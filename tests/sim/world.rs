@@ -50,6 +50,8 @@ pub(crate) struct World {
     pub(crate) refuse_connects: bool,
     /// Reset each connection after this many bytes.
     pub(crate) reset_after: Option<usize>,
+    /// Send nothing before the guest's FIN.
+    pub(crate) answers_late: bool,
     pub(crate) send_queue_max: usize,
     pub(crate) queue_max: usize,
     events: VecDeque<(Token, Readiness)>,
@@ -64,6 +66,7 @@ impl World {
             refuse: 0.0,
             refuse_connects: false,
             reset_after: None,
+            answers_late: false,
             send_queue_max: 48 << 10,
             queue_max: 96 << 10,
             events: VecDeque::new(),
@@ -84,7 +87,7 @@ impl World {
     fn step_one(&mut self, at: usize) {
         let (take, give) = (self.rng.below(30_000), self.rng.below(30_000));
         let (queue_max, reset_after) = (self.queue_max, self.reset_after);
-        let refused = self.refuse_connects;
+        let (refused, late) = (self.refuse_connects, self.answers_late);
         let conn = &mut self.conns[at];
         if conn.end != End::Open || conn.reset_by_world {
             return;
@@ -106,6 +109,7 @@ impl World {
             conn.wants_writable = false;
             ready.writable = true;
         }
+        let give = if late && !conn.fin_received { 0 } else { give };
         let give = give.min(conn.to_send).min(queue_max.saturating_sub(conn.queue.len()));
         for _ in 0..give {
             conn.queue.push_back(pattern(conn.peer, false, conn.sent));
@@ -126,6 +130,9 @@ impl World {
             ready.peer_closed = true;
         }
         if ready != Readiness::default() {
+            // An edge-triggered event tells all that holds, new or not.
+            ready.writable |= conn.send_queue.len() < self.send_queue_max * 2 / 3;
+            ready.peer_closed |= conn.fin_sent;
             self.events.push_back((conn.token, ready));
         }
     }

@@ -13,32 +13,130 @@ use crate::{Uplink, loopback, pattern};
 
 const TOKEN: Token = Token(7);
 
-fn receive(socket: &mut Datagram) -> std::io::Result<(Vec<u8>, SocketAddr)> {
-    let mut got = None;
-    socket.recv_batch(1, &mut |arrival| {
-        assert_eq!(arrival.segment_bytes, arrival.bytes.len(), "one datagram at a time");
-        got = Some((arrival.bytes.to_vec(), arrival.from));
-    })?;
-    got.ok_or_else(|| ErrorKind::WouldBlock.into())
+/// What one read gives: senders and datagrams, and whether more may wait.
+fn read(socket: &mut Datagram, arrivals_max: usize) -> (Vec<(SocketAddr, Vec<u8>)>, bool) {
+    let mut seen = Vec::new();
+    let more = socket.recv_batch(arrivals_max, &mut |arrival| {
+        if arrival.bytes.is_empty() {
+            seen.push((arrival.from, Vec::new()));
+        }
+        for bytes in arrival.bytes.chunks(arrival.segment_bytes.max(1)) {
+            seen.push((arrival.from, bytes.to_vec()));
+        }
+    });
+    (seen, more.expect("no error waits"))
 }
 
-#[test]
-fn datagrams_of_every_size_come_whole_with_their_sender() {
-    let mut uplink = Uplink::new(true);
+/// The one datagram that waits.
+fn receive(uplink: &Uplink, socket: &mut Datagram) -> (SocketAddr, Vec<u8>) {
+    let start = std::time::Instant::now();
+    loop {
+        let (mut seen, _) = read(socket, 1);
+        match seen.pop() {
+            Some(datagram) => return datagram,
+            None => assert!(start.elapsed() < Duration::from_secs(10), "nothing came"),
+        }
+        uplink.events(Duration::from_millis(10));
+    }
+}
+
+/// A socket, its far end and the address the far end sees.
+fn pair(uplink: &mut Uplink) -> (Datagram, UdpSocket, SocketAddr) {
     let far = UdpSocket::bind(loopback(0)).expect("a socket");
+    far.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
     let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
     socket.send_to(b"he", &Payload::from_host(b"llo"), far.local_addr().expect("an address")).expect("sent");
     let mut bytes = [0; 100];
     let (len, near) = far.recv_from(&mut bytes).expect("it came");
     assert_eq!(&bytes[..len], b"hello");
-    for size in [0, 1, 8, 1472, 9000, 65_507] {
+    (socket, far, near)
+}
+
+#[test]
+fn datagrams_of_every_size_come_whole_with_their_sender() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    for size in [0, 1, 8, 1472, 1473, 9000, 65_507] {
         far.send_to(&pattern(size), near).expect("sent");
-        uplink.await_event(TOKEN, |ready| ready.readable);
-        let (bytes, from) = receive(&mut socket).expect("it came");
+        let (from, bytes) = receive(&uplink, &mut socket);
         assert!(bytes == pattern(size), "{size} bytes");
         assert_eq!(from, far.local_addr().expect("an address"));
     }
-    assert!(receive(&mut socket).is_err_and(|error| error.kind() == ErrorKind::WouldBlock));
+    assert_eq!(read(&mut socket, 16), (Vec::new(), false));
+}
+
+#[test]
+fn many_datagrams_come_in_order_and_the_last_read_says_so() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    for n in 0..100u8 {
+        far.send_to(&vec![n; usize::from(n) * 7], near).expect("sent");
+    }
+    let mut seen = Vec::new();
+    loop {
+        let (part, more) = read(&mut socket, usize::MAX);
+        seen.extend(part);
+        if !more {
+            break;
+        }
+    }
+    let expected: Vec<_> =
+        (0..100u8).map(|n| (far.local_addr().expect("an address"), vec![n; usize::from(n) * 7])).collect();
+    assert!(seen == expected);
+}
+
+/// `bytes` as a guest's memory holds them: in segments of `segment` bytes.
+fn segments(bytes: &[u8], segment: usize) -> Vec<libc::iovec> {
+    let iovec = |part: &[u8]| libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
+    bytes.chunks(segment).map(iovec).collect()
+}
+
+#[test]
+fn queued_datagrams_leave_each_by_itself_whole_and_in_order() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    let other = UdpSocket::bind(loopback(0)).expect("a socket");
+    other.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let ends = [&far, &other];
+    // Equal ones, shorter ones, empty ones, longer ones, to one end and in between to another.
+    let sizes: Vec<(usize, usize)> = (0..100)
+        .map(|n| {
+            (if n % 13 == 5 { 1 } else { 0 }, [100, 100, 100, 99, 0, 0, 100, 1472, 1472, 1473, 1][n % 11])
+        })
+        .collect();
+    let memory: Vec<Vec<u8>> = sizes.iter().enumerate().map(|(n, (_, len))| vec![n as u8; *len]).collect();
+    let iovecs: Vec<Vec<libc::iovec>> = memory.iter().map(|bytes| segments(bytes, 40)).collect();
+    for (((end, _), iovecs), expected) in sizes.iter().zip(&iovecs).zip(&memory) {
+        // SAFETY: the segments lie in `memory`, which outlives the queue and is not touched.
+        let payload = unsafe { Payload::from_guest(iovecs) };
+        socket.queue_to(&payload, ends[*end].local_addr().expect("an address")).expect("queued");
+        assert_eq!(payload.len(), expected.len());
+    }
+    assert_eq!(uplink.net.flush_datagrams(), 0, "none was refused");
+    for ((end, _), expected) in sizes.iter().zip(&memory) {
+        let mut bytes = vec![0; 2000];
+        let len = ends[*end].recv(&mut bytes).expect("it came");
+        assert!(bytes[..len] == *expected, "{len} bytes instead of {}", expected.len());
+    }
+}
+
+#[test]
+fn segmented_datagrams_leave_each_by_itself_however_many() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    for (total, size) in [(14_720, 1472), (14_721, 1472), (100, 1472), (3000, 1000), (4096, 64), (640, 5)] {
+        let bytes = pattern(total);
+        let iovecs = segments(&bytes, 777);
+        // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+        let payload = unsafe { Payload::from_guest(&iovecs) };
+        let to = far.local_addr().expect("an address");
+        socket.send_segments_to(&payload, size, to).expect("sent");
+        for expected in bytes.chunks(size) {
+            let mut bytes = vec![0; 2000];
+            let len = far.recv(&mut bytes).expect("it came");
+            assert!(bytes[..len] == *expected);
+        }
+    }
 }
 
 #[test]
@@ -77,7 +175,7 @@ fn a_published_port_receives_and_answers_from_where_it_is() {
     let client = UdpSocket::bind(loopback(0)).expect("a socket");
     client.send_to(b"ask", address).expect("sent");
     uplink.await_event(TOKEN, |ready| ready.readable);
-    let (bytes, from) = receive(&mut socket).expect("it came");
+    let (from, bytes) = receive(&uplink, &mut socket);
     assert_eq!((&bytes[..], from), (&b"ask"[..], client.local_addr().expect("an address")));
     socket.send_to(&[], &Payload::from_host(b"answer"), from).expect("sent");
     let mut bytes = [0; 100];
@@ -100,68 +198,27 @@ fn echoes_reach_loopback_where_the_kernel_allows_them() {
     let payload = pattern(3000);
     socket.send_to(&request, &Payload::from_host(&payload), SocketAddr::new(host, 0)).expect("sent");
     uplink.await_event(TOKEN, |ready| ready.readable);
-    let (bytes, from) = receive(&mut socket).expect("it came");
+    let (from, bytes) = receive(&uplink, &mut socket);
     assert_eq!(from.ip(), host);
     assert_eq!((bytes[0], bytes[1], &bytes[6..8]), (0, 0, &[0, 9][..]));
     assert!(bytes[8..] == payload);
 }
 
-/// A view of `bytes` as if they lay in guest memory.
-fn in_guest<'a>(segment: &'a mut [libc::iovec; 1], bytes: &'a [u8]) -> Payload<'a> {
-    segment[0] = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
-    // SAFETY: the segment is `bytes`, which is borrowed as long as the view.
-    unsafe { Payload::from_guest(&segment[..]) }
-}
-
-const NO_SEGMENT: [libc::iovec; 1] = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }];
-
-#[test]
-fn queued_datagrams_arrive_one_by_one_in_order_whatever_their_lengths() {
-    let mut uplink = Uplink::new(true);
-    let far = UdpSocket::bind(loopback(0)).expect("a socket");
-    far.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-    let to = far.local_addr().expect("an address");
-    let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
-    let lengths: Vec<usize> =
-        (0..200).map(|n| [100, 100, 100, 40, 1472, 1472, 0, 1473, 9000, 64][n % 10]).collect();
-    let all: Vec<Vec<u8>> = lengths.iter().map(|len| pattern(*len)).collect();
-    for bytes in &all {
-        socket.queue_to(&in_guest(&mut { NO_SEGMENT }, bytes), to).expect("queued");
-    }
-    assert_eq!(uplink.net.flush_datagrams(), 0, "none is refused");
-    let mut buffer = vec![0; 10_000];
-    for bytes in &all {
-        let len = far.recv(&mut buffer).expect("it came");
-        assert!(buffer[..len] == bytes[..], "{} bytes arrived as {len}", bytes.len());
-    }
-}
-
 #[test]
 fn a_refused_run_is_counted_and_the_next_datagram_tells_why() {
     let mut uplink = Uplink::new(true);
-    let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
+    let (mut socket, ..) = pair(&mut uplink);
     // A socket without permission to broadcast refuses the address.
     let to = SocketAddr::from(([255, 255, 255, 255], 9));
+    let iovecs = segments(b"x", 1);
     for _ in 0..3 {
-        socket.queue_to(&in_guest(&mut { NO_SEGMENT }, b"x"), to).expect("queued");
+        // SAFETY: the segment is static memory.
+        let payload = unsafe { Payload::from_guest(&iovecs) };
+        socket.queue_to(&payload, to).expect("queued");
     }
     assert_eq!(uplink.net.flush_datagrams(), 3);
-    let refused = socket.queue_to(&in_guest(&mut { NO_SEGMENT }, b"x"), to);
-    assert_eq!(refused.expect_err("alone").kind(), ErrorKind::PermissionDenied);
-}
-
-#[test]
-fn segments_of_one_payload_arrive_as_datagrams() {
-    let mut uplink = Uplink::new(true);
-    let far = UdpSocket::bind(loopback(0)).expect("a socket");
-    far.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-    let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
-    let payload = pattern(2500);
-    let to = far.local_addr().expect("an address");
-    socket.send_segments_to(&Payload::from_host(&payload), 1000, to).expect("sent");
-    let mut buffer = vec![0; 10_000];
-    for part in payload.chunks(1000) {
-        let len = far.recv(&mut buffer).expect("it came");
-        assert!(buffer[..len] == *part);
-    }
+    // SAFETY: the segment is static memory.
+    let payload = unsafe { Payload::from_guest(&iovecs) };
+    let refused = socket.queue_to(&payload, to).expect_err("it goes alone");
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
 }

@@ -133,6 +133,18 @@ fn several_queue_pairs() {
 }
 
 #[test]
+fn several_workers_share_the_queue_pairs() {
+    for flags in [&["--queues", "2"][..], &["--queues", "4", "--busy-poll-us", "50", "--pin", "0"]] {
+        bare(&Setup::new().tools(&["curl"]).vunet(flags), |bench| {
+            for queues in ["1", "2", "4"] {
+                attach_and_transfer(bench, &["--queues", queues], 16 * MIB, 1)?;
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
 fn large_and_small_mtus() {
     for mtu in ["576", "1280", "9000", "65520"] {
         bare(&Setup::new().tools(&["curl"]).vunet(&["--ip-mtu", mtu]), |bench| {

@@ -522,12 +522,18 @@ impl<S: HostStream> Flow<S> {
                 self.recv.edge = edge;
             }
         }
-        if self.recv.edge.before(self.recv.nxt) {
-            self.recv.edge = self.recv.nxt;
+        let (nxt, promised) = (self.recv.nxt, self.recv.edge);
+        if promised.before(nxt) {
+            self.recv.edge = nxt;
         }
-        let window = self.recv.edge.distance_from(self.recv.nxt) as u32;
         let shift = if scaled { self.recv.shift } else { 0 };
-        (window >> shift).min(0xffff) as u16
+        let mut field = (self.recv.edge.distance_from(nxt) as usize >> shift).min(0xffff);
+        if scaled && (nxt + (field << shift)).before(promised) && field < 0xffff {
+            // What the field cannot say exactly is rounded up: a promise is kept (RFC 7323, 2.4).
+            field += 1;
+        }
+        self.recv.edge = nxt + (field << shift);
+        field as u16
     }
 }
 

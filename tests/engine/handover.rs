@@ -1,0 +1,122 @@
+//! Flows and datagrams of a guest that uses several queue pairs, each with a worker of its own.
+
+use vunet::engine::counters::DropReason;
+use vunet::engine::placement::{Directory, Place, WorkerId};
+use vunet::limits;
+use vunet::wire::tcp::Flags;
+
+use crate::frames::{Seen, guest, udp_frame, world};
+use crate::rig::{Peer, READABLE, Rig, connected, only};
+use crate::world::End;
+
+/// Delivers letters until none is left; returns what the guest saw of each worker.
+fn exchange(rigs: &mut [Rig]) -> Vec<Vec<Seen>> {
+    let mut seen: Vec<Vec<Seen>> = rigs.iter().map(|_| Vec::new()).collect();
+    for _ in 0..1000 {
+        let mut letters = Vec::new();
+        for rig in rigs.iter_mut() {
+            letters.extend(std::iter::from_fn(|| rig.engine.next_letter()));
+        }
+        if letters.is_empty() {
+            return seen;
+        }
+        for (to, letter) in letters {
+            let rig = &mut rigs[usize::from(to.0)];
+            rig.engine.letter(rig.now, &mut rig.port, letter);
+            seen[usize::from(to.0)].extend(rig.flush());
+        }
+    }
+    panic!("letters go round and round");
+}
+
+#[test]
+fn a_flow_follows_the_guest_to_another_queue_pair_and_loses_nothing() {
+    let mut rigs = Rig::workers(2);
+    let mut peer = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    peer.data(&mut rigs[0], Flags::PSH, b"one ");
+    assert_eq!(peer.data(&mut rigs[1], Flags::PSH, b"two "), [], "it waits for its flow");
+    assert_eq!(peer.data(&mut rigs[1], Flags::PSH, b"three "), []);
+    let seen = exchange(&mut rigs);
+    assert_eq!(seen[0], [], "the worker it left is silent");
+    assert_eq!(rigs[0].conn(0).taken, b"one two three ");
+    assert_eq!((rigs[0].engine.nat().len(), rigs[1].engine.nat().len()), (0, 1));
+    // From the world to the guest it is the new worker that sends.
+    rigs[1].conn(0).queue.extend(b"answer");
+    let seen = rigs[1].stream_ready(0, READABLE);
+    assert!(seen.into_iter().map(Seen::tcp).any(|segment| segment.payload == b"answer"));
+    assert_eq!(rigs[0].conn(0).end, End::Open);
+}
+
+#[test]
+fn a_flow_that_is_gone_is_answered_with_a_reset_wherever_it_is_asked_for() {
+    let mut rigs = Rig::workers(3);
+    let mut peer = connected(&mut rigs[2], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    rigs[2].send(&peer.seg(Flags::RST, &[]).frame());
+    assert!(rigs[2].engine.nat().is_empty());
+    let seen = peer.data(&mut rigs[1], Flags::PSH, b"late");
+    assert!(only(seen).tcp().has(Flags::RST));
+}
+
+#[test]
+fn workers_that_want_one_flow_at_once_get_it_in_turn() {
+    let mut rigs = Rig::workers(3);
+    let mut peer = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    peer.data(&mut rigs[1], Flags::PSH, b"a");
+    peer.data(&mut rigs[2], Flags::PSH, b"b");
+    exchange(&mut rigs);
+    let mut taken = rigs[0].conn(0).taken.clone();
+    taken.sort_unstable();
+    assert_eq!(taken, b"ab");
+    assert_eq!(rigs.iter_mut().map(|rig| rig.engine.nat().len()).sum::<usize>(), 1);
+}
+
+#[test]
+fn frames_that_wait_for_a_flow_are_bounded() {
+    let mut rigs = Rig::workers(2);
+    let mut peer = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    for _ in 0..=limits::AWAITING_FRAMES_MAX {
+        peer.data(&mut rigs[1], Flags::PSH, b"x");
+    }
+    assert_eq!(rigs[1].dropped(DropReason::TableFull), 1);
+    exchange(&mut rigs);
+    assert_eq!(rigs[0].conn(0).taken.len(), limits::AWAITING_FRAMES_MAX);
+}
+
+#[test]
+fn a_datagram_on_another_queue_pair_leaves_from_the_same_port() {
+    let mut rigs = Rig::workers(2);
+    rigs[0].send(&udp_frame(guest(4000), world(53), b"one"));
+    exchange(&mut rigs);
+    rigs[1].send(&udp_frame(guest(4000), world(54), b"two"));
+    exchange(&mut rigs);
+    assert_eq!(rigs[0].world().socks.len(), 1, "one socket for one port of the guest");
+    assert_eq!(rigs[0].sock(0).sent.len(), 2);
+}
+
+#[test]
+fn the_guests_new_start_ends_its_flows_at_every_worker() {
+    let mut rigs = Rig::workers(2);
+    connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    connected(&mut rigs[1], Peer::new(guest(4001), world(80)));
+    exchange(&mut rigs);
+    rigs[0].engine.guest_reset();
+    exchange(&mut rigs);
+    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
+    assert_eq!(ends, [End::Reset, End::Reset]);
+    assert!(rigs.iter_mut().all(|rig| rig.engine.nat().is_empty()));
+}
+
+#[test]
+fn a_directory_entry_is_cleared_only_by_who_has_it() {
+    let directory = Directory::default();
+    let place = Place::Socket(vunet::engine::nat::datagram::Kind::Udp, guest(4000).into());
+    directory.set(place, WorkerId(1));
+    directory.clear(&place, WorkerId(0));
+    assert_eq!(directory.owner(&place), Some(WorkerId(1)));
+    directory.clear(&place, WorkerId(1));
+    assert_eq!(directory.owner(&place), None);
+}

@@ -1,0 +1,173 @@
+//! The same guest over the kernel's own sockets and a world of threads, in real time: what a scripted
+//! world cannot show, such as a readiness event that never comes.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use epoll::Event;
+use vunet::config::{Mode, NatConfig};
+use vunet::engine::Engine;
+use vunet::frame::{Payload, QueuePair, TxFrame};
+use vunet::limits;
+use vunet::service::dhcp::DhcpServer;
+use vunet::service::dns::DnsService;
+use vunet::time::Clock;
+use vunet::uplink::sockets::HostSockets;
+use vunet::uplink::sys::poll::{self, Poll};
+use vunet::wire::vnet::VnetHeader;
+
+use crate::guest::Guest;
+use crate::port::{SimPort, plain_frames};
+use crate::scenario::{Rng, engine_config, pattern};
+
+/// What a run is to be like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Live {
+    pub(crate) seed: u64,
+    pub(crate) peek_offset: bool,
+    pub(crate) offload: bool,
+    pub(crate) flows: usize,
+    /// Each way, a flow.
+    pub(crate) bytes: usize,
+    pub(crate) buffers: usize,
+    /// Frames lost, as a probability.
+    pub(crate) lose: f64,
+    /// The world reads and writes in small pieces with pauses.
+    pub(crate) slow_world: bool,
+}
+
+/// A world's end: sends its stream, ends it, and checks what comes until that ends.
+fn serve(listener: TcpListener, peer: SocketAddr, live: Live) -> JoinHandle<()> {
+    std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().expect("a client");
+        let mut sending = stream.try_clone().expect("a second handle");
+        let piece = if live.slow_world { 9_000 } else { 200_000 };
+        let pause = move || {
+            if live.slow_world {
+                std::thread::sleep(Duration::from_micros(300));
+            }
+        };
+        let sender = std::thread::spawn(move || {
+            let bytes: Vec<u8> = (0..live.bytes).map(|at| pattern(peer, false, at)).collect();
+            for part in bytes.chunks(piece) {
+                sending.write_all(part).expect("the guest takes all");
+                pause();
+            }
+            sending.shutdown(Shutdown::Write).expect("an end");
+        });
+        let mut received = 0;
+        let mut buffer = vec![0; piece];
+        loop {
+            let len = stream.read(&mut buffer).expect("no reset");
+            if len == 0 {
+                break;
+            }
+            for byte in &buffer[..len] {
+                assert_eq!(*byte, pattern(peer, true, received), "byte {received} of {peer}");
+                received += 1;
+            }
+            pause();
+        }
+        assert_eq!(received, live.bytes);
+        sender.join().expect("all was sent");
+    })
+}
+
+/// Lets every flow run to its end; false where the kernel lacks what was asked for.
+pub(crate) fn run(live: Live) -> bool {
+    let poll = Poll::new().expect("an epoll set");
+    let no_dns = Box::new(|| Err(std::io::ErrorKind::Unsupported.into()));
+    let net = HostSockets::new(poll.clone(), no_dns, live.peek_offset);
+    if live.peek_offset != net.uses_peek_offset() {
+        return false;
+    }
+    let mut peers = Vec::new();
+    let mut ends = Vec::new();
+    for _ in 0..live.flows {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let port = listener.local_addr().expect("an address").port();
+        let peer = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 1), port);
+        ends.push(serve(listener, peer.into(), live));
+        peers.push(peer);
+    }
+    let nat = NatConfig { allow_host_loopback: true, ..NatConfig::default() };
+    let config = engine_config(live.seed, Mode::Nat(nat));
+    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, true));
+    let mut run = Run {
+        engine: Engine::new(&config, net, dhcp, dns),
+        poll,
+        port: SimPort::new(live.offload, live.buffers),
+        guest: Guest::new(live.seed, &peers, live.bytes),
+        rng: Rng::new(live.seed),
+        clock: Clock::start(),
+        lose: live.lose,
+    };
+    while !(run.guest.is_done() && ends.iter().all(JoinHandle::is_finished)) {
+        run.turn();
+        assert!(run.clock.now().as_micros() < 120_000_000, "stalled: {live:?} {:?}", run.received());
+    }
+    for end in ends {
+        end.join().expect("every byte, and a clean end");
+    }
+    assert!(run.received().iter().all(|(received, reset)| *received == live.bytes && !reset));
+    true
+}
+
+struct Run {
+    engine: Engine<HostSockets>,
+    poll: Poll,
+    port: SimPort,
+    guest: Guest,
+    rng: Rng,
+    clock: Clock,
+    lose: f64,
+}
+
+impl Run {
+    fn received(&self) -> Vec<(usize, bool)> {
+        self.guest.apps.iter().map(|app| (app.received, app.was_reset)).collect()
+    }
+
+    /// What a worker does in a turn, the guest's driver included.
+    fn turn(&mut self) {
+        let now = self.clock.now();
+        self.guest.step(now.as_micros());
+        let mut busy = false;
+        for frame in std::mem::take(&mut self.guest.link.outbound) {
+            let is_arp = frame[12..14] == [8, 6];
+            if !is_arp && self.rng.chance(self.lose) {
+                continue;
+            }
+            busy = true;
+            let head = &frame[..frame.len().min(limits::FRAME_HEAD_BYTES)];
+            let whole = Payload::from_host(&frame);
+            let frame = TxFrame { vnet: VnetHeader::default(), head, whole, pair: QueuePair::default() };
+            self.engine.from_guest(now, &mut self.port, &frame);
+        }
+        self.engine.end_of_frames();
+        let mut events = [Event { events: 0, data: 0 }; 64];
+        let wait_ms =
+            i32::from(!busy && self.port.delivered.is_empty() && self.guest.link.inbound.is_empty());
+        let count = self.poll.wait(wait_ms, &mut events).expect("events");
+        for event in &events[..count] {
+            let token = vunet::engine::host_net::Token(event.data);
+            self.engine.host_ready(now, &mut self.port, token, poll::readiness(event));
+        }
+        self.engine.run_timers(now, &mut self.port);
+        self.engine.flush(&mut self.port);
+        let delivered = std::mem::take(&mut self.port.delivered);
+        self.port.free += delivered.len();
+        for frame in delivered.into_iter().flat_map(plain_frames) {
+            if !self.rng.chance(self.lose) {
+                self.guest.link.inbound.push_back(frame);
+            }
+        }
+        if std::mem::take(&mut self.port.starved) {
+            self.engine.guest_has_buffers(now, &mut self.port);
+        }
+    }
+}
