@@ -10,6 +10,7 @@ mod frames;
 mod from_guest;
 mod gateway;
 mod handshake;
+mod hostile;
 mod policy;
 mod port;
 mod published;
