@@ -32,7 +32,7 @@ dpdk-in-order|dpdk-testpmd|the same with in-order rings
 dpdk-flowgen|dpdk-testpmd|many flows from DPDK, then the counters
 dpdk-to-guest|dpdk-testpmd|datagrams to a published port reach DPDK, then the counters
 reconnects|qemu-system-x86_64|front-ends come and go: no growth of descriptors, threads or memory
-kills|qemu-system-x86_64|vunet killed and restarted again and again under one guest'
+kills|qemu-system-x86_64|vunet killed and restarted again and again under one guest'"'"'s transfers'
 
 SCENARIO_SECONDS_MAX=300
 LONG_SCENARIO_SECONDS_MAX=3600
@@ -320,8 +320,10 @@ scenario_kills() {
     local count=5 i
     [[ -z ${VUNET_LONG:-} ]] || count=200
     boot_qemu ',reconnect=1'
-    guest_steps lease
+    guest_steps lease churn
     for ((i = 1; i <= count; i++)); do
+        # Anywhere in a transfer.
+        sleep "0.$((RANDOM % 10))"
         backend_stop KILL
         backend_start
         if ! wait_until 10 backend_is_attached; then
@@ -332,6 +334,7 @@ scenario_kills() {
         guest_steps name >"$RUN_DIR/steps.log" || { cat "$RUN_DIR/steps.log"; return 1; }
     done
     show_step ok "$count kills survived" 0 ''
+    guest_steps calm
     every_step
     guest_stop
     backend_end

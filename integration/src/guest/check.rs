@@ -9,7 +9,7 @@ const GSO_TCPV6: u8 = 4;
 const GSO_UDP_L4: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
-/// Bytes of a frame that [`Header::judge`] and [`repair`] look at: header, Ethernet, IPv4 with
+/// Bytes of a frame that [`Header::parse`] and [`repair`] look at: header, Ethernet, IPv4 with
 /// options and the transport's first bytes.
 pub(crate) const HEAD_BYTES: usize = 12 + 14 + 60 + 20;
 

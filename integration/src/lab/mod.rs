@@ -12,6 +12,7 @@ mod backend;
 mod dhcp;
 mod dns;
 pub mod frame;
+mod limits;
 mod netns;
 mod process;
 
@@ -26,6 +27,7 @@ use thiserror::Error;
 pub use backend::{Backend, BackendOptions, GuestProcess, vunet_binary};
 pub use dhcp::Lease;
 pub use dns::{BIG_TXT_BYTES, BIG_TXT_NAME, DOMAIN};
+pub use limits::BufferLimits;
 pub use netns::Netns;
 pub use process::{Output, Process, run, run_any};
 

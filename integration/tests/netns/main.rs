@@ -1,8 +1,9 @@
 //! Scenarios of the namespace guest: Linux's own stack as vunet's guest, at native speed.
 //!
 //! They need root and some tools; without them a test says which one is missing and counts as
-//! skipped (`CI=true` makes that a failure). The binary under test is `VUNET_BIN`, else
+//! skipped (`CI=true` makes that a failure; `VUNET_SKIP_LOG` names a file that gets a line for each). The binary under test is `VUNET_BIN`, else
 //! `target/release/vunet`. Random choices print their seed; `VUNET_SEED` replays one.
+//! `VUNET_GUEST_ARGS` adds arguments to every guest, to run all of it with, say, `--features none`.
 
 mod bench;
 mod bounds;

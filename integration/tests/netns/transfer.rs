@@ -9,7 +9,8 @@ use vunet_integration::lab::{self, WORLD};
 use vunet_integration::world::{self, End, pattern, ports};
 
 use crate::bench::{
-    ANSWER_BYTES_MAX, Bench, Failure, MIB, Outcome, PATIENCE, Setup, allow_files, ensure, fail, scenario,
+    ANSWER_BYTES_MAX, Bench, Failure, MIB, Outcome, PATIENCE, Setup, allow_files, bare, ensure, fail,
+    integration_binary, scenario,
 };
 
 #[test]
@@ -84,32 +85,6 @@ fn a_guest_that_stops_reading_gets_the_rest_later() {
     });
 }
 
-/// Sets the host's limits on socket buffers, and puts them back when dropped.
-struct BufferLimits {
-    before: Vec<(&'static str, String)>,
-}
-
-impl BufferLimits {
-    fn set(bytes: u32) -> Result<BufferLimits, Failure> {
-        let mut limits = BufferLimits { before: Vec::new() };
-        for file in ["/proc/sys/net/core/wmem_max", "/proc/sys/net/core/rmem_max"] {
-            limits.before.push((file, std::fs::read_to_string(file)?));
-            std::fs::write(file, bytes.to_string())?;
-        }
-        Ok(limits)
-    }
-}
-
-impl Drop for BufferLimits {
-    fn drop(&mut self) {
-        for (file, value) in &self.before {
-            if let Err(e) = std::fs::write(file, value) {
-                eprintln!("{file} stays changed: {e}");
-            }
-        }
-    }
-}
-
 fn iperf3(bench: &Bench, args: &[&str]) -> Outcome {
     let world = WORLD.to_string();
     let mut words = vec!["iperf3", "-c", &world, "-J", "-t", "5", "-i", "1", "--connect-timeout", "3000"];
@@ -133,12 +108,45 @@ fn iperf3(bench: &Bench, args: &[&str]) -> Outcome {
 #[test]
 fn nothing_stalls_at_the_default_socket_buffer_limits() {
     scenario(&Setup::new().tools(&["iperf3"]), |bench| {
-        let _limits = BufferLimits::set(212_992)?;
+        let _limits = lab::BufferLimits::set(212_992)?;
         bench.lab.start_iperf3()?;
         iperf3(bench, &[])?;
         iperf3(bench, &["-R"])?;
         iperf3(bench, &["-P", "4"])?;
         iperf3(bench, &["-P", "4", "-R"])
+    });
+}
+
+#[test]
+fn frames_made_in_guest_memory_come_back() {
+    bare(&Setup::new(), |bench| {
+        let (binary, socket) =
+            (integration_binary().display().to_string(), bench.vunet.socket.display().to_string());
+        for (size, features) in [("46", "all"), ("64", "none"), ("1514", "all")] {
+            let target = format!("udp:{size}:{WORLD}:{}", ports::ECHO);
+            let words = [
+                &*binary,
+                "frames",
+                "--socket",
+                &socket,
+                "--generate",
+                &target,
+                "--seconds",
+                "1",
+                "--features",
+                features,
+            ];
+            let output = lab::run(&words, PATIENCE)?.stdout;
+            let report: serde_json::Value = serde_json::from_str(output.lines().last().unwrap_or_default())?;
+            let number = |name: &str| report[name].as_u64().unwrap_or(0);
+            let (sent, received) = (number("sent"), number("received"));
+            println!("{size} B: {sent} frames sent, {received} received in a second");
+            ensure!(sent > 5_000 && received > 1_000, "{size} B: {report}");
+            let mean = number("received_bytes") / received;
+            let want: u64 = size.parse()?;
+            ensure!(mean.abs_diff(want) <= 1, "frames of {size} B came back with {mean} B on average");
+        }
+        Ok(())
     });
 }
 
