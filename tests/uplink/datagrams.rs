@@ -203,3 +203,22 @@ fn echoes_reach_loopback_where_the_kernel_allows_them() {
     assert_eq!((bytes[0], bytes[1], &bytes[6..8]), (0, 0, &[0, 9][..]));
     assert!(bytes[8..] == payload);
 }
+
+#[test]
+fn a_refused_run_is_counted_and_the_next_datagram_tells_why() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, ..) = pair(&mut uplink);
+    // A socket without permission to broadcast refuses the address.
+    let to = SocketAddr::from(([255, 255, 255, 255], 9));
+    let iovecs = segments(b"x", 1);
+    for _ in 0..3 {
+        // SAFETY: the segment is static memory.
+        let payload = unsafe { Payload::from_guest(&iovecs) };
+        socket.queue_to(&payload, to).expect("queued");
+    }
+    assert_eq!(uplink.net.flush_datagrams(), 3);
+    // SAFETY: the segment is static memory.
+    let payload = unsafe { Payload::from_guest(&iovecs) };
+    let refused = socket.queue_to(&payload, to).expect_err("it goes alone");
+    assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
+}
