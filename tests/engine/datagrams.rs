@@ -298,3 +298,36 @@ fn a_frame_to_be_cut_leaves_as_datagrams_and_not_as_too_many() {
     }
     assert_eq!(rig.dropped(DropReason::Malformed), 1);
 }
+
+#[test]
+fn coalesced_datagrams_reach_the_guest_one_by_one_unless_it_cuts_them_itself() {
+    let uso = GuestOffloads { checksum: true, uso4: true, ..GuestOffloads::default() };
+    for (offloads, frame_bytes_max, len, size, frames) in [
+        (GuestOffloads::default(), 70_000, 3500, 1000, 4),
+        (uso, 70_000, 3500, 1000, 1),
+        (uso, 70_000, 65_507, 1472, 1),
+        (uso, 1514, 3500, 1000, 4),
+        // Larger than the MTU: no guest may cut such.
+        (uso, 70_000, 6000, 3000, 6),
+        (uso, 70_000, 1000, 1000, 1),
+    ] {
+        let mut rig = Rig::with(Setup { offloads, ..Setup::default() });
+        rig.port.frame_bytes_max = frame_bytes_max;
+        udp(&mut rig, world(9), b"ask");
+        rig.sock(0).coalesced_bytes = Some(size);
+        rig.sock(0).inbox.push_back((pattern(len), world(9).into()));
+        let token = rig.sock(0).token;
+        rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+        assert_eq!(rig.port.delivered.len(), frames, "{len} bytes by {size}");
+        let whole = frames == 1 && len > size;
+        let gso = Gso { kind: GsoKind::UdpL4, size_bytes: size as u16, headers_bytes: 42, ecn: false };
+        assert_eq!(rig.port.delivered[0].vnet.gso, whole.then_some(gso));
+        let mut received = Vec::new();
+        for seen in rig.take() {
+            let Seen::Udp { payload, .. } = seen else { panic!("not UDP") };
+            assert!(whole || payload.len() <= size);
+            received.extend(payload);
+        }
+        assert!(received == pattern(len));
+    }
+}

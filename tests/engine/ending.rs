@@ -134,6 +134,23 @@ fn a_guest_that_resets_is_a_reset_to_the_world_whatever_it_had_sent() {
 }
 
 #[test]
+fn a_guest_that_forgot_a_complete_connection_is_no_reason_to_reset_the_world() {
+    // Its last acknowledgement was lost and its TIME-WAIT is over, or it closed long ago: the FIN,
+    // sent again, meets nobody. What the world has not read yet of the upload must reach it.
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    peer.data(&mut rig, Flags::FIN, b"upload");
+    rig.conn(0).queue.extend(b"answer");
+    let seen = world_ends(&mut rig);
+    peer.take(seen);
+    let before_fin = Peer { ack: peer.ack - 1, ..peer };
+    before_fin.acknowledge(&mut rig);
+    rig.send(&peer.seg(Flags::RST, &[]).frame());
+    assert_eq!(rig.conn(0).end, End::Clean);
+    rig.assert_empty();
+}
+
+#[test]
 fn a_guest_that_is_gone_is_never_a_clean_end() {
     let mut rig = Rig::new();
     // One flow in each state it may be in.

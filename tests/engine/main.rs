@@ -11,6 +11,7 @@ mod from_guest;
 mod gateway;
 mod handover;
 mod handshake;
+mod hostile;
 mod policy;
 mod port;
 mod published;

@@ -56,6 +56,8 @@ pub(crate) struct Sock {
     pub(crate) is_ping: bool,
     pub(crate) inbox: VecDeque<(Vec<u8>, SocketAddr)>,
     pub(crate) sent: Vec<(Vec<u8>, SocketAddr)>,
+    /// Length of the datagrams that arrive as one, coalesced by the kernel.
+    pub(crate) coalesced_bytes: Option<usize>,
     pub(crate) send_error: Option<i32>,
     /// Errors to report before any datagram.
     pub(crate) receive_errors: VecDeque<i32>,
@@ -150,6 +152,7 @@ impl World {
             is_ping,
             inbox: VecDeque::new(),
             sent: Vec::new(),
+            coalesced_bytes: None,
             send_error: None,
             receive_errors: VecDeque::new(),
             receives: 0,
@@ -392,16 +395,16 @@ impl HostDatagram for FakeDatagram {
 
     fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
         for _ in 0..arrivals_max.min(BATCH) {
-            let (bytes, from) = {
+            let (bytes, from, coalesced) = {
                 let sock = &mut self.world.borrow_mut().socks[self.at];
                 sock.receives += 1;
                 if let Some(code) = sock.receive_errors.pop_front() {
                     return Err(os(code));
                 }
-                let Some(next) = sock.inbox.pop_front() else { return Ok(false) };
-                next
+                let Some((bytes, from)) = sock.inbox.pop_front() else { return Ok(false) };
+                (bytes, from, sock.coalesced_bytes)
             };
-            each(Arrival { from, bytes: &bytes, segment_bytes: bytes.len() });
+            each(Arrival { from, bytes: &bytes, segment_bytes: coalesced.unwrap_or(bytes.len()) });
         }
         Ok(true)
     }

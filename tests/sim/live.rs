@@ -78,12 +78,6 @@ fn serve(listener: TcpListener, peer: SocketAddr, live: Live) -> JoinHandle<()> 
 
 /// Lets every flow run to its end; false where the kernel lacks what was asked for.
 pub(crate) fn run(live: Live) -> bool {
-    let poll = Poll::new().expect("an epoll set");
-    let no_dns = Box::new(|| Err(std::io::ErrorKind::Unsupported.into()));
-    let net = HostSockets::new(poll.clone(), no_dns, live.peek_offset);
-    if live.peek_offset != net.uses_peek_offset() {
-        return false;
-    }
     let mut peers = Vec::new();
     let mut ends = Vec::new();
     for _ in 0..live.flows {
@@ -93,19 +87,7 @@ pub(crate) fn run(live: Live) -> bool {
         ends.push(serve(listener, peer.into(), live));
         peers.push(peer);
     }
-    let nat = NatConfig { allow_host_loopback: true, ..NatConfig::default() };
-    let config = engine_config(live.seed, Mode::Nat(nat));
-    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, true));
-    let mut run = Run {
-        engine: Engine::new(&config, net, dhcp, dns),
-        poll,
-        port: SimPort::new(live.offload, live.buffers),
-        guest: Guest::new(live.seed, &peers, live.bytes),
-        rng: Rng::new(live.seed),
-        clock: Clock::start(),
-        lose: live.lose,
-    };
+    let Some(mut run) = Run::new(live, &peers) else { return false };
     while !(run.guest.is_done() && ends.iter().all(JoinHandle::is_finished)) {
         run.turn();
         assert!(run.clock.now().as_micros() < 120_000_000, "stalled: {live:?} {:?}", run.received());
@@ -117,6 +99,43 @@ pub(crate) fn run(live: Live) -> bool {
     true
 }
 
+/// Lets a world that reads nothing and a guest that reads nothing stall each other's flows; returns
+/// how many times the worker was woken in a second of that. `None` where the kernel lacks what was
+/// asked for.
+pub(crate) fn wakeups_while_stalled(live: Live) -> Option<usize> {
+    let mut peers = Vec::new();
+    let mut ends = Vec::new();
+    let mut listeners = Vec::new();
+    for _ in 0..live.flows {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let port = listener.local_addr().expect("an address").port();
+        peers.push(SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 1), port));
+        listener.set_nonblocking(true).expect("nonblocking");
+        listeners.push(listener);
+    }
+    let mut run = Run::new(live, &peers)?;
+    run.guest.reads_nothing_until = u64::MAX;
+    let chunk = vec![0; 64 << 10];
+    while run.clock.now().as_micros() < 2_000_000 {
+        run.turn();
+        for listener in &listeners {
+            if let Ok((end, _)) = listener.accept() {
+                end.set_nonblocking(true).expect("nonblocking");
+                ends.push(end);
+            }
+        }
+        for end in &mut ends {
+            while end.write(&chunk).is_ok_and(|len| len > 0) {}
+        }
+    }
+    assert_eq!(ends.len(), live.flows);
+    let before = run.wakeups;
+    while run.clock.now().as_micros() < 3_000_000 {
+        run.turn();
+    }
+    Some(run.wakeups - before)
+}
+
 struct Run {
     engine: Engine<HostSockets>,
     poll: Poll,
@@ -125,9 +144,34 @@ struct Run {
     rng: Rng,
     clock: Clock,
     lose: f64,
+    /// Events and deadlines so far.
+    wakeups: usize,
 }
 
 impl Run {
+    fn new(live: Live, peers: &[SocketAddrV4]) -> Option<Run> {
+        let poll = Poll::new().expect("an epoll set");
+        let no_dns = Box::new(|| Err(std::io::ErrorKind::Unsupported.into()));
+        let net = HostSockets::new(poll.clone(), no_dns, live.peek_offset);
+        if live.peek_offset != net.uses_peek_offset() {
+            return None;
+        }
+        let nat = NatConfig { allow_host_loopback: true, ..NatConfig::default() };
+        let config = engine_config(live.seed, Mode::Nat(nat));
+        let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+        let dns = Arc::new(DnsService::new(&config.dns, &config.lan, true));
+        Some(Run {
+            engine: Engine::new(&config, net, dhcp, dns),
+            poll,
+            port: SimPort::new(live.offload, live.buffers),
+            guest: Guest::new(live.seed, peers, live.bytes),
+            rng: Rng::new(live.seed),
+            clock: Clock::start(),
+            lose: live.lose,
+            wakeups: 0,
+        })
+    }
+
     fn received(&self) -> Vec<(usize, bool)> {
         self.guest.apps.iter().map(|app| (app.received, app.was_reset)).collect()
     }
@@ -153,6 +197,7 @@ impl Run {
         let wait_ms =
             i32::from(!busy && self.port.delivered.is_empty() && self.guest.link.inbound.is_empty());
         let count = self.poll.wait(wait_ms, &mut events).expect("events");
+        self.wakeups += count + usize::from(self.engine.next_deadline().is_some_and(|at| at <= now));
         for event in &events[..count] {
             let token = vunet::engine::host_net::Token(event.data);
             self.engine.host_ready(now, &mut self.port, token, poll::readiness(event));

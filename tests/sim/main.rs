@@ -151,3 +151,14 @@ fn over_the_kernels_sockets_a_slow_world_loses_nothing() {
 fn over_the_kernels_sockets_losses_and_few_buffers_lose_nothing() {
     live_each_way(Live { lose: 0.005, buffers: 8, bytes: 300_000, seed: 3, ..LIVE });
 }
+
+#[test]
+fn over_the_kernels_sockets_stalled_flows_wake_nobody() {
+    for peek_offset in [true, false] {
+        let live = Live { peek_offset, flows: 20, bytes: usize::MAX, ..LIVE };
+        if let Some(wakeups) = live::wakeups_while_stalled(live) {
+            // Probes of either side, each answered; a flow that spins has thousands.
+            assert!(wakeups < 20 * 10, "{wakeups} wake-ups in a second");
+        }
+    }
+}

@@ -222,3 +222,25 @@ fn a_refused_run_is_counted_and_the_next_datagram_tells_why() {
     let refused = socket.queue_to(&payload, to).expect_err("it goes alone");
     assert_eq!(refused.kind(), ErrorKind::PermissionDenied);
 }
+
+#[test]
+fn datagrams_sent_as_one_arrive_as_they_were_cut() {
+    let mut uplink = Uplink::new(true);
+    let (mut near, far, _) = pair(&mut uplink);
+    let (mut other, _, _) = pair(&mut uplink);
+    other.send_to(&[], &Payload::from_host(b"where"), far.local_addr().expect("an address")).expect("sent");
+    let address = far.recv_from(&mut [0; 10]).expect("it came").1;
+    for (total, size) in [(14_720, 1472), (14_721, 1472), (5000, 100), (1000, 1000)] {
+        let bytes = pattern(total);
+        let iovecs = segments(&bytes, 4000);
+        // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+        let payload = unsafe { Payload::from_guest(&iovecs) };
+        near.send_segments_to(&payload, size, address).expect("sent");
+        let mut received = Vec::new();
+        while received.len() < total.div_ceil(size) {
+            let (part, _) = read(&mut other, 16);
+            received.extend(part.into_iter().map(|(_, bytes)| bytes));
+        }
+        assert!(received.iter().map(Vec::as_slice).eq(bytes.chunks(size)));
+    }
+}

@@ -34,7 +34,7 @@ pub(super) enum After {
 }
 
 /// Why sending stopped short.
-enum Stop {
+pub(super) enum Stop {
     Starved,
     Over(Fate),
 }
@@ -114,7 +114,7 @@ impl<S: HostStream> Flow<S> {
     }
 
     /// Removes from the socket what the guest has.
-    fn discard_acknowledged(&mut self) -> Result<(), Stop> {
+    pub(super) fn discard_acknowledged(&mut self) -> Result<(), Stop> {
         let until = match self.send.eof {
             Some(eof) if self.send.una.after(eof) => eof,
             _ => self.send.una,

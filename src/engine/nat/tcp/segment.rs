@@ -9,7 +9,7 @@ use super::flow::{Fate, Flow, State};
 use super::pool::Budget;
 use crate::engine::core::Core;
 use crate::engine::counters::DropReason;
-use crate::engine::host_net::HostStream;
+use crate::engine::host_net::{Close, HostStream};
 use crate::frame::Payload;
 use crate::wire::tcp::{Flags, Header, SeqNumber};
 
@@ -101,7 +101,7 @@ impl<S: HostStream> Flow<S> {
         }
         if flags.contains(Flags::RST) {
             if header.seq == self.recv.nxt {
-                return Fate::Reset;
+                return self.reset_by_guest();
             }
             self.recv.ack_due = true;
             return Fate::Live;
@@ -128,6 +128,19 @@ impl<S: HostStream> Flow<S> {
             Ok(()) => Fate::Live,
             Err(fate) => fate,
         }
+    }
+
+    /// The guest's reset. Where both streams had ended and only our FIN is not acknowledged, the guest
+    /// has forgotten a connection that was complete: the world is to have what is queued of it.
+    fn reset_by_guest(&mut self) -> Fate {
+        let complete = self.recv.closed && self.send.eof == Some(self.send.una);
+        if !complete || self.discard_acknowledged().is_err() {
+            return Fate::Reset;
+        }
+        if let Some(stream) = self.stream.take() {
+            stream.close(Close::Clean);
+        }
+        Fate::Done
     }
 
     /// RFC 9293, 3.10.7.4, first step. A segment that begins at the next byte expected is let through
