@@ -6,6 +6,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use vunet_integration::bench::server::ServerConfig;
+use vunet_integration::bench::{self, Backend, BenchConfig};
 use vunet_integration::guest::features::Features;
 use vunet_integration::guest::frames::{self, FramesConfig, Generate};
 use vunet_integration::guest::misbehave::Misbehaviour;
@@ -33,6 +35,102 @@ enum Command {
         #[arg(long, default_value = "0.0.0.0")]
         bind: IpAddr,
     },
+    /// Measure back-ends side by side, see docs/benchmarks.md.
+    Bench(Bench),
+    /// Run the benchmark's servers.
+    BenchServer(BenchServer),
+    /// Copy frames between two TAPs, the bound of any path between two of them.
+    TapLoop {
+        /// Network namespace and name of one TAP, as NETNS:NAME.
+        #[arg(value_parser = parse_end)]
+        a: (String, String),
+        /// The same of the other.
+        #[arg(value_parser = parse_end)]
+        b: (String, String),
+        /// IP MTU of both.
+        #[arg(long, default_value_t = 1500)]
+        ip_mtu: u16,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Bench {
+    /// Seconds of load of each sample.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Samples of each scenario behind each back-end.
+    #[arg(long, default_value_t = 3)]
+    repetitions: u32,
+    /// Scenarios, or beginnings of their names such as `tcp-from`; all by default.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Another back-end: NAME='COMMAND … {socket} …', `{ip_mtu}` may be used too; repeatable.
+    #[arg(long)]
+    peer: Vec<Backend>,
+    /// Leave vunet out.
+    #[arg(long)]
+    without_vunet: bool,
+    /// Also measure the same namespaces over veth, and over two TAPs and a copy loop.
+    #[arg(long)]
+    bounds: bool,
+    /// Directory for the results.
+    #[arg(long, default_value = "docs/benchmarks")]
+    out: PathBuf,
+    /// Beginning of the results' file names.
+    #[arg(long, default_value = "results")]
+    label: String,
+    /// Set the machine's rmem_max and wmem_max to this many bytes meanwhile.
+    #[arg(long)]
+    socket_limits: Option<u32>,
+    /// Further arguments of the namespace guest, separated by blanks.
+    #[arg(long, default_value = "", allow_hyphen_values = true)]
+    guest_args: String,
+}
+
+impl Bench {
+    fn into_config(self) -> Result<BenchConfig, String> {
+        Ok(BenchConfig {
+            seconds: self.seconds,
+            repetitions: self.repetitions,
+            only: self.only,
+            peers: self.peer,
+            without_vunet: self.without_vunet,
+            bounds: self.bounds,
+            out: self.out,
+            label: self.label,
+            socket_limits: self.socket_limits,
+            guest_args: self.guest_args.split_whitespace().map(str::to_owned).collect(),
+            integration: std::env::current_exe().map_err(|e| format!("own path: {e}"))?,
+            command: bench::command_line(std::env::args()),
+        })
+    }
+}
+
+#[derive(Debug, Args)]
+struct BenchServer {
+    /// Address to listen on.
+    #[arg(long)]
+    bind: IpAddr,
+    /// Payload of the datagrams sent to whoever sends one.
+    #[arg(long, default_value_t = 64)]
+    blast_bytes: u16,
+    /// For how many milliseconds they are sent.
+    #[arg(long, default_value_t = 1000)]
+    blast_ms: u64,
+    /// Datagrams a second at most; 0 for as many as go.
+    #[arg(long, default_value_t = 0)]
+    blast_rate: u64,
+}
+
+impl BenchServer {
+    fn into_config(self) -> ServerConfig {
+        ServerConfig {
+            bind: self.bind,
+            blast_bytes: self.blast_bytes,
+            blast: Duration::from_millis(self.blast_ms),
+            blast_rate: self.blast_rate,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -120,6 +218,9 @@ struct Frames {
     /// What to send as fast as it goes: udp:FRAME_BYTES:ADDRESS:PORT. Without it, only receive.
     #[arg(long)]
     generate: Option<Generate>,
+    /// Send this many frames at most.
+    #[arg(long)]
+    frames_max: Option<u64>,
     /// The guest's MAC address.
     #[arg(long, value_parser = parse_mac, default_value = "52:54:00:00:00:01")]
     mac: [u8; 6],
@@ -152,12 +253,18 @@ impl Frames {
         FramesConfig {
             driver: self.driver.into_config(),
             generate: self.generate,
+            frames_max: self.frames_max,
             mac: self.mac,
             ip: self.ip,
             gateway_mac: self.gateway_mac,
             duration: Duration::from_secs(self.seconds),
         }
     }
+}
+
+fn parse_end(text: &str) -> Result<(String, String), String> {
+    let (netns, name) = text.split_once(':').ok_or_else(|| format!("{text:?} is not NETNS:NAME"))?;
+    Ok((netns.to_owned(), name.to_owned()))
 }
 
 fn parse_mac(text: &str) -> Result<[u8; 6], String> {
@@ -175,6 +282,11 @@ fn main() -> ExitCode {
         Command::NetnsGuest(args) => guest::run(&args.into_config()).map_err(|e| e.to_string()),
         Command::Frames(args) => frames::run(&args.into_config()).map_err(|e| e.to_string()),
         Command::WorldServer { bind } => world::serve(bind).map_err(|e| format!("serving on {bind}: {e}")),
+        Command::Bench(args) => args.into_config().and_then(|c| bench::run(&c).map_err(|e| e.to_string())),
+        Command::BenchServer(args) => bench::server::serve(&args.into_config()).map_err(|e| e.to_string()),
+        Command::TapLoop { a, b, ip_mtu } => {
+            bench::tap_loop::run((&a.0, &a.1), (&b.0, &b.1), ip_mtu).map_err(|e| e.to_string())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -57,6 +57,8 @@ pub struct FramesConfig {
     pub driver: DriverConfig,
     /// What to send; nothing if absent, then it only receives.
     pub generate: Option<Generate>,
+    /// Frames to send at most; without it as many as go.
+    pub frames_max: Option<u64>,
     /// The guest's MAC address.
     pub mac: [u8; 6],
     /// The guest's address.
@@ -104,7 +106,8 @@ struct Source {
     mac: [u8; 6],
     ip: Ipv4Addr,
     rings: PairRings,
-    generates: bool,
+    /// Frames still to send.
+    left: u64,
     frame_len_bytes: usize,
     free: Vec<u16>,
     /// The slot kept for ARP answers, when it is not in flight.
@@ -131,7 +134,7 @@ impl Source {
             mac: config.mac,
             ip: config.ip,
             rings,
-            generates: config.generate.is_some(),
+            left: config.generate.map_or(0, |_| config.frames_max.unwrap_or(u64::MAX)),
             frame_len_bytes: 0,
             free: (1..slots).collect(),
             answer_slot: Some(0),
@@ -167,7 +170,7 @@ impl Source {
     fn turn(&mut self) {
         let taken = self.take_back();
         let received = self.receive();
-        let sent = if self.generates { self.send() } else { 0 };
+        let sent = if self.left > 0 { self.send() } else { 0 };
         if taken + received + sent == 0 {
             std::thread::sleep(IDLE);
         }
@@ -187,7 +190,7 @@ impl Source {
 
     fn send(&mut self) -> usize {
         let mut count = 0;
-        while count < BATCH {
+        while count < BATCH && self.left > count as u64 {
             let Some(&token) = self.free.last() else {
                 break;
             };
@@ -198,6 +201,7 @@ impl Source {
             count += 1;
         }
         self.sent += count as u64;
+        self.left -= count as u64;
         self.show_tx();
         count
     }

@@ -25,3 +25,11 @@ pub(crate) fn is_root() -> bool {
     // SAFETY: geteuid touches no memory and cannot fail.
     unsafe { libc::geteuid() == 0 }
 }
+
+/// Clock ticks a second, the unit of times in `/proc`.
+pub(crate) fn clock_ticks_per_second() -> f64 {
+    // SAFETY: sysconf touches no memory of ours.
+    let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
+    // Linux always knows it; 100 is its value on every architecture.
+    if ticks > 0 { ticks as f64 } else { 100.0 }
+}

@@ -100,6 +100,11 @@ impl Tap {
         self.queues[index].as_raw_fd()
     }
 
+    /// Queue `index` as a file: one frame a read or write.
+    pub(crate) fn file(&self, index: usize) -> &File {
+        &self.queues[index]
+    }
+
     fn request(&self) -> libc::ifreq {
         let mut name = [0; libc::IFNAMSIZ];
         for (to, from) in name.iter_mut().zip(self.name.bytes()) {

@@ -1,0 +1,152 @@
+//! The benchmark: one run, one guest, any back-ends side by side.
+//!
+//! Repetitions are interleaved: the first of every scenario behind every back-end, then the second,
+//! so that a machine that gets slower is not taken for a back-end that is. Every sample has
+//! namespaces, a back-end and a guest of its own. `docs/benchmarks.md` says what is measured and how;
+//! results are written as JSON, a Markdown table and plots.
+
+mod load;
+mod measure;
+mod plot;
+mod procfs;
+mod report;
+mod scenario;
+pub mod server;
+mod site;
+mod stats;
+pub mod tap_loop;
+
+use std::path::PathBuf;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use measure::Sampler;
+use procfs::{Machine, SocketLimits, load_average};
+use report::{Report, Results};
+use scenario::Scenario;
+pub use site::{Backend, BackendKind, BenchError};
+
+/// What to measure, and how.
+#[derive(Clone, Debug)]
+pub struct BenchConfig {
+    /// Seconds of load of each sample.
+    pub seconds: f64,
+    /// Samples of each scenario behind each back-end.
+    pub repetitions: u32,
+    /// Names of scenarios, or beginnings of them; all if empty.
+    pub only: Vec<String>,
+    /// Back-ends besides vunet.
+    pub peers: Vec<Backend>,
+    /// Leave vunet out.
+    pub without_vunet: bool,
+    /// Measure the bounds too.
+    pub bounds: bool,
+    /// Directory the results are written to.
+    pub out: PathBuf,
+    /// Beginning of the results' file names.
+    pub label: String,
+    /// The machine's `rmem_max` and `wmem_max` in bytes while it runs.
+    pub socket_limits: Option<u32>,
+    /// Further arguments of the namespace guest.
+    pub guest_args: Vec<String>,
+    /// Path of the `vunet-integration` binary.
+    pub integration: PathBuf,
+    /// The command line, for the report.
+    pub command: String,
+}
+
+/// Runs the benchmark and writes its results.
+///
+/// # Errors
+/// [`BenchError`] if it cannot start or write. A sample that fails is reported and does not end it.
+pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
+    let scenarios = Scenario::select(&config.only).map_err(BenchError::Config)?;
+    if config.repetitions == 0 || !(0.1..=600.0).contains(&config.seconds) {
+        return Err(BenchError::Config("one repetition or more, of 0.1 to 600 seconds".into()));
+    }
+    if let Some(reason) = crate::lab::missing(&["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3", "prlimit"]) {
+        return Err(BenchError::Config(reason));
+    }
+    let mut backends = if config.without_vunet { vec![] } else { vec![Backend::vunet()] };
+    backends.extend(config.peers.iter().cloned());
+    if config.bounds {
+        backends.extend(Backend::bounds());
+    }
+    let limits = config.socket_limits.map(SocketLimits::set).transpose();
+    let _limits = limits.map_err(site::during("setting rmem_max and wmem_max"))?;
+    let mut report = Report {
+        machine: Machine::here(),
+        commit: report::commit(),
+        command: config.command.clone(),
+        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        load_average_before: load_average(),
+        load_average_after: String::new(),
+        seconds: config.seconds,
+        repetitions: config.repetitions,
+        backends: backends.iter().map(|backend| backend.name.clone()).collect(),
+        figures: Vec::new(),
+        failures: Vec::new(),
+    };
+    let mut results = Results::default();
+    let started = Instant::now();
+    for repetition in 1..=config.repetitions {
+        for &scenario in &scenarios {
+            for backend in &backends {
+                sample(config, backend, scenario, repetition, &mut results);
+            }
+        }
+        // What there is so far is written, so that a run that is cut short is not lost.
+        report.load_average_after = load_average();
+        results.fill(&mut report);
+        report.write(&config.out, &config.label).map_err(site::during("writing the results"))?;
+    }
+    eprintln!("{:.0} s; results in {}", started.elapsed().as_secs_f64(), config.out.display());
+    Ok(())
+}
+
+fn sample(
+    config: &BenchConfig,
+    backend: &Backend,
+    scenario: Scenario,
+    repetition: u32,
+    results: &mut Results,
+) {
+    let sampler =
+        Sampler { integration: &config.integration, seconds: config.seconds, guest_args: &config.guest_args };
+    match sampler.sample(backend, scenario) {
+        Ok(sample) => {
+            let figure = |(metric, value): &(scenario::Metric, f64)| {
+                format!("{} {} {}", metric.name, report::short(*value), metric.unit)
+            };
+            let line: Vec<String> = sample.iter().map(figure).collect();
+            eprintln!("{repetition} {scenario} {}: {}", backend.name, line.join(", "));
+            results.add(scenario, &backend.name, &sample);
+        }
+        Err(BenchError::NotApplicable) => {}
+        Err(e) => {
+            eprintln!("{repetition} {scenario} {}: FAILED: {e}", backend.name);
+            results.failed(scenario, &backend.name, repetition, &e.to_string());
+        }
+    }
+}
+
+/// The command line as a shell would take it, with the program's name only: what is committed must
+/// not tell where it was built.
+pub fn command_line(args: impl Iterator<Item = String>) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./:,+%@".contains(c);
+    let quote = |word: String| {
+        if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{word}'") }
+    };
+    let words = std::iter::once("vunet-integration".to_owned()).chain(args.skip(1).map(quote));
+    words.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_quoted_where_a_shell_needs_it() {
+        let args = ["/x/y/vunet-integration", "bench", "--peer", "a=b {socket}"].map(str::to_owned);
+        assert_eq!(command_line(args.into_iter()), "vunet-integration bench --peer 'a=b {socket}'");
+    }
+}

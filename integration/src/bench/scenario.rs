@@ -1,0 +1,214 @@
+//! What can be measured, by name.
+
+use std::fmt;
+
+/// One thing to measure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scenario {
+    /// TCP streams with iperf3.
+    Tcp {
+        /// From the world to the guest, else from the guest.
+        to_guest: bool,
+        /// IP MTU of the guest's link in bytes.
+        ip_mtu: u16,
+        /// Streams at once.
+        flows: u16,
+    },
+    /// UDP datagrams made, or counted, in guest memory.
+    Udp {
+        /// From the world to the guest, else from the guest.
+        to_guest: bool,
+        /// UDP payload in bytes.
+        payload_bytes: u16,
+    },
+    /// One byte there and back, one after the other.
+    Latency(Exchange),
+    /// Connect, request, response, close by the server.
+    Connect {
+        /// Clients at once.
+        parallel: u16,
+    },
+    /// Many open TCP flows.
+    Flows {
+        /// How many.
+        count: u32,
+    },
+    /// Nothing happens: memory and wake-ups.
+    Idle,
+    /// From the start of the processes to a lease.
+    Lease,
+}
+
+/// What goes there and back in [`Scenario::Latency`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exchange {
+    /// On one TCP connection.
+    Tcp,
+    /// Between two UDP sockets.
+    Udp,
+    /// ICMP echo, every millisecond.
+    Ping,
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let way = |to_guest: bool| if to_guest { "to" } else { "from" };
+        match *self {
+            Scenario::Tcp { to_guest, ip_mtu, flows } => {
+                write!(f, "tcp-{}-{ip_mtu}-{flows}", way(to_guest))
+            }
+            Scenario::Udp { to_guest, payload_bytes } => write!(f, "udp-{}-{payload_bytes}", way(to_guest)),
+            Scenario::Latency(Exchange::Tcp) => f.write_str("tcp-rr"),
+            Scenario::Latency(Exchange::Udp) => f.write_str("udp-rr"),
+            Scenario::Latency(Exchange::Ping) => f.write_str("ping"),
+            Scenario::Connect { parallel } => write!(f, "connect-{parallel}"),
+            Scenario::Flows { count } => write!(f, "flows-{count}"),
+            Scenario::Idle => f.write_str("idle"),
+            Scenario::Lease => f.write_str("lease"),
+        }
+    }
+}
+
+impl Scenario {
+    /// Every scenario, in the order of the report. Two flows at MTU 1500 are there for their
+    /// fairness.
+    pub(super) fn all() -> Vec<Scenario> {
+        let mut all = Vec::new();
+        for ip_mtu in [1500, 9000, 65_520] {
+            let flows: &[u16] = match ip_mtu {
+                1500 => &[1, 2, 4, 16],
+                9000 => &[1],
+                _ => &[1, 4, 16],
+            };
+            for &flows in flows {
+                for to_guest in [false, true] {
+                    all.push(Scenario::Tcp { to_guest, ip_mtu, flows });
+                }
+            }
+        }
+        for payload_bytes in [64, 512, 1472] {
+            for to_guest in [false, true] {
+                all.push(Scenario::Udp { to_guest, payload_bytes });
+            }
+        }
+        all.extend([Exchange::Tcp, Exchange::Udp, Exchange::Ping].map(Scenario::Latency));
+        all.extend([1, 8].map(|parallel| Scenario::Connect { parallel }));
+        all.extend([Scenario::Flows { count: 10_000 }, Scenario::Idle, Scenario::Lease]);
+        all
+    }
+
+    /// The scenarios `only` names, all if it names none. A name stands for every scenario it begins,
+    /// part by part: `tcp-from` for all of `tcp-from-…`.
+    ///
+    /// # Errors
+    /// The first name that stands for nothing.
+    pub(super) fn select(only: &[String]) -> Result<Vec<Scenario>, String> {
+        let all = Scenario::all();
+        let means = |wanted: &str, name: &str| {
+            name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+        };
+        for wanted in only {
+            if !all.iter().any(|scenario| means(wanted, &scenario.to_string())) {
+                let names: Vec<String> = all.iter().map(Scenario::to_string).collect();
+                return Err(format!("no scenario {wanted:?}; there are {}", names.join(", ")));
+            }
+        }
+        let chosen = |scenario: &Scenario| {
+            let name = scenario.to_string();
+            only.is_empty() || only.iter().any(|wanted| means(wanted, &name))
+        };
+        Ok(all.into_iter().filter(chosen).collect())
+    }
+
+    /// IP MTU of the guest's link in bytes.
+    pub(super) fn ip_mtu(&self) -> u16 {
+        if let Scenario::Tcp { ip_mtu, .. } = *self { ip_mtu } else { 1500 }
+    }
+}
+
+/// A figure: what it is, its unit, and which way is better.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Metric {
+    /// Name in the results.
+    pub(super) name: &'static str,
+    /// Unit.
+    pub(super) unit: &'static str,
+    /// Whether more is better.
+    pub(super) more_is_better: bool,
+}
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $id:ident = $name:literal, $unit:literal, $more:literal;)+) => {
+        $($(#[doc = $doc])+
+        pub(super) const $id: Metric = Metric { name: $name, unit: $unit, more_is_better: $more };)+
+
+        impl Metric {
+            /// The metric called `name`.
+            pub(super) fn named(name: &str) -> Option<Metric> {
+                [$($id,)+].into_iter().find(|metric| metric.name == name)
+            }
+        }
+    };
+}
+
+metrics! {
+    /// Payload carried.
+    RATE = "rate", "Gbit/s", true;
+    /// CPU time of the back-end for 10^9 bytes of payload.
+    CPU_PER_GB = "backend CPU per GB", "s", false;
+    /// CPU time of the whole machine for 10^9 bytes of payload.
+    MACHINE_PER_GB = "machine CPU per GB", "s", false;
+    /// The slowest flow's share of the fastest's.
+    FAIRNESS = "slowest/fastest flow", "", true;
+    /// Datagrams that arrived.
+    PACKETS = "packets", "thousand/s", true;
+    /// Datagrams sent that did not arrive.
+    LOSS = "loss", "%", false;
+    /// CPU time of the back-end for 10^6 datagrams that arrived.
+    CPU_PER_MILLION = "backend CPU per million", "s", false;
+    /// Half of the exchanges took less.
+    P50 = "p50", "us", false;
+    /// 99 of 100 exchanges took less.
+    P99 = "p99", "us", false;
+    /// Exchanges completed.
+    EXCHANGES = "exchanges", "thousand/s", true;
+    /// CPU time of the back-end for one exchange.
+    CPU_PER_EXCHANGE = "backend CPU per exchange", "us", false;
+    /// Flows opened.
+    OPENED = "flows opened", "thousand/s", true;
+    /// Growth of resident memory for each open flow.
+    BYTES_PER_FLOW = "resident per flow", "B", false;
+    /// Resident memory without guest memory.
+    RESIDENT = "resident", "MiB", false;
+    /// Times any thread of the back-end slept and was woken.
+    WAKES = "wake-ups", "1/s", false;
+    /// From the start of the back-end's process to DHCPACK.
+    LEASE_MS = "start to lease", "ms", false;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(only: &[&str]) -> Vec<String> {
+        let only: Vec<String> = only.iter().map(|name| (*name).to_owned()).collect();
+        Scenario::select(&only).unwrap().iter().map(Scenario::to_string).collect()
+    }
+
+    #[test]
+    fn names_are_unique() {
+        let mut all = names(&[]);
+        let count = all.len();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+
+    #[test]
+    fn a_name_stands_for_all_it_begins_part_by_part() {
+        assert_eq!(names(&["tcp-from-1500-1"]), ["tcp-from-1500-1"]);
+        assert_eq!(names(&["tcp-from-9000"]), ["tcp-from-9000-1"]);
+        assert_eq!(names(&["connect", "idle"]), ["connect-1", "connect-8", "idle"]);
+        assert!(Scenario::select(&["tcp-fro".into()]).unwrap_err().contains("tcp-from-1500-1"));
+    }
+}
