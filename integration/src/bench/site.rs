@@ -156,13 +156,13 @@ impl Site {
             let ip_mtu = ip_mtu.to_string();
             let mut words = vec!["--ip-mtu", &*ip_mtu];
             words.extend(args.iter().map(String::as_str));
-            self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(e))?);
+            self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
         }
         Ok(())
     }
 
     /// What the back-end said, behind an error it may have caused.
-    fn explain(&self, error: LabError) -> BenchError {
+    fn explain(&self, error: &LabError) -> BenchError {
         let said = self.backend.as_ref().map(Process::errors).unwrap_or_default();
         BenchError::Result(format!("{error}\nback-end: {}", said.join("\n")))
     }
@@ -177,7 +177,7 @@ impl Site {
         self.start(backend, ip_mtu)?;
         self.attach(backend, ip_mtu, args)?;
         if self.guest.is_some() {
-            self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(e))?;
+            self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(&e))?;
         }
         Ok(())
     }
@@ -235,7 +235,7 @@ impl Site {
         let mut words = vec![&*binary, "frames", "--socket", &socket, "--seconds", &whole];
         words.extend(args);
         let patience = SHORT + Duration::from_secs_f64(seconds);
-        let output = lab::run(&words, patience).map_err(|e| self.explain(e))?;
+        let output = lab::run(&words, patience).map_err(|e| self.explain(&e))?;
         let line = output.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(line).map_err(|e| BenchError::Result(format!("frames said {line:?}: {e}")))
     }
