@@ -2,7 +2,7 @@
 //!
 //! - [`guest`]: the *namespace guest*, a vhost-user front-end whose driver side is a TAP in a network
 //!   namespace, so that Linux's own TCP stack is the guest at native speed.
-//! - [`bench`]: the benchmark: back-ends side by side under the same guest.
+//! - [`mod@bench`]: the benchmark: back-ends side by side under the same guest.
 //! - [`world`]: small servers that stand for the world beyond the host, and report how each
 //!   connection ended.
 //! - [`lab`]: namespaces, links, commands and processes of a test, cleaned up when dropped.
