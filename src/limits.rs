@@ -57,8 +57,15 @@ pub const ICMP_ERRORS_BURST: u32 = 64;
 /// See [`ICMP_ERRORS_BURST`].
 pub const ICMP_ERRORS_PER_SECOND: u32 = 100;
 
-/// Frames of one flow towards the guest before the next flow has its turn.
-pub const FLOW_BURST_FRAMES: usize = 32;
+/// Payload of one flow towards the guest before the next flow has its turn: two frames of the largest
+/// size, an eighth of the usual ring of 256 buffers of 4 KiB, so that several flows share it.
+pub const FLOW_TURN_BYTES: usize = 128 << 10;
+
+/// Frames of one turn, for guests that take small frames only.
+pub const FLOW_TURN_FRAMES: usize = 32;
+
+/// Turns of all flows before the rings and sockets are looked at again: 2 MiB.
+pub const BATCH_TURNS: usize = 16;
 
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;

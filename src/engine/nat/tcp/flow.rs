@@ -49,6 +49,14 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(7200);
 /// Pause between unanswered keepalives, and their number (Linux's defaults).
 const KEEPALIVE_PAUSE: Duration = Duration::from_secs(75);
 const KEEPALIVE_PROBES: u8 = 9;
+/// Longest wait of an acknowledgement for an answer that carries it. Far below the 500 ms of RFC 9293,
+/// 3.8.6.3, so that a guest that waits for the acknowledgement (Nagle's algorithm) hardly notices; one
+/// that waited in vain ends the waiting.
+pub(super) const ACK_DELAY: Duration = Duration::from_millis(1);
+/// Quick answers in a row that make a flow a dialogue. A flow begins as one.
+const QUICK_ANSWERS: u8 = 2;
+/// Below this window the socket is asked at each acknowledgement.
+const WINDOW_ASK_BYTES: usize = 64 << 10;
 /// How long a finished flow answers the guest's repeated FIN.
 const TIME_WAIT: Duration = Duration::from_secs(10);
 
@@ -100,14 +108,38 @@ pub(super) struct Recv {
     pub(super) closed: bool,
     /// What the socket cannot take yet.
     pub(super) pool: Pool,
-    /// An acknowledgement is owed.
+    /// What was acknowledged last.
+    pub(super) acked: SeqNumber,
+    /// An acknowledgement is owed at the batch's end.
     pub(super) ack_due: bool,
+    /// An acknowledgement is owed by then: an answer of the world is expected to carry it.
+    pub(super) ack_by: Option<Instant>,
+    /// When the guest's newest bytes came.
+    pub(super) bytes_at: Instant,
+    /// Answers in a row that came within [`ACK_DELAY`] of the guest's bytes.
+    pub(super) quick_answers: u8,
+    /// The window when the socket was last asked for it, in bytes.
+    pub(super) window_asked: usize,
     /// Segments of this batch beyond a hole. Each is owed a duplicate acknowledgement (RFC 5681, 4.2),
     /// or the guest would wait for its time-out instead of sending the hole again.
     pub(super) beyond_hole: u8,
     /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
     /// edge-triggered events repeat it with everything else they report.
     pub(super) wants_room: bool,
+}
+
+impl Recv {
+    /// Whether the flow is question and answer, and the answers are quick: then an acknowledgement may
+    /// wait for the answer that can carry it.
+    pub(super) fn is_dialogue(&self) -> bool {
+        self.quick_answers >= QUICK_ANSWERS
+    }
+
+    /// Bytes of the world go to the guest at `now`.
+    pub(super) fn note_answer(&mut self, now: Instant) {
+        let is_quick = now.since(self.bytes_at) <= ACK_DELAY;
+        self.quick_answers = if is_quick { (self.quick_answers + 1).min(QUICK_ANSWERS) } else { 0 };
+    }
 }
 
 /// From the world to the guest.
@@ -184,8 +216,8 @@ pub struct Flow<S> {
     pub(super) timer: TimerSlot,
     /// On the list of flows with something to do at the batch's end.
     pub(super) dirty: bool,
-    /// On the list of flows that wait for receive buffers.
-    pub(super) starved: bool,
+    /// Waits for its turn to send, or for receive buffers.
+    pub(super) queued: bool,
     pub(super) last_active: Instant,
 }
 
@@ -240,7 +272,7 @@ impl<S: HostStream> Flow<S> {
             send: moved.send,
             timer: TimerSlot::default(),
             dirty: false,
-            starved: false,
+            queued: false,
             last_active: now,
         })
     }
@@ -278,7 +310,12 @@ impl<S: HostStream> Flow<S> {
                 fin: None,
                 closed: false,
                 pool: Pool::default(),
+                acked: SeqNumber(0),
                 ack_due: false,
+                ack_by: None,
+                bytes_at: core.now,
+                quick_answers: QUICK_ANSWERS,
+                window_asked: 0,
                 beyond_hole: 0,
                 wants_room: false,
             },
@@ -309,7 +346,7 @@ impl<S: HostStream> Flow<S> {
             },
             timer: TimerSlot::default(),
             dirty: false,
-            starved: false,
+            queued: false,
             last_active: core.now,
         };
         match origin {
@@ -365,6 +402,7 @@ impl<S: HostStream> Flow<S> {
         if ready.writable && self.state == State::Established && self.recv.wants_room {
             // Room again: first what was held back, then a larger window for the guest.
             self.recv.wants_room = false;
+            self.recv.window_asked = 0;
             if let Err(fate) = self.drain_pool(budget) {
                 return fate;
             }
@@ -437,26 +475,41 @@ impl<S: HostStream> Flow<S> {
         Fate::Live
     }
 
-    /// Sets the timer to what is awaited next.
-    pub(super) fn rearm(&mut self, core: &mut Core) {
+    /// When what is awaited of the guest counts as not come.
+    fn patience_ends(&self) -> Option<Instant> {
         let send = &self.send;
         let pause = match self.state {
-            State::Connecting => None,
-            State::SynSent | State::SynReceived => Some(backoff(SYN_RTO, send.tries)),
-            State::TimeWait => Some(TIME_WAIT),
-            State::Established if send.max != send.una => Some(backoff(RTO_MIN, send.tries)),
-            State::Established if send.probes_window() => Some(backoff(RTO_MIN, send.tries)),
-            State::Established if send.tries > 0 => Some(KEEPALIVE_PAUSE),
-            State::Established => Some(KEEPALIVE_IDLE),
+            State::Connecting => return None,
+            State::SynSent | State::SynReceived => backoff(SYN_RTO, send.tries),
+            State::TimeWait => TIME_WAIT,
+            State::Established if send.max != send.una => backoff(RTO_MIN, send.tries),
+            State::Established if send.probes_window() => backoff(RTO_MIN, send.tries),
+            State::Established if send.tries > 0 => KEEPALIVE_PAUSE,
+            State::Established => KEEPALIVE_IDLE,
         };
-        match pause {
-            Some(pause) => core.timers.set(&mut self.timer, self.token, self.send.timer_base + pause),
+        Some(send.timer_base + pause)
+    }
+
+    /// Sets the timer to what is awaited next.
+    pub(super) fn rearm(&mut self, core: &mut Core) {
+        let next = [self.patience_ends(), self.recv.ack_by].into_iter().flatten().min();
+        match next {
+            Some(at) => core.timers.set(&mut self.timer, self.token, at),
             None => core.timers.clear(&mut self.timer, self.token),
         }
     }
 
     /// The timer came up.
     pub(super) fn timeout(&mut self, core: &mut Core) -> Fate {
+        if self.recv.ack_by.is_some_and(|by| by <= core.now) {
+            // No answer carried it: here none is quick.
+            self.recv.ack_by = None;
+            self.recv.ack_due = true;
+            self.recv.quick_answers = 0;
+        }
+        if self.patience_ends().is_none_or(|at| at > core.now) {
+            return Fate::Live;
+        }
         self.send.timer_base = core.now;
         self.send.tries = self.send.tries.saturating_add(1);
         self.send.silent = self.send.silent.saturating_add(1);
@@ -504,9 +557,12 @@ impl<S: HostStream> Flow<S> {
 
     /// The window to advertise, as the header's field. Grows the right edge by what the socket
     /// takes, never by a silly amount (RFC 9293, 3.8.6.2.2) and never back.
-    /// Without an acknowledgement owed the window stands as it is, which spares asking the socket.
+    /// Without an acknowledgement owed, or with little of the window used, it stands as it is, which
+    /// spares asking the socket.
     pub(super) fn window_field(&mut self, scaled: bool) -> u16 {
-        let grow = self.recv.ack_due || !scaled;
+        let left = self.recv.edge.distance_from(self.recv.nxt).max(0) as usize;
+        let is_wide = left >= WINDOW_ASK_BYTES && left >= self.recv.window_asked / 4 * 3;
+        let grow = !scaled || (self.recv.ack_due && !is_wide);
         if let Some(stream) = self.stream.as_mut().filter(|_| grow && !self.recv.closed) {
             let space = stream.send_space();
             if space.tight {
@@ -521,6 +577,7 @@ impl<S: HostStream> Flow<S> {
             if growth >= i32::from(self.send.mss) || (growth > 0 && !space.tight) {
                 self.recv.edge = edge;
             }
+            self.recv.window_asked = free;
         }
         let (nxt, promised) = (self.recv.nxt, self.recv.edge);
         if promised.before(nxt) {

@@ -4,8 +4,8 @@ mod flow;
 mod output;
 mod pool;
 mod segment;
+mod turns;
 
-use std::collections::VecDeque;
 use std::hash::Hasher;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -18,6 +18,7 @@ pub use flow::{Fate, Flow, Key, Moved};
 use flow::{Origin, State};
 use output::After;
 use pool::Budget;
+use turns::Turns;
 
 use super::TokenKind;
 use crate::engine::core::{Core, Neighbour};
@@ -28,13 +29,11 @@ use crate::engine::host_net::{HostStream, Readiness, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::frame::Payload;
+use crate::limits;
 use crate::time::Instant;
 use crate::wire::ipv4;
 use crate::wire::tcp::{Flags, Header, Options, SeqNumber};
 use crate::wire::{icmpv4::UnreachableCode, ipv4::Protocol};
-
-/// Flows tried in a row for want of receive buffers before the rest is left waiting.
-const STARVED_TRIES: usize = 16;
 
 /// A TCP segment of the guest, parsed.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +59,7 @@ pub struct TcpTable<S> {
     finished: Lru,
     budget: Budget,
     dirty: Vec<usize>,
-    again: Vec<usize>,
-    starved: VecDeque<Token>,
+    turns: Turns,
     /// Flows whose SYN waits for the guest's MAC address.
     unresolved: Vec<Token>,
     isn_secret: (u64, u64),
@@ -78,8 +76,7 @@ impl<S: HostStream> TcpTable<S> {
             finished: Lru::default(),
             budget: Budget::default(),
             dirty: Vec::new(),
-            again: Vec::new(),
-            starved: VecDeque::new(),
+            turns: Turns::default(),
             unresolved: Vec::new(),
             isn_secret,
             generation: 0,
@@ -308,54 +305,57 @@ impl<S: HostStream> TcpTable<S> {
 
     /// Whether flows have more to send now.
     pub fn has_more(&self) -> bool {
-        !self.again.is_empty() || !self.dirty.is_empty()
+        self.turns.has_ready() || !self.dirty.is_empty()
     }
 
     /// Whether flows wait for receive buffers.
     pub fn is_starved(&self) -> bool {
-        !self.starved.is_empty()
+        self.turns.has_blocked()
     }
 
-    /// The end of a batch: every flow touched sends what it owes.
+    /// The end of a batch: every flow touched sends what it owes, and flows with more to send have
+    /// their turns.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        let again = std::mem::take(&mut self.again);
-        for &at in &again {
-            if self.flows.contains(at) {
-                self.mark_dirty(at);
-            }
-        }
         let mut dirty = std::mem::take(&mut self.dirty);
         for at in dirty.drain(..) {
-            self.output(core, port, at);
+            let Some(flow) = self.flows.get_mut(at) else { continue };
+            flow.dirty = false;
+            if flow.queued {
+                // It does all it has to do when its turn comes.
+            } else if self.turns.has_waiting(flow.pair) && flow.has_data_to_send() {
+                flow.queued = true;
+                self.turns.push_back(flow.pair, flow.token);
+            } else {
+                self.output(core, port, at);
+            }
         }
         // Outputs mark nothing dirty, so the emptied list's room is kept for the next batch.
         if self.dirty.is_empty() {
             self.dirty = dirty;
         }
+        self.take_turns(core, port);
+    }
+
+    /// Lets flows have turns, as many as a batch has.
+    fn take_turns(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        for _ in 0..limits::BATCH_TURNS {
+            let Some(token) = self.turns.next() else { return };
+            let Some(at) = self.find(token) else { continue };
+            self.flows[at].queued = false;
+            self.output(core, port, at);
+        }
     }
 
     /// The guest posted receive buffers: flows that waited go on, in order.
     pub fn guest_has_buffers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        let mut failures = 0;
-        for _ in 0..self.starved.len() {
-            let Some(token) = self.starved.pop_front() else { break };
-            let Some(at) = self.find(token) else { continue };
-            self.flows[at].starved = false;
-            if !self.output(core, port, at) {
-                failures += 1;
-                if failures >= STARVED_TRIES {
-                    break;
-                }
-            }
-        }
+        self.turns.unblock_all();
+        self.take_turns(core, port);
     }
 
-    /// Lets one flow send; false if it lacked buffers.
-    fn output(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> bool {
-        let Some(flow) = self.flows.get_mut(at) else {
-            return true;
-        };
-        flow.dirty = false;
+    /// Lets one flow send.
+    fn output(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) {
+        let Some(flow) = self.flows.get_mut(at) else { return };
+        let (pair, token) = (flow.pair, flow.token);
         let after = flow.output(core, port);
         if flow.state == State::TimeWait {
             self.lru.remove(at);
@@ -363,17 +363,17 @@ impl<S: HostStream> TcpTable<S> {
         }
         match after {
             After::Idle => {}
-            After::More => self.again.push(at),
-            After::Starved => {
-                let token = flow.token;
-                if !std::mem::replace(&mut flow.starved, true) {
-                    self.starved.push_back(token);
-                }
-                return false;
+            After::More => {
+                flow.queued = true;
+                self.turns.push_back(pair, token);
+            }
+            After::Starved { sent } => {
+                flow.queued = true;
+                if sent { self.turns.push_back(pair, token) } else { self.turns.push_front(pair, token) }
+                self.turns.block(pair);
             }
             After::Over(fate) => self.settle(core, port, at, fate),
         }
-        true
     }
 
     /// Carries out what became of a flow.
@@ -422,7 +422,7 @@ impl<S: HostStream> TcpTable<S> {
             self.remove(core, at);
         }
         self.unresolved.clear();
-        self.starved.clear();
+        self.turns.clear();
     }
 
     fn remove(&mut self, core: &mut Core, at: usize) {

@@ -28,7 +28,10 @@ pub(super) enum After {
     /// More could be sent now; others have their turn first.
     More,
     /// Receive buffers are missing.
-    Starved,
+    Starved {
+        /// Frames went out before they ran short.
+        sent: bool,
+    },
     /// The flow ends.
     Over(Fate),
 }
@@ -51,6 +54,7 @@ impl From<ReserveError> for Stop {
 impl<S: HostStream> Flow<S> {
     /// Sends all that is owed and possible.
     pub(super) fn output(&mut self, core: &mut Core, port: &mut impl GuestPort) -> After {
+        let frames_before = core.counters.frames_to_guest;
         let result = self.try_output(core, port);
         let after = match result {
             Ok(more) => match self.finish(core) {
@@ -58,10 +62,10 @@ impl<S: HostStream> Flow<S> {
                 Fate::Live => After::Idle,
                 fate => After::Over(fate),
             },
-            Err(Stop::Starved) => After::Starved,
+            Err(Stop::Starved) => After::Starved { sent: core.counters.frames_to_guest > frames_before },
             Err(Stop::Over(fate)) => return After::Over(fate),
         };
-        if matches!(after, After::Starved) {
+        if matches!(after, After::Starved { .. }) {
             // No time runs against a guest that posts no buffers; its next kick wakes the flow.
             core.timers.clear(&mut self.timer, self.token);
         } else {
@@ -134,7 +138,8 @@ impl<S: HostStream> Flow<S> {
     /// Sends data and FIN as far as window, buffers and this flow's turn go. Returns whether the turn
     /// ended it.
     fn send_data(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
-        for _ in 0..limits::FLOW_BURST_FRAMES {
+        let mut left = limits::FLOW_TURN_BYTES;
+        for _ in 0..limits::FLOW_TURN_FRAMES {
             if self.send.eof == Some(self.send.nxt) {
                 self.send_empty(core, port, Flags::FIN | Flags::ACK, self.send.nxt)?;
                 self.recv.ack_due = false;
@@ -145,11 +150,22 @@ impl<S: HostStream> Flow<S> {
             if self.send.eof.is_some_and(|eof| self.send.nxt.after(eof)) || !unsent {
                 return Ok(false);
             }
+            let before = self.send.nxt;
             if !self.send_one(core, port)? {
                 return Ok(false);
             }
+            left = left.saturating_sub(self.send.nxt.distance_from(before).unsigned_abs() as usize);
+            if left == 0 {
+                break;
+            }
         }
         Ok(true)
+    }
+
+    /// Whether there may be data for the guest that its window lets pass.
+    pub(super) fn has_data_to_send(&self) -> bool {
+        let unsent = self.send.nxt.before(self.send.max) || self.send.readable;
+        self.state == State::Established && unsent && self.frame_room(true) > 0
     }
 
     /// Payload bytes the next frame may carry, zero to wait.
@@ -183,7 +199,7 @@ impl<S: HostStream> Flow<S> {
             port.cancel();
             return Ok(false);
         };
-        let len = match stream.peek(offset, port.reserved(head_bytes).range(0, ask)) {
+        let mut len = match stream.peek(offset, port.reserved(head_bytes).range(0, ask)) {
             Ok(len) if len > 0 => len,
             outcome => {
                 port.cancel();
@@ -200,11 +216,22 @@ impl<S: HostStream> Flow<S> {
         };
         // A short read means an empty queue (epoll(7)), unless what follows is the end of the stream or
         // an urgent byte.
-        let ends_early = self.send.peer_closed || self.send.urgent;
-        if len < ask && self.send.nxt.at_or_after(self.send.max) && !ends_early {
-            self.send.readable = false;
+        let mut failed = false;
+        if len < ask && (self.send.nxt + len).at_or_after(self.send.max) {
+            if self.send.peer_closed {
+                // The stream's end goes with its last bytes.
+                match stream.peek(offset + len, port.reserved(head_bytes + len).range(0, ask - len)) {
+                    Ok(0) => self.send.eof = Some(self.send.nxt + len),
+                    Ok(more) => len += more,
+                    Err(error) => failed = error.kind() != io::ErrorKind::WouldBlock,
+                }
+            } else if !self.send.urgent {
+                self.send.readable = false;
+            }
         }
-        self.commit_data(core, port, head_bytes, len)
+        let sent = self.commit_data(core, port, head_bytes, len)?;
+        // An error is told once: the next look would find an end where there is none.
+        if failed { Err(Stop::Over(Fate::ResetBoth)) } else { Ok(sent) }
     }
 
     fn commit_data(
@@ -214,7 +241,12 @@ impl<S: HostStream> Flow<S> {
         head_bytes: usize,
         len: usize,
     ) -> Result<bool, Stop> {
-        let flags = if self.send.readable { Flags::ACK } else { Flags::ACK | Flags::PSH };
+        let ends = self.send.eof == Some(self.send.nxt + len);
+        let flags = match (ends, self.send.readable) {
+            (true, _) => Flags::ACK | Flags::PSH | Flags::FIN,
+            (false, false) => Flags::ACK | Flags::PSH,
+            (false, true) => Flags::ACK,
+        };
         let header = self.header(flags, self.send.nxt, Options::default());
         let partial = port.offloads().checksum;
         let Some(mac) = self.guest_mac else {
@@ -242,7 +274,8 @@ impl<S: HostStream> Flow<S> {
         core.counters.frames_to_guest += 1;
         core.counters.payload_to_guest_bytes += len as u64;
         self.recv.ack_due = false;
-        self.sent(core, len);
+        self.recv.note_answer(core.now);
+        self.sent(core, len + usize::from(ends));
         Ok(true)
     }
 
@@ -261,6 +294,10 @@ impl<S: HostStream> Flow<S> {
     fn header(&mut self, flags: Flags, seq: SeqNumber, options: Options) -> Header {
         let syn = flags.contains(Flags::SYN);
         let reset = flags.contains(Flags::RST);
+        if flags.contains(Flags::ACK) {
+            self.recv.ack_by = None;
+            self.recv.acked = self.recv.nxt;
+        }
         Header {
             src_port: self.key.remote.port(),
             dst_port: self.key.guest.port(),

@@ -5,7 +5,7 @@
 
 use std::io;
 
-use super::flow::{Fate, Flow, State};
+use super::flow::{ACK_DELAY, Fate, Flow, State};
 use super::pool::Budget;
 use crate::engine::core::Core;
 use crate::engine::counters::DropReason;
@@ -76,7 +76,6 @@ impl<S: HostStream> Flow<S> {
         self.send.nxt = ack;
         self.send.max = ack;
         self.send.syn_due = false;
-        self.send.readable = true;
         self.send.tries = 0;
         self.send.timer_base = core.now;
     }
@@ -220,16 +219,35 @@ impl<S: HostStream> Flow<S> {
         if header.flags.contains(Flags::FIN) && self.recv.fin.is_none() {
             self.recv.fin = Some(header.seq + payload.len());
         }
-        if !payload.is_empty() || header.flags.contains(Flags::FIN) {
-            self.recv.ack_due = true;
-        }
-        if self.recv.closed {
-            return Ok(());
-        }
-        if !payload.is_empty() {
+        let is_next = header.seq == self.recv.nxt;
+        if !payload.is_empty() && !self.recv.closed {
             self.take_bytes(core, budget, header.seq, payload)?;
         }
-        self.drain_pool(budget)
+        let may_wait = is_next && self.ack_may_wait(header, payload);
+        if may_wait {
+            self.recv.ack_by.get_or_insert(core.now + ACK_DELAY);
+        } else if !payload.is_empty() || header.flags.contains(Flags::FIN) {
+            self.recv.ack_due = true;
+        }
+        if !payload.is_empty() {
+            self.recv.bytes_at = core.now;
+        }
+        if self.recv.closed { Ok(()) } else { self.drain_pool(budget) }
+    }
+
+    /// Whether the acknowledgement of a segment just taken may wait for an answer to carry it: a short
+    /// one at the end of a question (RFC 9293, 3.8.6.3; RFC 5681, 4.2: of full segments each second one
+    /// is acknowledged at once), wholly in the socket, in a dialogue.
+    fn ack_may_wait(&self, header: &Header, payload: &Payload<'_>) -> bool {
+        let recv = &self.recv;
+        let unacknowledged = recv.nxt.distance_from(recv.acked);
+        recv.is_dialogue()
+            && !payload.is_empty()
+            && header.flags.contains(Flags::PSH)
+            && !header.flags.contains(Flags::FIN)
+            && recv.nxt == header.seq + payload.len()
+            && (0..i32::from(self.send.mss)).contains(&unacknowledged)
+            && recv.edge.distance_from(recv.nxt) >= i32::from(self.send.mss)
     }
 
     /// Bytes at `seq`: into the socket where they are next, into the pool where they are not.
