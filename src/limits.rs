@@ -64,8 +64,12 @@ pub const FLOW_TURN_BYTES: usize = 128 << 10;
 /// Frames of one turn, for guests that take small frames only.
 pub const FLOW_TURN_FRAMES: usize = 32;
 
-/// Turns of all flows before the rings and sockets are looked at again: 2 MiB.
-pub const BATCH_TURNS: usize = 16;
+/// Payload of all flows towards the guest in one batch: half of what the usual ring holds, so that the
+/// guest works one half while the other is filled.
+pub const BATCH_BYTES: u64 = 512 << 10;
+
+/// Turns in one batch, so that many flows with a few bytes each hold nothing else up.
+pub const BATCH_TURNS: usize = 256;
 
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;

@@ -140,7 +140,7 @@ fn a_full_socket_closes_the_window_and_room_opens_it_again() {
     let mut peer = scaled_flow(&mut rig);
     let mut sent = 0;
     while sent < 10_000 {
-        let acknowledged = only(peer.data(&mut rig, Flags::PSH, &pattern(1000))).tcp();
+        let acknowledged = only(peer.data(&mut rig, Flags::ACK, &pattern(1000))).tcp();
         sent += 1000;
         let window = usize::from(acknowledged.header.window) << 8;
         // A promise the scaled field cannot say exactly is rounded up, by less than 256 bytes a segment.
@@ -150,14 +150,14 @@ fn a_full_socket_closes_the_window_and_room_opens_it_again() {
     assert!(rig.conn(0).wants_writable > 0, "the socket is asked to tell of room");
     // What was promised beyond the room there is, is held, and then the window is closed.
     let start = peer.seq;
-    let last = only(peer.data(&mut rig, Flags::PSH, &pattern(2304))).tcp();
+    let last = only(peer.data(&mut rig, Flags::ACK, &pattern(2304))).tcp();
     assert_eq!((last.header.window, last.header.ack.0), (9, start));
     assert_eq!(rig.engine.nat().held_bytes(), 2304);
     rig.conn(0).room = 20_000;
     let update = only(rig.stream_ready(0, WRITABLE)).tcp();
     assert_eq!(update.header.ack.0, peer.seq);
     assert!(usize::from(update.header.window) << 8 > 17_000);
-    assert_eq!(peer.data(&mut rig, Flags::PSH, &pattern(1000)).len(), 1);
+    assert_eq!(peer.data(&mut rig, Flags::ACK, &pattern(1000)).len(), 1);
     assert_eq!(rig.conn(0).taken.len(), 13_304);
 }
 
@@ -396,4 +396,62 @@ fn a_flow_that_waits_for_room_wakes_nobody() {
     assert!(rig.engine.nat().held_bytes() > 0);
     assert!(rig.wakeups(secs(3600)) <= 1, "one deadline of the handshake may come up to be moved");
     assert_eq!(rig.wakeups(secs(3500)), 0);
+}
+
+/// A question and its answer, `pause` apart; what the guest sees right after its question.
+fn ask(rig: &mut Rig, peer: &mut Peer, pause: std::time::Duration) -> Vec<crate::frames::Seen> {
+    let at_once = peer.data(rig, Flags::PSH, b"question");
+    let later = rig.pass(pause);
+    rig.conn(0).queue.extend(b"answer");
+    let answer = rig.stream_ready(0, crate::rig::READABLE);
+    assert_eq!(only(answer.clone()).tcp().header.ack.0, peer.seq, "the answer acknowledges");
+    peer.take(answer);
+    peer.acknowledge(rig);
+    at_once.into_iter().chain(later).collect()
+}
+
+#[test]
+fn an_acknowledgement_waits_for_the_answer_that_carries_it() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    for _ in 0..5 {
+        assert_eq!(ask(&mut rig, &mut peer, std::time::Duration::from_micros(300)), []);
+    }
+}
+
+#[test]
+fn an_acknowledgement_waits_a_millisecond_and_once_only() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    assert_eq!(peer.data(&mut rig, Flags::PSH, b"question"), []);
+    assert_eq!(only(rig.pass(crate::rig::ms(1))).tcp().header.ack.0, peer.seq);
+    for _ in 0..3 {
+        let answered = only(peer.data(&mut rig, Flags::PSH, b"another")).tcp();
+        assert_eq!(answered.header.ack.0, peer.seq, "at once where answers are slow");
+    }
+    assert_eq!(rig.engine.counters().retransmits, 0);
+}
+
+#[test]
+fn slow_answers_end_the_waiting_and_quick_ones_bring_it_back() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    assert_eq!(ask(&mut rig, &mut peer, crate::rig::ms(30)).len(), 1, "after its time");
+    assert_eq!(ask(&mut rig, &mut peer, crate::rig::ms(30)).len(), 1, "at once");
+    let quick = std::time::Duration::from_micros(100);
+    for _ in 0..2 {
+        assert_eq!(ask(&mut rig, &mut peer, quick).len(), 1, "at once");
+    }
+    assert_eq!(ask(&mut rig, &mut peer, quick), []);
+}
+
+#[test]
+fn a_full_segment_and_one_after_a_hole_are_acknowledged_at_once() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    assert_eq!(peer.data(&mut rig, Flags::PSH, &pattern(1460)).len(), 1);
+    assert_eq!(peer.data(&mut rig, Flags::PSH, &pattern(1000)), []);
+    assert_eq!(peer.data(&mut rig, Flags::PSH, &pattern(1000)).len(), 1, "more than a segment waits");
+    peer.seq = peer.seq.wrapping_add(100);
+    assert!(!peer.data(&mut rig, Flags::PSH, b"beyond").is_empty());
 }

@@ -151,7 +151,7 @@ fn window_scale_is_used_only_if_the_guest_offers_it() {
         let syn_ack = peer.establish(&mut rig, seen);
         assert_eq!(syn_ack.header.options.window_scale, expected);
         assert_eq!(syn_ack.header.window, 0xffff, "a SYN's window is never scaled");
-        let acknowledged = only(peer.data(&mut rig, Flags::PSH, b"x")).tcp();
+        let acknowledged = only(peer.data(&mut rig, Flags::ACK, b"x")).tcp();
         match expected {
             Some(shift) => {
                 let window = usize::from(acknowledged.header.window) << shift;

@@ -70,7 +70,7 @@ fn a_client_reaches_the_guest_under_its_own_address() {
     assert_eq!(syn.header.options.mss, Some(1460));
     assert_eq!(syn.header.options.window_scale, Some(8));
     let mut peer = answer(&mut rig, &syn);
-    assert_eq!(peer.data(&mut rig, Flags::PSH, b"SSH-2.0").len(), 1);
+    assert_eq!(peer.data(&mut rig, Flags::ACK, b"SSH-2.0").len(), 1);
     assert_eq!(rig.conn(0).taken, b"SSH-2.0");
     rig.conn(0).queue.extend(pattern(3000));
     let seen = rig.stream_ready(0, READABLE);

@@ -313,8 +313,7 @@ impl<S: HostStream> TcpTable<S> {
         self.turns.has_blocked()
     }
 
-    /// The end of a batch: every flow touched sends what it owes, and flows with more to send have
-    /// their turns.
+    /// The end of a batch: every flow touched sends what it owes, those with data in turns.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         let mut dirty = std::mem::take(&mut self.dirty);
         for at in dirty.drain(..) {
@@ -322,7 +321,7 @@ impl<S: HostStream> TcpTable<S> {
             flow.dirty = false;
             if flow.queued {
                 // It does all it has to do when its turn comes.
-            } else if self.turns.has_waiting(flow.pair) && flow.has_data_to_send() {
+            } else if flow.has_data_to_send() {
                 flow.queued = true;
                 self.turns.push_back(flow.pair, flow.token);
             } else {
@@ -336,9 +335,13 @@ impl<S: HostStream> TcpTable<S> {
         self.take_turns(core, port);
     }
 
-    /// Lets flows have turns, as many as a batch has.
+    /// Lets flows have turns until the batch is full.
     fn take_turns(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        let full = core.counters.payload_to_guest_bytes + limits::BATCH_BYTES;
         for _ in 0..limits::BATCH_TURNS {
+            if core.counters.payload_to_guest_bytes >= full {
+                return;
+            }
             let Some(token) = self.turns.next() else { return };
             let Some(at) = self.find(token) else { continue };
             self.flows[at].queued = false;

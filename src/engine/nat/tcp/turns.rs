@@ -1,4 +1,4 @@
-//! Whose turn it is: flows that have more to send than one turn, or that lack receive buffers.
+//! Whose turn it is: flows that have data to send, or lack receive buffers.
 //!
 //! One queue for each pair, because buffers are a pair's. Flows take turns of
 //! [`limits::FLOW_TURN_BYTES`] in the order they came. A pair whose guest posts no buffers is
@@ -54,11 +54,6 @@ impl Turns {
         for queue in &mut self.queues {
             queue.blocked = false;
         }
-    }
-
-    /// Whether flows wait for their turn on `pair`.
-    pub(super) fn has_waiting(&self, pair: QueuePair) -> bool {
-        self.queues.get(usize::from(pair.0)).is_some_and(|queue| !queue.waiting.is_empty())
     }
 
     /// The flow whose turn it is: pairs in rotation, flows in order.
