@@ -179,3 +179,7 @@ pub const LETTERS_MAX: usize = 1024;
 /// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at
 /// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
 pub const USO_SEGMENTS_MAX: usize = 128;
+
+/// Addresses of which it is remembered whether they are the host's own. Past it all are forgotten and
+/// asked for anew.
+pub const OWN_ADDRESSES_KNOWN_MAX: usize = 1024;

@@ -2,5 +2,6 @@
 //!
 //! What only Linux knows sits in [`sys`].
 
+mod own_addresses;
 pub mod sockets;
 pub mod sys;

@@ -17,8 +17,8 @@ use std::time::Duration;
 use libc::iovec;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use super::own_addresses::OwnAddresses;
 use super::sys::poll::Poll;
-use super::sys::routes;
 use super::sys::socket::{self as sys, PeerState};
 use crate::engine::host_net::{
     Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
@@ -135,6 +135,7 @@ pub type ConnectDns = Box<dyn FnMut() -> io::Result<UnixStream>>;
 pub struct HostSockets {
     shared: Rc<Shared>,
     connect_dns: ConnectDns,
+    own_addresses: OwnAddresses,
 }
 
 impl HostSockets {
@@ -148,7 +149,7 @@ impl HostSockets {
             reader: RefCell::default(),
             peek_offset: peek_offset && tcp_knows_peek_offset(),
         };
-        HostSockets { shared: Rc::new(shared), connect_dns }
+        HostSockets { shared: Rc::new(shared), connect_dns, own_addresses: OwnAddresses::new() }
     }
 
     /// Whether TCP data is peeked with `SO_PEEK_OFF`.
@@ -285,18 +286,7 @@ impl HostNet for HostSockets {
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
-        // The host's own addresses can be bound; no list of ours can be stale.
-        let at = SocketAddr::new(addr, 0);
-        let probe = Socket::new(Domain::for_address(at), Type::DGRAM.cloexec(), Some(Protocol::UDP));
-        // Where descriptors ran out nothing is known, and what is not known is refused.
-        if !probe.map_or(true, |socket| socket.bind(&at.into()).is_ok()) {
-            return false;
-        }
-        // With net.ipv4.ip_nonlocal_bind any address can be bound; the routes have the last word.
-        match addr {
-            IpAddr::V4(addr) => routes::leads_to_host(addr).unwrap_or(true),
-            IpAddr::V6(_) => true,
-        }
+        self.own_addresses.contains(addr)
     }
 }
 

@@ -36,6 +36,13 @@ fn own_addresses_are_known_where_any_address_may_be_bound() {
         ] {
             assert_eq!(own(&mut uplink, addr), expected, "{addr:?}");
         }
+        // What was answered is remembered until the host's addresses change.
+        for (change, expected) in [("add", true), ("del", false), ("add", true)] {
+            let status = Command::new("ip").args(["addr", change, "192.0.2.1/32", "dev", "lo"]).status();
+            assert!(status.is_ok_and(|status| status.success()), "ip addr {change}");
+            assert_eq!(own(&mut uplink, [192, 0, 2, 1]), expected, "after {change}");
+            assert!(own(&mut uplink, [198, 51, 100, 7]));
+        }
         return;
     }
     let script = "ip link set lo up && ip addr add 198.51.100.7/32 dev lo \
