@@ -1,8 +1,10 @@
 //! What every part of the engine shares: the network's addresses, counters, neighbours, timers and
 //! the frames that wait for receive buffers.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr};
+
+use hashbrown::HashMap;
 
 use super::counters::{Counters, DropReason};
 use super::emit;
@@ -43,7 +45,9 @@ pub struct Core {
     pub timers: Timers,
     /// This worker's place among others, if there are others.
     pub home: Option<Home>,
-    neighbours: HashMap<IpAddr, Neighbour>,
+    neighbours: HashMap<IpAddr, Neighbour, foldhash::quality::RandomState>,
+    /// The one learned last: nearly every frame comes from it.
+    newest_neighbour: Option<(IpAddr, Neighbour)>,
     /// Whom published ports lead to.
     primary: Option<IpAddr>,
     outbox: VecDeque<Queued>,
@@ -69,7 +73,8 @@ impl Core {
             counters: Counters::default(),
             timers: Timers::default(),
             home: None,
-            neighbours: HashMap::new(),
+            neighbours: HashMap::default(),
+            newest_neighbour: None,
             primary: lan.guest.map(IpAddr::V4),
             outbox: VecDeque::new(),
             icmp_tokens: limits::ICMP_ERRORS_BURST,
@@ -114,6 +119,10 @@ impl Core {
 
     /// Remembers where a guest address was seen; returns true if its MAC is new or has changed.
     pub fn learn(&mut self, addr: IpAddr, neighbour: Neighbour) -> bool {
+        if self.newest_neighbour == Some((addr, neighbour)) {
+            return false;
+        }
+        self.newest_neighbour = Some((addr, neighbour));
         self.primary.get_or_insert(addr);
         if let Some(known) = self.neighbours.get_mut(&addr) {
             let changed = known.mac != neighbour.mac;
@@ -136,6 +145,7 @@ impl Core {
     /// Forgets every neighbour and waiting frame: the guest started anew.
     pub fn forget_guest(&mut self) {
         self.neighbours.clear();
+        self.newest_neighbour = None;
         self.outbox.clear();
         self.primary = self.lan.guest.map(IpAddr::V4);
     }

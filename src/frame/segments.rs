@@ -9,6 +9,10 @@ use libc::iovec;
 
 use crate::wire::checksum::Accumulator;
 
+/// Chunks in which bytes are copied to be summed; even, so that each begins a 16-bit word.
+const SMALL_CHUNK_BYTES: usize = 128;
+const LARGE_CHUNK_BYTES: usize = 2048;
+
 /// Segments to read from: a view of part of a frame.
 #[derive(Clone, Copy, Debug)]
 pub struct Payload<'a> {
@@ -111,10 +115,18 @@ impl<'a> Payload<'a> {
     /// Adds the bytes in view to a ones' complement sum. The guest may change them meanwhile, which
     /// spoils its own checksum only.
     pub fn add_to(&self, sum: &mut Accumulator) {
-        let mut chunk = [0u8; 2048];
+        // Small ones are the many: a large chunk would be cleared for each of them.
+        if self.len_bytes <= SMALL_CHUNK_BYTES {
+            self.add_in_chunks(sum, &mut [0; SMALL_CHUNK_BYTES]);
+        } else {
+            self.add_in_chunks(sum, &mut [0; LARGE_CHUNK_BYTES]);
+        }
+    }
+
+    fn add_in_chunks(&self, sum: &mut Accumulator, chunk: &mut [u8]) {
         let mut from = 0;
         while from < self.len_bytes {
-            let len = self.range(from, chunk.len()).copy_to(&mut chunk);
+            let len = self.range(from, chunk.len()).copy_to(chunk);
             sum.add_bytes(&chunk[..len]);
             from += len;
         }

@@ -107,6 +107,10 @@ impl Peer {
     }
 }
 
+/// A remote endpoint in the table, as long as nothing was removed from it.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerId(usize);
+
 /// Whether a socket has more to give.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Pumped {
@@ -175,9 +179,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.mappings.get(at).filter(|mapping| mapping.token == token).map(|_| at)
     }
 
-    /// Whether this exchange is known.
-    pub fn contains(&self, key: &Key) -> bool {
-        self.by_key.contains_key(key)
+    /// This exchange's remote endpoint, if it is known.
+    pub fn peer(&self, key: &Key) -> Option<PeerId> {
+        self.by_key.get(key).copied().map(PeerId)
     }
 
     /// Whether the guest's end has a socket.
@@ -220,11 +224,10 @@ impl<D: HostDatagram> DatagramTable<D> {
         })
     }
 
-    /// Adds a remote endpoint the guest sends to through its socket.
-    pub fn insert_peer(&mut self, core: &mut Core, key: Key, real: SocketAddr) {
-        if let Some(&mapping) = self.by_guest.get(&(key.kind, key.guest)) {
-            self.add_peer(core, mapping, key, real);
-        }
+    /// Adds a remote endpoint the guest sends to through its socket; `None` if it has no socket.
+    pub fn insert_peer(&mut self, core: &mut Core, key: Key, real: SocketAddr) -> Option<PeerId> {
+        let mapping = *self.by_guest.get(&(key.kind, key.guest))?;
+        Some(PeerId(self.add_peer(core, mapping, key, real)))
     }
 
     fn add_peer(&mut self, core: &mut Core, mapping: usize, key: Key, real: SocketAddr) -> usize {
@@ -268,23 +271,22 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// `gso_bytes`, the payload as UDP datagrams of that many bytes each.
     ///
     /// # Errors
-    /// `NotFound` if the exchange is not known; the socket's error otherwise.
+    /// The socket's.
     pub fn send(
         &mut self,
         core: &mut Core,
-        key: &Key,
+        PeerId(at): PeerId,
         from: Neighbour,
         head: &[u8],
         payload: &Payload<'_>,
         gso_bytes: Option<usize>,
     ) -> io::Result<()> {
-        let at = *self.by_key.get(key).ok_or(io::ErrorKind::NotFound)?;
         self.refresh(core, at);
         let peer = &mut self.peers[at];
         let mapping = &mut self.mappings[peer.mapping];
         mapping.neighbour = Some(from);
         let Some(socket) = mapping.socket.as_mut() else { return Ok(()) };
-        match (key.kind, gso_bytes) {
+        match (peer.key.kind, gso_bytes) {
             (Kind::Udp, Some(segment_bytes)) => {
                 socket.send_segments_to(payload, segment_bytes, peer.real)?;
             }

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
-use self::datagram::{DatagramTable, Kind};
+use self::datagram::{DatagramTable, Kind, PeerId};
 use self::policy::{Policy, Verdict};
 use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour};
@@ -276,22 +276,32 @@ impl<N: HostNet> Nat<N> {
         datagram: &Datagram<'_>,
     ) -> Option<WorkerId> {
         let key = &datagram.key;
-        if !self.datagrams.contains(key) {
-            let elsewhere = core.elsewhere(&Place::Exchange(*key)).or_else(|| {
-                let has_socket = self.datagrams.has_mapping(key.kind, key.guest);
-                if has_socket { None } else { core.elsewhere(&Place::Socket(key.kind, key.guest)) }
-            });
-            if elsewhere.is_some() || !self.open_datagram(core, port, datagram) {
-                return elsewhere;
+        let peer = match self.datagrams.peer(key) {
+            Some(peer) => peer,
+            None => {
+                let elsewhere = core.elsewhere(&Place::Exchange(*key)).or_else(|| {
+                    let has_socket = self.datagrams.has_mapping(key.kind, key.guest);
+                    if has_socket { None } else { core.elsewhere(&Place::Socket(key.kind, key.guest)) }
+                });
+                if elsewhere.is_some() {
+                    return elsewhere;
+                }
+                self.open_datagram(core, port, datagram)?
             }
-        }
-        self.send_datagram(core, port, datagram);
+        };
+        self.send_datagram(core, port, datagram, peer);
         None
     }
 
-    fn send_datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) {
-        let Datagram { key, from, head, payload, gso_bytes, packet } = datagram;
-        let Err(error) = self.datagrams.send(core, key, *from, head, payload, *gso_bytes) else {
+    fn send_datagram(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        datagram: &Datagram<'_>,
+        peer: PeerId,
+    ) {
+        let Datagram { from, head, payload, gso_bytes, packet, .. } = datagram;
+        let Err(error) = self.datagrams.send(core, peer, *from, head, payload, *gso_bytes) else {
             return;
         };
         core.counters.drop(DropReason::SocketRefused);
@@ -304,18 +314,22 @@ impl<N: HostNet> Nat<N> {
         core.send_unreachable(port, *from, code, packet);
     }
 
-    /// Judges a new exchange and makes its socket and peer; false if it may not be.
-    fn open_datagram(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>) -> bool {
+    /// Judges a new exchange and makes its socket and peer; `None` if it may not be.
+    fn open_datagram(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        datagram: &Datagram<'_>,
+    ) -> Option<PeerId> {
         let Datagram { key, from, packet, .. } = *datagram;
         let code = match self.policy.judge(core, &mut self.net, key.remote) {
             Verdict::Connect(real) => {
                 if !self.datagrams.has_mapping(key.kind, key.guest)
                     && !self.open_mapping(core, port, datagram, real)
                 {
-                    return false;
+                    return None;
                 }
-                self.datagrams.insert_peer(core, key, real);
-                return true;
+                return self.datagrams.insert_peer(core, key, real);
             }
             Verdict::NoService => UnreachableCode::Port,
             Verdict::Prohibited => UnreachableCode::AdminProhibited,
@@ -323,7 +337,7 @@ impl<N: HostNet> Nat<N> {
         };
         core.counters.drop(DropReason::Refused);
         core.send_unreachable(port, from, code, packet);
-        false
+        None
     }
 
     fn open_mapping(
