@@ -183,3 +183,13 @@ pub const USO_SEGMENTS_MAX: usize = 128;
 /// Addresses of which it is remembered whether they are the host's own. Past it all are forgotten and
 /// asked for anew.
 pub const OWN_ADDRESSES_KNOWN_MAX: usize = 1024;
+
+/// Datagrams of one guest's port that are copied to another worker before the socket is asked for: a
+/// thread of the guest that moved to another CPU stays there, one of several that share a socket does not.
+pub const SENT_ON_FRAMES: usize = 16;
+
+/// Guest's ports of which such datagrams are counted; past it counting begins anew.
+pub const SENT_ON_ENDS_MAX: usize = 1024;
+
+/// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
+pub const MOVED_PEERS_MAX: usize = 1024;

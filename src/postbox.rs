@@ -13,10 +13,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::engine::placement::{Letter, WorkerId};
 use crate::limits;
-use crate::uplink::sockets::DetachedStream;
+use crate::uplink::sockets::{DetachedDatagram, DetachedStream};
 
 /// What workers over host sockets tell each other.
-pub type HostLetter = Letter<DetachedStream>;
+pub type HostLetter = Letter<DetachedStream, DetachedDatagram>;
 
 #[derive(Debug)]
 struct Outbox {

@@ -98,6 +98,12 @@ pub trait HostStream {
 
 /// A datagram socket bound to one local port: UDP, or ICMP echo.
 pub trait HostDatagram {
+    /// The socket without its worker, to be moved to another one.
+    type Detached: Send;
+
+    /// Takes the socket out of its worker's readiness events; what was queued on it leaves first.
+    fn detach(self) -> Self::Detached;
+
     /// Sends one datagram: `head` from host memory, then `payload`.
     ///
     /// # Errors
@@ -178,6 +184,16 @@ pub trait HostNet {
         token: Token,
         detached: <Self::Stream as HostStream>::Detached,
     ) -> io::Result<Self::Stream>;
+
+    /// Takes a datagram socket in that another worker detached; readiness it has is reported.
+    ///
+    /// # Errors
+    /// It cannot be watched.
+    fn attach_datagram(
+        &mut self,
+        token: Token,
+        detached: <Self::Datagram as HostDatagram>::Detached,
+    ) -> io::Result<Self::Datagram>;
 
     /// A stream to the process's own DNS service, which speaks DNS over TCP on it.
     ///

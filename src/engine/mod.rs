@@ -29,11 +29,11 @@ use self::core::{Core, Neighbour};
 use self::counters::{Counters, DropReason};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
-use self::host_net::{HostNet, HostStream, Readiness, Token};
+use self::host_net::{HostDatagram, HostNet, HostStream, Readiness, Token};
 use self::nat::policy::Policy;
 use self::nat::tcp::Segment;
-use self::nat::{DNS_PORT, Datagram, Nat, datagram};
-use self::placement::{HeldFrame, Home, Letter, Place, Waiting, WorkerId};
+use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
+use self::placement::{HeldFrame, Home, Letter, Place, SentOn, Waiting, WorkerId};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan, Mode};
@@ -75,11 +75,16 @@ pub struct Engine<N: HostNet> {
     reassembly: Reassembly,
     expected_mac: Option<MacAddr>,
     waiting: Waiting,
+    waiting_for_sockets: Waiting<datagram::GuestEnd>,
+    sent_on: SentOn,
     letters: VecDeque<(WorkerId, LetterOf<N>)>,
 }
 
 /// What engines with sockets of `N` tell each other.
-pub type LetterOf<N> = Letter<<<N as HostNet>::Stream as HostStream>::Detached>;
+pub type LetterOf<N> = Letter<
+    <<N as HostNet>::Stream as HostStream>::Detached,
+    <<N as HostNet>::Datagram as HostDatagram>::Detached,
+>;
 
 /// A transport message of the guest: whole in place, and its first bytes in host memory.
 struct Incoming<'a> {
@@ -113,6 +118,8 @@ impl<N: HostNet> Engine<N> {
             reassembly: Reassembly::default(),
             expected_mac: config.mac,
             waiting: Waiting::default(),
+            waiting_for_sockets: Waiting::default(),
+            sent_on: SentOn::default(),
             letters: VecDeque::new(),
             core,
         }
@@ -384,13 +391,30 @@ impl<N: HostNet> Engine<N> {
         incoming: &Incoming<'_>,
         datagram: &Datagram<'_>,
     ) -> Result<(), DropReason> {
-        let Some(owner) = self.nat.datagram(&mut self.core, port, datagram) else {
-            return Ok(());
-        };
-        // If its fragments came here and its socket is there, it is lost.
+        let end = (datagram.key.kind, datagram.key.guest);
+        if !self.waiting_for_sockets.awaits(&end) {
+            let Some(elsewhere) = self.nat.datagram(&mut self.core, port, datagram) else {
+                return Ok(());
+            };
+            // If its fragments came here and its socket is there, it is lost.
+            let frame = incoming.frame.ok_or(DropReason::Fragment)?;
+            match elsewhere {
+                Elsewhere::Moves(owner) if self.sent_on.count(end) => {
+                    if let Some(from) = self.own() {
+                        self.letters.push_back((owner, Letter::WantSocket { end, from }));
+                    }
+                }
+                Elsewhere::Moves(owner) | Elsewhere::Stays(owner) => {
+                    // It is counted where it is taken.
+                    self.core.counters.frames_from_guest -= 1;
+                    self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
+                    return Ok(());
+                }
+            }
+        }
         let frame = incoming.frame.ok_or(DropReason::Fragment)?;
-        self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
-        // It is counted where it is taken.
+        self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
+        // It is counted when it is taken.
         self.core.counters.frames_from_guest -= 1;
         Ok(())
     }
@@ -411,7 +435,8 @@ impl<N: HostNet> Engine<N> {
         match self.waiting.hold(key, frame) {
             Some(true) => {
                 if let Some(from) = self.own() {
-                    self.send_letter(owner, Letter::Want { key, from });
+                    // Never dropped, or what is held would wait for ever; there are no more than frames held.
+                    self.letters.push_back((owner, Letter::Want { key, from }));
                 }
             }
             Some(false) => {}
@@ -464,6 +489,13 @@ impl<N: HostNet> Engine<N> {
                 self.from_guest(now, port, &frame.as_frame(Some(pair)));
                 self.end_of_frames();
             }
+            Letter::WantSocket { end, from } => self.give_socket_away(end, from),
+            Letter::Socket(moved) => {
+                let end = moved.end();
+                self.nat.attach_socket(&mut self.core, port, *moved);
+                self.socket_awaited(now, port, &end);
+            }
+            Letter::NoSocket(end) => self.socket_awaited(now, port, &end),
             Letter::Neighbour(addr, mac) => {
                 let at = Neighbour { mac, pair: self.core.first_pair() };
                 if self.core.neighbour(addr).is_none_or(|known| known.mac != mac) {
@@ -485,7 +517,7 @@ impl<N: HostNet> Engine<N> {
             // Past the bound on letters the flow would be lost, so that bound does not hold here.
             self.letters.push_back((to, Letter::Flow(Box::new(moved))));
         } else if !self.waiting.note(&key, to) {
-            self.send_letter(to, Letter::Gone(key));
+            self.letters.push_back((to, Letter::Gone(key)));
         }
     }
 
@@ -498,6 +530,30 @@ impl<N: HostNet> Engine<N> {
         self.end_of_frames();
         for to in awaited.wanted_by {
             self.give_away(*key, to);
+        }
+    }
+
+    /// Gives a datagram socket to the worker that gets the guest's frames for it.
+    fn give_socket_away(&mut self, end: datagram::GuestEnd, to: WorkerId) {
+        if let Some(moved) = self.nat.detach_socket(&mut self.core, &end) {
+            if let Some(home) = &self.core.home {
+                home.directory.set(Place::Socket(end), to);
+            }
+            self.letters.push_back((to, Letter::Socket(Box::new(moved))));
+        } else if !self.waiting_for_sockets.note(&end, to) {
+            self.letters.push_back((to, Letter::NoSocket(end)));
+        }
+    }
+
+    /// A datagram socket came or will not come: what waited for it goes on.
+    fn socket_awaited(&mut self, now: Instant, port: &mut impl GuestPort, end: &datagram::GuestEnd) {
+        let awaited = self.waiting_for_sockets.take(end);
+        for frame in &awaited.frames {
+            self.from_guest(now, port, &frame.as_frame(None));
+        }
+        self.end_of_frames();
+        for to in awaited.wanted_by {
+            self.give_socket_away(*end, to);
         }
     }
 
@@ -558,6 +614,8 @@ impl<N: HostNet> Engine<N> {
 
     fn forget_guest(&mut self) {
         self.waiting.clear();
+        self.waiting_for_sockets.clear();
+        self.sent_on.clear();
         self.nat.reset_all(&mut self.core);
         self.reassembly = Reassembly::default();
         self.gateway.forget_guest();

@@ -4,15 +4,16 @@
 //! the guest last sent on it, because its frames towards the guest go out on that queue pair. When a
 //! frame comes to a worker that does not know its flow, the worker looks into the [`Directory`]: if
 //! another has it, the frame is held and the flow asked for by [`Letter`]; it comes with its socket and
-//! the held frames go on. Datagram sockets stay with the worker that opened them (many exchanges share
-//! one, and a published port's cannot move); frames for them are sent on.
+//! the held frames go on. One datagram socket carries all a guest's port sends, from any thread: frames
+//! for it are sent on at first, and only when they keep coming it is asked for in the same way. A
+//! published port's socket never moves.
 //!
 //! The directory is looked into only for flows that are not known, and written only when one begins or
 //! ends. Read first: `docs/adr/0006-flows-move-between-workers.md`.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, RandomState};
-use std::net::{IpAddr, SocketAddr};
+use std::hash::{BuildHasher, Hash, RandomState};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::nat::{datagram, tcp};
@@ -31,7 +32,7 @@ pub enum Place {
     /// A TCP flow.
     Tcp(tcp::Key),
     /// The datagram socket of a guest's end.
-    Socket(datagram::Kind, SocketAddr),
+    Socket(datagram::GuestEnd),
     /// An exchange of a published UDP port.
     Exchange(datagram::Key),
 }
@@ -125,9 +126,9 @@ impl HeldFrame {
     }
 }
 
-/// What workers tell each other. `D` is a stream without its worker.
+/// What workers tell each other. `S` is a stream without its worker, `D` a datagram socket.
 #[derive(Debug)]
-pub enum Letter<D> {
+pub enum Letter<S, D> {
     /// `from` has a frame for this flow: give it the flow.
     Want {
         /// The flow.
@@ -136,11 +137,22 @@ pub enum Letter<D> {
         from: WorkerId,
     },
     /// The flow asked for.
-    Flow(Box<tcp::Moved<D>>),
+    Flow(Box<tcp::Moved<S>>),
     /// There is no such flow.
     Gone(tcp::Key),
     /// A frame for a datagram socket of the receiver's.
     Frame(HeldFrame),
+    /// `from` gets frame after frame for this socket: give it the socket.
+    WantSocket {
+        /// The guest's end.
+        end: datagram::GuestEnd,
+        /// Who asks.
+        from: WorkerId,
+    },
+    /// The socket asked for.
+    Socket(Box<datagram::Moved<D>>),
+    /// There is no such socket, or it stays.
+    NoSocket(datagram::GuestEnd),
     /// A guest address was seen at a MAC address.
     Neighbour(IpAddr, MacAddr),
     /// Published ports lead to this guest address.
@@ -149,11 +161,17 @@ pub enum Letter<D> {
     GuestReset,
 }
 
-/// Frames that wait for their flows, and who else asked for those.
-#[derive(Debug, Default)]
-pub struct Waiting {
-    flows: HashMap<tcp::Key, Awaited>,
+/// Frames that wait for their flows, or sockets, and who else asked for those. `K` names what is awaited.
+#[derive(Debug)]
+pub struct Waiting<K = tcp::Key> {
+    flows: HashMap<K, Awaited>,
     frames: usize,
+}
+
+impl<K> Default for Waiting<K> {
+    fn default() -> Waiting<K> {
+        Waiting { flows: HashMap::new(), frames: 0 }
+    }
 }
 
 /// What waits for one flow.
@@ -165,10 +183,15 @@ pub struct Awaited {
     pub wanted_by: Vec<WorkerId>,
 }
 
-impl Waiting {
+impl<K: Eq + Hash> Waiting<K> {
+    /// Whether `key` is awaited.
+    pub fn awaits(&self, key: &K) -> bool {
+        !self.flows.is_empty() && self.flows.contains_key(key)
+    }
+
     /// Holds a frame for `key`; returns whether the flow is to be asked for, or `None` if there is no
     /// room and the frame is lost.
-    pub fn hold(&mut self, key: tcp::Key, frame: &TxFrame<'_>) -> Option<bool> {
+    pub fn hold(&mut self, key: K, frame: &TxFrame<'_>) -> Option<bool> {
         if self.frames >= limits::AWAITING_FRAMES_MAX {
             return None;
         }
@@ -179,7 +202,7 @@ impl Waiting {
     }
 
     /// Notes that `worker` wants a flow that is itself awaited; false if it is not.
-    pub fn note(&mut self, key: &tcp::Key, worker: WorkerId) -> bool {
+    pub fn note(&mut self, key: &K, worker: WorkerId) -> bool {
         match self.flows.get_mut(key) {
             Some(awaited) => {
                 awaited.wanted_by.push(worker);
@@ -190,7 +213,7 @@ impl Waiting {
     }
 
     /// What waited for `key`, whose flow came or will not come.
-    pub fn take(&mut self, key: &tcp::Key) -> Awaited {
+    pub fn take(&mut self, key: &K) -> Awaited {
         let awaited = self.flows.remove(key).unwrap_or_default();
         self.frames -= awaited.frames.len();
         awaited
@@ -200,5 +223,32 @@ impl Waiting {
     pub fn clear(&mut self) {
         self.flows.clear();
         self.frames = 0;
+    }
+}
+
+/// Datagrams that were sent on to the worker that has their socket.
+#[derive(Debug, Default)]
+pub struct SentOn {
+    counts: HashMap<datagram::GuestEnd, usize>,
+}
+
+impl SentOn {
+    /// Counts one more for `end`; whether they are so many that the socket should come here.
+    pub fn count(&mut self, end: datagram::GuestEnd) -> bool {
+        if self.counts.len() >= limits::SENT_ON_ENDS_MAX && !self.counts.contains_key(&end) {
+            self.counts.clear();
+        }
+        let count = self.counts.entry(end).or_default();
+        *count += 1;
+        let is_many = *count > limits::SENT_ON_FRAMES;
+        if is_many {
+            self.counts.remove(&end);
+        }
+        is_many
+    }
+
+    /// Forgets everything: the guest began anew.
+    pub fn clear(&mut self) {
+        self.counts.clear();
     }
 }

@@ -176,9 +176,12 @@ impl HostSockets {
     }
 
     fn datagram(&self, token: Token, socket: Socket) -> io::Result<Datagram> {
-        self.shared.poll.watch_socket(socket.as_fd(), token)?;
-        let socket = Rc::new(UdpSocket { socket, alone: Cell::new(false), refused: Cell::new(false) });
-        Ok(Datagram { shared: Rc::clone(&self.shared), socket })
+        self.watch_datagram(token, UdpSocket { socket, alone: Cell::new(false), refused: Cell::new(false) })
+    }
+
+    fn watch_datagram(&self, token: Token, socket: UdpSocket) -> io::Result<Datagram> {
+        self.shared.poll.watch_socket(socket.socket.as_fd(), token)?;
+        Ok(Datagram { shared: Rc::clone(&self.shared), socket: Rc::new(socket) })
     }
 
     fn stream(&self, token: Token, socket: OwnedFd, kind: StreamKind) -> io::Result<Stream> {
@@ -255,6 +258,10 @@ impl HostNet for HostSockets {
         let DetachedStream { socket, kind, position } = detached;
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
         Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position })
+    }
+
+    fn attach_datagram(&mut self, token: Token, detached: DetachedDatagram) -> io::Result<Datagram> {
+        self.watch_datagram(token, detached.0)
     }
 
     fn connect_dns(&mut self, token: Token) -> io::Result<Stream> {
@@ -480,7 +487,20 @@ impl Datagram {
     }
 }
 
+/// A datagram socket on its way between workers.
+#[derive(Debug)]
+pub struct DetachedDatagram(UdpSocket);
+
 impl HostDatagram for Datagram {
+    type Detached = DetachedDatagram;
+
+    fn detach(self) -> DetachedDatagram {
+        self.shared.run.borrow_mut().send();
+        self.shared.poll.unwatch(self.socket.socket.as_raw_fd());
+        let socket = Rc::into_inner(self.socket).expect("only the run, which was sent, shares the socket");
+        DetachedDatagram(socket)
+    }
+
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
         // What waits goes first, so that order is kept.
         self.shared.run.borrow_mut().send();

@@ -6,7 +6,7 @@ use vunet::limits;
 use vunet::wire::tcp::Flags;
 
 use crate::frames::{Seen, guest, udp_frame, world};
-use crate::rig::{Peer, READABLE, Rig, connected, only};
+use crate::rig::{Peer, READABLE, Rig, connected, only, secs};
 use crate::world::End;
 
 /// Delivers letters until none is left; returns what the guest saw of each worker.
@@ -98,6 +98,60 @@ fn a_datagram_on_another_queue_pair_leaves_from_the_same_port() {
 }
 
 #[test]
+fn a_datagram_socket_follows_the_guest_once_its_frames_keep_coming_elsewhere() {
+    let mut rigs = Rig::workers(2);
+    rigs[0].send(&udp_frame(guest(4000), world(53), b"first"));
+    rigs[0].datagram_arrives(0, b"answer", world(53).into());
+    let count = limits::SENT_ON_FRAMES + 3;
+    for n in 0..count {
+        rigs[1].send(&udp_frame(guest(4000), world(53), &[n as u8]));
+        if n < limits::SENT_ON_FRAMES {
+            exchange(&mut rigs);
+            assert_eq!(rigs[0].engine.nat().len(), 1, "one stray datagram moves nothing");
+        }
+    }
+    // Two more came while the socket was on its way.
+    exchange(&mut rigs);
+    assert_eq!((rigs[0].engine.nat().len(), rigs[1].engine.nat().len()), (0, 1));
+    let sent: Vec<Vec<u8>> = rigs[0].sock(0).sent.iter().skip(1).map(|(bytes, _)| bytes.clone()).collect();
+    assert_eq!(sent, (0..count).map(|n| vec![n as u8]).collect::<Vec<_>>(), "all, in order, from one socket");
+    // Its peers came along: whom the guest spoke to before may answer, at the new worker; nobody else.
+    assert_eq!(rigs[1].datagram_arrives(0, b"later", world(53).into()).len(), 1);
+    assert_eq!(rigs[1].datagram_arrives(0, b"stranger", world(54).into()), []);
+    assert_eq!(rigs[0].engine.next_deadline(), None, "no timer is left behind");
+}
+
+#[test]
+fn a_socket_asked_for_that_is_gone_is_opened_anew() {
+    let mut rigs = Rig::workers(2);
+    rigs[0].send(&udp_frame(guest(4000), world(53), b"first"));
+    for _ in 0..limits::SENT_ON_FRAMES {
+        rigs[1].send(&udp_frame(guest(4000), world(53), b"x"));
+        exchange(&mut rigs);
+    }
+    rigs[1].send(&udp_frame(guest(4000), world(53), b"asks for it"));
+    // It idles out before the letter comes.
+    rigs[0].pass(secs(400));
+    exchange(&mut rigs);
+    assert_eq!((rigs[0].engine.nat().len(), rigs[1].engine.nat().len()), (0, 1));
+    assert_eq!(rigs[1].sock(1).sent, [(b"asks for it".to_vec(), world(53).into())]);
+}
+
+#[test]
+fn a_flow_that_comes_costs_no_other() {
+    let mut rigs = Rig::workers(2);
+    let mut moves = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    for n in 1..5 {
+        connected(&mut rigs[1], Peer::new(guest(4000 + n), world(80)));
+    }
+    exchange(&mut rigs);
+    moves.data(&mut rigs[1], Flags::PSH, b"here");
+    exchange(&mut rigs);
+    assert_eq!(rigs[1].engine.nat().len(), 5);
+    assert!(rigs[0].world().conns.iter().all(|conn| conn.end == End::Open));
+}
+
+#[test]
 fn the_guests_new_start_ends_its_flows_at_every_worker() {
     let mut rigs = Rig::workers(2);
     connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
@@ -113,7 +167,7 @@ fn the_guests_new_start_ends_its_flows_at_every_worker() {
 #[test]
 fn a_directory_entry_is_cleared_only_by_who_has_it() {
     let directory = Directory::default();
-    let place = Place::Socket(vunet::engine::nat::datagram::Kind::Udp, guest(4000).into());
+    let place = Place::Socket((vunet::engine::nat::datagram::Kind::Udp, guest(4000).into()));
     directory.set(place, WorkerId(1));
     directory.clear(&place, WorkerId(0));
     assert_eq!(directory.owner(&place), Some(WorkerId(1)));

@@ -224,6 +224,11 @@ impl HostNet for Net {
         Ok(FakeStream { world: Rc::clone(&self.0), at })
     }
 
+    fn attach_datagram(&mut self, token: Token, at: usize) -> io::Result<FakeDatagram> {
+        self.0.borrow_mut().socks[at].token = token;
+        Ok(FakeDatagram { world: Rc::clone(&self.0), at })
+    }
+
     fn connect_dns(&mut self, token: Token) -> io::Result<FakeStream> {
         let mut world = self.0.borrow_mut();
         world.take_descriptor()?;
@@ -356,6 +361,15 @@ const BATCH: usize = 4;
 pub(crate) const TURN: usize = vunet::limits::DATAGRAM_BATCHES * BATCH;
 
 impl HostDatagram for FakeDatagram {
+    type Detached = usize;
+
+    fn detach(self) -> usize {
+        let at = self.at;
+        // As for streams: dropping it would close the socket.
+        std::mem::forget(self);
+        at
+    }
+
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
         let sock = &mut self.world.borrow_mut().socks[self.at];
         if let Some(code) = sock.send_error {

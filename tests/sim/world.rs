@@ -179,6 +179,10 @@ impl HostNet for SimNet {
         Ok(SimStream { world: Rc::clone(&self.0), at })
     }
 
+    fn attach_datagram(&mut self, _: Token, (): ()) -> io::Result<NoDatagram> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn connect_dns(&mut self, _: Token) -> io::Result<SimStream> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -306,6 +310,12 @@ impl Drop for SimStream {
 pub(crate) enum NoDatagram {}
 
 impl HostDatagram for NoDatagram {
+    type Detached = ();
+
+    fn detach(self) {
+        match self {}
+    }
+
     fn send_to(&mut self, _: &[u8], _: &Payload<'_>, _: SocketAddr) -> io::Result<()> {
         match *self {}
     }

@@ -16,6 +16,7 @@ use slab::Slab;
 
 use super::TokenKind;
 use super::policy;
+use crate::addr::MacAddr;
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::emit;
@@ -59,6 +60,34 @@ pub struct Key {
     pub guest: SocketAddr,
     /// The remote end.
     pub remote: SocketAddr,
+}
+
+/// A guest's end, which one socket serves.
+pub type GuestEnd = (Kind, SocketAddr);
+
+/// A socket on its way between workers, with its remote endpoints. `D` is the socket without its worker.
+#[derive(Debug)]
+pub struct Moved<D> {
+    end: GuestEnd,
+    socket: D,
+    mac: Option<MacAddr>,
+    /// Oldest first.
+    peers: Vec<MovedPeer>,
+}
+
+#[derive(Debug)]
+struct MovedPeer {
+    key: Key,
+    real: SocketAddr,
+    answered: bool,
+    spoken: bool,
+}
+
+impl<D> Moved<D> {
+    /// The guest's end.
+    pub fn end(&self) -> GuestEnd {
+        self.end
+    }
 }
 
 #[derive(Debug)]
@@ -123,7 +152,7 @@ enum Pumped {
 #[derive(Debug)]
 pub struct DatagramTable<D> {
     mappings: Slab<Mapping<D>>,
-    by_guest: HashMap<(Kind, SocketAddr), usize, foldhash::quality::RandomState>,
+    by_guest: HashMap<GuestEnd, usize, foldhash::quality::RandomState>,
     peers: Slab<Peer>,
     by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
     by_real: HashMap<(usize, SocketAddr), usize, foldhash::quality::RandomState>,
@@ -194,7 +223,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         let at = self.insert(core, kind, socket);
         self.mappings[at].guest = Some(guest);
         self.by_guest.insert((kind, guest), at);
-        core.claim(Place::Socket(kind, guest));
+        core.claim(Place::Socket((kind, guest)));
         self.lru.touch(at);
         core.counters.flows_opened += 1;
     }
@@ -351,7 +380,57 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mapping = self.mappings.remove(at);
         if let Some(guest) = mapping.guest {
             self.by_guest.remove(&(mapping.kind, guest));
-            core.release(&Place::Socket(mapping.kind, guest));
+            core.release(&Place::Socket((mapping.kind, guest)));
+        }
+    }
+
+    /// Takes the socket of a guest's end out, for another worker; `None` if there is none that moves.
+    pub fn detach(&mut self, core: &mut Core, end: &GuestEnd) -> Option<Moved<D::Detached>> {
+        let at = *self.by_guest.get(end)?;
+        let mut peers = Vec::new();
+        let mut next = self.mappings[at].newest_peer;
+        while let Some(peer) = next.map(|peer| &self.peers[peer]) {
+            let Peer { key, real, answered, spoken, older, .. } = *peer;
+            peers.push(MovedPeer { key, real, answered, spoken });
+            if peers.len() > limits::MOVED_PEERS_MAX {
+                return None;
+            }
+            next = older;
+        }
+        peers.reverse();
+        let socket = self.mappings[at].socket.take()?;
+        while let Some(peer) = self.mappings[at].newest_peer {
+            self.forget_peer(core, peer);
+        }
+        self.lru.remove(at);
+        self.by_guest.remove(end);
+        let mapping = self.mappings.remove(at);
+        let mac = mapping.neighbour.map(|neighbour| neighbour.mac);
+        Some(Moved { end: *end, socket: socket.detach(), mac, peers })
+    }
+
+    /// Takes a socket in that another worker had; it is watched through `attach`. Its remote endpoints'
+    /// idle times begin anew.
+    pub fn attach(
+        &mut self,
+        core: &mut Core,
+        moved: Moved<D::Detached>,
+        attach: impl FnOnce(Token, D::Detached) -> io::Result<D>,
+    ) {
+        let Moved { end, socket, mac, peers } = moved;
+        let Ok(socket) = attach(self.next_token(), socket) else {
+            // The guest's next datagram opens another.
+            return core.release(&Place::Socket(end));
+        };
+        let at = self.insert(core, end.0, socket);
+        self.mappings[at].guest = Some(end.1);
+        self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
+        self.by_guest.insert(end, at);
+        self.lru.touch(at);
+        for MovedPeer { key, real, answered, spoken } in peers {
+            let peer = self.add_peer(core, at, key, real);
+            self.peers[peer].answered = answered;
+            self.peers[peer].spoken = spoken;
         }
     }
 

@@ -12,13 +12,13 @@ use std::net::SocketAddr;
 
 use slab::Slab;
 
-use self::datagram::{DatagramTable, Kind, PeerId};
+use self::datagram::{DatagramTable, GuestEnd, Kind, PeerId};
 use self::policy::{Policy, Verdict};
 use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour};
 use super::counters::DropReason;
 use super::guest_port::GuestPort;
-use super::host_net::{HostListener, HostNet, HostStream, Readiness, Token};
+use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, Readiness, Token};
 use super::placement::{Place, WorkerId};
 use crate::frame::Payload;
 use crate::limits;
@@ -69,6 +69,18 @@ impl TokenKind {
 
 /// A flow on its way between workers with sockets of `N`.
 pub type MovedFlow<N> = tcp::Moved<<<N as HostNet>::Stream as HostStream>::Detached>;
+
+/// A datagram socket on its way between workers with sockets of `N`.
+pub type MovedSocket<N> = datagram::Moved<<<N as HostNet>::Datagram as HostDatagram>::Detached>;
+
+/// The other worker that has a datagram's socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elsewhere {
+    /// It stays there: a published port's.
+    Stays(WorkerId),
+    /// It may be asked for.
+    Moves(WorkerId),
+}
 
 struct Published<L> {
     listener: L,
@@ -262,9 +274,21 @@ impl<N: HostNet> Nat<N> {
 
     /// Takes a flow in that another worker had.
     pub fn attach(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedFlow<N>) {
-        self.keep_within(core, port, 1);
+        self.keep_within(core, port, self.flows_max - 1);
         let net = &mut self.net;
         self.tcp.attach(core, moved, |token, stream| net.attach(token, stream));
+    }
+
+    /// Takes a datagram socket out, for another worker; `None` if there is none that moves.
+    pub fn detach_socket(&mut self, core: &mut Core, end: &GuestEnd) -> Option<MovedSocket<N>> {
+        self.datagrams.detach(core, end)
+    }
+
+    /// Takes a datagram socket in that another worker had.
+    pub fn attach_socket(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedSocket<N>) {
+        self.keep_within(core, port, self.flows_max - 1);
+        let net = &mut self.net;
+        self.datagrams.attach(core, moved, |token, socket| net.attach_datagram(token, socket));
     }
 
     /// A UDP datagram or ICMP echo request of the guest. Returns the worker that has its socket, if that
@@ -274,17 +298,18 @@ impl<N: HostNet> Nat<N> {
         core: &mut Core,
         port: &mut impl GuestPort,
         datagram: &Datagram<'_>,
-    ) -> Option<WorkerId> {
+    ) -> Option<Elsewhere> {
         let key = &datagram.key;
         let peer = match self.datagrams.peer(key) {
             Some(peer) => peer,
             None => {
-                let elsewhere = core.elsewhere(&Place::Exchange(*key)).or_else(|| {
-                    let has_socket = self.datagrams.has_mapping(key.kind, key.guest);
-                    if has_socket { None } else { core.elsewhere(&Place::Socket(key.kind, key.guest)) }
-                });
-                if elsewhere.is_some() {
-                    return elsewhere;
+                if let Some(worker) = core.elsewhere(&Place::Exchange(*key)) {
+                    return Some(Elsewhere::Stays(worker));
+                }
+                if !self.datagrams.has_mapping(key.kind, key.guest)
+                    && let Some(worker) = core.elsewhere(&Place::Socket((key.kind, key.guest)))
+                {
+                    return Some(Elsewhere::Moves(worker));
                 }
                 self.open_datagram(core, port, datagram)?
             }

@@ -372,7 +372,11 @@ impl<S: HostStream> TcpTable<S> {
             }
             After::Starved { sent } => {
                 flow.queued = true;
-                if sent { self.turns.push_back(pair, token) } else { self.turns.push_front(pair, token) }
+                if sent {
+                    self.turns.push_back(pair, token)
+                } else {
+                    self.turns.push_front(pair, token)
+                }
                 self.turns.block(pair);
             }
             After::Over(fate) => self.settle(core, port, at, fate),
