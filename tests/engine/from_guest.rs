@@ -403,7 +403,7 @@ fn ask(rig: &mut Rig, peer: &mut Peer, pause: std::time::Duration) -> Vec<crate:
     let at_once = peer.data(rig, Flags::PSH, b"question");
     let later = rig.pass(pause);
     rig.conn(0).queue.extend(b"answer");
-    let answer = rig.stream_ready(0, crate::rig::READABLE);
+    let answer = rig.stream_ready(0, READABLE);
     assert_eq!(only(answer.clone()).tcp().header.ack.0, peer.seq, "the answer acknowledges");
     peer.take(answer);
     peer.acknowledge(rig);

@@ -69,7 +69,9 @@ impl Lab {
         Ok(backend)
     }
 
-    /// Starts vunet with `args` and the options' arguments, without waiting for anything.
+    /// Starts vunet with `args` and the options' arguments, without waiting for anything. `VUNET_ARGS`
+    /// adds arguments wherever a test does not give the first of them itself, to run all tests with, say,
+    /// several workers.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -87,6 +89,11 @@ impl Lab {
         }
         words.push(&binary);
         words.extend(args);
+        let more = std::env::var("VUNET_ARGS").unwrap_or_default();
+        let more: Vec<&str> = more.split_whitespace().collect();
+        if more.first().is_some_and(|flag| !options.args.iter().any(|arg| arg == flag)) {
+            words.extend(&more);
+        }
         words.extend(options.args.iter().map(String::as_str));
         self.host.spawn(&words)
     }

@@ -373,9 +373,9 @@ impl<S: HostStream> TcpTable<S> {
             After::Starved { sent } => {
                 flow.queued = true;
                 if sent {
-                    self.turns.push_back(pair, token)
+                    self.turns.push_back(pair, token);
                 } else {
-                    self.turns.push_front(pair, token)
+                    self.turns.push_front(pair, token);
                 }
                 self.turns.block(pair);
             }
