@@ -34,6 +34,7 @@ curl|curl|fetches in the namespace guest
 ping|iputils-ping|pings from the namespace guest
 dhclient|isc-dhcp-client|is a DHCP client of the namespace guest
 udhcpc|udhcpc|is another DHCP client
+strace|strace|counts system calls
 nft|nftables|makes hosts that refuse or stall
 linux.uml|user-mode-linux|is a guest kernel with a front-end of its own
 dpdk-testpmd|dpdk-dev|is a front-end with a driver of its own'

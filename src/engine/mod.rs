@@ -392,29 +392,28 @@ impl<N: HostNet> Engine<N> {
         datagram: &Datagram<'_>,
     ) -> Result<(), DropReason> {
         let end = (datagram.key.kind, datagram.key.guest);
-        if !self.waiting_for_sockets.awaits(&end) {
-            let Some(elsewhere) = self.nat.datagram(&mut self.core, port, datagram) else {
-                return Ok(());
-            };
-            // If its fragments came here and its socket is there, it is lost.
-            let frame = incoming.frame.ok_or(DropReason::Fragment)?;
-            match elsewhere {
-                Elsewhere::Moves(owner) if self.sent_on.count(end) => {
-                    if let Some(from) = self.own() {
-                        self.letters.push_back((owner, Letter::WantSocket { end, from }));
-                    }
-                }
-                Elsewhere::Moves(owner) | Elsewhere::Stays(owner) => {
-                    // It is counted where it is taken.
-                    self.core.counters.frames_from_guest -= 1;
-                    self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
-                    return Ok(());
-                }
+        let owner = match self.waiting_for_sockets.awaits(&end) {
+            true => None,
+            false => match self.nat.datagram(&mut self.core, port, datagram) {
+                None => return Ok(()),
+                elsewhere => elsewhere,
+            },
+        };
+        // If its fragments came here and its socket is there, it is lost.
+        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
+        match (owner, self.own()) {
+            (Some(Elsewhere::Moves(owner)), Some(from)) if self.sent_on.count(end) => {
+                self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
+                self.letters.push_back((owner, Letter::WantSocket { end, from }));
+            }
+            (Some(Elsewhere::Moves(owner) | Elsewhere::Stays(owner)), _) => {
+                self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
+            }
+            (None, _) => {
+                self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
             }
         }
-        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
-        self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
-        // It is counted when it is taken.
+        // It is counted where, or when, it is taken.
         self.core.counters.frames_from_guest -= 1;
         Ok(())
     }
@@ -428,19 +427,19 @@ impl<N: HostNet> Engine<N> {
         };
         let payload = incoming.whole.range(header_bytes, incoming.whole.len());
         let segment = Segment { key, from: incoming.from, header, payload };
-        let Some(owner) = self.nat.segment(&mut self.core, port, &segment) else {
-            return Ok(());
+        // While the flow is on its way the directory names this worker already: what waits says so first.
+        let owner = match self.waiting.awaits(&key) {
+            true => None,
+            false => match self.nat.segment(&mut self.core, port, &segment) {
+                None => return Ok(()),
+                owner => owner,
+            },
         };
         let frame = incoming.frame.ok_or(DropReason::Fragment)?;
-        match self.waiting.hold(key, frame) {
-            Some(true) => {
-                if let Some(from) = self.own() {
-                    // Never dropped, or what is held would wait for ever; there are no more than frames held.
-                    self.letters.push_back((owner, Letter::Want { key, from }));
-                }
-            }
-            Some(false) => {}
-            None => return Err(DropReason::TableFull),
+        self.waiting.hold(key, frame).ok_or(DropReason::TableFull)?;
+        if let (Some(owner), Some(from)) = (owner, self.own()) {
+            // Never dropped, or what is held would wait for ever; there are no more than frames held.
+            self.letters.push_back((owner, Letter::Want { key, from }));
         }
         // It is counted when it is taken.
         self.core.counters.frames_from_guest -= 1;

@@ -189,16 +189,15 @@ impl<K: Eq + Hash> Waiting<K> {
         !self.flows.is_empty() && self.flows.contains_key(key)
     }
 
-    /// Holds a frame for `key`; returns whether the flow is to be asked for, or `None` if there is no
-    /// room and the frame is lost.
-    pub fn hold(&mut self, key: K, frame: &TxFrame<'_>) -> Option<bool> {
+    /// Holds a frame for `key`, which is awaited from then on; `None` if there is no room and the frame is
+    /// lost.
+    pub fn hold(&mut self, key: K, frame: &TxFrame<'_>) -> Option<()> {
         if self.frames >= limits::AWAITING_FRAMES_MAX {
             return None;
         }
         self.frames += 1;
-        let is_new = !self.flows.contains_key(&key);
         self.flows.entry(key).or_default().frames.push(HeldFrame::copy_of(frame));
-        Some(is_new)
+        Some(())
     }
 
     /// Notes that `worker` wants a flow that is itself awaited; false if it is not.

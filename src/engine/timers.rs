@@ -4,8 +4,6 @@
 //! put at the new place only when it comes up; it is moved at once only to an earlier place. So the
 //! hot path touches the set rarely, and no flow ever has two entries.
 
-use std::collections::BTreeSet;
-
 use super::host_net::Token;
 use crate::time::Instant;
 
@@ -13,53 +11,68 @@ use crate::time::Instant;
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TimerSlot {
     deadline: Option<Instant>,
-    queued: Option<Instant>,
+    entry: Option<EntryId>,
 }
 
-/// All deadlines of an engine.
+/// Names an entry wherever it stands in the heap.
+type EntryId = u32;
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    at: Instant,
+    token: Token,
+    id: EntryId,
+}
+
+/// All deadlines of an engine: a binary heap whose entries know their places, so that one in the middle
+/// can be moved. Room once had is kept.
 #[derive(Debug, Default)]
 pub struct Timers {
-    entries: BTreeSet<(Instant, u64)>,
+    heap: Vec<Entry>,
+    /// Where each entry stands.
+    places: Vec<usize>,
+    /// Names not in use.
+    free: Vec<EntryId>,
 }
 
 impl Timers {
     /// Sets the deadline of `slot`, whose owner is `token`.
     pub fn set(&mut self, slot: &mut TimerSlot, token: Token, at: Instant) {
         slot.deadline = Some(at);
-        match slot.queued {
-            Some(queued) if queued <= at => {}
-            previous => {
-                if let Some(queued) = previous {
-                    self.entries.remove(&(queued, token.0));
+        match slot.entry {
+            None => slot.entry = Some(self.insert(token, at)),
+            Some(id) => {
+                let place = self.places[id as usize];
+                if at < self.heap[place].at {
+                    self.heap[place].at = at;
+                    self.rise(place);
                 }
-                self.entries.insert((at, token.0));
-                slot.queued = Some(at);
             }
         }
     }
 
     /// Takes the deadline of `slot` away for good.
-    pub fn clear(&mut self, slot: &mut TimerSlot, token: Token) {
+    pub fn clear(&mut self, slot: &mut TimerSlot) {
         slot.deadline = None;
-        if let Some(queued) = slot.queued.take() {
-            self.entries.remove(&(queued, token.0));
+        if let Some(id) = slot.entry.take() {
+            self.remove(self.places[id as usize]);
         }
     }
 
-    /// The owner of the first entry due at `now`, whose entry is removed.
+    /// The owner of the first entry due at `now`, whose entry is removed. [`Timers::expired`] must be
+    /// called for it next.
     pub fn pop_due(&mut self, now: Instant) -> Option<Token> {
-        let first = *self.entries.first()?;
-        if first.0 > now {
+        let first = self.heap.first()?;
+        if first.at > now {
             return None;
         }
-        self.entries.remove(&first);
-        Some(Token(first.1))
+        Some(self.remove(0).token)
     }
 
     /// Whether the deadline of `slot` has come, called for each popped owner; queues it again if it
     /// has moved meanwhile.
     pub fn expired(&mut self, slot: &mut TimerSlot, token: Token, now: Instant) -> bool {
-        slot.queued = None;
+        slot.entry = None;
         match slot.deadline {
             Some(at) if at > now => {
                 self.set(slot, token, at);
@@ -75,23 +88,79 @@ impl Timers {
 
     /// When the first entry comes up.
     pub fn next(&self) -> Option<Instant> {
-        self.entries.first().map(|(at, _)| *at)
+        self.heap.first().map(|entry| entry.at)
     }
 
     /// Entries held, one a flow at most.
     pub fn len(&self) -> usize {
-        self.entries.len()
+        self.heap.len()
     }
 
     /// Whether none is held.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
+        self.heap.is_empty()
+    }
+
+    fn insert(&mut self, token: Token, at: Instant) -> EntryId {
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.places.push(0);
+            EntryId::try_from(self.places.len() - 1).expect("flows are bounded far below 2^32")
+        });
+        let place = self.heap.len();
+        self.heap.push(Entry { at, token, id });
+        self.places[id as usize] = place;
+        self.rise(place);
+        id
+    }
+
+    fn remove(&mut self, place: usize) -> Entry {
+        let removed = self.heap.swap_remove(place);
+        self.free.push(removed.id);
+        if let Some(moved) = self.heap.get(place) {
+            self.places[moved.id as usize] = place;
+            self.rise(place);
+            self.sink(place);
+        }
+        removed
+    }
+
+    /// Moves an entry up to where no later one is above it.
+    fn rise(&mut self, mut place: usize) {
+        while place > 0 {
+            let above = (place - 1) / 2;
+            if self.heap[above].at <= self.heap[place].at {
+                return;
+            }
+            self.swap(place, above);
+            place = above;
+        }
+    }
+
+    /// Moves an entry down to where no earlier one is below it.
+    fn sink(&mut self, mut place: usize) {
+        loop {
+            let below = [2 * place + 1, 2 * place + 2].into_iter().filter(|at| *at < self.heap.len());
+            let Some(earliest) = below.min_by_key(|at| self.heap[*at].at) else { return };
+            if self.heap[place].at <= self.heap[earliest].at {
+                return;
+            }
+            self.swap(place, earliest);
+            place = earliest;
+        }
+    }
+
+    fn swap(&mut self, a: usize, b: usize) {
+        self.heap.swap(a, b);
+        for place in [a, b] {
+            self.places[self.heap[place].id as usize] = place;
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::time::Duration;
 
     fn at(ms: u64) -> Instant {
@@ -123,7 +192,40 @@ mod tests {
         timers.set(&mut slot, Token(1), at(7_200_000));
         timers.set(&mut slot, Token(1), at(200));
         assert_eq!((timers.len(), timers.next()), (1, Some(at(200))));
-        timers.clear(&mut slot, Token(1));
+        timers.clear(&mut slot);
         assert!(timers.is_empty());
+    }
+
+    proptest! {
+        /// Against a plain list: what comes up, when, and that nothing is left behind.
+        #[test]
+        fn any_order_of_changes_brings_every_deadline_up_in_time(
+            changes in proptest::collection::vec((0usize..20, proptest::option::of(0u64..1000), 0u64..40), 1..400),
+        ) {
+            let mut timers = Timers::default();
+            let mut slots = [TimerSlot::default(); 20];
+            let mut wanted: [Option<u64>; 20] = [None; 20];
+            let mut now = 0;
+            for (owner, deadline, pass) in changes {
+                match deadline {
+                    Some(ms) => timers.set(&mut slots[owner], Token(owner as u64), at(now + ms)),
+                    None => timers.clear(&mut slots[owner]),
+                }
+                wanted[owner] = deadline.map(|ms| now + ms);
+                now += pass;
+                while let Some(token) = timers.pop_due(at(now)) {
+                    let owner = token.0 as usize;
+                    let due = wanted[owner].is_some_and(|ms| ms <= now);
+                    prop_assert_eq!(timers.expired(&mut slots[owner], token, at(now)), due);
+                    if due {
+                        wanted[owner] = None;
+                    }
+                }
+                prop_assert!(wanted.iter().flatten().all(|ms| *ms > now), "none is late");
+                prop_assert_eq!(timers.len(), wanted.iter().flatten().count());
+                let first = wanted.iter().flatten().min().map(|ms| at(*ms));
+                prop_assert!(timers.next() <= first || first.is_none());
+            }
+        }
     }
 }

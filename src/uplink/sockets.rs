@@ -180,7 +180,7 @@ impl HostSockets {
     }
 
     fn watch_datagram(&self, token: Token, socket: UdpSocket) -> io::Result<Datagram> {
-        self.shared.poll.watch_socket(socket.socket.as_fd(), token)?;
+        self.shared.poll.watch_datagrams(socket.socket.as_fd(), token)?;
         Ok(Datagram { shared: Rc::clone(&self.shared), socket: Rc::new(socket) })
     }
 

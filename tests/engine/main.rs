@@ -12,6 +12,7 @@ mod gateway;
 mod handover;
 mod handshake;
 mod hostile;
+mod interleavings;
 mod policy;
 mod port;
 mod published;

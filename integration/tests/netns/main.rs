@@ -14,4 +14,5 @@ mod hostile;
 mod lease;
 mod policy;
 mod publish;
+mod syscalls;
 mod transfer;

@@ -351,7 +351,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// Takes a peer out of every table; returns its mapping.
     fn forget_peer(&mut self, core: &mut Core, at: usize) -> usize {
         let mut peer = self.peers.remove(at);
-        core.timers.clear(&mut peer.timer, peer.token);
+        core.timers.clear(&mut peer.timer);
         self.peer_lru.remove(at);
         self.by_key.remove(&peer.key);
         if self.mappings[peer.mapping].published_port.is_some() {
@@ -490,12 +490,16 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// Sockets that used their turn up have another.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        for token in std::mem::take(&mut self.again) {
+        // Those that use this turn up too go to the end of the list: each has one turn a batch.
+        let turns = self.again.len();
+        for n in 0..turns {
+            let token = self.again[n];
             if let Some(at) = self.find(token) {
                 self.mappings[at].again = false;
                 self.take_turn(core, port, token);
             }
         }
+        self.again.drain(..turns);
     }
 
     /// The guest posted receive buffers.

@@ -37,6 +37,16 @@ impl Poll {
         self.control(ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), socket_events(), token)
     }
 
+    /// Watches a datagram socket, edge-triggered, for datagrams and errors. (Room to send would be reported
+    /// with nearly every datagram that leaves, and nobody waits for it.)
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn watch_datagrams(&self, fd: BorrowedFd<'_>, token: Token) -> io::Result<()> {
+        let events = Events::EPOLLIN | Events::EPOLLET;
+        self.control(ControlOptions::EPOLL_CTL_ADD, fd.as_raw_fd(), events, token)
+    }
+
     /// Watches a socket again, which reports readiness that already exists and makes the kernel
     /// report room in a full send queue.
     ///

@@ -435,11 +435,12 @@ impl<S: HostStream> Flow<S> {
         self.pass_fin_on(budget)
     }
 
-    /// Asks the socket to tell of room.
+    /// Asks the socket to tell of room, if it was not asked already.
     pub(super) fn want_room(&mut self) {
-        if let Some(stream) = self.stream.as_mut() {
+        if let Some(stream) = self.stream.as_mut()
+            && !std::mem::replace(&mut self.recv.wants_room, true)
+        {
             stream.want_writable();
-            self.recv.wants_room = true;
         }
     }
 
@@ -495,7 +496,7 @@ impl<S: HostStream> Flow<S> {
         let next = [self.patience_ends(), self.recv.ack_by].into_iter().flatten().min();
         match next {
             Some(at) => core.timers.set(&mut self.timer, self.token, at),
-            None => core.timers.clear(&mut self.timer, self.token),
+            None => core.timers.clear(&mut self.timer),
         }
     }
 
@@ -566,8 +567,7 @@ impl<S: HostStream> Flow<S> {
         if let Some(stream) = self.stream.as_mut().filter(|_| grow && !self.recv.closed) {
             let space = stream.send_space();
             if space.tight {
-                stream.want_writable();
-                self.recv.wants_room = true;
+                self.want_room();
             }
             let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);

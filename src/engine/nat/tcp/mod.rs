@@ -35,6 +35,9 @@ use crate::wire::ipv4;
 use crate::wire::tcp::{Flags, Header, Options, SeqNumber};
 use crate::wire::{icmpv4::UnreachableCode, ipv4::Protocol};
 
+/// Flows of a usual batch, for which lists have room from the start.
+const BATCH_FLOWS: usize = 64;
+
 /// A TCP segment of the guest, parsed.
 #[derive(Clone, Copy, Debug)]
 pub struct Segment<'a> {
@@ -75,7 +78,7 @@ impl<S: HostStream> TcpTable<S> {
             lru: Lru::default(),
             finished: Lru::default(),
             budget: Budget::default(),
-            dirty: Vec::new(),
+            dirty: Vec::with_capacity(BATCH_FLOWS),
             turns: Turns::default(),
             unresolved: Vec::new(),
             isn_secret,
@@ -222,7 +225,7 @@ impl<S: HostStream> TcpTable<S> {
     pub fn detach(&mut self, core: &mut Core, key: &Key) -> Option<Moved<S::Detached>> {
         let at = *self.by_key.get(key)?;
         let mut flow = self.take_out(at);
-        core.timers.clear(&mut flow.timer, flow.token);
+        core.timers.clear(&mut flow.timer);
         flow.recv.pool.leave(&mut self.budget);
         Some(flow.detach())
     }
@@ -435,7 +438,7 @@ impl<S: HostStream> TcpTable<S> {
     fn remove(&mut self, core: &mut Core, at: usize) {
         let mut flow = self.take_out(at);
         core.release(&Place::Tcp(flow.key));
-        core.timers.clear(&mut flow.timer, flow.token);
+        core.timers.clear(&mut flow.timer);
         flow.recv.pool.clear(&mut self.budget);
     }
 

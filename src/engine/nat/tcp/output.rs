@@ -67,7 +67,7 @@ impl<S: HostStream> Flow<S> {
         };
         if matches!(after, After::Starved { .. }) {
             // No time runs against a guest that posts no buffers; its next kick wakes the flow.
-            core.timers.clear(&mut self.timer, self.token);
+            core.timers.clear(&mut self.timer);
         } else {
             self.rearm(core);
         }

@@ -7,14 +7,21 @@
 
 use std::collections::VecDeque;
 
+use super::BATCH_FLOWS;
 use crate::engine::host_net::Token;
 use crate::frame::QueuePair;
 
 /// Flows of one pair in order.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Queue {
     waiting: VecDeque<Token>,
     blocked: bool,
+}
+
+impl Default for Queue {
+    fn default() -> Queue {
+        Queue { waiting: VecDeque::with_capacity(BATCH_FLOWS), blocked: false }
+    }
 }
 
 /// The queues of all pairs.
