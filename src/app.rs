@@ -236,7 +236,7 @@ fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
 /// the published ports.
 fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
-    let reserved = limits::RESERVED_FDS * workers + published;
+    let reserved = limits::RESERVED_FDS_DNS + limits::RESERVED_FDS_WORKER * workers + published;
     (open_files.saturating_sub(reserved) / workers).clamp(16, limits::FLOWS_MAX)
 }
 
@@ -266,8 +266,9 @@ mod tests {
 
     #[test]
     fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024, 0, 1), 1024 - limits::RESERVED_FDS);
-        assert_eq!(flows_max(1024, 100, 1), 924 - limits::RESERVED_FDS);
+        assert_eq!(flows_max(1024, 0, 1), 640);
+        assert_eq!(flows_max(1024, 100, 1), 540);
+        assert_eq!(flows_max(1024, 0, 4), 112);
         assert_eq!(flows_max(64, 4096, 1), 16);
         assert_eq!(flows_max(u64::MAX, 4096, 2), limits::FLOWS_MAX);
     }

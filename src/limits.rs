@@ -33,9 +33,13 @@ pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;
 /// Flows of a worker however many descriptors there are; 16-bit ports of a few hundred peers.
 pub const FLOWS_MAX: usize = 262_144;
 
-/// Descriptors kept back from flows: about 60 for rings, epoll and channels, and 256 for DNS (queries
-/// over both transports and both ends of its streams).
-pub const RESERVED_FDS: usize = 384;
+/// Descriptors kept back from flows for each worker: rings, epoll and channels.
+pub const RESERVED_FDS_WORKER: usize = 64;
+
+/// Descriptors kept back from flows for DNS: queries over both transports and both ends of its streams
+/// at their bounds for one worker. Several workers rarely ask as much at once; where they do and
+/// descriptors run out, the longest idle flow makes room.
+pub const RESERVED_FDS_DNS: usize = 320;
 
 /// Datagrams being reassembled from fragments at once.
 pub const REASSEMBLY_DATAGRAMS_MAX: usize = 64;

@@ -312,6 +312,10 @@ impl<N: HostNet> Engine<N> {
         match event.change {
             LeaseChange::Bound => {
                 tracing::info!(mac = %event.mac, address = %event.ip, "lease");
+                if event.mac == from.mac {
+                    // Who comes through a published port need not wait for ARP.
+                    self.learn(event.ip, from);
+                }
                 self.tell_others(|| Letter::Primary(IpAddr::V4(event.ip)));
             }
             change => {

@@ -22,7 +22,7 @@ struct Story {
     workers: u8,
     frames: &'static [(usize, Flags, &'static str)],
     /// Letters lost on the way, which none may be: shows what is noticed.
-    lost: fn(&Letter<usize, usize>) -> bool,
+    lost: Lost,
 }
 
 fn nothing_lost(_: &Letter<usize, usize>) -> bool {
@@ -36,6 +36,9 @@ enum Action {
     Letter { from: usize, to: usize },
 }
 
+/// Which letters are lost on the way.
+type Lost = fn(&Letter<usize, usize>) -> bool;
+
 /// One schedule under way.
 struct Schedule {
     rigs: Vec<Rig>,
@@ -45,7 +48,7 @@ struct Schedule {
     /// By sender and receiver: letters under way.
     letters: Vec<Vec<VecDeque<Letter<usize, usize>>>>,
     seen: Vec<Seen>,
-    lost: fn(&Letter<usize, usize>) -> bool,
+    lost: Lost,
 }
 
 impl Schedule {
@@ -196,7 +199,7 @@ fn a_flow_that_ends_while_it_is_wanted_leaves_nobody_waiting_in_any_order() {
 
 #[test]
 fn a_letter_that_is_lost_is_noticed() {
-    let lost: [fn(&Letter<usize, usize>) -> bool; 2] =
+    let lost: [Lost; 2] =
         [|letter| matches!(letter, Letter::Want { .. }), |letter| matches!(letter, Letter::Flow(_))];
     for lost in lost {
         let frames: &[(usize, Flags, &str)] = &[(1, Flags::PSH, "a")];

@@ -42,6 +42,14 @@ pub fn vunet_binary() -> PathBuf {
     }
 }
 
+/// The arguments in the environment variable `name`, unless `args` give the first of them already.
+fn more_arguments(name: &str, args: &[&str]) -> Vec<String> {
+    let text = std::env::var(name).unwrap_or_default();
+    let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+    let is_given = words.first().is_none_or(|flag| args.contains(&flag.as_str()));
+    if is_given { Vec::new() } else { words }
+}
+
 impl Lab {
     /// Starts vunet in the host namespace and waits for its socket.
     ///
@@ -89,12 +97,10 @@ impl Lab {
         }
         words.push(&binary);
         words.extend(args);
-        let more = std::env::var("VUNET_ARGS").unwrap_or_default();
-        let more: Vec<&str> = more.split_whitespace().collect();
-        if more.first().is_some_and(|flag| !options.args.iter().any(|arg| arg == flag)) {
-            words.extend(&more);
-        }
-        words.extend(options.args.iter().map(String::as_str));
+        let own: Vec<&str> = options.args.iter().map(String::as_str).collect();
+        let more = more_arguments("VUNET_ARGS", &own);
+        words.extend(more.iter().map(String::as_str));
+        words.extend(own);
         self.host.spawn(&words)
     }
 
@@ -118,8 +124,8 @@ impl Lab {
         Ok(GuestProcess { ready, ..guest })
     }
 
-    /// Starts the namespace guest without waiting for anything. `VUNET_GUEST_ARGS` adds arguments to
-    /// every guest, to run all tests with, say, another ring size.
+    /// Starts the namespace guest without waiting for anything. `VUNET_GUEST_ARGS` adds arguments wherever
+    /// a test does not give the first of them itself, to run all tests with, say, another ring size.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -128,8 +134,8 @@ impl Lab {
         let socket = socket.display().to_string();
         let mut words = vec![&*binary, "netns-guest", "--socket", &socket, "--netns", self.guest.name()];
         words.extend(args);
-        let more = std::env::var("VUNET_GUEST_ARGS").unwrap_or_default();
-        words.extend(more.split_whitespace());
+        let more = more_arguments("VUNET_GUEST_ARGS", args);
+        words.extend(more.iter().map(String::as_str));
         // Started outside the guest's namespace: it enters by itself.
         let process = Process::start(&words)?;
         Ok(GuestProcess { process, ready: serde_json::Value::Null })

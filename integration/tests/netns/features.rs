@@ -52,9 +52,14 @@ fn every_feature_at_once() {
 #[test]
 fn no_feature_at_all() {
     bare(&Setup::new().tools(&["curl"]), |bench| {
-        attach_and_transfer(bench, &["--features", "none"], 8 * MIB, 1)?;
-        attach_and_transfer(bench, &["--features", "none", "--protocol", "none"], 8 * MIB, 2)?;
-        attach_and_transfer(bench, &["--features", "version_1"], 8 * MIB, 3)
+        // Several queue pairs are a feature.
+        for (n, features) in
+            [&["none"][..], &["none", "--protocol", "none"], &["version_1"]].iter().enumerate()
+        {
+            let args = [&["--queues", "1", "--features"][..], features].concat();
+            attach_and_transfer(bench, &args, 8 * MIB, n as u64)?;
+        }
+        Ok(())
     });
 }
 
@@ -115,7 +120,8 @@ fn descriptors_cut_anywhere() {
 fn qemus_order_of_messages() {
     bare(&Setup::new().tools(&["curl"]), |bench| {
         for protocol in ["all", "none", "all,-config,-configure_mem_slots"] {
-            attach_and_transfer(bench, &["--order", "qemu", "--protocol", protocol], 8 * MIB, 1)?;
+            let args = ["--order", "qemu", "--protocol", protocol, "--queues", "1"];
+            attach_and_transfer(bench, &args, 8 * MIB, 1)?;
         }
         Ok(())
     });
