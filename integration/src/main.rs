@@ -203,7 +203,7 @@ struct NetnsGuest {
     #[arg(long, value_parser = parse_mac)]
     mac: Option<[u8; 6]>,
     /// Ways to go wrong: drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, late-kick:MS,
-    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N.
+    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N, starve:N, deaf:N.
     #[arg(long, value_delimiter = ',')]
     misbehave: Vec<Misbehaviour>,
     /// Wait for another back-end when one leaves.
