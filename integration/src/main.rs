@@ -212,13 +212,18 @@ struct NetnsGuest {
 }
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 struct Frames {
     #[command(flatten)]
     driver: Driver,
     /// What to send as fast as it goes: udp:FRAME_BYTES:ADDRESS:PORT. Without it, only receive.
     #[arg(long)]
     generate: Option<Generate>,
-    /// Send this many frames at most.
+    /// Flows, which are source ports, the datagrams belong to; the queue pairs have them in turn. By
+    /// default one for each pair.
+    #[arg(long)]
+    flows: Option<u16>,
+    /// Send this many frames at most on each queue pair.
     #[arg(long)]
     frames_max: Option<u64>,
     /// The guest's MAC address.
@@ -250,8 +255,11 @@ impl NetnsGuest {
 
 impl Frames {
     fn into_config(self) -> FramesConfig {
+        let driver = self.driver.into_config();
         FramesConfig {
-            driver: self.driver.into_config(),
+            // More pairs than that are refused later.
+            flows: self.flows.unwrap_or(u16::try_from(driver.queues).unwrap_or(u16::MAX)),
+            driver,
             generate: self.generate,
             frames_max: self.frames_max,
             mac: self.mac,
