@@ -120,6 +120,9 @@ struct BenchServer {
     /// Datagrams a second at most; 0 for as many as go.
     #[arg(long, default_value_t = 0)]
     blast_rate: u64,
+    /// Datagrams sent with one system call at most, as QUIC servers do.
+    #[arg(long, default_value_t = 1)]
+    blast_run: u16,
 }
 
 impl BenchServer {
@@ -129,6 +132,7 @@ impl BenchServer {
             blast_bytes: self.blast_bytes,
             blast: Duration::from_millis(self.blast_ms),
             blast_rate: self.blast_rate,
+            blast_run: self.blast_run,
         }
     }
 }
