@@ -64,13 +64,15 @@ struct Bench {
     /// Scenarios, or beginnings of their names such as `tcp-from`; all by default.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Another back-end: NAME='COMMAND … {socket} …', `{ip_mtu}` may be used too; repeatable.
+    /// Another back-end: NAME='COMMAND … {socket} …'; `{ip_mtu}` and `{queues}` may be used too, and
+    /// without the latter it is left out where several queue pairs are needed; repeatable.
     #[arg(long)]
     peer: Vec<Backend>,
     /// Leave vunet out.
     #[arg(long)]
     without_vunet: bool,
-    /// Also measure the same namespaces over veth, and over two TAPs and a copy loop.
+    /// Also measure the same namespaces over veth, over two TAPs and a copy loop, and bare sockets
+    /// where a back-end would stand.
     #[arg(long)]
     bounds: bool,
     /// Directory for the results.
@@ -82,7 +84,8 @@ struct Bench {
     /// Set the machine's rmem_max and wmem_max to this many bytes meanwhile.
     #[arg(long)]
     socket_limits: Option<u32>,
-    /// Further arguments of the namespace guest, separated by blanks.
+    /// Further arguments of every front-end, separated by blanks. A frame from the guest lies in one
+    /// descriptor (`--tx-cuts 65562`) unless they say otherwise.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     guest_args: String,
 }
@@ -164,7 +167,7 @@ struct Driver {
     #[arg(long, default_value_t = 4096)]
     rx_buffer: u32,
     /// Lengths of the descriptors a frame from the guest is cut into; the last one repeats.
-    #[arg(long, value_delimiter = ',', default_value = "128,32768")]
+    #[arg(long, value_delimiter = ',', default_value = "128,32768", overrides_with = "tx_cuts")]
     tx_cuts: Vec<u32>,
     /// Queue pairs.
     #[arg(long, default_value_t = 1)]
@@ -306,5 +309,21 @@ fn main() -> ExitCode {
             eprintln!("vunet-integration: {text}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_arguments_of_a_front_end_override_earlier_ones() {
+        let words = ["x", "netns-guest", "--socket", "s", "--tx-cuts", "65562", "--tx-cuts", "12,4096"];
+        let Command::NetnsGuest(guest) = Cli::parse_from(words).command else { panic!("another command") };
+        assert_eq!(guest.into_config().driver.tx_cuts, [12, 4096]);
+        let words = ["x", "frames", "--socket", "s", "--queues", "1", "--queues", "2"];
+        let Command::Frames(frames) = Cli::parse_from(words).command else { panic!("another command") };
+        let config = frames.into_config();
+        assert_eq!((config.driver.queues, config.flows), (2, 2), "one flow for each pair");
     }
 }

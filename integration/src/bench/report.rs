@@ -208,7 +208,7 @@ pub(super) mod tests {
 
     pub(in super::super) fn example() -> Report {
         let mut results = Results::default();
-        let tcp = Scenario::Tcp { to_guest: false, ip_mtu: 1500, flows: 1 };
+        let tcp = Scenario::Tcp { to_guest: false, ip_mtu: 1500, flows: 1, pairs: 1 };
         for value in [1.0, 3.0, 2.5] {
             results.add(tcp, "vunet", &vec![(RATE, value)]);
         }
