@@ -7,6 +7,7 @@
 
 mod load;
 mod measure;
+mod names;
 mod plot;
 mod procfs;
 mod quiet;
@@ -85,21 +86,9 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     }
     let limits = config.socket_limits.map(SocketLimits::set).transpose();
     let _limits = limits.map_err(site::during("setting rmem_max and wmem_max"))?;
-    let mut report = Report {
-        machine: Machine::here(),
-        commit: report::commit(),
-        command: config.command.clone(),
-        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-        load_average_before: load_average(),
-        load_average_after: String::new(),
-        seconds: config.seconds,
-        repetitions: config.repetitions,
-        backends: backends.iter().map(|backend| backend.name.clone()).collect(),
-        figures: Vec::new(),
-        failures: Vec::new(),
-    };
-    let mut results = Results::default();
     let front_end_args = front_end_args(config);
+    let mut report = empty_report(config, &backends, &front_end_args);
+    let mut results = Results::default();
     let sampler = Sampler {
         integration: &config.integration,
         seconds: config.seconds,
@@ -119,6 +108,24 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     }
     eprintln!("{:.0} s; results in {}", started.elapsed().as_secs_f64(), config.out.display());
     Ok(())
+}
+
+fn empty_report(config: &BenchConfig, backends: &[Backend], front_end_args: &[String]) -> Report {
+    Report {
+        machine: Machine::here(),
+        commit: report::commit(),
+        command: config.command.clone(),
+        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        load_average_before: load_average(),
+        load_average_after: String::new(),
+        seconds: config.seconds,
+        repetitions: config.repetitions,
+        backends: backends.iter().map(|backend| backend.name.clone()).collect(),
+        backend_commands: backends.iter().map(Backend::command).collect(),
+        front_end_args: front_end_args.iter().map(|word| names::in_command(word)).collect(),
+        figures: Vec::new(),
+        failures: Vec::new(),
+    }
 }
 
 /// Arguments of every front-end: the benchmark's own, then those of the user, which override.
@@ -151,11 +158,11 @@ fn sample(
     }
 }
 
-/// The command line as a shell would take it, with the program's name only: what is committed must
-/// not tell where it was built.
+/// The command line as a shell would take it, with files' names only.
 pub fn command_line(args: impl Iterator<Item = String>) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./:,+%@".contains(c);
     let quote = |word: String| {
+        let word = names::in_command(&word);
         if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{word}'") }
     };
     let words = std::iter::once("vunet-integration".to_owned()).chain(args.skip(1).map(quote));
@@ -168,7 +175,8 @@ mod tests {
 
     #[test]
     fn the_command_line_is_quoted_where_a_shell_needs_it() {
-        let args = ["/x/y/vunet-integration", "bench", "--peer", "a=b {socket}"].map(str::to_owned);
-        assert_eq!(command_line(args.into_iter()), "vunet-integration bench --peer 'a=b {socket}'");
+        let args = ["/x/y/vunet-integration", "bench", "--peer", "a=/z/b {socket}", "--out", "/o/p"];
+        let line = command_line(args.map(str::to_owned).into_iter());
+        assert_eq!(line, "vunet-integration bench --peer 'a=b {socket}' --out p");
     }
 }

@@ -6,23 +6,31 @@ use super::report::{Report, short};
 
 /// Okabe and Ito's palette, which people of any colour vision can tell apart.
 const COLOURS: [&str; 6] = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"];
-const LEFT: f64 = 130.0;
+const LEFT: f64 = 160.0;
 const WIDTH: f64 = 720.0;
 const BAR: f64 = 13.0;
 const GAP: f64 = 10.0;
-const TOP: f64 = 64.0;
+/// Where the legend begins.
+const LEGEND_TOP: f64 = 34.0;
+const LEGEND_ROW: f64 = 18.0;
+const LEGEND_COLUMN: f64 = 150.0;
+/// Names in a row of the legend.
+const LEGEND_COLUMNS: usize = 4;
 /// Room for the figures at the bars' ends.
 const RIGHT: f64 = 120.0;
 
 /// A picture: its name, its title, the scenarios' beginning and the metric.
-const PLOTS: [(&str, &str, &str, &str); 9] = [
+const PLOTS: [(&str, &str, &str, &str); 12] = [
     ("tcp-rate", "TCP, Gbit/s", "tcp-", "rate"),
     ("tcp-cpu", "TCP, CPU seconds of the back-end per GB", "tcp-", "backend CPU per GB"),
-    ("udp-packets", "UDP frames made in memory, thousand/s", "udp-", "packets"),
+    ("udp-packets", "UDP, thousand packets/s", "udp-", "packets"),
+    ("udp-loss", "UDP to the guest at 70 % of the most that arrived, % lost", "udp-to", "loss"),
     ("udp-cpu", "UDP, CPU seconds of the back-end per million packets", "udp-", "backend CPU per million"),
     ("latency-p50", "One byte there and back, p50 in microseconds", "", "p50"),
     ("latency-p99", "One byte there and back, p99 in microseconds", "", "p99"),
     ("connect", "Connect, request, response, close: thousand/s", "connect-", "exchanges"),
+    ("wakes", "Wake-ups a second while nothing gets ahead", "", "wake-ups"),
+    ("busy", "CPU time while nothing gets ahead, % of a core", "", "backend CPU"),
     ("memory", "Resident memory without the guest's, MiB", "idle", "resident"),
     ("lease", "Process start to DHCP lease, ms", "lease", "start to lease"),
 ];
@@ -45,7 +53,8 @@ fn escape(text: &str) -> String {
 fn bars(report: &Report, title: &str, scenarios: &[&str], metric: &str) -> String {
     let backends = &report.backends;
     let group = backends.len() as f64 * BAR + GAP;
-    let height = TOP + group * scenarios.len() as f64;
+    let top = LEGEND_TOP + LEGEND_ROW * backends.len().div_ceil(LEGEND_COLUMNS) as f64 + GAP;
+    let height = top + group * scenarios.len() as f64;
     let figures = report.figures.iter().filter(|f| f.metric == metric && scenarios.contains(&&*f.scenario));
     let most = figures.map(|figure| figure.summary.max).fold(f64::MIN_POSITIVE, f64::max);
     let scale = (WIDTH - LEFT - RIGHT) / most;
@@ -60,16 +69,19 @@ fn bars(report: &Report, title: &str, scenarios: &[&str], metric: &str) -> Strin
         escape(title)
     );
     for (at, name) in backends.iter().enumerate() {
-        let (x, colour) = (8.0 + at as f64 * 150.0, COLOURS[at % COLOURS.len()]);
+        let (column, row) = ((at % LEGEND_COLUMNS) as f64, (at / LEGEND_COLUMNS) as f64);
+        let (x, y) = (8.0 + column * LEGEND_COLUMN, LEGEND_TOP + row * LEGEND_ROW);
+        let colour = COLOURS[at % COLOURS.len()];
         let _ = writeln!(
             out,
-            r#"<rect x="{x}" y="34" width="10" height="10" fill="{colour}"/><text x="{}" y="43">{}</text>"#,
+            r#"<rect x="{x}" y="{y}" width="10" height="10" fill="{colour}"/><text x="{}" y="{}">{}</text>"#,
             x + 14.0,
+            y + 9.0,
             escape(name)
         );
     }
     for (row, scenario) in scenarios.iter().enumerate() {
-        let y = TOP + row as f64 * group;
+        let y = top + row as f64 * group;
         let _ = writeln!(out, r#"<text x="8" y="{}">{scenario}</text>"#, y + BAR * 0.8);
         for (at, backend) in backends.iter().enumerate() {
             let Some(figure) = report.figure(scenario, metric, backend) else { continue };

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::names;
 use super::scenario::Scenario;
 use crate::guest::Counters;
 use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
@@ -83,6 +84,14 @@ impl Backend {
             Backend { name: "veth".into(), kind: BackendKind::Veth },
             Backend { name: "bare sockets".into(), kind: BackendKind::Sockets },
         ]
+    }
+
+    /// The command of a vhost-user back-end, with files' names only.
+    pub(super) fn command(&self) -> Option<String> {
+        match &self.kind {
+            BackendKind::VhostUser(words) => Some(names::in_command(&words.join(" "))),
+            _ => None,
+        }
     }
 
     /// Whether it can take part in `scenario`.
