@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use thiserror::Error;
 
+use super::check::Header;
 use super::driver::{self, DriverConfig, PairRings};
 use super::handshake::{self, Agreement};
 use super::ring::{Piece, Used};
@@ -103,12 +104,12 @@ pub fn run(config: &FramesConfig) -> Result<(), GuestError> {
     let seconds = started.elapsed().as_secs_f64();
     handshake::stop_rings(&mut session, &layout.places);
     let sum = |of: fn(&Source) -> u64| sources.iter().map(of).sum::<u64>();
-    let (sent, received) = (sum(|source| source.sent), sum(|source| source.received));
+    let (sent, received) = (sum(|source| source.sent), sum(|source| source.arrivals.frames));
     print_line(&json!({
         "seconds": seconds,
         "sent": sent,
         "received": received,
-        "received_bytes": sum(|source| source.received_bytes),
+        "received_bytes": sum(|source| source.arrivals.bytes),
         "sent_per_second": sent as f64 / seconds,
         "received_per_second": received as f64 / seconds,
     }));
@@ -148,8 +149,33 @@ struct Source {
     used: Vec<Used>,
     pieces: Vec<Piece>,
     sent: u64,
-    received: u64,
-    received_bytes: u64,
+    arrivals: Arrivals,
+}
+
+/// Frames that came, each in one receive buffer or in several (MRG_RXBUF).
+#[derive(Debug, Default)]
+struct Arrivals {
+    frames: u64,
+    /// Without headers of the device.
+    bytes: u64,
+    /// Buffers still to come of the last frame.
+    buffers_left: u16,
+}
+
+impl Arrivals {
+    /// Counts one used buffer, `head` and `len_bytes` of it; returns whether a frame begins in it.
+    fn add(&mut self, head: &[u8], len_bytes: usize, header_bytes: usize) -> bool {
+        if self.buffers_left > 0 {
+            self.buffers_left -= 1;
+            self.bytes += len_bytes as u64;
+            return false;
+        }
+        self.frames += 1;
+        self.bytes += len_bytes.saturating_sub(header_bytes) as u64;
+        let buffers = Header::parse(head, header_bytes).map_or(1, |header| header.num_buffers);
+        self.buffers_left = buffers.saturating_sub(1);
+        true
+    }
 }
 
 impl Source {
@@ -175,8 +201,7 @@ impl Source {
             used: Vec::new(),
             pieces: Vec::new(),
             sent: 0,
-            received: 0,
-            received_bytes: 0,
+            arrivals: Arrivals::default(),
         };
         if let Some(generate) = config.generate {
             source.fill_slots(config, generate, ports);
@@ -269,9 +294,12 @@ impl Source {
         self.rings.rx.take_used(usize::MAX, &mut self.used);
         let used = std::mem::take(&mut self.used);
         for used in &used {
-            self.received += 1;
-            self.received_bytes += (used.len as usize).saturating_sub(self.header_bytes) as u64;
-            self.answer_arp(*used);
+            let mut head = [0; 12 + ARP_BYTES];
+            let len_bytes = used.len as usize;
+            let have = self.rings.rx_slots[usize::from(used.token)].read(self.mem, &mut head).min(len_bytes);
+            if self.arrivals.add(&head[..have], len_bytes, self.header_bytes) {
+                self.answer_arp(*used, &head);
+            }
             let slot = &self.rings.rx_slots[usize::from(used.token)];
             self.rings.rx.add(&slot.pieces, used.token).expect("its own descriptors are free again");
         }
@@ -285,14 +313,11 @@ impl Source {
     }
 
     /// Answers a request for the guest's own address (RFC 826).
-    fn answer_arp(&mut self, used: Used) {
+    fn answer_arp(&mut self, used: Used, head: &[u8; 12 + ARP_BYTES]) {
         if used.len as usize > self.header_bytes + 128 {
             return;
         }
-        let mut frame = [0; 12 + ARP_BYTES];
-        let frame = &mut frame[..self.header_bytes + ARP_BYTES];
-        self.rings.rx_slots[usize::from(used.token)].read(self.mem, frame);
-        let request = &frame[self.header_bytes..];
+        let request = &head[self.header_bytes..self.header_bytes + ARP_BYTES];
         let asks_us =
             request[12..14] == [8, 6] && request[20..22] == [0, 1] && request[38..42] == self.ip.octets();
         let Some(slot) = self.answer_slot.filter(|_| asks_us) else {
@@ -333,5 +358,16 @@ mod tests {
     fn flows_are_dealt_out_to_the_pairs_in_turn() {
         assert_eq!(ports_of(5, 2, 0), [4000, 4002, 4004]);
         assert_eq!(ports_of(5, 2, 1), [4001, 4003]);
+    }
+
+    #[test]
+    fn a_frame_in_several_buffers_is_one_frame() {
+        let mut arrivals = Arrivals::default();
+        let head = |buffers: u8| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, buffers, 0];
+        assert!(arrivals.add(&head(2), 4096, 12));
+        assert!(!arrivals.add(&[9; 12], 54, 12), "its rest has no header");
+        assert!(arrivals.add(&head(1), 118, 12));
+        assert!(arrivals.add(&[], 5, 12), "too short for a header");
+        assert_eq!((arrivals.frames, arrivals.bytes), (3, 4096 + 54 - 12 + 106));
     }
 }
