@@ -158,8 +158,9 @@ impl Sampler<'_> {
         flows: u16,
     ) -> Result<Sample, BenchError> {
         site.lab.start_iperf3()?;
-        let (world, seconds, flows_text) =
-            (WORLD.to_string(), format!("{}", self.seconds), flows.to_string());
+        // iperf3 knows whole seconds only, and 0 means for ever.
+        let seconds = format!("{}", self.seconds.ceil());
+        let (world, flows_text) = (WORLD.to_string(), flows.to_string());
         let mut words = vec!["iperf3", "-c", &world, "-J", "-t", &seconds, "-P", &flows_text];
         words.extend(["--connect-timeout", "3000"]);
         if to_guest {
