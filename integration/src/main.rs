@@ -64,13 +64,15 @@ struct Bench {
     /// Scenarios, or beginnings of their names such as `tcp-from`; all by default.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// Another back-end: NAME='COMMAND … {socket} …', `{ip_mtu}` may be used too; repeatable.
+    /// Another back-end: NAME='COMMAND … {socket} …'; `{ip_mtu}` and `{queues}` may be used too, and
+    /// without the latter it is left out where several queue pairs are needed; repeatable.
     #[arg(long)]
     peer: Vec<Backend>,
     /// Leave vunet out.
     #[arg(long)]
     without_vunet: bool,
-    /// Also measure the same namespaces over veth, and over two TAPs and a copy loop.
+    /// Also measure the same namespaces over veth, over two TAPs and a copy loop, and bare sockets
+    /// where a back-end would stand.
     #[arg(long)]
     bounds: bool,
     /// Directory for the results.
@@ -82,7 +84,8 @@ struct Bench {
     /// Set the machine's rmem_max and wmem_max to this many bytes meanwhile.
     #[arg(long)]
     socket_limits: Option<u32>,
-    /// Further arguments of the namespace guest, separated by blanks.
+    /// Further arguments of every front-end, separated by blanks. A frame from the guest lies in one
+    /// descriptor (`--tx-cuts 65562`) unless they say otherwise.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
     guest_args: String,
 }
@@ -120,6 +123,9 @@ struct BenchServer {
     /// Datagrams a second at most; 0 for as many as go.
     #[arg(long, default_value_t = 0)]
     blast_rate: u64,
+    /// Datagrams sent with one system call at most, as QUIC servers do.
+    #[arg(long, default_value_t = 1)]
+    blast_run: u16,
 }
 
 impl BenchServer {
@@ -129,6 +135,7 @@ impl BenchServer {
             blast_bytes: self.blast_bytes,
             blast: Duration::from_millis(self.blast_ms),
             blast_rate: self.blast_rate,
+            blast_run: self.blast_run,
         }
     }
 }
@@ -160,7 +167,7 @@ struct Driver {
     #[arg(long, default_value_t = 4096)]
     rx_buffer: u32,
     /// Lengths of the descriptors a frame from the guest is cut into; the last one repeats.
-    #[arg(long, value_delimiter = ',', default_value = "128,32768")]
+    #[arg(long, value_delimiter = ',', default_value = "128,32768", overrides_with = "tx_cuts")]
     tx_cuts: Vec<u32>,
     /// Queue pairs.
     #[arg(long, default_value_t = 1)]
@@ -203,7 +210,7 @@ struct NetnsGuest {
     #[arg(long, value_parser = parse_mac)]
     mac: Option<[u8; 6]>,
     /// Ways to go wrong: drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, late-kick:MS,
-    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N.
+    /// kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N, starve:N, deaf:N.
     #[arg(long, value_delimiter = ',')]
     misbehave: Vec<Misbehaviour>,
     /// Wait for another back-end when one leaves.
@@ -212,13 +219,18 @@ struct NetnsGuest {
 }
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 struct Frames {
     #[command(flatten)]
     driver: Driver,
     /// What to send as fast as it goes: udp:FRAME_BYTES:ADDRESS:PORT. Without it, only receive.
     #[arg(long)]
     generate: Option<Generate>,
-    /// Send this many frames at most.
+    /// Flows, which are source ports, the datagrams belong to; the queue pairs have them in turn. By
+    /// default one for each pair.
+    #[arg(long)]
+    flows: Option<u16>,
+    /// Send this many frames at most on each queue pair.
     #[arg(long)]
     frames_max: Option<u64>,
     /// The guest's MAC address.
@@ -250,8 +262,11 @@ impl NetnsGuest {
 
 impl Frames {
     fn into_config(self) -> FramesConfig {
+        let driver = self.driver.into_config();
         FramesConfig {
-            driver: self.driver.into_config(),
+            // More pairs than that are refused later.
+            flows: self.flows.unwrap_or(u16::try_from(driver.queues).unwrap_or(u16::MAX)),
+            driver,
             generate: self.generate,
             frames_max: self.frames_max,
             mac: self.mac,
@@ -294,5 +309,21 @@ fn main() -> ExitCode {
             eprintln!("vunet-integration: {text}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn later_arguments_of_a_front_end_override_earlier_ones() {
+        let words = ["x", "netns-guest", "--socket", "s", "--tx-cuts", "65562", "--tx-cuts", "12,4096"];
+        let Command::NetnsGuest(guest) = Cli::parse_from(words).command else { panic!("another command") };
+        assert_eq!(guest.into_config().driver.tx_cuts, [12, 4096]);
+        let words = ["x", "frames", "--socket", "s", "--queues", "1", "--queues", "2"];
+        let Command::Frames(frames) = Cli::parse_from(words).command else { panic!("another command") };
+        let config = frames.into_config();
+        assert_eq!((config.driver.queues, config.flows), (2, 2), "one flow for each pair");
     }
 }

@@ -17,6 +17,10 @@ use crate::world::ports;
 
 /// Time one exchange may take.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// A flow that carries nothing for so long has come to rest: longer than a first retransmission takes.
+const SILENCE: Duration = Duration::from_secs(1);
+/// More than is sent in any run: 2^50.
+const ENDLESS_BYTES: u64 = 1 << 50;
 /// Exchanges before the first one counted.
 const WARM_UP: usize = 50;
 /// Pause between two pings.
@@ -101,12 +105,39 @@ pub(super) fn connections(duration: Duration, number: u16, of: u16) -> io::Resul
     })
 }
 
-/// Opens `count` connections that stay open as long as what is returned, and the time it took.
-pub(super) fn open_flows(count: u32) -> io::Result<(Vec<TcpStream>, Duration)> {
+/// Opens up to `count` connections, until one fails, that stay open as long as what is returned; and
+/// the time the good ones took.
+pub(super) fn open_flows(count: u32) -> (Vec<TcpStream>, Duration) {
     let to = SocketAddr::from((WORLD, HOLD_PORT));
-    let started = Instant::now();
-    let flows = (0..count).map(|_| TcpStream::connect_timeout(&to, PATIENCE)).collect::<Result<_, _>>()?;
-    Ok((flows, started.elapsed()))
+    let (mut flows, mut took, started) = (Vec::new(), Duration::ZERO, Instant::now());
+    for _ in 0..count {
+        match TcpStream::connect_timeout(&to, PATIENCE) {
+            Ok(flow) => flows.push(flow),
+            Err(e) => {
+                eprintln!("flow {} of {count}: {e}", flows.len() + 1);
+                break;
+            }
+        }
+        took = started.elapsed();
+    }
+    (flows, took)
+}
+
+/// Has the world send without end and reads until nothing comes any more; the connection.
+pub(super) fn download_until_silence() -> io::Result<TcpStream> {
+    let to = SocketAddr::from((WORLD, ports::SOURCE));
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE)?;
+    stream.write_all(format!("{ENDLESS_BYTES} 1\n").as_bytes())?;
+    stream.set_read_timeout(Some(SILENCE))?;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(_) => {}
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(stream),
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// Ends connections in order.

@@ -7,14 +7,17 @@
 
 mod load;
 mod measure;
+mod names;
 mod plot;
 mod procfs;
+mod quiet;
 mod report;
 mod scenario;
 pub mod server;
 mod site;
 mod stats;
 pub mod tap_loop;
+mod udp;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -24,6 +27,12 @@ use procfs::{Machine, SocketLimits, load_average};
 use report::{Report, Results};
 use scenario::Scenario;
 pub use site::{Backend, BackendKind, BenchError};
+
+use crate::sys::process::allow_open_files;
+
+/// Open files every process may have: enough for the most flows of any scenario with three files each,
+/// whatever the machine's default is.
+const OPEN_FILES: u64 = 40_000;
 
 /// What to measure, and how.
 #[derive(Clone, Debug)]
@@ -46,7 +55,7 @@ pub struct BenchConfig {
     pub label: String,
     /// The machine's `rmem_max` and `wmem_max` in bytes while it runs.
     pub socket_limits: Option<u32>,
-    /// Further arguments of the namespace guest.
+    /// Further arguments of every front-end.
     pub guest_args: Vec<String>,
     /// Path of the `vunet-integration` binary.
     pub integration: PathBuf,
@@ -63,7 +72,7 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     if config.repetitions == 0 || !(0.1..=600.0).contains(&config.seconds) {
         return Err(BenchError::Config("one repetition or more, of 0.1 to 600 seconds".into()));
     }
-    if let Some(reason) = crate::lab::missing(&["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3", "prlimit"]) {
+    if let Some(reason) = crate::lab::missing(&["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3"]) {
         return Err(BenchError::Config(reason));
     }
     let mut backends = if config.without_vunet { vec![] } else { vec![Backend::vunet()] };
@@ -71,27 +80,25 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     if config.bounds {
         backends.extend(Backend::bounds());
     }
+    let files = allow_open_files(OPEN_FILES).map_err(site::during("setting the limit on open files"))?;
+    if files < OPEN_FILES {
+        eprintln!("processes may have {files} files open instead of {OPEN_FILES}");
+    }
     let limits = config.socket_limits.map(SocketLimits::set).transpose();
     let _limits = limits.map_err(site::during("setting rmem_max and wmem_max"))?;
-    let mut report = Report {
-        machine: Machine::here(),
-        commit: report::commit(),
-        command: config.command.clone(),
-        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
-        load_average_before: load_average(),
-        load_average_after: String::new(),
-        seconds: config.seconds,
-        repetitions: config.repetitions,
-        backends: backends.iter().map(|backend| backend.name.clone()).collect(),
-        figures: Vec::new(),
-        failures: Vec::new(),
-    };
+    let front_end_args = front_end_args(config);
+    let mut report = empty_report(config, &backends, &front_end_args);
     let mut results = Results::default();
+    let sampler = Sampler {
+        integration: &config.integration,
+        seconds: config.seconds,
+        front_end_args: &front_end_args,
+    };
     let started = Instant::now();
     for repetition in 1..=config.repetitions {
         for &scenario in &scenarios {
             for backend in &backends {
-                sample(config, backend, scenario, repetition, &mut results);
+                sample(&sampler, backend, scenario, repetition, &mut results);
             }
         }
         // What there is so far is written, so that a run that is cut short is not lost.
@@ -103,15 +110,37 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     Ok(())
 }
 
+fn empty_report(config: &BenchConfig, backends: &[Backend], front_end_args: &[String]) -> Report {
+    Report {
+        machine: Machine::here(),
+        commit: report::commit(),
+        command: config.command.clone(),
+        started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        load_average_before: load_average(),
+        load_average_after: String::new(),
+        seconds: config.seconds,
+        repetitions: config.repetitions,
+        backends: backends.iter().map(|backend| backend.name.clone()).collect(),
+        backend_commands: backends.iter().map(Backend::command).collect(),
+        front_end_args: front_end_args.iter().map(|word| names::in_command(word)).collect(),
+        figures: Vec::new(),
+        failures: Vec::new(),
+    }
+}
+
+/// Arguments of every front-end: the benchmark's own, then those of the user, which override.
+fn front_end_args(config: &BenchConfig) -> Vec<String> {
+    let own = site::FRONT_END_ARGS.map(str::to_owned).into_iter();
+    own.chain(config.guest_args.iter().cloned()).collect()
+}
+
 fn sample(
-    config: &BenchConfig,
+    sampler: &Sampler<'_>,
     backend: &Backend,
     scenario: Scenario,
     repetition: u32,
     results: &mut Results,
 ) {
-    let sampler =
-        Sampler { integration: &config.integration, seconds: config.seconds, guest_args: &config.guest_args };
     match sampler.sample(backend, scenario) {
         Ok(sample) => {
             let figure = |(metric, value): &(scenario::Metric, f64)| {
@@ -129,11 +158,11 @@ fn sample(
     }
 }
 
-/// The command line as a shell would take it, with the program's name only: what is committed must
-/// not tell where it was built.
+/// The command line as a shell would take it, with files' names only.
 pub fn command_line(args: impl Iterator<Item = String>) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_=./:,+%@".contains(c);
     let quote = |word: String| {
+        let word = names::in_command(&word);
         if !word.is_empty() && word.chars().all(plain) { word } else { format!("'{word}'") }
     };
     let words = std::iter::once("vunet-integration".to_owned()).chain(args.skip(1).map(quote));
@@ -146,7 +175,8 @@ mod tests {
 
     #[test]
     fn the_command_line_is_quoted_where_a_shell_needs_it() {
-        let args = ["/x/y/vunet-integration", "bench", "--peer", "a=b {socket}"].map(str::to_owned);
-        assert_eq!(command_line(args.into_iter()), "vunet-integration bench --peer 'a=b {socket}'");
+        let args = ["/x/y/vunet-integration", "bench", "--peer", "a=/z/b {socket}", "--out", "/o/p"];
+        let line = command_line(args.map(str::to_owned).into_iter());
+        assert_eq!(line, "vunet-integration bench --peer 'a=b {socket}' --out p");
     }
 }

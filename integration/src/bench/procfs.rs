@@ -124,6 +124,34 @@ pub(super) fn udp_arrived() -> io::Result<u64> {
     udp_arrivals(&fs::read_to_string("/proc/thread-self/net/snmp")?).ok_or_else(|| odd("UDP counters"))
 }
 
+/// What came in on an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct LinkCounters {
+    /// Frames; several segments may be one.
+    pub(super) rx_frames: u64,
+    /// Their bytes, Ethernet headers included.
+    pub(super) rx_bytes: u64,
+}
+
+fn received(net_dev: &str, interface: &str) -> Option<LinkCounters> {
+    let counters = net_dev.lines().find_map(|line| {
+        let (name, counters) = line.split_once(':')?;
+        (name.trim() == interface).then_some(counters)
+    })?;
+    let mut counters = counters.split_whitespace();
+    let rx_bytes = counters.next()?.parse().ok()?;
+    Some(LinkCounters { rx_frames: counters.next()?.parse().ok()?, rx_bytes })
+}
+
+/// What came in on `interface` of the calling thread's network namespace.
+///
+/// # Errors
+/// If there is no such interface.
+pub(super) fn link_counters(interface: &str) -> io::Result<LinkCounters> {
+    let text = fs::read_to_string("/proc/thread-self/net/dev")?;
+    received(&text, interface).ok_or_else(|| odd("counters of an interface"))
+}
+
 /// The machine a run was made on.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Machine {
@@ -253,6 +281,15 @@ Rss: 4 kB\n";
         let snmp = "Ip: A B\nIp: 1 2\nUdp: InDatagrams NoPorts InErrors RcvbufErrors\nUdp: 5 1 9 7\n";
         assert_eq!(udp_arrivals(snmp), Some(12));
         assert_eq!(udp_arrivals("Udp: InDatagrams\n"), None);
+    }
+
+    #[test]
+    fn counters_of_an_interface_are_found_by_its_name() {
+        let text =
+            "Inter-|   Receive\n face |bytes packets errs\n  lo: 1 2 0\n  e0: 4242 42 0 0 0 0 0 0 7 1\n";
+        assert_eq!(received(text, "e0"), Some(LinkCounters { rx_frames: 42, rx_bytes: 4242 }));
+        assert_eq!(received(text, "e"), None);
+        assert_eq!(received("e0: 1", "e0"), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::process::Command;
 use serde::Serialize;
 
 use super::measure::Sample;
+use super::names;
 use super::plot;
 use super::procfs::Machine;
 use super::scenario::{Metric, Scenario};
@@ -49,6 +50,9 @@ pub(super) struct Report {
     pub(super) seconds: f64,
     pub(super) repetitions: u32,
     pub(super) backends: Vec<String>,
+    /// Their commands in the same order; a bound has none.
+    pub(super) backend_commands: Vec<Option<String>>,
+    pub(super) front_end_args: Vec<String>,
     pub(super) figures: Vec<Figure>,
     pub(super) failures: Vec<Failure>,
 }
@@ -74,7 +78,7 @@ impl Results {
 
     /// Notes a failure.
     pub(super) fn failed(&mut self, scenario: Scenario, backend: &str, repetition: u32, why: &str) {
-        let why = why.chars().take(FAILURE_CHARS).collect();
+        let why = names::in_message(why).chars().take(FAILURE_CHARS).collect();
         let (scenario, backend) = (scenario.to_string(), backend.to_owned());
         self.failures.push(Failure { scenario, backend, repetition, why });
     }
@@ -154,6 +158,7 @@ impl Report {
             self.commit, self.repetitions, self.seconds, self.load_average_before, self.load_average_after,
         ));
         line(&format!("\n```sh\n{}\n```\n", self.command));
+        line(&format!("Front-ends: `{}`.\n", self.front_end_args.join(" ")));
         line(&format!("| scenario | figure | {} |", self.backends.join(" | ")));
         line(&format!("|---|---|{}", "---|".repeat(self.backends.len())));
         let mut last = "";
@@ -208,13 +213,13 @@ pub(super) mod tests {
 
     pub(in super::super) fn example() -> Report {
         let mut results = Results::default();
-        let tcp = Scenario::Tcp { to_guest: false, ip_mtu: 1500, flows: 1 };
+        let tcp = Scenario::Tcp { to_guest: false, ip_mtu: 1500, flows: 1, pairs: 1 };
         for value in [1.0, 3.0, 2.5] {
             results.add(tcp, "vunet", &vec![(RATE, value)]);
         }
         results.add(tcp, "veth <&>", &vec![(RATE, 31.25)]);
         results.add(Scenario::Latency(super::super::scenario::Exchange::Tcp), "vunet", &vec![(P50, 40.0)]);
-        results.failed(tcp, "vunet", 3, "no\nreason");
+        results.failed(tcp, "vunet", 3, "no /a/b/socket\nreason");
         let mut report = Report {
             machine: Machine::here(),
             commit: "abc".into(),
@@ -225,6 +230,8 @@ pub(super) mod tests {
             seconds: 1.0,
             repetitions: 3,
             backends: vec!["vunet".into(), "veth <&>".into()],
+            backend_commands: vec![Some("vunet --socket-path {socket}".into()), None],
+            front_end_args: vec!["--tx-cuts".into(), "65562".into()],
             figures: Vec::new(),
             failures: Vec::new(),
         };
@@ -240,7 +247,7 @@ pub(super) mod tests {
             "{text}"
         );
         assert!(text.contains("| tcp-rr | p50, us ↓ | 40.0 |  |\n"), "{text}");
-        assert!(text.contains("Failed: tcp-from-1500-1 behind vunet, run 3: no\n"), "{text}");
+        assert!(text.contains("Failed: tcp-from-1500-1 behind vunet, run 3: no socket\n"), "{text}");
     }
 
     #[test]
@@ -249,6 +256,8 @@ pub(super) mod tests {
         assert_eq!(json["figures"][0]["values"], serde_json::json!([1.0, 3.0, 2.5]));
         assert_eq!(json["figures"][0]["median"], 2.5);
         assert_eq!(json["failures"][0]["repetition"], 3);
+        assert_eq!(json["backend_commands"], serde_json::json!(["vunet --socket-path {socket}", null]));
+        assert_eq!(json["front_end_args"], serde_json::json!(["--tx-cuts", "65562"]));
     }
 
     #[test]

@@ -13,13 +13,22 @@ pub(super) enum Scenario {
         ip_mtu: u16,
         /// Streams at once.
         flows: u16,
+        /// Queue pairs of the guest.
+        pairs: u16,
     },
-    /// UDP datagrams made, or counted, in guest memory.
-    Udp {
-        /// From the world to the guest, else from the guest.
-        to_guest: bool,
+    /// UDP datagrams made in guest memory, on [`PAIRS_FLOWS`] flows if the pairs are what counts.
+    UdpFrom {
         /// UDP payload in bytes.
         payload_bytes: u16,
+        /// Queue pairs that send at once; `None` for one flow on the only pair.
+        pairs: Option<u16>,
+    },
+    /// UDP datagrams of a server, counted in guest memory.
+    UdpTo {
+        /// UDP payload in bytes.
+        payload_bytes: u16,
+        /// The server sends many with one system call, else one.
+        runs: bool,
     },
     /// One byte there and back, one after the other.
     Latency(Exchange),
@@ -33,8 +42,8 @@ pub(super) enum Scenario {
         /// How many.
         count: u32,
     },
-    /// Nothing happens: memory and wake-ups.
-    Idle,
+    /// Memory, wake-ups and CPU time while nothing can get ahead.
+    Quiet(Quiet),
     /// From the start of the processes to a lease.
     Lease,
 }
@@ -50,20 +59,44 @@ pub(super) enum Exchange {
     Ping,
 }
 
+/// Why nothing gets ahead in [`Scenario::Quiet`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Quiet {
+    /// Nobody has anything to send.
+    Idle,
+    /// The world has data, the guest posts no receive buffers.
+    Starved,
+    /// The guest takes data and acknowledges none.
+    Unacked,
+}
+
+/// Flows of the scenarios that compare queue pairs: the same whatever the number of pairs.
+pub(super) const PAIRS_FLOWS: u16 = 4;
+
 impl fmt::Display for Scenario {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let way = |to_guest: bool| if to_guest { "to" } else { "from" };
         match *self {
-            Scenario::Tcp { to_guest, ip_mtu, flows } => {
+            Scenario::Tcp { to_guest, ip_mtu, flows, pairs: 1 } => {
                 write!(f, "tcp-{}-{ip_mtu}-{flows}", way(to_guest))
             }
-            Scenario::Udp { to_guest, payload_bytes } => write!(f, "udp-{}-{payload_bytes}", way(to_guest)),
+            Scenario::Tcp { to_guest, ip_mtu, flows, pairs } => {
+                write!(f, "tcp-{}-{ip_mtu}-{flows}-pairs-{pairs}", way(to_guest))
+            }
+            Scenario::UdpFrom { payload_bytes, pairs: None } => write!(f, "udp-from-{payload_bytes}"),
+            Scenario::UdpFrom { payload_bytes, pairs: Some(pairs) } => {
+                write!(f, "udp-from-{payload_bytes}-pairs-{pairs}")
+            }
+            Scenario::UdpTo { payload_bytes, runs: false } => write!(f, "udp-to-{payload_bytes}"),
+            Scenario::UdpTo { payload_bytes, runs: true } => write!(f, "udp-to-{payload_bytes}-runs"),
             Scenario::Latency(Exchange::Tcp) => f.write_str("tcp-rr"),
             Scenario::Latency(Exchange::Udp) => f.write_str("udp-rr"),
             Scenario::Latency(Exchange::Ping) => f.write_str("ping"),
             Scenario::Connect { parallel } => write!(f, "connect-{parallel}"),
             Scenario::Flows { count } => write!(f, "flows-{count}"),
-            Scenario::Idle => f.write_str("idle"),
+            Scenario::Quiet(Quiet::Idle) => f.write_str("idle"),
+            Scenario::Quiet(Quiet::Starved) => f.write_str("starved"),
+            Scenario::Quiet(Quiet::Unacked) => f.write_str("unacked"),
             Scenario::Lease => f.write_str("lease"),
         }
     }
@@ -82,30 +115,40 @@ impl Scenario {
             };
             for &flows in flows {
                 for to_guest in [false, true] {
-                    all.push(Scenario::Tcp { to_guest, ip_mtu, flows });
+                    all.push(Scenario::Tcp { to_guest, ip_mtu, flows, pairs: 1 });
                 }
             }
         }
-        for payload_bytes in [64, 512, 1472] {
-            for to_guest in [false, true] {
-                all.push(Scenario::Udp { to_guest, payload_bytes });
-            }
+        // To compare with the same four flows on one pair, above.
+        for to_guest in [false, true] {
+            all.push(Scenario::Tcp { to_guest, ip_mtu: 1500, flows: PAIRS_FLOWS, pairs: 2 });
         }
+        for payload_bytes in [64, 512, 1472] {
+            all.push(Scenario::UdpFrom { payload_bytes, pairs: None });
+            all.extend([false, true].map(|runs| Scenario::UdpTo { payload_bytes, runs }));
+        }
+        all.extend([1, 2].map(|pairs| Scenario::UdpFrom { payload_bytes: 64, pairs: Some(pairs) }));
         all.extend([Exchange::Tcp, Exchange::Udp, Exchange::Ping].map(Scenario::Latency));
         all.extend([1, 8].map(|parallel| Scenario::Connect { parallel }));
-        all.extend([Scenario::Flows { count: 10_000 }, Scenario::Idle, Scenario::Lease]);
+        all.push(Scenario::Flows { count: 10_000 });
+        all.extend([Quiet::Idle, Quiet::Starved, Quiet::Unacked].map(Scenario::Quiet));
+        all.push(Scenario::Lease);
         all
     }
 
     /// The scenarios `only` names, all if it names none. A name stands for every scenario it begins,
-    /// part by part: `tcp-from` for all of `tcp-from-…`.
+    /// part by part: `tcp-from` for all of `tcp-from-…`. The whole name of one stands for it alone.
     ///
     /// # Errors
     /// The first name that stands for nothing.
     pub(super) fn select(only: &[String]) -> Result<Vec<Scenario>, String> {
         let all = Scenario::all();
+        let whole: Vec<String> = all.iter().map(Scenario::to_string).collect();
         let means = |wanted: &str, name: &str| {
-            name.strip_prefix(wanted).is_some_and(|rest| rest.is_empty() || rest.starts_with('-'))
+            if whole.iter().any(|known| known == wanted) {
+                return name == wanted;
+            }
+            name.strip_prefix(wanted).is_some_and(|rest| rest.starts_with('-'))
         };
         for wanted in only {
             if !all.iter().any(|scenario| means(wanted, &scenario.to_string())) {
@@ -123,6 +166,14 @@ impl Scenario {
     /// IP MTU of the guest's link in bytes.
     pub(super) fn ip_mtu(&self) -> u16 {
         if let Scenario::Tcp { ip_mtu, .. } = *self { ip_mtu } else { 1500 }
+    }
+
+    /// Queue pairs of the guest.
+    pub(super) fn pairs(&self) -> u16 {
+        match *self {
+            Scenario::Tcp { pairs, .. } | Scenario::UdpFrom { pairs: Some(pairs), .. } => pairs,
+            _ => 1,
+        }
     }
 }
 
@@ -174,6 +225,8 @@ metrics! {
     EXCHANGES = "exchanges", "thousand/s", true;
     /// CPU time of the back-end for one exchange.
     CPU_PER_EXCHANGE = "backend CPU per exchange", "us", false;
+    /// Flows open at once before one failed: a back-end with several files a flow may run out of them.
+    HELD = "flows held", "", true;
     /// Flows opened.
     OPENED = "flows opened", "thousand/s", true;
     /// Growth of resident memory for each open flow.
@@ -182,6 +235,8 @@ metrics! {
     RESIDENT = "resident", "MiB", false;
     /// Times any thread of the back-end slept and was woken.
     WAKES = "wake-ups", "1/s", false;
+    /// CPU time of the back-end in a second: one that never sleeps has no wake-ups either.
+    BUSY = "backend CPU", "% of a core", false;
     /// From the start of the back-end's process to DHCPACK.
     LEASE_MS = "start to lease", "ms", false;
 }
@@ -209,6 +264,15 @@ mod tests {
         assert_eq!(names(&["tcp-from-1500-1"]), ["tcp-from-1500-1"]);
         assert_eq!(names(&["tcp-from-9000"]), ["tcp-from-9000-1"]);
         assert_eq!(names(&["connect", "idle"]), ["connect-1", "connect-8", "idle"]);
+        assert_eq!(names(&["udp-from-64-pairs"]), ["udp-from-64-pairs-1", "udp-from-64-pairs-2"]);
+        assert!(Scenario::select(&["tcp-from-1500-".into()]).is_err());
         assert!(Scenario::select(&["tcp-fro".into()]).unwrap_err().contains("tcp-from-1500-1"));
+    }
+
+    #[test]
+    fn a_whole_name_stands_for_itself_alone() {
+        assert_eq!(names(&["udp-from-64"]), ["udp-from-64"]);
+        assert_eq!(names(&["udp-to-64", "tcp-to-1500-4"]), ["tcp-to-1500-4", "udp-to-64"]);
+        assert_eq!(names(&["udp-to-64-runs"]), ["udp-to-64-runs"]);
     }
 }

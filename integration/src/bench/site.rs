@@ -8,12 +8,16 @@ use std::time::Duration;
 
 use thiserror::Error;
 
+use super::names;
+use super::scenario::Scenario;
+use crate::guest::Counters;
 use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
 
 /// Time a back-end gets to be up and give a lease.
 const LEASE_PATIENCE: Duration = Duration::from_secs(15);
-/// Open files a back-end may have: enough for the most flows of any scenario.
-const BACKEND_FILES: u32 = 20_000;
+/// Arguments of every front-end, before a user's: each frame from the guest lies in one descriptor,
+/// because passt of January 2025 ends with an assertion on a chain of several.
+pub(super) const FRONT_END_ARGS: [&str; 2] = ["--tx-cuts", "65562"];
 
 /// Why a sample could not be taken.
 #[derive(Debug, Error)]
@@ -52,28 +56,54 @@ pub struct Backend {
 /// What a back-end is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendKind {
-    /// A vhost-user back-end: the words of its command, with `{socket}` and `{ip_mtu}` in them.
+    /// A vhost-user back-end: the words of its command, with `{socket}`, `{ip_mtu}` and `{queues}` in
+    /// them.
     VhostUser(Vec<String>),
     /// No back-end: the guest's namespace is joined to the world's by a veth pair.
     Veth,
     /// No back-end: two TAPs and a process that copies frames between them.
     TapLoop,
+    /// No back-end and no guest: what a guest does is done where a back-end would stand.
+    Sockets,
 }
 
 impl Backend {
     /// vunet as this workspace built it, or `VUNET_BIN`.
     pub fn vunet() -> Backend {
         let binary = lab::vunet_binary().display().to_string();
-        let words = [&*binary, "--socket-path", "{socket}", "--ip-mtu", "{ip_mtu}", "--log-level", "warn"];
-        Backend { name: "vunet".into(), kind: BackendKind::VhostUser(words.map(str::to_owned).into()) }
+        let mut words = vec![&*binary, "--socket-path", "{socket}", "--ip-mtu", "{ip_mtu}"];
+        words.extend(["--queues", "{queues}", "--log-level", "warn"]);
+        let words = words.into_iter().map(str::to_owned).collect();
+        Backend { name: "vunet".into(), kind: BackendKind::VhostUser(words) }
     }
 
     /// The bounds: what the machine does without any vhost-user.
-    pub fn bounds() -> [Backend; 2] {
+    pub fn bounds() -> [Backend; 3] {
         [
             Backend { name: "two TAPs".into(), kind: BackendKind::TapLoop },
             Backend { name: "veth".into(), kind: BackendKind::Veth },
+            Backend { name: "bare sockets".into(), kind: BackendKind::Sockets },
         ]
+    }
+
+    /// The command of a vhost-user back-end, with files' names only.
+    pub(super) fn command(&self) -> Option<String> {
+        match &self.kind {
+            BackendKind::VhostUser(words) => Some(names::in_command(&words.join(" "))),
+            _ => None,
+        }
+    }
+
+    /// Whether it can take part in `scenario`.
+    pub(super) fn takes_part(&self, scenario: Scenario) -> bool {
+        let one_pair = scenario.pairs() == 1;
+        let carries_ip =
+            matches!(scenario, Scenario::Tcp { .. } | Scenario::Latency(_) | Scenario::Connect { .. });
+        match &self.kind {
+            BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
+            BackendKind::Veth | BackendKind::TapLoop => one_pair && carries_ip,
+            BackendKind::Sockets => one_pair && matches!(scenario, Scenario::Tcp { .. }),
+        }
     }
 }
 
@@ -93,9 +123,14 @@ impl FromStr for Backend {
     }
 }
 
-fn fill_in(words: &[String], socket: &Path, ip_mtu: u16) -> Vec<String> {
-    let (socket, ip_mtu) = (socket.display().to_string(), ip_mtu.to_string());
-    words.iter().map(|word| word.replace("{socket}", &socket).replace("{ip_mtu}", &ip_mtu)).collect()
+fn fill_in(words: &[String], socket: &Path, scenario: Scenario) -> Vec<String> {
+    let values = [
+        ("{socket}", socket.display().to_string()),
+        ("{ip_mtu}", scenario.ip_mtu().to_string()),
+        ("{queues}", scenario.pairs().to_string()),
+    ];
+    let fill = |word: &String| values.iter().fold(word.clone(), |word, (name, to)| word.replace(name, to));
+    words.iter().map(fill).collect()
 }
 
 /// A lab with a back-end in it. Dropping it ends everything.
@@ -106,17 +141,25 @@ pub(super) struct Site {
     pub(super) lab: Lab,
     integration: PathBuf,
     socket: PathBuf,
+    front_end_args: Vec<String>,
 }
 
 impl Site {
-    /// Namespaces, and nothing in them yet.
-    pub(super) fn new(integration: &Path) -> Result<Site, BenchError> {
+    /// Namespaces, and nothing in them yet. Front-ends will have `front_end_args`.
+    pub(super) fn new(integration: &Path, front_end_args: &[String]) -> Result<Site, BenchError> {
         let lab = Lab::new(integration)?;
         // Router solicitations would wake an idle back-end.
         lab.guest.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
         lab.guest.sysctl("net.ipv4.ping_group_range", "0 2147483647")?;
         let socket = lab.dir().join("backend.sock");
-        Ok(Site { guest: None, backend: None, lab, integration: integration.to_owned(), socket })
+        Ok(Site {
+            guest: None,
+            backend: None,
+            lab,
+            integration: integration.to_owned(),
+            socket,
+            front_end_args: front_end_args.to_vec(),
+        })
     }
 
     /// Process id of the back-end, if there is one.
@@ -124,41 +167,49 @@ impl Site {
         self.backend.as_ref().map(Process::pid)
     }
 
-    /// The vhost-user socket.
-    pub(super) fn socket(&self) -> &Path {
-        &self.socket
+    /// Fails if the back-end has failed: figures taken behind a dead one are none. It may have ended
+    /// in order when its guest left.
+    pub(super) fn check_backend(&mut self) -> Result<(), BenchError> {
+        let Some(backend) = &mut self.backend else {
+            return Ok(());
+        };
+        match backend.ended() {
+            Some(status) if !status.success() => Err(BenchError::Result(format!(
+                "the back-end ended: {status}\n{}",
+                backend.errors().join("\n")
+            ))),
+            _ => Ok(()),
+        }
     }
 
-    /// Starts `backend` for a guest's link of `ip_mtu`, without a guest if it is a vhost-user one.
-    pub(super) fn start(&mut self, backend: &Backend, ip_mtu: u16) -> Result<(), BenchError> {
+    /// Starts `backend` for `scenario`, without a guest if it is a vhost-user one.
+    pub(super) fn start(&mut self, backend: &Backend, scenario: Scenario) -> Result<(), BenchError> {
         match &backend.kind {
             BackendKind::VhostUser(words) => {
-                let limit = format!("--nofile={BACKEND_FILES}:{BACKEND_FILES}");
-                let command = fill_in(words, &self.socket, ip_mtu);
-                let mut words = vec!["prlimit", &limit];
-                words.extend(command.iter().map(String::as_str));
+                let command = fill_in(words, &self.socket, scenario);
+                let words: Vec<&str> = command.iter().map(String::as_str).collect();
                 self.backend = Some(self.lab.host.spawn(&words)?);
             }
-            BackendKind::Veth => self.join_veth(ip_mtu)?,
-            BackendKind::TapLoop => self.join_taps(ip_mtu)?,
+            BackendKind::Veth => self.join_veth(scenario.ip_mtu())?,
+            BackendKind::TapLoop => self.join_taps(scenario.ip_mtu())?,
+            BackendKind::Sockets => {}
         }
         Ok(())
     }
 
-    /// Attaches the namespace guest; it is up when this returns, without an address.
-    pub(super) fn attach(
-        &mut self,
-        backend: &Backend,
-        ip_mtu: u16,
-        args: &[String],
-    ) -> Result<(), BenchError> {
-        if matches!(backend.kind, BackendKind::VhostUser(_)) {
-            let ip_mtu = ip_mtu.to_string();
-            let mut words = vec!["--ip-mtu", &*ip_mtu];
-            words.extend(args.iter().map(String::as_str));
-            self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
-        }
-        Ok(())
+    /// Starts the namespace guest without waiting for anything. `args` are those of `scenario`.
+    pub(super) fn start_guest(&self, scenario: Scenario, args: &[&str]) -> Result<GuestProcess, BenchError> {
+        let words = self.front_end_words(scenario, args);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        Ok(self.lab.start_guest(&self.socket, &words)?)
+    }
+
+    /// Arguments of a front-end. The user's come last: a later one overrides.
+    fn front_end_words(&self, scenario: Scenario, args: &[&str]) -> Vec<String> {
+        let (ip_mtu, pairs) = (scenario.ip_mtu().to_string(), scenario.pairs().to_string());
+        let scenarios = ["--ip-mtu", &ip_mtu, "--queues", &pairs];
+        let words = scenarios.iter().chain(args).map(|word| (*word).to_owned());
+        words.chain(self.front_end_args.iter().cloned()).collect()
     }
 
     /// What the back-end said, behind an error it may have caused.
@@ -167,19 +218,28 @@ impl Site {
         BenchError::Result(format!("{error}\nback-end: {}", said.join("\n")))
     }
 
-    /// Starts `backend` with a namespace guest that has an address.
+    /// Starts `backend` with a namespace guest that has an address; `args` are further arguments of
+    /// the guest.
     pub(super) fn ready(
         &mut self,
         backend: &Backend,
-        ip_mtu: u16,
-        args: &[String],
+        scenario: Scenario,
+        args: &[&str],
     ) -> Result<(), BenchError> {
-        self.start(backend, ip_mtu)?;
-        self.attach(backend, ip_mtu, args)?;
-        if self.guest.is_some() {
-            self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(&e))?;
+        self.start(backend, scenario)?;
+        if !matches!(backend.kind, BackendKind::VhostUser(_)) {
+            return Ok(());
         }
-        Ok(())
+        let words = self.front_end_words(scenario, args);
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
+        self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(&e)).map(drop)
+    }
+
+    /// What the namespace guest counted so far.
+    pub(super) fn guest_counters(&self) -> Result<Counters, BenchError> {
+        let guest = self.guest.as_ref().ok_or_else(|| BenchError::Result("there is no guest".into()))?;
+        Ok(guest.counters()?)
     }
 
     fn join_veth(&self, ip_mtu: u16) -> Result<(), BenchError> {
@@ -227,13 +287,19 @@ impl Site {
     }
 
     /// Runs the frame guest to its end; `args` are further arguments of `frames`.
-    pub(super) fn frames(&self, seconds: f64, args: &[&str]) -> Result<serde_json::Value, BenchError> {
+    pub(super) fn frames(
+        &self,
+        scenario: Scenario,
+        seconds: f64,
+        args: &[&str],
+    ) -> Result<serde_json::Value, BenchError> {
         let binary = self.integration.display().to_string();
         let socket = self.socket.display().to_string();
         // Whole seconds, and the datagrams' time must lie within.
         let whole = format!("{}", seconds.ceil());
         let mut words = vec![&*binary, "frames", "--socket", &socket, "--seconds", &whole];
-        words.extend(args);
+        let front_end = self.front_end_words(scenario, args);
+        words.extend(front_end.iter().map(String::as_str));
         let patience = SHORT + Duration::from_secs_f64(seconds);
         let output = lab::run(&words, patience).map_err(|e| self.explain(&e))?;
         let line = output.stdout.lines().last().unwrap_or_default();
@@ -245,14 +311,40 @@ impl Site {
 mod tests {
     use super::*;
 
+    const FOUR_FLOWS_ON_TWO_PAIRS: Scenario =
+        Scenario::Tcp { to_guest: true, ip_mtu: 9000, flows: 4, pairs: 2 };
+
     #[test]
     fn a_peer_is_a_name_and_a_command_with_a_socket() {
-        let peer: Backend = "old=/bin/x -s {socket} -m {ip_mtu}".parse().unwrap();
+        let peer: Backend = "old=/bin/x -s {socket} -m {ip_mtu} -q {queues}".parse().unwrap();
         assert_eq!(peer.name, "old");
         let BackendKind::VhostUser(words) = peer.kind else { panic!("{peer:?}") };
-        assert_eq!(fill_in(&words, Path::new("/s"), 1500), ["/bin/x", "-s", "/s", "-m", "1500"]);
+        let filled = fill_in(&words, Path::new("/s"), FOUR_FLOWS_ON_TWO_PAIRS);
+        assert_eq!(filled, ["/bin/x", "-s", "/s", "-m", "9000", "-q", "2"]);
         for bad in ["x", "x=", "=y {socket}", "x=y --no-socket"] {
             assert!(bad.parse::<Backend>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn several_pairs_are_for_commands_that_can_say_so() {
+        let one: Backend = "one=x {socket}".parse().unwrap();
+        let many: Backend = "many=x {socket} -q {queues}".parse().unwrap();
+        assert!(!one.takes_part(FOUR_FLOWS_ON_TWO_PAIRS) && one.takes_part(Scenario::Lease));
+        assert!(
+            many.takes_part(FOUR_FLOWS_ON_TWO_PAIRS) && Backend::vunet().takes_part(FOUR_FLOWS_ON_TWO_PAIRS)
+        );
+        assert!(Backend::bounds().iter().all(|bound| !bound.takes_part(FOUR_FLOWS_ON_TWO_PAIRS)));
+    }
+
+    #[test]
+    fn bounds_take_part_where_there_is_something_to_bound() {
+        let tcp = Scenario::Tcp { to_guest: true, ip_mtu: 1500, flows: 1, pairs: 1 };
+        let connect = Scenario::Connect { parallel: 1 };
+        let with = |scenario| Backend::bounds().map(|bound| bound.takes_part(scenario));
+        assert_eq!(
+            (with(tcp), with(connect), with(Scenario::Lease)),
+            ([true; 3], [true, true, false], [false; 3])
+        );
     }
 }

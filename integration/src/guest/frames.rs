@@ -2,15 +2,18 @@
 //! measure frames a second without any network stack in the way.
 //!
 //! Every transmit slot holds its finished frame from the start, so that sending costs the driver one
-//! descriptor. It answers ARP for its own address and counts whatever else arrives.
+//! descriptor. It answers ARP for its own address and counts whatever else arrives. Each queue pair has
+//! a thread of its own; flows, which are source ports, are dealt out to the pairs in turn.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::str::FromStr;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use thiserror::Error;
 
+use super::check::Header;
 use super::driver::{self, DriverConfig, PairRings};
 use super::handshake::{self, Agreement};
 use super::ring::{Piece, Used};
@@ -22,6 +25,10 @@ use crate::sys::mem::GuestMemory;
 const BATCH: usize = 32;
 /// Pause when there is nothing to do, so that the back-end gets the processor on a small machine.
 const IDLE: Duration = Duration::from_micros(50);
+/// Source port of the first flow; the others follow.
+const FIRST_PORT: u16 = 4000;
+/// Flows at most.
+const FLOWS_MAX: u16 = 1024;
 /// Bytes of an ARP packet over Ethernet, with the Ethernet header (RFC 826).
 const ARP_BYTES: usize = 42;
 
@@ -53,11 +60,13 @@ impl FromStr for Generate {
 /// What a frame guest is to be.
 #[derive(Clone, Debug)]
 pub struct FramesConfig {
-    /// Its driver; one queue pair is used.
+    /// Its driver; all its queue pairs are used.
     pub driver: DriverConfig,
     /// What to send; nothing if absent, then it only receives.
     pub generate: Option<Generate>,
-    /// Frames to send at most; without it as many as go.
+    /// Flows the datagrams belong to, one or more for each queue pair.
+    pub flows: u16,
+    /// Frames to send at most on each queue pair; without it as many as go.
     pub frames_max: Option<u64>,
     /// The guest's MAC address.
     pub mac: [u8; 6],
@@ -75,29 +84,54 @@ pub struct FramesConfig {
 /// [`GuestError`].
 pub fn run(config: &FramesConfig) -> Result<(), GuestError> {
     config.driver.validate()?;
+    if config.flows > FLOWS_MAX || usize::from(config.flows) < config.driver.queues {
+        let text = format!("{} flows: expected one a queue pair to {FLOWS_MAX}", config.flows);
+        return Err(GuestError::Config(text));
+    }
     let listener = config.driver.listen().map_err(|e| GuestError::Kernel("binding the socket", e))?;
     let mut session = config.driver.meet(listener.as_ref())?;
     let agreement = handshake::negotiate(&mut session, &config.driver)?;
     let mut layout = driver::lay_out(&config.driver, &agreement)?;
-    let rings = layout.pairs.remove(0);
-    let mut source = Source::new(config, layout.mem, agreement, rings)?;
+    let mut sources = Vec::new();
+    for (pair, rings) in layout.pairs.drain(..).enumerate() {
+        let ports = ports_of(config.flows, config.driver.queues, pair);
+        sources.push(Source::new(config, layout.mem, agreement, rings, &ports)?);
+    }
     handshake::start_rings(&mut session, &config.driver, &agreement, layout.mem, &layout.places)?;
     print_line(&json!({ "ready": true, "features": agreement.features }));
     let started = Instant::now();
-    while started.elapsed() < config.duration {
-        source.turn();
-    }
+    run_all(&mut sources, started + config.duration);
     let seconds = started.elapsed().as_secs_f64();
     handshake::stop_rings(&mut session, &layout.places);
+    let sum = |of: fn(&Source) -> u64| sources.iter().map(of).sum::<u64>();
+    let (sent, received) = (sum(|source| source.sent), sum(|source| source.arrivals.frames));
     print_line(&json!({
         "seconds": seconds,
-        "sent": source.sent,
-        "received": source.received,
-        "received_bytes": source.received_bytes,
-        "sent_per_second": source.sent as f64 / seconds,
-        "received_per_second": source.received as f64 / seconds,
+        "sent": sent,
+        "received": received,
+        "received_bytes": sum(|source| source.arrivals.bytes),
+        "sent_per_second": sent as f64 / seconds,
+        "received_per_second": received as f64 / seconds,
     }));
     Ok(())
+}
+
+/// Source ports of the flows that queue pair `pair` of `pairs` has.
+fn ports_of(flows: u16, pairs: usize, pair: usize) -> Vec<u16> {
+    (0..flows).skip(pair).step_by(pairs).map(|flow| FIRST_PORT + flow).collect()
+}
+
+/// Runs every pair on a thread of its own until `end`, the first one on the caller's.
+fn run_all(sources: &mut [Source], end: Instant) {
+    let Some((first, others)) = sources.split_first_mut() else {
+        return;
+    };
+    thread::scope(|scope| {
+        for source in others {
+            scope.spawn(|| source.run_until(end));
+        }
+        first.run_until(end);
+    });
 }
 
 struct Source {
@@ -115,8 +149,33 @@ struct Source {
     used: Vec<Used>,
     pieces: Vec<Piece>,
     sent: u64,
-    received: u64,
-    received_bytes: u64,
+    arrivals: Arrivals,
+}
+
+/// Frames that came, each in one receive buffer or in several (MRG_RXBUF).
+#[derive(Debug, Default)]
+struct Arrivals {
+    frames: u64,
+    /// Without headers of the device.
+    bytes: u64,
+    /// Buffers still to come of the last frame.
+    buffers_left: u16,
+}
+
+impl Arrivals {
+    /// Counts one used buffer, `head` and `len_bytes` of it; returns whether a frame begins in it.
+    fn add(&mut self, head: &[u8], len_bytes: usize, header_bytes: usize) -> bool {
+        if self.buffers_left > 0 {
+            self.buffers_left -= 1;
+            self.bytes += len_bytes as u64;
+            return false;
+        }
+        self.frames += 1;
+        self.bytes += len_bytes.saturating_sub(header_bytes) as u64;
+        let buffers = Header::parse(head, header_bytes).map_or(1, |header| header.num_buffers);
+        self.buffers_left = buffers.saturating_sub(1);
+        true
+    }
 }
 
 impl Source {
@@ -125,6 +184,7 @@ impl Source {
         mem: &'static GuestMemory,
         agreement: Agreement,
         rings: PairRings,
+        ports: &[u16],
     ) -> Result<Source, GuestError> {
         let header_bytes = agreement.features.header_bytes();
         let slots = u16::try_from(rings.tx_slots.len()).expect("slots are counted by ring size");
@@ -141,18 +201,10 @@ impl Source {
             used: Vec::new(),
             pieces: Vec::new(),
             sent: 0,
-            received: 0,
-            received_bytes: 0,
+            arrivals: Arrivals::default(),
         };
         if let Some(generate) = config.generate {
-            let payload = vec![0x55; usize::from(generate.frame_bytes) - 42];
-            let from = (config.mac, SocketAddrV4::new(config.ip, 4000));
-            let frame = udp_frame(from, (config.gateway_mac, generate.to), &payload);
-            source.frame_len_bytes = header_bytes + frame.len();
-            for slot in &source.rings.tx_slots[1..] {
-                slot.write(mem, &vec![0; header_bytes]);
-                slot.write_at(mem, header_bytes, &frame);
-            }
+            source.fill_slots(config, generate, ports);
         }
         for (token, slot) in (0..).zip(&source.rings.rx_slots) {
             source.rings.rx.add(&slot.pieces, token).map_err(|_| {
@@ -166,13 +218,31 @@ impl Source {
         Ok(source)
     }
 
+    /// Writes the finished frames, the flows in turn. All have one length.
+    fn fill_slots(&mut self, config: &FramesConfig, generate: Generate, ports: &[u16]) {
+        let payload = vec![0x55; usize::from(generate.frame_bytes) - 42];
+        self.frame_len_bytes = self.header_bytes + usize::from(generate.frame_bytes);
+        for (slot, port) in self.rings.tx_slots[1..].iter().zip(ports.iter().cycle()) {
+            let from = (config.mac, SocketAddrV4::new(config.ip, *port));
+            let frame = udp_frame(from, (config.gateway_mac, generate.to), &payload);
+            slot.write(self.mem, &vec![0; self.header_bytes]);
+            slot.write_at(self.mem, self.header_bytes, &frame);
+        }
+    }
+
+    fn run_until(&mut self, end: Instant) {
+        while Instant::now() < end {
+            self.turn();
+        }
+    }
+
     /// Sends and receives what can be, once.
     fn turn(&mut self) {
         let taken = self.take_back();
         let received = self.receive();
         let sent = if self.left > 0 { self.send() } else { 0 };
         if taken + received + sent == 0 {
-            std::thread::sleep(IDLE);
+            thread::sleep(IDLE);
         }
     }
 
@@ -224,9 +294,12 @@ impl Source {
         self.rings.rx.take_used(usize::MAX, &mut self.used);
         let used = std::mem::take(&mut self.used);
         for used in &used {
-            self.received += 1;
-            self.received_bytes += (used.len as usize).saturating_sub(self.header_bytes) as u64;
-            self.answer_arp(*used);
+            let mut head = [0; 12 + ARP_BYTES];
+            let len_bytes = used.len as usize;
+            let have = self.rings.rx_slots[usize::from(used.token)].read(self.mem, &mut head).min(len_bytes);
+            if self.arrivals.add(&head[..have], len_bytes, self.header_bytes) {
+                self.answer_arp(*used, &head);
+            }
             let slot = &self.rings.rx_slots[usize::from(used.token)];
             self.rings.rx.add(&slot.pieces, used.token).expect("its own descriptors are free again");
         }
@@ -240,14 +313,11 @@ impl Source {
     }
 
     /// Answers a request for the guest's own address (RFC 826).
-    fn answer_arp(&mut self, used: Used) {
+    fn answer_arp(&mut self, used: Used, head: &[u8; 12 + ARP_BYTES]) {
         if used.len as usize > self.header_bytes + 128 {
             return;
         }
-        let mut frame = [0; 12 + ARP_BYTES];
-        let frame = &mut frame[..self.header_bytes + ARP_BYTES];
-        self.rings.rx_slots[usize::from(used.token)].read(self.mem, frame);
-        let request = &frame[self.header_bytes..];
+        let request = &head[self.header_bytes..self.header_bytes + ARP_BYTES];
         let asks_us =
             request[12..14] == [8, 6] && request[20..22] == [0, 1] && request[38..42] == self.ip.octets();
         let Some(slot) = self.answer_slot.filter(|_| asks_us) else {
@@ -282,5 +352,22 @@ mod tests {
         {
             assert_eq!(bad.parse::<Generate>(), Err(BadGenerate(bad.into())));
         }
+    }
+
+    #[test]
+    fn flows_are_dealt_out_to_the_pairs_in_turn() {
+        assert_eq!(ports_of(5, 2, 0), [4000, 4002, 4004]);
+        assert_eq!(ports_of(5, 2, 1), [4001, 4003]);
+    }
+
+    #[test]
+    fn a_frame_in_several_buffers_is_one_frame() {
+        let mut arrivals = Arrivals::default();
+        let head = |buffers: u8| [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, buffers, 0];
+        assert!(arrivals.add(&head(2), 4096, 12));
+        assert!(!arrivals.add(&[9; 12], 54, 12), "its rest has no header");
+        assert!(arrivals.add(&head(1), 118, 12));
+        assert!(arrivals.add(&[], 5, 12), "too short for a header");
+        assert_eq!((arrivals.frames, arrivals.bytes), (3, 4096 + 54 - 12 + 106));
     }
 }

@@ -33,13 +33,17 @@ pub enum Misbehaviour {
     BadHeader(u64),
     /// After N frames from the guest, jump the transmit ring's available index: the ring is broken.
     BreakRing(u64),
+    /// After N frames to the guest, post no receive buffers any more.
+    Starve(u64),
+    /// After N frames to the guest, drop all further ones: the guest falls silent as its peer sees it.
+    Deaf(u64),
 }
 
 /// Why a text names no misbehaviour.
 #[derive(Debug, Error, PartialEq, Eq)]
 #[error(
     "unknown misbehaviour {0:?}: expected drop-rx:N, drop-tx:N, no-refill:PERIOD_MS:PAUSE_MS, no-kick, \
-     late-kick:MS, kick-storm:N, slow-used:MS, garbage:N, bad-header:N or break-ring:N"
+     late-kick:MS, kick-storm:N, slow-used:MS, garbage:N, bad-header:N, break-ring:N, starve:N or deaf:N"
 )]
 pub struct UnknownMisbehaviour(String);
 
@@ -67,6 +71,8 @@ impl FromStr for Misbehaviour {
             ("garbage", [n]) => Misbehaviour::Garbage(*n),
             ("bad-header", [n]) => Misbehaviour::BadHeader(*n),
             ("break-ring", [n]) => Misbehaviour::BreakRing(*n),
+            ("starve", [n]) => Misbehaviour::Starve(*n),
+            ("deaf", [n]) => Misbehaviour::Deaf(*n),
             _ => return Err(unknown()),
         })
     }
@@ -95,6 +101,10 @@ pub(crate) struct Plan {
     pub(crate) bad_header: Option<u64>,
     /// See [`Misbehaviour::BreakRing`].
     pub(crate) break_ring: Option<u64>,
+    /// See [`Misbehaviour::Starve`].
+    pub(crate) starve: Option<u64>,
+    /// See [`Misbehaviour::Deaf`].
+    pub(crate) deaf: Option<u64>,
 }
 
 impl Plan {
@@ -113,6 +123,8 @@ impl Plan {
                 Misbehaviour::Garbage(n) => plan.garbage = Some(n),
                 Misbehaviour::BadHeader(n) => plan.bad_header = Some(n),
                 Misbehaviour::BreakRing(n) => plan.break_ring = Some(n),
+                Misbehaviour::Starve(n) => plan.starve = Some(n),
+                Misbehaviour::Deaf(n) => plan.deaf = Some(n),
             }
         }
         plan
@@ -143,7 +155,9 @@ mod tests {
         let pause =
             Misbehaviour::NoRefill { period: Duration::from_millis(500), pause: Duration::from_millis(100) };
         assert_eq!("no-refill:500:100".parse(), Ok(pause));
-        for bad in ["drop-rx", "drop-rx:0", "no-refill:100:100", "no-kick:1", "sulk"] {
+        assert_eq!("starve:7".parse(), Ok(Misbehaviour::Starve(7)));
+        assert_eq!("deaf:7".parse(), Ok(Misbehaviour::Deaf(7)));
+        for bad in ["drop-rx", "drop-rx:0", "no-refill:100:100", "no-kick:1", "deaf:0", "sulk"] {
             assert_eq!(bad.parse::<Misbehaviour>(), Err(UnknownMisbehaviour(bad.into())));
         }
     }

@@ -318,6 +318,9 @@ impl Pair {
     }
 
     fn pausing(&self) -> bool {
+        if self.p.plan.starve.is_some_and(|n| self.frames_to_guest >= n) {
+            return true;
+        }
         self.p.plan.no_refill.is_some_and(|(period, pause)| {
             let into = self.started.elapsed().as_nanos() % period.as_nanos();
             // The pause ends the period, so that a lease comes first.
@@ -381,7 +384,8 @@ impl Pair {
         counters.needs_csum_to_guest.add(u64::from(header.needs_csum()));
         counters.data_valid_to_guest.add(u64::from(header.data_valid()));
         counters.merged_to_guest.add(u64::from(buffers > 1));
-        if every(self.p.plan.drop_rx, self.frames_to_guest) {
+        let deaf = self.p.plan.deaf.is_some_and(|n| self.frames_to_guest > n);
+        if deaf || every(self.p.plan.drop_rx, self.frames_to_guest) {
             counters.dropped_on_request.add(1);
             return;
         }

@@ -216,6 +216,11 @@ impl Process {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// How it ended, if it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().ok().flatten()
+    }
+
     /// Kills it at once.
     pub fn kill(&mut self) {
         // It may be gone already, which is what was wanted.

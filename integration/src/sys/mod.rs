@@ -10,3 +10,4 @@ pub(crate) mod packet;
 pub(crate) mod process;
 pub(crate) mod signal;
 pub(crate) mod tap;
+pub(crate) mod udp;

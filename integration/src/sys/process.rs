@@ -1,4 +1,4 @@
-//! Signals to processes.
+//! Signals to processes, and limits of this one.
 
 use std::io;
 
@@ -32,4 +32,39 @@ pub(crate) fn clock_ticks_per_second() -> f64 {
     let ticks = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     // Linux always knows it; 100 is its value on every architecture.
     if ticks > 0 { ticks as f64 } else { 100.0 }
+}
+
+/// Sets how many files this process, and those it starts, may have open to `wanted`; where that is
+/// not allowed, to as many as are. Returns what the limit is now.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn allow_open_files(wanted: u64) -> io::Result<u64> {
+    let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: getrlimit writes one rlimit, which we own.
+    let rc = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut now) };
+    if rc < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    for files in [wanted, wanted.min(now.rlim_max)] {
+        let limit = libc::rlimit { rlim_cur: files, rlim_max: files };
+        // SAFETY: setrlimit reads one rlimit, which we own.
+        let rc = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) };
+        if rc == 0 {
+            return Ok(files);
+        }
+    }
+    Err(io::Error::last_os_error())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_that_is_not_allowed_becomes_the_highest_that_is() {
+        // Above nr_open nobody may go.
+        let limit = allow_open_files(u64::MAX - 1).unwrap();
+        assert_eq!(allow_open_files(limit).unwrap(), limit);
+    }
 }

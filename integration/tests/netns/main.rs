@@ -6,6 +6,7 @@
 //! `VUNET_GUEST_ARGS` adds arguments to every guest, to run all of it with, say, `--features none`.
 
 mod bench;
+mod benchmark;
 mod bounds;
 mod dns;
 mod ends;
