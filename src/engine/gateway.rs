@@ -132,7 +132,6 @@ impl Gateway {
             && event.change == LeaseChange::Bound
         {
             core.set_primary_guest(IpAddr::V4(event.ip));
-            core.learn(IpAddr::V4(event.ip), Neighbour { mac: event.mac, pair: from.pair });
         }
         reply.lease
     }

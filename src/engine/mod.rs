@@ -103,6 +103,16 @@ struct Incoming<'a> {
     frame: Option<&'a TxFrame<'a>>,
 }
 
+impl Incoming<'_> {
+    /// The whole as one frame in host memory, for another worker.
+    fn to_held_frame(&self) -> HeldFrame {
+        match self.frame {
+            Some(frame) => HeldFrame::copy_of(frame),
+            None => HeldFrame::of_packet(&self.ip, self.from, &self.whole),
+        }
+    }
+}
+
 impl<N: HostNet> Engine<N> {
     /// An engine without flows.
     pub fn new(config: &EngineConfig, net: N, dhcp: SharedDhcp, dns: Arc<DnsService>) -> Engine<N> {
@@ -312,10 +322,8 @@ impl<N: HostNet> Engine<N> {
         match event.change {
             LeaseChange::Bound => {
                 tracing::info!(mac = %event.mac, address = %event.ip, "lease");
-                if event.mac == from.mac {
-                    // Who comes through a published port need not wait for ARP.
-                    self.learn(event.ip, from);
-                }
+                // Who comes through a published port, at whichever worker, need not wait for ARP.
+                self.learn(event.ip, Neighbour { mac: event.mac, pair: from.pair });
                 self.tell_others(|| Letter::Primary(IpAddr::V4(event.ip)));
             }
             change => {
@@ -403,15 +411,14 @@ impl<N: HostNet> Engine<N> {
                 elsewhere => elsewhere,
             },
         };
-        // If its fragments came here and its socket is there, it is lost.
-        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
+        let frame = incoming.to_held_frame();
         match (owner, self.own()) {
             (Some(Elsewhere::Moves(owner)), Some(from)) if self.sent_on.count(end) => {
                 self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
                 self.letters.push_back((owner, Letter::WantSocket { end, from }));
             }
             (Some(Elsewhere::Moves(owner) | Elsewhere::Stays(owner)), _) => {
-                self.send_letter(owner, Letter::Frame(HeldFrame::copy_of(frame)));
+                self.send_letter(owner, Letter::Frame(frame));
             }
             (None, _) => {
                 self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
@@ -439,8 +446,7 @@ impl<N: HostNet> Engine<N> {
                 owner => owner,
             },
         };
-        let frame = incoming.frame.ok_or(DropReason::Fragment)?;
-        self.waiting.hold(key, frame).ok_or(DropReason::TableFull)?;
+        self.waiting.hold(key, incoming.to_held_frame()).ok_or(DropReason::TableFull)?;
         if let (Some(owner), Some(from)) = (owner, self.own()) {
             // Never dropped, or what is held would wait for ever; there are no more than frames held.
             self.letters.push_back((owner, Letter::Want { key, from }));

@@ -16,10 +16,13 @@ use std::hash::{BuildHasher, Hash, RandomState};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::core::Neighbour;
 use super::nat::{datagram, tcp};
 use crate::addr::MacAddr;
 use crate::frame::{Payload, QueuePair, TxFrame};
 use crate::limits;
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::ipv4;
 use crate::wire::vnet::VnetHeader;
 
 /// A worker's number, from zero.
@@ -115,6 +118,17 @@ impl HeldFrame {
         HeldFrame { vnet: frame.vnet, bytes, pair: frame.pair }
     }
 
+    /// The frame of an IPv4 packet that came in fragments: what `ip` says of it, and its `payload`.
+    pub fn of_packet(ip: &ipv4::Header, from: Neighbour, payload: &Payload<'_>) -> HeldFrame {
+        let start = ethernet::HEADER_BYTES + ipv4::HEADER_BYTES;
+        let mut bytes = vec![0; start + payload.len()].into_boxed_slice();
+        let header = ethernet::Header { dst: MacAddr::GATEWAY, src: from.mac, ethertype: EtherType::IPV4 };
+        header.emit(&mut bytes);
+        ip.emit(&mut bytes[ethernet::HEADER_BYTES..]);
+        payload.copy_to(&mut bytes[start..]);
+        HeldFrame { vnet: VnetHeader::default(), bytes, pair: from.pair }
+    }
+
     /// The frame as if it had come on `pair` of this worker.
     pub fn as_frame(&self, pair: Option<QueuePair>) -> TxFrame<'_> {
         TxFrame {
@@ -191,12 +205,12 @@ impl<K: Eq + Hash> Waiting<K> {
 
     /// Holds a frame for `key`, which is awaited from then on; `None` if there is no room and the frame is
     /// lost.
-    pub fn hold(&mut self, key: K, frame: &TxFrame<'_>) -> Option<()> {
+    pub fn hold(&mut self, key: K, frame: HeldFrame) -> Option<()> {
         if self.frames >= limits::AWAITING_FRAMES_MAX {
             return None;
         }
         self.frames += 1;
-        self.flows.entry(key).or_default().frames.push(HeldFrame::copy_of(frame));
+        self.flows.entry(key).or_default().frames.push(frame);
         Some(())
     }
 

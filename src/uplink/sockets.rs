@@ -39,7 +39,7 @@ struct Shared {
     segments: RefCell<Vec<iovec>>,
     /// Bytes peeked again only to be skipped; never read by us.
     scratch: RefCell<Box<[u8]>>,
-    run: RefCell<Run>,
+    runs: RefCell<Runs>,
     reader: RefCell<sys::DatagramReader>,
     peek_offset: bool,
 }
@@ -57,8 +57,6 @@ struct Run {
     total_bytes: usize,
     /// A shorter datagram ended it.
     ended: bool,
-    /// Datagrams refused since this was last asked.
-    refused: u64,
 }
 
 /// Datagrams of one run: `UDP_MAX_SEGMENTS` of kernels before 6.8.
@@ -68,11 +66,71 @@ const RUN_BYTES_MAX: usize = 65_507;
 /// Longest datagram of a run: longer ones may have to be fragmented, which segmentation cannot.
 const RUN_DATAGRAM_BYTES_MAX: usize = 1472;
 
+/// The runs of a batch: datagrams of several sockets or endpoints come interleaved.
+#[derive(Debug, Default)]
+struct Runs {
+    runs: [Run; RUNS_MAX],
+    /// Runs begun, the first of `runs`.
+    count: usize,
+    /// The run that makes room for the next one past the bound.
+    next_to_go: usize,
+    /// Datagrams refused since this was last asked.
+    refused: u64,
+}
+
+/// Runs at once; a search among them costs less than a system call.
+const RUNS_MAX: usize = 16;
+
+impl Runs {
+    /// The run that takes a datagram of `len` bytes: the one of its socket and endpoint, else a new one.
+    fn run_for(&mut self, socket: &Rc<UdpSocket>, to: SocketAddr, len: usize) -> &mut Run {
+        let known = self.runs[..self.count].iter().position(|run| run.is_of(socket) && run.to == Some(to));
+        let at = match known {
+            Some(at) if self.runs[at].accepts(len) => return &mut self.runs[at],
+            Some(at) => at,
+            None if self.count < RUNS_MAX => {
+                self.count += 1;
+                self.count - 1
+            }
+            None => {
+                self.next_to_go = (self.next_to_go + 1) % RUNS_MAX;
+                self.next_to_go
+            }
+        };
+        self.refused += self.runs[at].send();
+        let run = &mut self.runs[at];
+        run.socket = Some(Rc::clone(socket));
+        run.to = Some(to);
+        run.segment_bytes = len;
+        run
+    }
+
+    /// Sends what was queued on `socket`, so that what follows on it keeps its order.
+    fn send_of(&mut self, socket: &Rc<UdpSocket>) {
+        for run in &mut self.runs[..self.count] {
+            if run.is_of(socket) {
+                self.refused += run.send();
+            }
+        }
+    }
+
+    /// Sends everything; returns how many datagrams were refused since this was last called.
+    fn send_all(&mut self) -> u64 {
+        for run in &mut self.runs[..self.count] {
+            self.refused += run.send();
+        }
+        self.count = 0;
+        std::mem::take(&mut self.refused)
+    }
+}
+
 impl Run {
-    fn accepts(&self, socket: &Rc<UdpSocket>, to: SocketAddr, len: usize) -> bool {
+    fn is_of(&self, socket: &Rc<UdpSocket>) -> bool {
+        self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
+    }
+
+    fn accepts(&self, len: usize) -> bool {
         !self.ended
-            && self.to == Some(to)
-            && self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
             // An empty one would be no datagram at a run's end.
             && (1..=self.segment_bytes).contains(&len)
             && self.starts.len() < RUN_DATAGRAMS_MAX
@@ -86,10 +144,10 @@ impl Run {
         self.ended = payload.len() < self.segment_bytes;
     }
 
-    /// Sends the run, as one where the kernel can.
-    fn send(&mut self) {
+    /// Sends the run, as one where the kernel can; returns how many datagrams were refused.
+    fn send(&mut self) -> u64 {
         let (Some(socket), Some(to)) = (self.socket.take(), self.to.take()) else {
-            return;
+            return 0;
         };
         let to = SockAddr::from(to);
         let count = self.starts.len();
@@ -99,32 +157,34 @@ impl Run {
             let segment_bytes = self.segment_bytes as u16;
             sys::send_datagrams(socket.socket.as_fd(), &mut self.segments, &to, segment_bytes)
         };
-        match outcome {
-            Ok(_) => {}
+        let refused = match outcome {
+            Ok(_) => 0,
             Err(error) if count > 1 && error.kind() != io::ErrorKind::WouldBlock => {
-                self.send_one_by_one(&socket, &to);
+                self.send_one_by_one(&socket, &to)
             }
-            Err(_) => {
-                self.refused += count as u64;
-                socket.refused.set(true);
-            }
+            Err(_) => count as u64,
+        };
+        if refused > 0 {
+            socket.refused.set(true);
         }
         self.starts.clear();
         self.segments.clear();
         self.total_bytes = 0;
         self.ended = false;
+        refused
     }
 
-    fn send_one_by_one(&mut self, socket: &UdpSocket, to: &SockAddr) {
+    fn send_one_by_one(&mut self, socket: &UdpSocket, to: &SockAddr) -> u64 {
+        let mut refused = 0;
         socket.alone.set(true);
         for n in 0..self.starts.len() {
             let end = self.starts.get(n + 1).copied().unwrap_or(self.segments.len());
             let segments = &mut self.segments[self.starts[n]..end];
             if sys::send_segments(socket.socket.as_fd(), segments, Some(to)).is_err() {
-                self.refused += 1;
-                socket.refused.set(true);
+                refused += 1;
             }
         }
+        refused
     }
 }
 
@@ -145,7 +205,7 @@ impl HostSockets {
             poll,
             segments: RefCell::new(Vec::with_capacity(limits::FRAME_SEGMENTS_MAX)),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
-            run: RefCell::default(),
+            runs: RefCell::default(),
             reader: RefCell::default(),
             peek_offset: peek_offset && tcp_knows_peek_offset(),
         };
@@ -287,9 +347,7 @@ impl HostNet for HostSockets {
     }
 
     fn flush_datagrams(&mut self) -> u64 {
-        let mut run = self.shared.run.borrow_mut();
-        run.send();
-        std::mem::take(&mut run.refused)
+        self.shared.runs.borrow_mut().send_all()
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
@@ -495,15 +553,14 @@ impl HostDatagram for Datagram {
     type Detached = DetachedDatagram;
 
     fn detach(self) -> DetachedDatagram {
-        self.shared.run.borrow_mut().send();
+        self.shared.runs.borrow_mut().send_of(&self.socket);
         self.shared.poll.unwatch(self.socket.socket.as_raw_fd());
-        let socket = Rc::into_inner(self.socket).expect("only the run, which was sent, shares the socket");
+        let socket = Rc::into_inner(self.socket).expect("only its runs, which were sent, share the socket");
         DetachedDatagram(socket)
     }
 
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
-        // What waits goes first, so that order is kept.
-        self.shared.run.borrow_mut().send();
+        self.shared.runs.borrow_mut().send_of(&self.socket);
         let mut segments = self.shared.segments.borrow_mut();
         segments.clear();
         Payload::from_host(head).push_iovecs(&mut segments);
@@ -516,18 +573,12 @@ impl HostDatagram for Datagram {
         if self.socket.refused.take() {
             return self.send_to(&[], payload, to);
         }
-        let mut run = self.shared.run.borrow_mut();
+        let mut runs = self.shared.runs.borrow_mut();
         let len = payload.len();
-        if !run.accepts(&self.socket, to, len) {
-            run.send();
-            run.socket = Some(Rc::clone(&self.socket));
-            run.to = Some(to);
-            run.segment_bytes = len;
-        }
-        run.push(payload);
+        runs.run_for(&self.socket, to, len).push(payload);
         let joins = len > 0 && len <= RUN_DATAGRAM_BYTES_MAX && !self.socket.alone.get();
         if !joins || !payload.is_in_guest() {
-            run.send();
+            runs.send_of(&self.socket);
         }
         Ok(())
     }
@@ -538,7 +589,7 @@ impl HostDatagram for Datagram {
         segment_bytes: usize,
         to: SocketAddr,
     ) -> io::Result<()> {
-        self.shared.run.borrow_mut().send();
+        self.shared.runs.borrow_mut().send_of(&self.socket);
         let mut segments = self.shared.segments.borrow_mut();
         let address = SockAddr::from(to);
         if !self.socket.alone.get() {

@@ -5,7 +5,9 @@ use vunet::engine::placement::{Directory, Place, WorkerId};
 use vunet::limits;
 use vunet::wire::tcp::Flags;
 
-use crate::frames::{Seen, guest, udp_frame, world};
+use vunet::wire::ipv4::Protocol;
+
+use crate::frames::{Seen, WORLD, fragments, guest, udp_frame, udp_message, world};
 use crate::rig::{Peer, READABLE, Rig, connected, only, secs};
 use crate::world::End;
 
@@ -173,4 +175,33 @@ fn a_directory_entry_is_cleared_only_by_who_has_it() {
     assert_eq!(directory.owner(&place), Some(WorkerId(1)));
     directory.clear(&place, WorkerId(1));
     assert_eq!(directory.owner(&place), None);
+}
+
+#[test]
+fn a_datagram_in_fragments_leaves_from_the_socket_another_worker_has() {
+    let mut rigs = Rig::workers(2);
+    rigs[0].send(&udp_frame(guest(4000), world(53), b"whole"));
+    let payload = crate::rig::pattern(5000);
+    let message = udp_message(guest(4000), world(53), &payload);
+    for frame in fragments(WORLD, Protocol::UDP, &message, 7, 1500) {
+        rigs[1].feed(&frame);
+    }
+    exchange(&mut rigs);
+    assert_eq!(rigs[0].sock(0).sent.last().map(|(bytes, _)| bytes.clone()), Some(payload));
+    assert_eq!(rigs[1].dropped(DropReason::Fragment), 0);
+}
+
+#[test]
+fn a_guest_one_worker_has_seen_is_known_to_the_published_ports_of_another() {
+    let mut rigs = Rig::workers(2);
+    let token = rigs[0].engine.nat().next_datagram_token();
+    let socket = rigs[0].engine.nat().net().published_udp(token);
+    rigs[0].engine.publish_udp(socket, 9006);
+    rigs[1].send(&udp_frame(guest(4000), world(53), b"anything"));
+    exchange(&mut rigs);
+    assert_eq!(rigs[0].datagram_arrives(0, b"hello", world(5000).into()).len(), 1);
+    // The guest answers on the other pair all the same.
+    rigs[1].send(&udp_frame(guest(9006), world(5000), b"answer"));
+    exchange(&mut rigs);
+    assert_eq!(rigs[0].sock(0).sent, [(b"answer".to_vec(), world(5000).into())]);
 }

@@ -112,7 +112,7 @@ fn cost_of(bench: &Bench, payload_bytes: u64, transfer: impl FnOnce() -> Outcome
 }
 
 fn setup() -> Setup {
-    Setup::new().tools(&["strace"])
+    Setup::new().tools(&["strace"]).vunet(&["--queues", "1"]).guest(&["--queues", "1"])
 }
 
 /// Calls by one of these names, and how many there may be.
