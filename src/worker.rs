@@ -23,6 +23,7 @@ use crate::engine::gateway::SharedDhcp;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
+use crate::limits;
 use crate::postbox::Postbox;
 use crate::service::dns::{self, DnsService};
 use crate::time::{Clock, Instant};
@@ -30,8 +31,6 @@ use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::affinity::bind_to;
 use crate::uplink::sys::poll::{self, Poll};
 
-/// Frames taken from one transmit ring before sockets have their turn.
-const TX_BUDGET_FRAMES: usize = 256;
 /// Events taken at once.
 const EVENTS: usize = 256;
 /// How often a ring without a kick descriptor is looked at, in milliseconds.
@@ -308,7 +307,7 @@ impl Worker {
             let pair = waiting.trailing_zeros() as u8;
             waiting &= waiting - 1;
             let engine = &mut self.engine;
-            let drained = tx.drain(QueuePair(pair), TX_BUDGET_FRAMES, |event| match event {
+            let drained = tx.drain(QueuePair(pair), limits::TX_BATCH_FRAMES, |event| match event {
                 TxEvent::Frame(frame) => engine.from_guest(now, rx, &frame),
                 TxEvent::BatchEnd => engine.end_of_frames(),
             });

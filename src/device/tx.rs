@@ -13,7 +13,7 @@ use super::guest_mem::Segments;
 use super::ring::{Popped, Ring, RingFault, SharedMemory};
 use super::stats::TxStats;
 use crate::frame::{QueuePair, TxFrame};
-use crate::limits::{FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX};
+use crate::limits::{FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX, TX_BATCH_BYTES};
 use crate::wire::vnet::{Checksum, GsoKind, VNET_HEADER_BYTES, VnetHeader};
 
 /// Bytes of an Ethernet header: nothing shorter is a frame.
@@ -119,8 +119,8 @@ impl TxSide {
         self.rings.iter().zip(0..).filter(move |(ring, _)| running(ring)).map(|(_, n)| QueuePair(n))
     }
 
-    /// Hands at most `budget_frames` chains' frames of `pair` to `each`, then the batch's end, completes
-    /// them and publishes once. A frame's memory is the guest's again after the batch's end: what was
+    /// Hands at most `budget_frames` chains' frames of `pair`, and about [`TX_BATCH_BYTES`] of them, to
+    /// `each`, then the batch's end, completes them and publishes once. A frame's memory is the guest's again after the batch's end: what was
     /// not copied or sent by then cannot be had later.
     pub fn drain(
         &mut self,
@@ -164,7 +164,11 @@ struct Batch<'a> {
 
 impl Batch<'_> {
     fn run(&mut self, budget: usize, each: &mut impl FnMut(TxEvent<'_>)) -> Result<Drained, RingFault> {
+        let bytes_max = self.stats.bytes + TX_BATCH_BYTES as u64;
         for _ in 0..budget {
+            if self.stats.bytes >= bytes_max {
+                break;
+            }
             self.chain.clear();
             let head = match self.tx.ring.pop(self.chain)? {
                 // Polled: no kick is wanted, and there will be another look.
