@@ -104,6 +104,8 @@ impl Timers {
     fn insert(&mut self, token: Token, at: Instant) -> EntryId {
         let id = self.free.pop().unwrap_or_else(|| {
             self.places.push(0);
+            // Room for all to be free at once: that must not be had when they are.
+            self.free.reserve(self.places.len());
             EntryId::try_from(self.places.len() - 1).expect("flows are bounded far below 2^32")
         });
         let place = self.heap.len();
