@@ -82,7 +82,7 @@ pub const TX_BATCH_FRAMES: usize = 256;
 
 /// Their bytes, as soon as there are so many: large frames would hold everything else up for
 /// milliseconds.
-pub const TX_BATCH_BYTES: usize = 1 << 20;
+pub const TX_BATCH_BYTES: usize = 4 << 20;
 
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;
