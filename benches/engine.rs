@@ -201,7 +201,7 @@ fn udp_from_guest(c: &mut Criterion) {
         group.bench_function(format!("{} bytes", bytes.len()), |b| {
             b.iter(|| {
                 engine.from_guest(Instant::ZERO, &mut NullPort, black_box(&frame));
-                engine.end_of_frames();
+                engine.end_of_frames(&mut NullPort);
             });
         });
         assert_eq!(engine.counters().dropped_total(), 0, "every frame was carried");

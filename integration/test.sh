@@ -137,6 +137,7 @@ check_crates() {
 
 # The namespace guest needs root: the tests are built as you and run through sudo.
 check_namespaces() {
+    local pairs
     part 'namespace guest'
     if ! can_be_root; then
         result_lacking 1 'namespace guest' 'needs root or sudo'
@@ -145,8 +146,14 @@ check_namespaces() {
     if ! is_root; then
         export CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER='sudo --preserve-env'
     fi
-    VUNET_BIN=${VUNET_BIN:-$TARGET_DIR/release/vunet} cargo_tests 'namespace guest' --package vunet-integration
-    unset CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
+    export VUNET_BIN=${VUNET_BIN:-$TARGET_DIR/release/vunet}
+    cargo_tests 'namespace guest' --package vunet-integration
+    # The same again with a worker for each of several queue pairs.
+    for pairs in 2 4; do
+        VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
+            cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
+    done
+    unset CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER VUNET_BIN
 }
 
 check_real_guests() {

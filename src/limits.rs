@@ -77,6 +77,9 @@ pub const BATCH_BYTES: u64 = 256 << 10;
 /// Turns in one batch, so that many flows with a few bytes each hold nothing else up.
 pub const BATCH_TURNS: usize = 256;
 
+/// Bytes of one flow's frames from the guest that leave with one system call.
+pub const STREAM_RUN_BYTES_MAX: usize = 256 << 10;
+
 /// Frames taken from one transmit ring before sockets and other rings have their turn.
 pub const TX_BATCH_FRAMES: usize = 256;
 

@@ -309,7 +309,7 @@ impl Worker {
             let engine = &mut self.engine;
             let drained = tx.drain(QueuePair(pair), limits::TX_BATCH_FRAMES, |event| match event {
                 TxEvent::Frame(frame) => engine.from_guest(now, rx, &frame),
-                TxEvent::BatchEnd => engine.end_of_frames(),
+                TxEvent::BatchEnd => engine.end_of_frames(rx),
             });
             if drained == Drained::More {
                 self.tx_waiting |= 1 << pair;

@@ -67,6 +67,23 @@ pub trait HostStream {
     /// `WouldBlock` if it is full; anything else ends the stream.
     fn send(&mut self, payload: &Payload<'_>) -> io::Result<usize>;
 
+    /// Gathers bytes from guest memory behind those gathered before, to leave with one call. They must leave
+    /// by [`HostStream::send_queued`] before anything else is sent and before the end of the batch of
+    /// frames, until which the memory stays as it is. False if they cannot be gathered: then what was
+    /// goes first and these by themselves.
+    fn queue(&mut self, _payload: &Payload<'_>) -> bool {
+        false
+    }
+
+    /// Moves what was gathered into the socket; returns how many bytes it took, and hands those it did
+    /// not take to `rest`, in order.
+    ///
+    /// # Errors
+    /// As [`HostStream::send`], except that a full socket takes nothing and is no error.
+    fn send_queued(&mut self, _rest: &mut dyn FnMut(&Payload<'_>)) -> io::Result<usize> {
+        Ok(0)
+    }
+
     /// Reads bytes that follow the first `offset_bytes` of the receive queue into `into`, leaving
     /// all of them queued. Returns their count; zero at the end of the stream.
     ///

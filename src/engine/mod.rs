@@ -496,7 +496,7 @@ impl<N: HostNet> Engine<N> {
             Letter::Frame(frame) => {
                 let pair = self.core.first_pair();
                 self.from_guest(now, port, &frame.as_frame(Some(pair)));
-                self.end_of_frames();
+                self.end_of_frames(port);
             }
             Letter::WantSocket { end, from } => self.give_socket_away(end, from),
             Letter::Socket(moved) => {
@@ -536,7 +536,7 @@ impl<N: HostNet> Engine<N> {
         for frame in &awaited.frames {
             self.from_guest(now, port, &frame.as_frame(None));
         }
-        self.end_of_frames();
+        self.end_of_frames(port);
         for to in awaited.wanted_by {
             self.give_away(*key, to);
         }
@@ -560,7 +560,7 @@ impl<N: HostNet> Engine<N> {
         for frame in &awaited.frames {
             self.from_guest(now, port, &frame.as_frame(None));
         }
-        self.end_of_frames();
+        self.end_of_frames(port);
         for to in awaited.wanted_by {
             self.give_socket_away(*end, to);
         }
@@ -588,8 +588,8 @@ impl<N: HostNet> Engine<N> {
 
     /// The end of a batch of frames: what was queued of them leaves before their memory is the guest's
     /// again.
-    pub fn end_of_frames(&mut self) {
-        self.nat.flush_datagrams(&mut self.core);
+    pub fn end_of_frames(&mut self, port: &mut impl GuestPort) {
+        self.nat.end_of_frames(&mut self.core, port);
     }
 
     /// The end of a batch: what is owed is sent. Returns whether there is more to do at once.

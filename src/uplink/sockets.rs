@@ -20,6 +20,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::own_addresses::OwnAddresses;
 use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
+use super::sys::stream_runs::StreamRuns;
 use crate::engine::host_net::{
     Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
 };
@@ -40,6 +41,7 @@ struct Shared {
     /// Bytes peeked again only to be skipped; never read by us.
     scratch: RefCell<Box<[u8]>>,
     runs: RefCell<Runs>,
+    stream_runs: RefCell<StreamRuns>,
     reader: RefCell<sys::DatagramReader>,
     peek_offset: bool,
 }
@@ -206,6 +208,7 @@ impl HostSockets {
             segments: RefCell::new(Vec::with_capacity(limits::FRAME_SEGMENTS_MAX)),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into_boxed_slice()),
             runs: RefCell::default(),
+            stream_runs: RefCell::default(),
             reader: RefCell::default(),
             peek_offset: peek_offset && tcp_knows_peek_offset(),
         };
@@ -255,7 +258,14 @@ impl HostSockets {
         }
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
         let position = peek_offset.then_some(0);
-        Ok(Stream { shared: Rc::clone(&self.shared), socket: socket.into(), token, kind, position })
+        Ok(Stream {
+            shared: Rc::clone(&self.shared),
+            socket: socket.into(),
+            token,
+            kind,
+            position,
+            run: None,
+        })
     }
 }
 
@@ -317,7 +327,7 @@ impl HostNet for HostSockets {
     fn attach(&mut self, token: Token, detached: DetachedStream) -> io::Result<Stream> {
         let DetachedStream { socket, kind, position } = detached;
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
-        Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position })
+        Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position, run: None })
     }
 
     fn attach_datagram(&mut self, token: Token, detached: DetachedDatagram) -> io::Result<Datagram> {
@@ -370,6 +380,21 @@ pub struct Stream {
     kind: StreamKind,
     /// Where the kernel peeks next, if it keeps an offset.
     position: Option<usize>,
+    /// What was gathered of this batch.
+    run: Option<RunHandle>,
+}
+
+/// A run of the worker's, given back when dropped.
+#[derive(Debug)]
+struct RunHandle {
+    shared: Rc<Shared>,
+    at: usize,
+}
+
+impl Drop for RunHandle {
+    fn drop(&mut self) {
+        self.shared.stream_runs.borrow_mut().give_back(self.at);
+    }
 }
 
 impl Stream {
@@ -459,6 +484,32 @@ impl HostStream for Stream {
         segments.clear();
         payload.push_iovecs(&mut segments);
         sys::send_segments(self.socket.as_fd(), &mut segments, None)
+    }
+
+    fn queue(&mut self, payload: &Payload<'_>) -> bool {
+        let mut runs = self.shared.stream_runs.borrow_mut();
+        if self.run.is_none() {
+            let taken = runs.take();
+            self.run = taken.map(|at| RunHandle { shared: Rc::clone(&self.shared), at });
+        }
+        self.run.as_ref().is_some_and(|run| runs.run(run.at).push(payload))
+    }
+
+    fn send_queued(&mut self, rest: &mut dyn FnMut(&Payload<'_>)) -> io::Result<usize> {
+        let Some(handle) = self.run.take() else { return Ok(0) };
+        let mut runs = self.shared.stream_runs.borrow_mut();
+        let run = runs.run(handle.at);
+        let outcome = match run.len_bytes() {
+            0 => Ok(0),
+            _ => sys::send_segments(self.socket.as_fd(), run.segments(), None),
+        };
+        let sent = match outcome {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            outcome => outcome?,
+        };
+        run.hand_rest(sent, rest);
+        drop(runs);
+        Ok(sent)
     }
 
     fn peek(&mut self, offset_bytes: usize, mut into: PayloadMut<'_>) -> io::Result<usize> {
@@ -651,7 +702,7 @@ impl HostListener for Listener {
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
         let position = peek_offset.then_some(0);
         let shared = Rc::clone(&self.shared);
-        Ok((Stream { shared, socket, token, kind: StreamKind::Tcp, position }, client))
+        Ok((Stream { shared, socket, token, kind: StreamKind::Tcp, position, run: None }, client))
     }
 }
 

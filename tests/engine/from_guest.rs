@@ -455,3 +455,68 @@ fn a_full_segment_and_one_after_a_hole_are_acknowledged_at_once() {
     peer.seq = peer.seq.wrapping_add(100);
     assert!(!peer.data(&mut rig, Flags::PSH, b"beyond").is_empty());
 }
+
+/// Feeds segments of `len` bytes each as one batch of frames; what the guest sees at its end.
+fn batch(rig: &mut Rig, peer: &mut Peer, bytes: &[u8], len: usize) -> Vec<crate::frames::Seen> {
+    for chunk in bytes.chunks(len) {
+        let frame = peer.seg(Flags::ACK, chunk).frame();
+        peer.seq = peer.seq.wrapping_add(chunk.len() as u32);
+        rig.feed_only(&frame);
+    }
+    rig.end_of_batch()
+}
+
+#[test]
+fn full_segments_of_a_batch_go_into_the_socket_with_one_call_and_are_acknowledged_once() {
+    let mut rig = Rig::new();
+    let mut peer = scaled_flow(&mut rig);
+    let bytes = pattern(20 * 1460);
+    let seen = batch(&mut rig, &mut peer, &bytes, 1460);
+    assert_eq!(only(seen).tcp().header.ack.0, peer.seq);
+    assert_eq!(rig.conn(0).sends, 1);
+    assert_eq!(rig.conn(0).taken, bytes);
+}
+
+#[test]
+fn what_a_socket_does_not_take_of_a_batch_is_held_in_order() {
+    let mut rig = Rig::new();
+    rig.world().room = 20_000;
+    let mut peer = scaled_flow(&mut rig);
+    rig.conn(0).room = 5000;
+    let bytes = pattern(10 * 1460);
+    batch(&mut rig, &mut peer, &bytes, 1460);
+    assert_eq!(rig.engine.nat().held_bytes(), bytes.len() - 5000);
+    rig.conn(0).room = 50_000;
+    rig.stream_ready(0, WRITABLE);
+    assert_eq!(rig.conn(0).taken, bytes);
+}
+
+#[test]
+fn whatever_follows_gathered_segments_comes_after_them() {
+    for last in [Flags::FIN, Flags::RST, Flags::PSH] {
+        let mut rig = Rig::new();
+        let mut peer = scaled_flow(&mut rig);
+        let bytes = pattern(3 * 1460);
+        for chunk in bytes.chunks(1460) {
+            let frame = peer.seg(Flags::ACK, chunk).frame();
+            peer.seq = peer.seq.wrapping_add(chunk.len() as u32);
+            rig.feed_only(&frame);
+        }
+        // A retransmission of the second in between changes nothing.
+        let again = Peer { seq: peer.seq.wrapping_sub(2 * 1460), ..peer };
+        rig.feed_only(&again.seg(Flags::ACK, &bytes[1460..2920]).frame());
+        rig.feed_only(&peer.seg(Flags::ACK | last, b"").frame());
+        rig.end_of_batch();
+        assert_eq!(rig.conn(0).taken, bytes, "{last:?}");
+    }
+}
+
+#[test]
+fn a_socket_that_fails_at_the_end_of_a_batch_resets_the_guest() {
+    let mut rig = Rig::new();
+    let mut peer = scaled_flow(&mut rig);
+    rig.conn(0).error = Some(libc::ECONNRESET);
+    let seen = batch(&mut rig, &mut peer, &pattern(2 * 1460), 1460);
+    assert!(only(seen).tcp().has(Flags::RST));
+    rig.assert_empty();
+}

@@ -114,7 +114,7 @@ impl Chaos {
 
     /// Ends a batch and remembers what the guest heard.
     fn settle(&mut self) {
-        self.rig.engine.end_of_frames();
+        self.rig.engine.end_of_frames(&mut self.rig.port);
         for seen in self.rig.flush() {
             let Seen::Tcp(segment) = seen else { continue };
             let key = (segment.to.port(), segment.from);

@@ -171,7 +171,25 @@ impl Rig {
             pair,
         };
         self.engine.from_guest(self.now, &mut self.port, &frame);
-        self.engine.end_of_frames();
+        self.engine.end_of_frames(&mut self.port);
+    }
+
+    /// Hands one frame over in the middle of a batch of frames, to be followed by others and by
+    /// [`Rig::end_of_batch`].
+    pub(crate) fn feed_only(&mut self, frame: &[u8]) {
+        let frame = TxFrame {
+            vnet: VnetHeader::default(),
+            head: &frame[..frame.len().min(limits::FRAME_HEAD_BYTES)],
+            whole: Payload::from_host(frame),
+            pair: QueuePair::default(),
+        };
+        self.engine.from_guest(self.now, &mut self.port, &frame);
+    }
+
+    /// Ends a batch of frames; returns what the guest received.
+    pub(crate) fn end_of_batch(&mut self) -> Vec<Seen> {
+        self.engine.end_of_frames(&mut self.port);
+        self.flush()
     }
 
     /// Hands one frame over, ends the batch and returns what the guest received.

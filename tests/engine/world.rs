@@ -22,6 +22,8 @@ pub(crate) enum End {
 /// A stream socket.
 #[derive(Debug)]
 pub(crate) struct Conn {
+    /// Gathered for one call.
+    gathered: Vec<u8>,
     pub(crate) token: Token,
     /// Where it was connected to, or who was accepted; the gateway's port 53 for the DNS service.
     pub(crate) peer: SocketAddr,
@@ -124,6 +126,7 @@ impl World {
     fn add_conn(&mut self, token: Token, peer: SocketAddr, is_dns: bool) -> usize {
         self.open += 1;
         self.conns.push(Conn {
+            gathered: Vec::new(),
             token,
             peer,
             is_dns,
@@ -293,6 +296,26 @@ impl HostStream for FakeStream {
         conn.taken.extend(bytes);
         conn.room -= len;
         Ok(len)
+    }
+
+    fn queue(&mut self, payload: &Payload<'_>) -> bool {
+        let conn = &mut self.world.borrow_mut().conns[self.at];
+        let mut bytes = vec![0; payload.len()];
+        payload.copy_to(&mut bytes);
+        conn.gathered.extend(bytes);
+        true
+    }
+
+    fn send_queued(&mut self, rest: &mut dyn FnMut(&Payload<'_>)) -> io::Result<usize> {
+        let gathered = std::mem::take(&mut self.world.borrow_mut().conns[self.at].gathered);
+        let sent = match self.send(&Payload::from_host(&gathered)) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+            outcome => outcome?,
+        };
+        if sent < gathered.len() {
+            rest(&Payload::from_host(&gathered[sent..]));
+        }
+        Ok(sent)
     }
 
     fn peek(&mut self, offset_bytes: usize, mut into: PayloadMut<'_>) -> io::Result<usize> {

@@ -192,7 +192,7 @@ impl Run {
             let frame = TxFrame { vnet: VnetHeader::default(), head, whole, pair: QueuePair::default() };
             self.engine.from_guest(now, &mut self.port, &frame);
         }
-        self.engine.end_of_frames();
+        self.engine.end_of_frames(&mut self.port);
         let mut events = [Event { events: 0, data: 0 }; 64];
         let wait_ms =
             i32::from(!busy && self.port.delivered.is_empty() && self.guest.link.inbound.is_empty());

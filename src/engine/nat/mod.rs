@@ -493,7 +493,8 @@ impl<N: HostNet> Nat<N> {
     }
 
     /// The end of a batch of frames, before their memory is the guest's again.
-    pub fn flush_datagrams(&mut self, core: &mut Core) {
+    pub fn end_of_frames(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        self.tcp.send_queued(core, port);
         core.counters.drop_many(DropReason::SocketRefused, self.net.flush_datagrams());
     }
 

@@ -6,3 +6,4 @@ pub mod inherited;
 pub mod poll;
 pub mod routes;
 pub mod socket;
+pub mod stream_runs;

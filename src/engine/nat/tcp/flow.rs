@@ -21,9 +21,10 @@ use std::time::Duration;
 use super::pool::{Budget, Pool};
 use crate::addr::MacAddr;
 use crate::engine::core::Core;
+use crate::engine::counters::DropReason;
 use crate::engine::host_net::{Close, HostStream, Readiness, Token};
 use crate::engine::timers::TimerSlot;
-use crate::frame::QueuePair;
+use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::time::Instant;
 use crate::wire::tcp::{Options, SeqNumber};
@@ -108,6 +109,8 @@ pub(super) struct Recv {
     pub(super) closed: bool,
     /// What the socket cannot take yet.
     pub(super) pool: Pool,
+    /// Bytes from `nxt` on that are gathered for one call at the end of the batch of frames.
+    pub(super) queued: usize,
     /// What was acknowledged last.
     pub(super) acked: SeqNumber,
     /// An acknowledgement is owed at the batch's end.
@@ -310,6 +313,7 @@ impl<S: HostStream> Flow<S> {
                 fin: None,
                 closed: false,
                 pool: Pool::default(),
+                queued: 0,
                 acked: SeqNumber(0),
                 ack_due: false,
                 ack_by: None,
@@ -415,7 +419,7 @@ impl<S: HostStream> Flow<S> {
     pub(super) fn drain_pool(&mut self, budget: &mut Budget) -> Result<(), Fate> {
         while let Some(bytes) = self.recv.pool.front(budget, self.recv.nxt) {
             let Some(stream) = self.stream.as_mut() else { break };
-            match stream.send(&crate::frame::Payload::from_host(bytes)) {
+            match stream.send(&Payload::from_host(bytes)) {
                 Ok(len) => {
                     let short = len < bytes.len();
                     self.recv.nxt = self.recv.nxt + len;
@@ -433,6 +437,30 @@ impl<S: HostStream> Flow<S> {
             }
         }
         self.pass_fin_on(budget)
+    }
+
+    /// Moves what was gathered into the socket; what it does not take is held.
+    pub(super) fn send_queued(&mut self, core: &mut Core, budget: &mut Budget) -> Result<(), Fate> {
+        let queued = std::mem::take(&mut self.recv.queued);
+        let Some(stream) = self.stream.as_mut().filter(|_| queued > 0) else { return Ok(()) };
+        let (start, edge, pool) = (self.recv.nxt, self.recv.edge, &mut self.recv.pool);
+        let mut all_held = true;
+        let mut hold = |rest: &Payload<'_>| {
+            // Only as far as the window promised.
+            let at = start + (queued - rest.len());
+            let held = rest.range(0, edge.distance_from(at).max(0) as usize);
+            all_held &= pool.insert(budget, at, &held) && held.len() == rest.len();
+        };
+        let sent = stream.send_queued(&mut hold).map_err(|_| Fate::ResetBoth)?;
+        if !all_held {
+            core.counters.drop(DropReason::TableFull);
+        }
+        core.counters.payload_from_guest_bytes += sent as u64;
+        self.recv.nxt = start + sent;
+        if sent < queued {
+            self.want_room();
+        }
+        Ok(())
     }
 
     /// Asks the socket to tell of room, if it was not asked already.

@@ -62,6 +62,8 @@ pub struct TcpTable<S> {
     finished: Lru,
     budget: Budget,
     dirty: Vec<usize>,
+    /// Flows with bytes gathered in this batch of frames.
+    gathering: Vec<usize>,
     turns: Turns,
     /// Flows whose SYN waits for the guest's MAC address.
     unresolved: Vec<Token>,
@@ -79,6 +81,7 @@ impl<S: HostStream> TcpTable<S> {
             finished: Lru::default(),
             budget: Budget::default(),
             dirty: Vec::with_capacity(BATCH_FLOWS),
+            gathering: Vec::with_capacity(BATCH_FLOWS),
             turns: Turns::default(),
             unresolved: Vec::new(),
             isn_secret,
@@ -147,7 +150,11 @@ impl<S: HostStream> TcpTable<S> {
         if flow.state != State::TimeWait {
             self.lru.touch(at);
         }
+        let was_gathering = flow.recv.queued > 0;
         let fate = flow.segment(core, &mut self.budget, &segment.header, &segment.payload);
+        if !was_gathering && flow.recv.queued > 0 {
+            self.gathering.push(at);
+        }
         self.mark_dirty(at);
         self.settle(core, port, at, fate);
         true
@@ -303,6 +310,17 @@ impl<S: HostStream> TcpTable<S> {
     fn mark_dirty(&mut self, at: usize) {
         if !std::mem::replace(&mut self.flows[at].dirty, true) {
             self.dirty.push(at);
+        }
+    }
+
+    /// The end of a batch of frames: what was gathered of them goes into the sockets.
+    pub fn send_queued(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        while let Some(at) = self.gathering.pop() {
+            // One that ended meanwhile let its bytes go with its socket.
+            let Some(flow) = self.flows.get_mut(at) else { continue };
+            if let Err(fate) = flow.send_queued(core, &mut self.budget) {
+                self.settle(core, port, at, fate);
+            }
         }
     }
 

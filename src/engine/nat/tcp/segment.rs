@@ -13,6 +13,8 @@ use crate::engine::host_net::{Close, HostStream};
 use crate::frame::Payload;
 use crate::wire::tcp::{Flags, Header, SeqNumber};
 
+/// Payload from which on a segment may be gathered with others whatever the segment size.
+const BULK_BYTES: usize = 1400;
 /// Duplicate acknowledgements that mean a loss (RFC 5681, 3.2).
 const DUP_ACKS: u8 = 3;
 
@@ -87,6 +89,12 @@ impl<S: HostStream> Flow<S> {
         header: &Header,
         payload: &Payload<'_>,
     ) -> Fate {
+        if self.is_bulk(header, payload) && self.queue(core, header, payload) {
+            return Fate::Live;
+        }
+        if let Err(fate) = self.send_queued(core, budget) {
+            return fate;
+        }
         let flags = header.flags;
         let len = payload.len() + usize::from(flags.contains(Flags::FIN));
         if !self.acceptable(header.seq, len) {
@@ -127,6 +135,33 @@ impl<S: HostStream> Flow<S> {
             Ok(()) => Fate::Live,
             Err(fate) => fate,
         }
+    }
+
+    /// Whether a segment is one of many: full, at the next byte, with nothing to it but its bytes.
+    fn is_bulk(&self, header: &Header, payload: &Payload<'_>) -> bool {
+        let recv = &self.recv;
+        self.state == State::Established
+            && payload.len() >= usize::from(self.send.mss).min(BULK_BYTES)
+            && header.seq == recv.nxt + recv.queued
+            && header.flags.contains(Flags::ACK)
+            && !header.flags.intersects(Flags::SYN | Flags::FIN | Flags::RST | Flags::URG)
+            && !header.ack.after(self.send.max)
+            && recv.fin.is_none()
+            && !recv.closed
+            && recv.pool.held_bytes() == 0
+    }
+
+    /// Gathers a bulk segment for one call at the batch's end. False if it has to go by itself.
+    fn queue(&mut self, core: &mut Core, header: &Header, payload: &Payload<'_>) -> bool {
+        let Some(stream) = self.stream.as_mut() else { return false };
+        if !stream.queue(payload) {
+            return false;
+        }
+        self.acknowledge(core, header, false);
+        self.recv.queued += payload.len();
+        self.recv.ack_due = true;
+        self.recv.bytes_at = core.now;
+        true
     }
 
     /// The guest's reset. Where both streams had ended and only our FIN is not acknowledged, the guest
