@@ -153,7 +153,7 @@ check_namespaces() {
         VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
             cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
     done
-    unset CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER VUNET_BIN
+    unset CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
 }
 
 check_real_guests() {
