@@ -353,15 +353,19 @@ impl<S: HostStream> Flow<S> {
             queued: false,
             last_active: core.now,
         };
+        flow.begin(core, origin);
+        flow
+    }
+
+    fn begin(&mut self, core: &Core, origin: Origin) {
         match origin {
-            Origin::Guest { irs, options, window } => flow.take_syn(core, irs, &options, window),
+            Origin::Guest { irs, options, window } => self.take_syn(core, irs, &options, window),
             Origin::World => {
-                flow.state = State::SynSent;
-                flow.send.syn_due = true;
-                flow.send.readable = true;
+                self.state = State::SynSent;
+                self.send.syn_due = true;
+                self.send.readable = true;
             }
         }
-        flow
     }
 
     /// Takes what the guest's SYN says.
