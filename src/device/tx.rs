@@ -120,8 +120,8 @@ impl TxSide {
     }
 
     /// Hands at most `budget_frames` chains' frames of `pair`, and about [`TX_BATCH_BYTES`] of them, to
-    /// `each`, then the batch's end, completes them and publishes once. A frame's memory is the guest's again after the batch's end: what was
-    /// not copied or sent by then cannot be had later.
+    /// `each`, then the batch's end, completes them and publishes once. A frame's memory is the guest's
+    /// again after the batch's end: what was not copied or sent by then cannot be had later.
     pub fn drain(
         &mut self,
         pair: QueuePair,

@@ -75,7 +75,6 @@ pub struct Engine<N: HostNet> {
     reassembly: Reassembly,
     expected_mac: Option<MacAddr>,
     waiting: Waiting,
-    waiting_for_sockets: Waiting<datagram::GuestEnd>,
     sent_on: SentOn,
     letters: VecDeque<(WorkerId, LetterOf<N>)>,
 }
@@ -128,7 +127,6 @@ impl<N: HostNet> Engine<N> {
             reassembly: Reassembly::default(),
             expected_mac: config.mac,
             waiting: Waiting::default(),
-            waiting_for_sockets: Waiting::default(),
             sent_on: SentOn::default(),
             letters: VecDeque::new(),
             core,
@@ -404,7 +402,8 @@ impl<N: HostNet> Engine<N> {
         datagram: &Datagram<'_>,
     ) -> Result<(), DropReason> {
         let end = (datagram.key.kind, datagram.key.guest);
-        let owner = match self.waiting_for_sockets.awaits(&end) {
+        let place = Place::Socket(end);
+        let owner = match self.waiting.awaits(&place) {
             true => None,
             false => match self.nat.datagram(&mut self.core, port, datagram) {
                 None => return Ok(()),
@@ -414,18 +413,30 @@ impl<N: HostNet> Engine<N> {
         let frame = incoming.to_held_frame();
         match (owner, self.own()) {
             (Some(Elsewhere::Moves(owner)), Some(from)) if self.sent_on.count(end) => {
-                self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
-                self.letters.push_back((owner, Letter::WantSocket { end, from }));
+                self.hold(place, frame, Some((owner, from)))?;
             }
             (Some(Elsewhere::Moves(owner) | Elsewhere::Stays(owner)), _) => {
                 self.send_letter(owner, Letter::Frame(frame));
             }
-            (None, _) => {
-                self.waiting_for_sockets.hold(end, frame).ok_or(DropReason::TableFull)?;
-            }
+            (None, _) => self.hold(place, frame, None)?,
         }
         // It is counted where, or when, it is taken.
         self.core.counters.frames_from_guest -= 1;
+        Ok(())
+    }
+
+    /// Holds a frame for a flow or socket of another worker, and asks for that: whom, and for whom.
+    fn hold(
+        &mut self,
+        place: Place,
+        frame: HeldFrame,
+        ask: Option<(WorkerId, WorkerId)>,
+    ) -> Result<(), DropReason> {
+        self.waiting.hold(place, frame).ok_or(DropReason::TableFull)?;
+        if let Some((owner, from)) = ask {
+            // Never dropped, or what is held would wait for ever; there are no more than frames held.
+            self.letters.push_back((owner, Letter::Want { place, from }));
+        }
         Ok(())
     }
 
@@ -439,18 +450,15 @@ impl<N: HostNet> Engine<N> {
         let payload = incoming.whole.range(header_bytes, incoming.whole.len());
         let segment = Segment { key, from: incoming.from, header, payload };
         // While the flow is on its way the directory names this worker already: what waits says so first.
-        let owner = match self.waiting.awaits(&key) {
+        let place = Place::Tcp(key);
+        let owner = match self.waiting.awaits(&place) {
             true => None,
             false => match self.nat.segment(&mut self.core, port, &segment) {
                 None => return Ok(()),
                 owner => owner,
             },
         };
-        self.waiting.hold(key, incoming.to_held_frame()).ok_or(DropReason::TableFull)?;
-        if let (Some(owner), Some(from)) = (owner, self.own()) {
-            // Never dropped, or what is held would wait for ever; there are no more than frames held.
-            self.letters.push_back((owner, Letter::Want { key, from }));
-        }
+        self.hold(place, incoming.to_held_frame(), owner.zip(self.own()))?;
         // It is counted when it is taken.
         self.core.counters.frames_from_guest -= 1;
         Ok(())
@@ -486,25 +494,23 @@ impl<N: HostNet> Engine<N> {
     pub fn letter(&mut self, now: Instant, port: &mut impl GuestPort, letter: LetterOf<N>) {
         self.core.now = now;
         match letter {
-            Letter::Want { key, from } => self.give_away(key, from),
+            Letter::Want { place, from } => self.give_away(place, from),
             Letter::Flow(moved) => {
-                let key = moved.key();
+                let place = Place::Tcp(moved.key());
                 self.nat.attach(&mut self.core, port, *moved);
-                self.awaited(now, port, &key);
+                self.awaited(now, port, place);
             }
-            Letter::Gone(key) => self.awaited(now, port, &key),
+            Letter::Socket(moved) => {
+                let place = Place::Socket(moved.end());
+                self.nat.attach_socket(&mut self.core, port, *moved);
+                self.awaited(now, port, place);
+            }
+            Letter::Gone(place) => self.awaited(now, port, place),
             Letter::Frame(frame) => {
                 let pair = self.core.first_pair();
                 self.from_guest(now, port, &frame.as_frame(Some(pair)));
                 self.end_of_frames(port);
             }
-            Letter::WantSocket { end, from } => self.give_socket_away(end, from),
-            Letter::Socket(moved) => {
-                let end = moved.end();
-                self.nat.attach_socket(&mut self.core, port, *moved);
-                self.socket_awaited(now, port, &end);
-            }
-            Letter::NoSocket(end) => self.socket_awaited(now, port, &end),
             Letter::Neighbour(addr, mac) => {
                 let at = Neighbour { mac, pair: self.core.first_pair() };
                 if self.core.neighbour(addr).is_none_or(|known| known.mac != mac) {
@@ -517,52 +523,36 @@ impl<N: HostNet> Engine<N> {
         }
     }
 
-    /// Gives a flow to the worker that has a frame for it.
-    fn give_away(&mut self, key: nat::tcp::Key, to: WorkerId) {
-        if let Some(moved) = self.nat.detach(&mut self.core, &key) {
-            if let Some(home) = &self.core.home {
-                home.directory.set(Place::Tcp(key), to);
+    /// Gives a flow or socket to the worker that has frames for it.
+    fn give_away(&mut self, place: Place, to: WorkerId) {
+        let core = &mut self.core;
+        let moved = match &place {
+            Place::Tcp(key) => self.nat.detach(core, key).map(|flow| Letter::Flow(Box::new(flow))),
+            Place::Socket(end) => {
+                self.nat.detach_socket(core, end).map(|socket| Letter::Socket(Box::new(socket)))
             }
-            // Past the bound on letters the flow would be lost, so that bound does not hold here.
-            self.letters.push_back((to, Letter::Flow(Box::new(moved))));
-        } else if !self.waiting.note(&key, to) {
-            self.letters.push_back((to, Letter::Gone(key)));
+            Place::Exchange(_) => None,
+        };
+        // Past the bound on letters what moves would be lost, so that bound does not hold here.
+        if let Some(letter) = moved {
+            if let Some(home) = &self.core.home {
+                home.directory.set(place, to);
+            }
+            self.letters.push_back((to, letter));
+        } else if !self.waiting.note(&place, to) {
+            self.letters.push_back((to, Letter::Gone(place)));
         }
     }
 
-    /// A flow came or will not come: what waited for it goes on.
-    fn awaited(&mut self, now: Instant, port: &mut impl GuestPort, key: &nat::tcp::Key) {
-        let awaited = self.waiting.take(key);
+    /// A flow or socket came or will not come: what waited for it goes on.
+    fn awaited(&mut self, now: Instant, port: &mut impl GuestPort, place: Place) {
+        let awaited = self.waiting.take(&place);
         for frame in &awaited.frames {
             self.from_guest(now, port, &frame.as_frame(None));
         }
         self.end_of_frames(port);
         for to in awaited.wanted_by {
-            self.give_away(*key, to);
-        }
-    }
-
-    /// Gives a datagram socket to the worker that gets the guest's frames for it.
-    fn give_socket_away(&mut self, end: datagram::GuestEnd, to: WorkerId) {
-        if let Some(moved) = self.nat.detach_socket(&mut self.core, &end) {
-            if let Some(home) = &self.core.home {
-                home.directory.set(Place::Socket(end), to);
-            }
-            self.letters.push_back((to, Letter::Socket(Box::new(moved))));
-        } else if !self.waiting_for_sockets.note(&end, to) {
-            self.letters.push_back((to, Letter::NoSocket(end)));
-        }
-    }
-
-    /// A datagram socket came or will not come: what waited for it goes on.
-    fn socket_awaited(&mut self, now: Instant, port: &mut impl GuestPort, end: &datagram::GuestEnd) {
-        let awaited = self.waiting_for_sockets.take(end);
-        for frame in &awaited.frames {
-            self.from_guest(now, port, &frame.as_frame(None));
-        }
-        self.end_of_frames(port);
-        for to in awaited.wanted_by {
-            self.give_socket_away(*end, to);
+            self.give_away(place, to);
         }
     }
 
@@ -623,7 +613,6 @@ impl<N: HostNet> Engine<N> {
 
     fn forget_guest(&mut self) {
         self.waiting.clear();
-        self.waiting_for_sockets.clear();
         self.sent_on.clear();
         self.nat.reset_all(&mut self.core);
         self.reassembly = Reassembly::default();

@@ -12,7 +12,7 @@
 //! ends. Read first: `docs/adr/0006-flows-move-between-workers.md`.
 
 use std::collections::HashMap;
-use std::hash::{BuildHasher, Hash, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -143,30 +143,21 @@ impl HeldFrame {
 /// What workers tell each other. `S` is a stream without its worker, `D` a datagram socket.
 #[derive(Debug)]
 pub enum Letter<S, D> {
-    /// `from` has a frame for this flow: give it the flow.
+    /// `from` has frames for this flow or socket: give it to it.
     Want {
-        /// The flow.
-        key: tcp::Key,
+        /// The flow or socket.
+        place: Place,
         /// Who asks.
         from: WorkerId,
     },
     /// The flow asked for.
     Flow(Box<tcp::Moved<S>>),
-    /// There is no such flow.
-    Gone(tcp::Key),
+    /// The datagram socket asked for.
+    Socket(Box<datagram::Moved<D>>),
+    /// There is no such flow or socket, or it stays.
+    Gone(Place),
     /// A frame for a datagram socket of the receiver's.
     Frame(HeldFrame),
-    /// `from` gets frame after frame for this socket: give it the socket.
-    WantSocket {
-        /// The guest's end.
-        end: datagram::GuestEnd,
-        /// Who asks.
-        from: WorkerId,
-    },
-    /// The socket asked for.
-    Socket(Box<datagram::Moved<D>>),
-    /// There is no such socket, or it stays.
-    NoSocket(datagram::GuestEnd),
     /// A guest address was seen at a MAC address.
     Neighbour(IpAddr, MacAddr),
     /// Published ports lead to this guest address.
@@ -175,48 +166,42 @@ pub enum Letter<S, D> {
     GuestReset,
 }
 
-/// Frames that wait for their flows, or sockets, and who else asked for those. `K` names what is awaited.
-#[derive(Debug)]
-pub struct Waiting<K = tcp::Key> {
-    flows: HashMap<K, Awaited>,
+/// Frames that wait for their flows or sockets, and who else asked for those.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    places: HashMap<Place, Awaited>,
     frames: usize,
 }
 
-impl<K> Default for Waiting<K> {
-    fn default() -> Waiting<K> {
-        Waiting { flows: HashMap::new(), frames: 0 }
-    }
-}
-
-/// What waits for one flow.
+/// What waits for one flow or socket.
 #[derive(Debug, Default)]
 pub struct Awaited {
     /// Frames, in order.
     pub frames: Vec<HeldFrame>,
-    /// Workers that asked for the flow before it came.
+    /// Workers that asked for it before it came.
     pub wanted_by: Vec<WorkerId>,
 }
 
-impl<K: Eq + Hash> Waiting<K> {
-    /// Whether `key` is awaited.
-    pub fn awaits(&self, key: &K) -> bool {
-        !self.flows.is_empty() && self.flows.contains_key(key)
+impl Waiting {
+    /// Whether `place` is awaited.
+    pub fn awaits(&self, place: &Place) -> bool {
+        !self.places.is_empty() && self.places.contains_key(place)
     }
 
-    /// Holds a frame for `key`, which is awaited from then on; `None` if there is no room and the frame is
+    /// Holds a frame for `place`, which is awaited from then on; `None` if there is no room and the frame is
     /// lost.
-    pub fn hold(&mut self, key: K, frame: HeldFrame) -> Option<()> {
+    pub fn hold(&mut self, place: Place, frame: HeldFrame) -> Option<()> {
         if self.frames >= limits::AWAITING_FRAMES_MAX {
             return None;
         }
         self.frames += 1;
-        self.flows.entry(key).or_default().frames.push(frame);
+        self.places.entry(place).or_default().frames.push(frame);
         Some(())
     }
 
-    /// Notes that `worker` wants a flow that is itself awaited; false if it is not.
-    pub fn note(&mut self, key: &K, worker: WorkerId) -> bool {
-        match self.flows.get_mut(key) {
+    /// Notes that `worker` wants what is itself awaited; false if it is not.
+    pub fn note(&mut self, place: &Place, worker: WorkerId) -> bool {
+        match self.places.get_mut(place) {
             Some(awaited) => {
                 awaited.wanted_by.push(worker);
                 true
@@ -225,16 +210,16 @@ impl<K: Eq + Hash> Waiting<K> {
         }
     }
 
-    /// What waited for `key`, whose flow came or will not come.
-    pub fn take(&mut self, key: &K) -> Awaited {
-        let awaited = self.flows.remove(key).unwrap_or_default();
+    /// What waited for `place`, which came or will not come.
+    pub fn take(&mut self, place: &Place) -> Awaited {
+        let awaited = self.places.remove(place).unwrap_or_default();
         self.frames -= awaited.frames.len();
         awaited
     }
 
     /// Lets everything go: the guest began anew.
     pub fn clear(&mut self) {
-        self.flows.clear();
+        self.places.clear();
         self.frames = 0;
     }
 }

@@ -72,8 +72,6 @@ const RUN_DATAGRAM_BYTES_MAX: usize = 1472;
 #[derive(Debug, Default)]
 struct Runs {
     runs: [Run; RUNS_MAX],
-    /// Runs begun, the first of `runs`.
-    count: usize,
     /// The run that makes room for the next one past the bound.
     next_to_go: usize,
     /// Datagrams refused since this was last asked.
@@ -86,19 +84,14 @@ const RUNS_MAX: usize = 16;
 impl Runs {
     /// The run that takes a datagram of `len` bytes: the one of its socket and endpoint, else a new one.
     fn run_for(&mut self, socket: &Rc<UdpSocket>, to: SocketAddr, len: usize) -> &mut Run {
-        let known = self.runs[..self.count].iter().position(|run| run.is_of(socket) && run.to == Some(to));
-        let at = match known {
-            Some(at) if self.runs[at].accepts(len) => return &mut self.runs[at],
-            Some(at) => at,
-            None if self.count < RUNS_MAX => {
-                self.count += 1;
-                self.count - 1
-            }
-            None => {
-                self.next_to_go = (self.next_to_go + 1) % RUNS_MAX;
-                self.next_to_go
-            }
-        };
+        let own = self.runs.iter().position(|run| run.is_of(socket) && run.to == Some(to));
+        let at = own.or_else(|| self.runs.iter().position(|run| run.socket.is_none())).unwrap_or_else(|| {
+            self.next_to_go = (self.next_to_go + 1) % RUNS_MAX;
+            self.next_to_go
+        });
+        if own.is_some() && self.runs[at].accepts(len) {
+            return &mut self.runs[at];
+        }
         self.refused += self.runs[at].send();
         let run = &mut self.runs[at];
         run.socket = Some(Rc::clone(socket));
@@ -109,7 +102,7 @@ impl Runs {
 
     /// Sends what was queued on `socket`, so that what follows on it keeps its order.
     fn send_of(&mut self, socket: &Rc<UdpSocket>) {
-        for run in &mut self.runs[..self.count] {
+        for run in &mut self.runs {
             if run.is_of(socket) {
                 self.refused += run.send();
             }
@@ -118,10 +111,9 @@ impl Runs {
 
     /// Sends everything; returns how many datagrams were refused since this was last called.
     fn send_all(&mut self) -> u64 {
-        for run in &mut self.runs[..self.count] {
+        for run in &mut self.runs {
             self.refused += run.send();
         }
-        self.count = 0;
         std::mem::take(&mut self.refused)
     }
 }
@@ -487,6 +479,10 @@ impl HostStream for Stream {
     }
 
     fn queue(&mut self, payload: &Payload<'_>) -> bool {
+        // A run taken for nothing would be kept until the stream has bytes for it.
+        if !payload.is_in_guest() {
+            return false;
+        }
         let mut runs = self.shared.stream_runs.borrow_mut();
         if self.run.is_none() {
             let taken = runs.take();

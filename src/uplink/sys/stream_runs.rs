@@ -20,9 +20,10 @@ pub struct StreamRun {
 }
 
 impl StreamRun {
-    /// Appends `payload` if it lies in guest memory and there is room for it.
+    /// Appends `payload`, which lies in guest memory, if there is room for it.
     pub fn push(&mut self, payload: &Payload<'_>) -> bool {
-        if !payload.is_in_guest() || self.len_bytes + payload.len() > limits::STREAM_RUN_BYTES_MAX {
+        assert!(payload.is_in_guest(), "host memory is not kept in place until the batch's end");
+        if self.len_bytes + payload.len() > limits::STREAM_RUN_BYTES_MAX {
             return false;
         }
         let before = self.segments.len();
@@ -48,7 +49,7 @@ impl StreamRun {
     /// Hands what follows the first `sent_bytes` to `rest`, and empties the run.
     pub fn hand_rest(&mut self, sent_bytes: usize, rest: &mut dyn FnMut(&Payload<'_>)) {
         if sent_bytes < self.len_bytes {
-            // SAFETY: the segments are of frames of the batch under way (the contract of
+            // SAFETY: the segments lie in guest memory (`push`) and are of frames of the batch under way (the contract of
             // `HostStream::queue`, kept by the engine's `end_of_frames`); the device publishes them, and
             // takes memory away, only after its end.
             let payload = unsafe { Payload::from_guest(&self.segments) };
