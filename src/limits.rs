@@ -26,6 +26,10 @@ pub const TCP_POOL_BYTES_MAX: usize = 16 << 20;
 /// Pieces the held payload of one flow may lie in, so that one hostile flow costs bounded work.
 pub const TCP_POOL_SEGMENTS_MAX: usize = 512;
 
+/// Ranges of bytes beyond a loss that a guest may say it holds (SACK). A guest names at most four at a
+/// time; past this many the highest are sent again.
+pub const TCP_SACKED_RANGES_MAX: usize = 64;
+
 /// Largest receive window offered to a guest: what a scale of 8 expresses (RFC 7323, 2.3) and more
 /// than the kernel's default `tcp_wmem` maximum of 4 MiB can hold.
 pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;

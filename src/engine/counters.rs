@@ -26,6 +26,8 @@ pub enum DropReason {
     GuestNotReceiving,
     /// Outside of the receive window, or stale.
     OutOfWindow,
+    /// Without the timestamps agreed on, or older than what came since (RFC 7323, 5).
+    OldTimestamp,
     /// Fragments that overlap, exceed bounds or never completed.
     Fragment,
     /// Answers withheld by rate limit.
@@ -36,7 +38,7 @@ pub enum DropReason {
     ServiceSilent,
 }
 
-const REASONS: [(DropReason, &str); 15] = [
+const REASONS: [(DropReason, &str); 16] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -48,6 +50,7 @@ const REASONS: [(DropReason, &str); 15] = [
     (DropReason::SocketRefused, "socket_refused"),
     (DropReason::GuestNotReceiving, "guest_not_receiving"),
     (DropReason::OutOfWindow, "out_of_window"),
+    (DropReason::OldTimestamp, "old_timestamp"),
     (DropReason::Fragment, "fragment"),
     (DropReason::RateLimited, "rate_limited"),
     (DropReason::Filtered, "filtered"),

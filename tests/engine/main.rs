@@ -13,6 +13,7 @@ mod handover;
 mod handshake;
 mod hostile;
 mod interleavings;
+mod options;
 mod policy;
 mod port;
 mod published;

@@ -19,6 +19,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::pool::{Budget, Pool};
+use super::scoreboard::Scoreboard;
 use crate::addr::MacAddr;
 use crate::engine::core::Core;
 use crate::engine::counters::DropReason;
@@ -94,6 +95,25 @@ pub enum Fate {
     ConnectFailed(io::Error),
 }
 
+/// Bytes of the timestamps option and its padding in each segment's header.
+pub(super) const TIMESTAMPS_BYTES: usize = 12;
+
+/// The guest's timestamps (RFC 7323, 3 to 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Timestamps {
+    /// The newest of a segment at the left edge: what is echoed, and what old duplicates fall short of.
+    pub(super) recent: u32,
+    /// When it came.
+    pub(super) taken_at: Instant,
+}
+
+impl Timestamps {
+    /// Whether a segment of this value is an old duplicate (RFC 7323, 5.3).
+    pub(super) fn is_old(self, value: u32) -> bool {
+        value.wrapping_sub(self.recent).cast_signed() < 0
+    }
+}
+
 /// From the guest to the world.
 #[derive(Debug)]
 pub(super) struct Recv {
@@ -126,6 +146,12 @@ pub(super) struct Recv {
     /// Segments of this batch beyond a hole. Each is owed a duplicate acknowledgement (RFC 5681, 4.2),
     /// or the guest would wait for its time-out instead of sending the hole again.
     pub(super) beyond_hole: u8,
+    /// Where the newest bytes beyond a hole begin: their block is named first (RFC 2018, 4).
+    pub(super) newest_beyond: SeqNumber,
+    /// The guest takes SACK blocks, and sends them.
+    pub(super) sack: bool,
+    /// Timestamps, where the guest sends them.
+    pub(super) timestamps: Option<Timestamps>,
     /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
     /// edge-triggered events repeat it with everything else they report.
     pub(super) wants_room: bool,
@@ -183,6 +209,10 @@ pub(super) struct Send {
     /// A reset at this sequence number is owed to a stray segment.
     pub(super) rst_due: Option<SeqNumber>,
     pub(super) dup_acks: u8,
+    /// What the guest holds beyond `una`.
+    pub(super) sacked: Scoreboard,
+    /// Behind the highest byte sent again in this recovery (RFC 6675, 2: HighRxt).
+    pub(super) resent: SeqNumber,
     /// Fast recovery lasts until this is acknowledged (RFC 6582).
     pub(super) recover: Option<SeqNumber>,
     /// Retransmissions, window probes or keepalives without success: they grow the pauses.
@@ -321,6 +351,9 @@ impl<S: HostStream> Flow<S> {
                 quick_answers: QUICK_ANSWERS,
                 window_asked: 0,
                 beyond_hole: 0,
+                newest_beyond: SeqNumber(0),
+                sack: false,
+                timestamps: None,
                 wants_room: false,
             },
             send: Send {
@@ -343,6 +376,8 @@ impl<S: HostStream> Flow<S> {
                 probe_due: false,
                 rst_due: None,
                 dup_acks: 0,
+                sacked: Scoreboard::default(),
+                resent: iss,
                 recover: None,
                 tries: 0,
                 silent: 0,
@@ -374,6 +409,13 @@ impl<S: HostStream> Flow<S> {
         self.recv.edge = irs + 1;
         let room = core.ip_mtu.saturating_sub(40);
         self.send.mss = options.mss.unwrap_or(DEFAULT_MSS).min(room).max(MIN_MSS);
+        self.recv.sack = options.sack_permitted;
+        self.recv.timestamps =
+            options.timestamps.map(|(value, _)| Timestamps { recent: value, taken_at: core.now });
+        if self.recv.timestamps.is_some() {
+            // The segment size counts no options (RFC 6691, 2).
+            self.send.mss -= TIMESTAMPS_BYTES as u16;
+        }
         if let Some(shift) = options.window_scale {
             self.send.shift = shift.min(14);
             self.recv.shift = WINDOW_SCALE;
@@ -560,6 +602,7 @@ impl<S: HostStream> Flow<S> {
                 if self.send.silent > DATA_RETRIES {
                     return Fate::ResetBoth;
                 }
+                self.send.sacked.clear();
                 self.send.nxt = self.send.una;
                 self.send.probe_due = true;
                 Fate::Live
@@ -568,6 +611,8 @@ impl<S: HostStream> Flow<S> {
                 if self.send.tries > DATA_RETRIES {
                     return Fate::ResetBoth;
                 }
+                // A receiver may take back what it said it holds (RFC 2018, 8).
+                self.send.sacked.clear();
                 self.rewind(core);
                 Fate::Live
             }
@@ -581,9 +626,10 @@ impl<S: HostStream> Flow<S> {
         }
     }
 
-    /// Goes back to the oldest unacknowledged byte.
+    /// Goes back to the oldest unacknowledged byte, over what the guest does not hold.
     pub(super) fn rewind(&mut self, core: &mut Core) {
         self.send.nxt = self.send.una;
+        self.send.resent = self.send.una;
         self.send.recover = Some(self.send.max);
         core.counters.retransmits += 1;
     }

@@ -3,6 +3,7 @@
 mod flow;
 mod output;
 mod pool;
+mod scoreboard;
 mod segment;
 mod turns;
 

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::flow::{Fate, Flow, State};
+use super::flow::{Fate, Flow, State, TIMESTAMPS_BYTES};
 use crate::engine::core::Core;
 use crate::engine::emit;
 use crate::engine::guest_port::{GuestPort, ReserveError};
@@ -105,6 +105,10 @@ impl<S: HostStream> Flow<S> {
     /// Sends the acknowledgement owed, and for segments beyond a hole as many duplicates as make the
     /// guest send the hole again.
     fn send_acks(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<(), Stop> {
+        if self.recv.sack {
+            // One that names the blocks tells as much as all (RFC 2018, 4).
+            self.recv.beyond_hole = self.recv.beyond_hole.min(1);
+        }
         while self.recv.beyond_hole > 0 {
             self.recv.beyond_hole = self.recv.beyond_hole.min(DUPLICATES_MAX) - 1;
             self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
@@ -140,6 +144,7 @@ impl<S: HostStream> Flow<S> {
     fn send_data(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
         let mut left = limits::FLOW_TURN_BYTES;
         for _ in 0..limits::FLOW_TURN_FRAMES {
+            self.skip_sacked();
             if self.send.eof == Some(self.send.nxt) {
                 self.send_empty(core, port, Flags::FIN | Flags::ACK, self.send.nxt)?;
                 self.recv.ack_due = false;
@@ -162,6 +167,20 @@ impl<S: HostStream> Flow<S> {
         Ok(true)
     }
 
+    /// While sending again: over what the guest holds to the next hole, and from the last hole to where
+    /// sending stopped (RFC 6675, 4, `NextSeg`).
+    fn skip_sacked(&mut self) {
+        let send = &mut self.send;
+        if send.sacked.is_empty() || !send.nxt.before(send.max) {
+            return;
+        }
+        send.nxt = match send.sacked.hole(send.nxt) {
+            (start, Some(_)) => start,
+            (_, None) if send.recover.is_some() => send.max,
+            (start, None) => start,
+        };
+    }
+
     /// Whether there may be data for the guest that its window lets pass.
     pub(super) fn has_data_to_send(&self) -> bool {
         let unsent = self.send.nxt.before(self.send.max) || self.send.readable;
@@ -178,9 +197,20 @@ impl<S: HostStream> Flow<S> {
         if window < mss && in_flight > 0 && window < send.window_max as usize / 2 {
             return 0;
         }
-        let headers = emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES;
         let frame_max = ethernet::HEADER_BYTES + 65_535;
-        if segmentation { window.min(frame_max - headers) } else { window.min(mss) }
+        let room = if segmentation { window.min(frame_max - self.head_bytes()) } else { window.min(mss) };
+        match send.sacked.hole(send.nxt) {
+            (_, Some(end)) if send.nxt.before(send.max) => {
+                room.min(end.distance_from(send.nxt).max(0) as usize)
+            }
+            _ => room,
+        }
+    }
+
+    /// Bytes of a data frame's headers.
+    fn head_bytes(&self) -> usize {
+        let options = if self.recv.timestamps.is_some() { TIMESTAMPS_BYTES } else { 0 };
+        emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES + options
     }
 
     /// Sends one frame of data; false if there is nothing to send or no window for it.
@@ -191,7 +221,7 @@ impl<S: HostStream> Flow<S> {
         if room == 0 {
             return Ok(false);
         }
-        let head_bytes = emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES;
+        let head_bytes = self.head_bytes();
         let reserved = port.reserve(self.pair, head_bytes + 1, head_bytes + room)?;
         let ask = reserved - head_bytes;
         let offset = self.send.nxt.distance_from(self.send.consumed).max(0) as usize;
@@ -247,7 +277,7 @@ impl<S: HostStream> Flow<S> {
             (false, false) => Flags::ACK | Flags::PSH,
             (false, true) => Flags::ACK,
         };
-        let header = self.header(flags, self.send.nxt, Options::default());
+        let header = self.header(core, flags, self.send.nxt, Options::default());
         let partial = port.offloads().checksum;
         let Some(mac) = self.guest_mac else {
             port.cancel();
@@ -286,14 +316,21 @@ impl<S: HostStream> Flow<S> {
             send.timer_base = core.now;
         }
         send.nxt = send.nxt + len;
+        if send.nxt.after(send.resent) {
+            send.resent = send.nxt;
+        }
         if send.nxt.after(send.max) {
             send.max = send.nxt;
         }
     }
 
-    fn header(&mut self, flags: Flags, seq: SeqNumber, options: Options) -> Header {
+    fn header(&mut self, core: &Core, flags: Flags, seq: SeqNumber, options: Options) -> Header {
         let syn = flags.contains(Flags::SYN);
         let reset = flags.contains(Flags::RST);
+        let mut options = options;
+        if let Some(timestamps) = self.recv.timestamps.filter(|_| !reset) {
+            options.timestamps = Some((self.timestamp(core), timestamps.recent));
+        }
         if flags.contains(Flags::ACK) {
             self.recv.ack_by = None;
             self.recv.acked = self.recv.nxt;
@@ -310,12 +347,19 @@ impl<S: HostStream> Flow<S> {
         }
     }
 
+    /// Our timestamp: milliseconds, from a beginning of each flow's own (RFC 7323, 5.4).
+    fn timestamp(&self, core: &Core) -> u32 {
+        self.send.iss.0.wrapping_add((core.now.as_micros() / 1000) as u32)
+    }
+
     fn send_syn(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<(), Stop> {
         let answer = self.state == State::SynReceived;
         let scaled = !answer || self.recv.shift > 0;
         let options = Options {
             mss: Some(core.ip_mtu.saturating_sub(40)),
             window_scale: scaled.then_some(super::flow::WINDOW_SCALE),
+            sack_permitted: !answer || self.recv.sack,
+            timestamps: (!answer).then(|| (self.timestamp(core), 0)),
             ..Options::default()
         };
         let flags = if answer { Flags::SYN | Flags::ACK } else { Flags::SYN };
@@ -332,7 +376,11 @@ impl<S: HostStream> Flow<S> {
         flags: Flags,
         seq: SeqNumber,
     ) -> Result<(), Stop> {
-        self.send_segment(core, port, flags, seq, Options::default())
+        let mut options = Options::default();
+        if self.recv.sack && flags.contains(Flags::ACK) && self.recv.pool.held_bytes() > 0 {
+            options.sack = self.recv.pool.blocks(self.recv.nxt, self.recv.newest_beyond);
+        }
+        self.send_segment(core, port, flags, seq, options)
     }
 
     fn send_segment(
@@ -346,7 +394,7 @@ impl<S: HostStream> Flow<S> {
         let Some(mac) = self.guest_mac else {
             return Ok(());
         };
-        let header = self.header(flags, seq, options);
+        let header = self.header(core, flags, seq, options);
         let partial = port.offloads().checksum;
         if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)
         {
@@ -360,7 +408,7 @@ impl<S: HostStream> Flow<S> {
     /// segment.
     pub(super) fn reset_guest(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         let seq = self.send.max;
-        let header = self.header(Flags::RST | Flags::ACK, seq, Options::default());
+        let header = self.header(core, Flags::RST | Flags::ACK, seq, Options::default());
         let Some(mac) = self.guest_mac else { return };
         let partial = port.offloads().checksum;
         if let Some(head) = emit::tcp(mac, self.key.remote, self.key.guest, &header, &Payload::EMPTY, partial)

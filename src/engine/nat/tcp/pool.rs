@@ -7,7 +7,10 @@ use std::collections::VecDeque;
 
 use crate::frame::Payload;
 use crate::limits;
-use crate::wire::tcp::SeqNumber;
+use crate::wire::tcp::{SACK_BLOCKS_MAX, SeqNumber};
+
+/// First byte, and behind the last.
+type Block = (SeqNumber, SeqNumber);
 
 /// Bytes held by all flows of an engine.
 #[derive(Debug, Default)]
@@ -107,6 +110,35 @@ impl Pool {
         }
         let first = self.pieces.front()?;
         (first.start() == seq).then(|| &first.bytes[first.taken..])
+    }
+
+    /// The runs of bytes held beyond the hole at `nxt`, as SACK blocks: the one with `newest` first, the
+    /// others from the lowest on (RFC 2018, 4). Bytes that follow `nxt` at once are none: only their
+    /// socket is awaited.
+    pub(super) fn blocks(&self, nxt: SeqNumber, newest: SeqNumber) -> [Option<Block>; SACK_BLOCKS_MAX] {
+        let mut blocks = [None; SACK_BLOCKS_MAX];
+        let mut count = 1;
+        let mut take = |run: Block| {
+            if run.0.at_or_before(nxt) {
+            } else if run.0.at_or_before(newest) && run.1.after(newest) {
+                blocks[0] = Some(run);
+            } else if count < SACK_BLOCKS_MAX {
+                blocks[count] = Some(run);
+                count += 1;
+            }
+        };
+        let mut run: Option<Block> = None;
+        for piece in &self.pieces {
+            run = match run {
+                Some((left, right)) if right == piece.start() => Some((left, piece.end())),
+                before => {
+                    before.into_iter().for_each(&mut take);
+                    Some((piece.start(), piece.end()))
+                }
+            };
+        }
+        run.into_iter().for_each(&mut take);
+        blocks
     }
 
     /// Comes into another worker's budget, held bytes and all.

@@ -4,6 +4,7 @@
 //! flow and sent at the end of the batch, one acknowledgement for all of a batch's segments.
 
 use std::io;
+use std::time::Duration;
 
 use super::flow::{ACK_DELAY, Fate, Flow, State};
 use super::pool::Budget;
@@ -15,6 +16,8 @@ use crate::wire::tcp::{Flags, Header, SeqNumber};
 
 /// Payload from which on a segment may be gathered with others whatever the segment size.
 const BULK_BYTES: usize = 1400;
+/// Idle time after which old timestamps prove nothing (RFC 7323, 5.5): half a circle of a clock of 1 ms.
+const PAWS_IDLE: Duration = Duration::from_secs(24 * 86_400);
 /// Duplicate acknowledgements that mean a loss (RFC 5681, 3.2).
 const DUP_ACKS: u8 = 3;
 
@@ -89,6 +92,9 @@ impl<S: HostStream> Flow<S> {
         header: &Header,
         payload: &Payload<'_>,
     ) -> Fate {
+        if !self.timestamps_pass(core, header) {
+            return Fate::Live;
+        }
         if self.is_bulk(header, payload) && self.queue(core, header, payload) {
             return Fate::Live;
         }
@@ -135,6 +141,30 @@ impl<S: HostStream> Flow<S> {
             Ok(()) => Fate::Live,
             Err(fate) => fate,
         }
+    }
+
+    /// Judges a segment's timestamps where they are in use, and takes one to echo (RFC 7323, 3.2, 4.3
+    /// and 5.3); false if the segment is to be let go of.
+    fn timestamps_pass(&mut self, core: &mut Core, header: &Header) -> bool {
+        let Some(timestamps) = &mut self.recv.timestamps else { return true };
+        if header.flags.contains(Flags::RST) {
+            return true;
+        }
+        let Some((value, _)) = header.options.timestamps else {
+            core.counters.drop(DropReason::OldTimestamp);
+            return false;
+        };
+        let is_stale = core.now.since(timestamps.taken_at) >= PAWS_IDLE;
+        if timestamps.is_old(value) && !is_stale {
+            core.counters.drop(DropReason::OldTimestamp);
+            self.recv.ack_due = true;
+            return false;
+        }
+        if header.seq.at_or_before(self.recv.acked) {
+            timestamps.recent = value;
+            timestamps.taken_at = core.now;
+        }
+        true
     }
 
     /// Whether a segment is one of many: full, at the next byte, with nothing to it but its bytes.
@@ -199,11 +229,23 @@ impl<S: HostStream> Flow<S> {
         }
         send.silent = 0;
         let window = u32::from(header.window) << send.shift;
+        if ack.before(send.una - send.window_max as usize) {
+            // RFC 5961, 5.2.
+            self.recv.ack_due = true;
+            core.counters.drop(DropReason::OutOfWindow);
+            return false;
+        }
+        if self.recv.sack {
+            for block in header.options.sack.iter().flatten() {
+                send.sacked.insert(if ack.after(send.una) { ack } else { send.una }, send.max, *block);
+            }
+        }
         if ack.after(send.una) {
             send.una = ack;
             if send.nxt.before(ack) {
                 send.nxt = ack;
             }
+            send.sacked.advance(ack);
             send.dup_acks = 0;
             send.tries = 0;
             send.timer_base = core.now;
@@ -222,6 +264,7 @@ impl<S: HostStream> Flow<S> {
                 send.timer_base = core.now;
             }
         }
+        self.go_on_with_holes(core);
         let send = &mut self.send;
         let newer = header.seq.after(send.wl1) || (header.seq == send.wl1 && ack.at_or_after(send.wl2));
         if newer || (ack == send.una && window > send.window) {
@@ -241,6 +284,27 @@ impl<S: HostStream> Flow<S> {
         if self.send.dup_acks == DUP_ACKS && self.send.recover.is_none() {
             self.rewind(core);
             self.send.timer_base = core.now;
+        }
+    }
+
+    /// Sends again what the guest's blocks tell to be lost: all holes when a loss is first noticed, later
+    /// those between what was sent again and the highest block (RFC 6675, 5).
+    fn go_on_with_holes(&mut self, core: &mut Core) {
+        let send = &mut self.send;
+        let Some(highest) = send.sacked.highest() else { return };
+        if send.recover.is_none() {
+            if send.sacked.tells_loss(send.mss) {
+                self.rewind(core);
+                self.send.timer_base = core.now;
+            }
+            return;
+        }
+        let from = if send.resent.after(send.una) { send.resent } else { send.una };
+        if send.nxt == send.max && from.before(highest) {
+            let (hole, end) = send.sacked.hole(from);
+            if end.is_some() {
+                send.nxt = hole;
+            }
         }
     }
 
@@ -323,6 +387,7 @@ impl<S: HostStream> Flow<S> {
         // Bytes held at the front are no hole: the socket has to take them, not the guest to resend.
         if at != self.recv.nxt && self.recv.pool.front(budget, self.recv.nxt).is_none() {
             self.recv.beyond_hole = self.recv.beyond_hole.saturating_add(1);
+            self.recv.newest_beyond = at;
         }
         // Held back, unacknowledged, and only as far as the window promised.
         let promised = self.recv.edge.distance_from(at).max(0) as usize;
