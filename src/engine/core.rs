@@ -139,7 +139,21 @@ impl Core {
 
     /// Where a guest address was last seen.
     pub fn neighbour(&self, addr: IpAddr) -> Option<Neighbour> {
+        if let Some((newest, neighbour)) = self.newest_neighbour
+            && newest == addr
+        {
+            return Some(neighbour);
+        }
         self.neighbours.get(&addr).copied()
+    }
+
+    /// Forgets one neighbour: the guest gave its address up.
+    pub fn forget_neighbour(&mut self, addr: IpAddr) {
+        self.neighbours.remove(&addr);
+        self.newest_neighbour = None;
+        if self.lan.guest.is_none() && self.primary == Some(addr) {
+            self.primary = None;
+        }
     }
 
     /// Forgets every neighbour and waiting frame: the guest started anew.

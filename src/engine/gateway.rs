@@ -16,7 +16,7 @@ use crate::addr::MacAddr;
 use crate::config::IpMtu;
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
-use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome};
+use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome, Silence};
 use crate::service::dns::{self, DnsAction, DnsService, Transport};
 use crate::wire::checksum;
 use crate::wire::icmpv4::{self, Message};
@@ -118,6 +118,8 @@ impl Gateway {
         payload.copy_to(&mut message);
         let reply = match lock(&self.dhcp).handle(core.now, from.mac, &message) {
             Outcome::Reply(reply) => reply,
+            // Not to be answered (RFC 2131, 4.3.4), and all the same news.
+            Outcome::Silent(Silence::Released(event)) => return Some(event),
             Outcome::Silent(reason) => {
                 tracing::debug!(mac = %from.mac, ?reason, "DHCP message not answered");
                 core.counters.drop(DropReason::ServiceSilent);

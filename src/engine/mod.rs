@@ -207,7 +207,7 @@ impl<N: HostNet> Engine<N> {
 
     fn learn(&mut self, addr: Ipv4Addr, at: Neighbour) {
         if self.core.learn(IpAddr::V4(addr), at) {
-            self.nat.resolved(IpAddr::V4(addr), at);
+            self.nat.resolved(&self.core, IpAddr::V4(addr), at);
             self.tell_others(|| Letter::Neighbour(IpAddr::V4(addr), at.mac));
         }
     }
@@ -323,6 +323,12 @@ impl<N: HostNet> Engine<N> {
                 // Who comes through a published port, at whichever worker, need not wait for ARP.
                 self.learn(event.ip, Neighbour { mac: event.mac, pair: from.pair });
                 self.tell_others(|| Letter::Primary(IpAddr::V4(event.ip)));
+            }
+            LeaseChange::Released => {
+                tracing::info!(mac = %event.mac, address = %event.ip, "lease given back");
+                let addr = IpAddr::V4(event.ip);
+                self.forget_address(addr);
+                self.tell_others(|| Letter::AddressGone(addr));
             }
             change => {
                 tracing::debug!(mac = %event.mac, address = %event.ip, ?change, "lease");
@@ -515,10 +521,11 @@ impl<N: HostNet> Engine<N> {
                 let at = Neighbour { mac, pair: self.core.first_pair() };
                 if self.core.neighbour(addr).is_none_or(|known| known.mac != mac) {
                     self.core.learn(addr, at);
-                    self.nat.resolved(addr, at);
+                    self.nat.resolved(&self.core, addr, at);
                 }
             }
             Letter::Primary(addr) => self.core.set_primary_guest(addr),
+            Letter::AddressGone(addr) => self.forget_address(addr),
             Letter::GuestReset => self.forget_guest(),
         }
     }
@@ -609,6 +616,12 @@ impl<N: HostNet> Engine<N> {
     pub fn guest_reset(&mut self) {
         self.tell_others(|| Letter::GuestReset);
         self.forget_guest();
+    }
+
+    /// The guest has this address no more: what it began there is over, and the world is told.
+    fn forget_address(&mut self, addr: IpAddr) {
+        self.nat.reset_address(&mut self.core, addr);
+        self.core.forget_neighbour(addr);
     }
 
     fn forget_guest(&mut self) {

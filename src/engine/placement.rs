@@ -162,6 +162,8 @@ pub enum Letter<S, D> {
     Neighbour(IpAddr, MacAddr),
     /// Published ports lead to this guest address.
     Primary(IpAddr),
+    /// The guest gave this address up.
+    AddressGone(IpAddr),
     /// The guest started anew.
     GuestReset,
 }

@@ -9,6 +9,7 @@ mod ending;
 mod frames;
 mod from_guest;
 mod gateway;
+mod guest_changes;
 mod handover;
 mod handshake;
 mod hostile;

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use hashbrown::HashMap;
@@ -450,6 +450,17 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
     }
 
+    /// Closes the sockets of the guest's address `addr`; those of published ports stay.
+    pub fn reset_address(&mut self, core: &mut Core, addr: IpAddr) {
+        let of_it = |mapping: &Mapping<D>| mapping.guest.is_some_and(|guest| guest.ip() == addr);
+        let own = |mapping: &Mapping<D>| of_it(mapping) && mapping.published_port.is_none();
+        let ends: Vec<usize> =
+            self.mappings.iter().filter(|(_, mapping)| own(mapping)).map(|(at, _)| at).collect();
+        for at in ends {
+            self.remove_mapping(core, at);
+        }
+    }
+
     /// A socket has datagrams.
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
         // One whose turn is still to come takes it then: a flood is no reason for more turns.
@@ -561,6 +572,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         let (Some(guest), Some(neighbour)) = (mapping.guest, mapping.neighbour) else {
             return Pumped::Empty;
         };
+        // The guest may have another MAC address since it sent.
+        let mac = core.neighbour(guest.ip()).map_or(neighbour.mac, |now| now.mac);
+        let neighbour = Neighbour { mac, ..neighbour };
         // Asked before anything is taken: what waits in the socket is not lost.
         match port.has_room(neighbour.pair, ethernet::HEADER_BYTES + usize::from(core.ip_mtu)) {
             // No buffers hold a full frame, but perhaps those that come.

@@ -477,8 +477,14 @@ impl<N: HostNet> Nat<N> {
     }
 
     /// A guest address was seen at a new MAC address.
-    pub fn resolved(&mut self, addr: std::net::IpAddr, neighbour: Neighbour) {
-        self.tcp.resolved(addr, neighbour);
+    pub fn resolved(&mut self, core: &Core, addr: std::net::IpAddr, neighbour: Neighbour) {
+        self.tcp.resolved(core, addr, neighbour);
+    }
+
+    /// Ends what the guest began from `addr`, without a word to it: the address is no longer its own.
+    pub fn reset_address(&mut self, core: &mut Core, addr: std::net::IpAddr) {
+        self.tcp.reset_address(core, addr);
+        self.datagrams.reset_address(core, addr);
     }
 
     /// Carries out the deadlines that came up.

@@ -626,6 +626,17 @@ impl<S: HostStream> Flow<S> {
         }
     }
 
+    /// Asks the guest at once whether it knows the flow; unanswered, like a keepalive or like lost bytes.
+    pub(super) fn ask(&mut self, now: Instant) {
+        match self.state {
+            State::Connecting | State::TimeWait => return,
+            State::SynSent | State::SynReceived => self.send.syn_due = true,
+            State::Established => self.send.probe_due = true,
+        }
+        self.send.tries = u8::from(self.send.is_idle());
+        self.send.timer_base = now;
+    }
+
     /// Goes back to the oldest unacknowledged byte, over what the guest does not hold.
     pub(super) fn rewind(&mut self, core: &mut Core) {
         self.send.nxt = self.send.una;

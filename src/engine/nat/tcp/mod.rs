@@ -262,8 +262,9 @@ impl<S: HostStream> TcpTable<S> {
         self.mark_dirty(at);
     }
 
-    /// The guest's MAC address became known.
-    pub fn resolved(&mut self, addr: IpAddr, neighbour: Neighbour) {
+    /// The guest's MAC address became known, or is another one now.
+    pub fn resolved(&mut self, core: &Core, addr: IpAddr, neighbour: Neighbour) {
+        self.follow(core, addr, neighbour);
         let mut waiting = std::mem::take(&mut self.unresolved);
         waiting.retain(|token| {
             let Some(at) = self.find(*token) else { return false };
@@ -277,6 +278,29 @@ impl<S: HostStream> TcpTable<S> {
             false
         });
         self.unresolved = waiting;
+    }
+
+    /// The guest's flows go to its new MAC address, and each is asked whether it lives: the same guest
+    /// acknowledges, another one answers with a reset and the flow ends.
+    fn follow(&mut self, core: &Core, addr: IpAddr, neighbour: Neighbour) {
+        let mut moved = Vec::new();
+        for (at, flow) in &mut self.flows {
+            let is_elsewhere = flow.guest_mac.is_some_and(|mac| mac != neighbour.mac);
+            if flow.key.guest.ip() == addr && is_elsewhere {
+                flow.guest_mac = Some(neighbour.mac);
+                flow.ask(core.now);
+                moved.push(at);
+            }
+        }
+        moved.into_iter().for_each(|at| self.mark_dirty(at));
+    }
+
+    /// Ends every flow of the guest's address `addr`; the world sees RST.
+    pub fn reset_address(&mut self, core: &mut Core, addr: IpAddr) {
+        let of_it = self.flows.iter().filter(|(_, flow)| flow.key.guest.ip() == addr);
+        for at in of_it.map(|(at, _)| at).collect::<Vec<_>>() {
+            self.remove(core, at);
+        }
     }
 
     /// News of a flow's socket.
