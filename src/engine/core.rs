@@ -204,10 +204,13 @@ impl Core {
         self.send(port, pair, VnetHeader::default(), &frame);
     }
 
-    /// A fresh IPv4 identification for a packet that may be fragmented.
+    /// A fresh IPv4 identification for a packet that may be fragmented. Workers share none: fragments of
+    /// two datagrams would become one at the guest (RFC 6864, 4.3).
     pub fn next_ident(&mut self) -> u16 {
-        self.next_ident = self.next_ident.wrapping_add(1);
-        self.next_ident
+        let (own, workers) = self.home.as_ref().map_or((0, 1), |home| (home.own.0, home.workers));
+        let each = u16::MAX / u16::from(workers);
+        self.next_ident = (self.next_ident + 1) % each;
+        self.next_ident * u16::from(workers) + u16::from(own)
     }
 
     /// Sends a frame from host memory, or queues it until the guest has buffers.

@@ -205,3 +205,23 @@ fn a_guest_one_worker_has_seen_is_known_to_the_published_ports_of_another() {
     exchange(&mut rigs);
     assert_eq!(rigs[0].sock(0).sent, [(b"answer".to_vec(), world(5000).into())]);
 }
+
+#[test]
+fn datagrams_of_several_workers_never_share_an_identification() {
+    let mut rigs = Rig::workers(3);
+    let mut idents = std::collections::HashSet::new();
+    for (n, rig) in rigs.iter_mut().enumerate() {
+        rig.send(&udp_frame(guest(4000 + n as u16), world(9), b"ask"));
+        for _ in 0..1000 {
+            rig.sock(n).inbox.push_back((vec![7; 3000], world(9).into()));
+        }
+        let token = rig.sock(n).token;
+        rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+        while rig.engine.flush(&mut rig.port) {}
+        let first = |frame: &&Vec<u8>| frame[20..22] == [0x20, 0];
+        let frames: Vec<Vec<u8>> = rig.port.delivered.drain(..).map(|received| received.frame).collect();
+        let new: Vec<_> = frames.iter().filter(first).map(|frame| [frame[18], frame[19]]).collect();
+        assert_eq!(new.len(), 1000);
+        assert!(new.into_iter().all(|ident| idents.insert(ident)));
+    }
+}
