@@ -11,12 +11,12 @@ use std::sync::Arc;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::engine::placement::{Letter, WorkerId};
+use crate::engine::placement::{Post, WorkerId};
 use crate::limits;
 use crate::uplink::sockets::{DetachedDatagram, DetachedStream};
 
 /// What workers over host sockets tell each other.
-pub type HostLetter = Letter<DetachedStream, DetachedDatagram>;
+pub type HostLetter = Post<DetachedStream, DetachedDatagram>;
 
 #[derive(Debug)]
 struct Outbox {
@@ -110,14 +110,15 @@ impl Postbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::placement::Letter;
     use std::net::{IpAddr, Ipv4Addr};
 
     fn primary(n: u8) -> HostLetter {
-        Letter::Primary(IpAddr::V4(Ipv4Addr::new(10, 0, 2, n)))
+        Post { guest_starts: 0, letter: Letter::Primary(IpAddr::V4(Ipv4Addr::new(10, 0, 2, n))) }
     }
 
     fn number(letter: Option<HostLetter>) -> Option<u8> {
-        match letter? {
+        match letter?.letter {
             Letter::Primary(IpAddr::V4(addr)) => Some(addr.octets()[3]),
             other => panic!("{other:?} was never sent"),
         }

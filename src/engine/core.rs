@@ -102,6 +102,11 @@ impl Core {
         self.home.as_ref().and_then(|home| home.elsewhere(place))
     }
 
+    /// Whether a worker, this one or another, has `place` or will have it when it comes.
+    pub fn is_had(&self, place: &Place) -> bool {
+        self.home.as_ref().is_some_and(|home| home.directory.owner(place).is_some())
+    }
+
     /// The queue pair for frames that belong to none.
     pub fn first_pair(&self) -> QueuePair {
         self.home.as_ref().map(Home::first_pair).unwrap_or_default()

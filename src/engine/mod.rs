@@ -33,7 +33,7 @@ use self::host_net::{HostDatagram, HostNet, HostStream, Readiness, Token};
 use self::nat::policy::Policy;
 use self::nat::tcp::Segment;
 use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
-use self::placement::{HeldFrame, Home, Letter, Place, SentOn, Waiting, WorkerId};
+use self::placement::{HeldFrame, Home, Letter, Place, Post, SentOn, Waiting, WorkerId};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan, Mode};
@@ -76,14 +76,18 @@ pub struct Engine<N: HostNet> {
     expected_mac: Option<MacAddr>,
     waiting: Waiting,
     sent_on: SentOn,
-    letters: VecDeque<(WorkerId, LetterOf<N>)>,
+    letters: VecDeque<(WorkerId, PostOf<N>)>,
+    /// The guest's starts that were noticed here.
+    guest_starts: u64,
 }
 
 /// What engines with sockets of `N` tell each other.
-pub type LetterOf<N> = Letter<
-    <<N as HostNet>::Stream as HostStream>::Detached,
-    <<N as HostNet>::Datagram as HostDatagram>::Detached,
->;
+pub type LetterOf<N> = Letter<DetachedStream<N>, DetachedDatagram<N>>;
+/// The same on its way.
+pub type PostOf<N> = Post<DetachedStream<N>, DetachedDatagram<N>>;
+
+type DetachedStream<N> = <<N as HostNet>::Stream as HostStream>::Detached;
+type DetachedDatagram<N> = <<N as HostNet>::Datagram as HostDatagram>::Detached;
 
 /// A transport message of the guest: whole in place, and its first bytes in host memory.
 struct Incoming<'a> {
@@ -129,6 +133,7 @@ impl<N: HostNet> Engine<N> {
             waiting: Waiting::default(),
             sent_on: SentOn::default(),
             letters: VecDeque::new(),
+            guest_starts: 0,
             core,
         }
     }
@@ -159,7 +164,7 @@ impl<N: HostNet> Engine<N> {
 
     /// Takes one frame of the guest.
     pub fn from_guest(&mut self, now: Instant, port: &mut impl GuestPort, frame: &TxFrame<'_>) {
-        self.core.now = now;
+        self.begin(now);
         self.core.counters.frames_from_guest += 1;
         if let Err(reason) = self.classify(port, frame) {
             self.core.counters.drop(reason);
@@ -441,7 +446,7 @@ impl<N: HostNet> Engine<N> {
         self.waiting.hold(place, frame).ok_or(DropReason::TableFull)?;
         if let Some((owner, from)) = ask {
             // Never dropped, or what is held would wait for ever; there are no more than frames held.
-            self.letters.push_back((owner, Letter::Want { place, from }));
+            self.post(owner, Letter::Want { place, from });
         }
         Ok(())
     }
@@ -476,10 +481,14 @@ impl<N: HostNet> Engine<N> {
 
     fn send_letter(&mut self, to: WorkerId, letter: LetterOf<N>) {
         if self.letters.len() < limits::LETTERS_MAX {
-            self.letters.push_back((to, letter));
+            self.post(to, letter);
         } else {
             self.core.counters.drop(DropReason::TableFull);
         }
+    }
+
+    fn post(&mut self, to: WorkerId, letter: LetterOf<N>) {
+        self.letters.push_back((to, Post { guest_starts: self.guest_starts, letter }));
     }
 
     /// Sends what `letter` makes to every other worker.
@@ -492,14 +501,17 @@ impl<N: HostNet> Engine<N> {
     }
 
     /// The next letter to another worker, to be delivered after each batch.
-    pub fn next_letter(&mut self) -> Option<(WorkerId, LetterOf<N>)> {
+    pub fn next_letter(&mut self) -> Option<(WorkerId, PostOf<N>)> {
         self.letters.pop_front()
     }
 
     /// A letter from another worker.
-    pub fn letter(&mut self, now: Instant, port: &mut impl GuestPort, letter: LetterOf<N>) {
-        self.core.now = now;
-        match letter {
+    pub fn letter(&mut self, now: Instant, port: &mut impl GuestPort, post: PostOf<N>) {
+        self.begin(now);
+        if post.guest_starts != self.guest_starts {
+            return self.too_late(post.letter);
+        }
+        match post.letter {
             Letter::Want { place, from } => self.give_away(place, from),
             Letter::Flow(moved) => {
                 let place = Place::Tcp(moved.key());
@@ -526,7 +538,21 @@ impl<N: HostNet> Engine<N> {
             }
             Letter::Primary(addr) => self.core.set_primary_guest(addr),
             Letter::AddressGone(addr) => self.forget_address(addr),
-            Letter::GuestReset => self.forget_guest(),
+            // It was noticed already; the letter woke this worker.
+            Letter::GuestReset => {}
+        }
+    }
+
+    /// A letter of the guest's life before this one: what came with it ends.
+    fn too_late(&mut self, letter: LetterOf<N>) {
+        let place = match letter {
+            Letter::Flow(moved) => Place::Tcp(moved.key()),
+            Letter::Socket(moved) => Place::Socket(moved.end()),
+            _ => return,
+        };
+        // The guest of today may have begun one with the same name here.
+        if !self.nat.has(&place) {
+            self.core.release(&place);
         }
     }
 
@@ -545,9 +571,9 @@ impl<N: HostNet> Engine<N> {
             if let Some(home) = &self.core.home {
                 home.directory.set(place, to);
             }
-            self.letters.push_back((to, letter));
+            self.post(to, letter);
         } else if !self.waiting.note(&place, to) {
-            self.letters.push_back((to, Letter::Gone(place)));
+            self.post(to, Letter::Gone(place));
         }
     }
 
@@ -565,13 +591,13 @@ impl<N: HostNet> Engine<N> {
 
     /// News of a host socket.
     pub fn host_ready(&mut self, now: Instant, port: &mut impl GuestPort, token: Token, ready: Readiness) {
-        self.core.now = now;
+        self.begin(now);
         self.nat.host_ready(&mut self.core, port, token, ready);
     }
 
     /// The guest posted receive buffers after a lack of them.
     pub fn guest_has_buffers(&mut self, now: Instant, port: &mut impl GuestPort) {
-        self.core.now = now;
+        self.begin(now);
         if self.core.send_waiting(port) {
             self.nat.guest_has_buffers(&mut self.core, port);
         }
@@ -579,7 +605,7 @@ impl<N: HostNet> Engine<N> {
 
     /// Carries out the deadlines that came up.
     pub fn run_timers(&mut self, now: Instant, port: &mut impl GuestPort) {
-        self.core.now = now;
+        self.begin(now);
         self.nat.run_timers(&mut self.core, port);
     }
 
@@ -607,15 +633,37 @@ impl<N: HostNet> Engine<N> {
 
     /// An upstream's answer.
     pub fn dns_answer(&mut self, now: Instant, port: &mut impl GuestPort, id: u64, answer: &[u8]) {
-        self.core.now = now;
+        self.begin(now);
         self.gateway.dns_answer(&mut self.core, port, id, answer);
     }
 
     /// The guest is gone or began anew: its flows end, here and at every other worker; the world sees
     /// RST.
     pub fn guest_reset(&mut self) {
-        self.tell_others(|| Letter::GuestReset);
-        self.forget_guest();
+        match &self.core.home {
+            Some(home) => {
+                home.directory.guest_started();
+                self.notice_guest_start();
+                self.tell_others(|| Letter::GuestReset);
+            }
+            None => self.forget_guest(),
+        }
+    }
+
+    /// What every entry begins with.
+    fn begin(&mut self, now: Instant) {
+        self.core.now = now;
+        self.notice_guest_start();
+    }
+
+    /// Forgets the guest if it began anew, whichever worker saw that.
+    fn notice_guest_start(&mut self) {
+        let Some(home) = &self.core.home else { return };
+        let guest_starts = home.directory.guest_starts();
+        if guest_starts != self.guest_starts {
+            self.guest_starts = guest_starts;
+            self.forget_guest();
+        }
     }
 
     /// The guest has this address no more: what it began there is over, and the world is told.

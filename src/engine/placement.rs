@@ -9,11 +9,14 @@
 //! published port's socket never moves.
 //!
 //! The directory is looked into only for flows that are not known, and written only when one begins or
-//! ends. Read first: `docs/adr/0006-flows-move-between-workers.md`.
+//! ends. It also counts the guest's starts: a worker forgets the guest before that with the first frame,
+//! letter or event after a new start, whoever saw it, and a letter written before it carries nothing
+//! into the new guest's life. Read first: `docs/adr/0006-flows-move-between-workers.md`.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::core::Neighbour;
@@ -43,9 +46,15 @@ pub enum Place {
 /// Parts of the directory, each with a lock of its own.
 const SHARDS: usize = 16;
 
+/// A count on a cache line of its own: every worker reads it with each frame.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct GuestStarts(AtomicU64);
+
 /// Who has what, for all workers of the process.
 #[derive(Debug, Default)]
 pub struct Directory {
+    guest_starts: GuestStarts,
     shards: [Mutex<HashMap<Place, WorkerId>>; SHARDS],
     hasher: RandomState,
 }
@@ -55,6 +64,16 @@ impl Directory {
         let shard = &self.shards[self.hasher.hash_one(place) as usize % SHARDS];
         // A panic while a map is changed ends the process (panic = abort); elsewhere the map is whole.
         act(&mut shard.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How often the guest began anew.
+    pub fn guest_starts(&self) -> u64 {
+        self.guest_starts.0.load(Ordering::Acquire)
+    }
+
+    /// The guest begins anew.
+    pub fn guest_started(&self) {
+        self.guest_starts.0.fetch_add(1, Ordering::Release);
     }
 
     /// Who has `place`.
@@ -166,6 +185,15 @@ pub enum Letter<S, D> {
     AddressGone(IpAddr),
     /// The guest started anew.
     GuestReset,
+}
+
+/// A letter on its way.
+#[derive(Debug)]
+pub struct Post<S, D> {
+    /// The guest's starts ([`Directory::guest_starts`]) its writer knew of.
+    pub guest_starts: u64,
+    /// What it says.
+    pub letter: Letter<S, D>,
 }
 
 /// Frames that wait for their flows or sockets, and who else asked for those.

@@ -1,12 +1,15 @@
 //! Flows and datagrams of a guest that uses several queue pairs, each with a worker of its own.
 
+use std::net::IpAddr;
+
 use vunet::engine::counters::DropReason;
-use vunet::engine::placement::{Directory, Place, WorkerId};
+use vunet::engine::placement::{Directory, Place, Post, WorkerId};
 use vunet::limits;
 use vunet::wire::tcp::Flags;
 
 use vunet::wire::ipv4::Protocol;
 
+use crate::detached::Detached;
 use crate::frames::{Seen, WORLD, fragments, guest, udp_frame, udp_message, world};
 use crate::rig::{Peer, READABLE, Rig, connected, only, secs};
 use crate::world::End;
@@ -164,6 +167,94 @@ fn the_guests_new_start_ends_its_flows_at_every_worker() {
     let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
     assert_eq!(ends, [End::Reset, End::Reset]);
     assert!(rigs.iter_mut().all(|rig| rig.engine.nat().is_empty()));
+}
+
+type Sent = (WorkerId, Post<Detached, Detached>);
+
+/// Letters under way, in order.
+fn letters(rig: &mut Rig) -> Vec<Sent> {
+    std::iter::from_fn(|| rig.engine.next_letter()).collect()
+}
+
+fn deliver(rigs: &mut [Rig], letters: Vec<Sent>) {
+    for (to, letter) in letters {
+        let rig = &mut rigs[usize::from(to.0)];
+        rig.engine.letter(rig.now, &mut rig.port, letter);
+    }
+}
+
+#[test]
+fn a_flow_on_its_way_when_the_guest_begins_anew_ends_and_takes_nothing_of_the_new_guest_with_it() {
+    let mut rigs = Rig::workers(2);
+    let peer = Peer::new(guest(4000), world(80));
+    let mut old = connected(&mut rigs[0], peer);
+    exchange(&mut rigs);
+    old.data(&mut rigs[1], Flags::PSH, b"moves");
+    let asks = letters(&mut rigs[1]);
+    deliver(&mut rigs, asks);
+    let flow = letters(&mut rigs[0]);
+    rigs[0].engine.guest_reset();
+    let told = letters(&mut rigs[0]);
+    // The new guest uses the same port, at the worker the old flow is on its way to.
+    connected(&mut rigs[1], Peer::new(guest(4000), world(80)));
+    deliver(&mut rigs, flow);
+    deliver(&mut rigs, told);
+    exchange(&mut rigs);
+    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
+    assert_eq!(ends, [End::Reset, End::Open]);
+    assert_eq!(rigs[1].engine.nat().len(), 1);
+}
+
+#[test]
+fn a_client_whose_port_a_flow_of_another_worker_has_comes_from_another_port() {
+    for is_on_its_way in [false, true] {
+        let mut rigs = Rig::workers(2);
+        let listener = rigs[0].engine.nat().next_listener_token();
+        let published = rigs[0].engine.nat().net().listener();
+        rigs[0].engine.nat().publish_tcp(published, 22);
+        let mut old = connected(&mut rigs[1], Peer::new(guest(22), world(999)));
+        exchange(&mut rigs);
+        if is_on_its_way {
+            old.data(&mut rigs[0], Flags::PSH, b"moves");
+            let asks = letters(&mut rigs[0]);
+            deliver(&mut rigs, asks);
+        }
+        rigs[0].world().backlogs[0].push_back(world(999).into());
+        let syn = only(rigs[0].ready(listener, READABLE)).tcp();
+        assert_eq!((syn.header.flags, syn.from.ip()), (Flags::SYN, IpAddr::V4(*world(999).ip())));
+        assert_ne!(syn.from.port(), 999, "on its way: {is_on_its_way}");
+        exchange(&mut rigs);
+    }
+}
+
+#[test]
+fn a_flow_that_came_too_late_leaves_its_place_free() {
+    let mut rigs = Rig::workers(2);
+    let mut old = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    old.data(&mut rigs[1], Flags::PSH, b"moves");
+    let asks = letters(&mut rigs[1]);
+    deliver(&mut rigs, asks);
+    let flow = letters(&mut rigs[0]);
+    rigs[0].engine.guest_reset();
+    deliver(&mut rigs, flow);
+    exchange(&mut rigs);
+    // Were the directory still to name the other worker, this one would wait for it.
+    connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
+    assert_eq!(ends, [End::Reset, End::Open]);
+}
+
+#[test]
+fn a_worker_forgets_the_guest_before_the_letter_that_says_it_began_anew() {
+    let mut rigs = Rig::workers(2);
+    connected(&mut rigs[1], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    rigs[0].engine.guest_reset();
+    connected(&mut rigs[1], Peer::new(guest(4001), world(80)));
+    exchange(&mut rigs);
+    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
+    assert_eq!(ends, [End::Reset, End::Open]);
 }
 
 #[test]

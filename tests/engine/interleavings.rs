@@ -6,9 +6,10 @@
 
 use std::collections::VecDeque;
 
-use vunet::engine::placement::Letter;
+use vunet::engine::placement::{Letter, Post};
 use vunet::wire::tcp::Flags;
 
+use crate::detached::Detached;
 use crate::frames::{Seen, guest, world};
 use crate::handover::exchange;
 use crate::rig::{Peer, Rig, connected};
@@ -25,7 +26,7 @@ struct Story {
     lost: Lost,
 }
 
-fn nothing_lost(_: &Letter<usize, usize>) -> bool {
+fn nothing_lost(_: &Letter<Detached, Detached>) -> bool {
     false
 }
 
@@ -37,7 +38,7 @@ enum Action {
 }
 
 /// Which letters are lost on the way.
-type Lost = fn(&Letter<usize, usize>) -> bool;
+type Lost = fn(&Letter<Detached, Detached>) -> bool;
 
 /// One schedule under way.
 struct Schedule {
@@ -46,7 +47,7 @@ struct Schedule {
     /// By worker: frames to come.
     frames: Vec<VecDeque<Vec<u8>>>,
     /// By sender and receiver: letters under way.
-    letters: Vec<Vec<VecDeque<Letter<usize, usize>>>>,
+    letters: Vec<Vec<VecDeque<Post<Detached, Detached>>>>,
     seen: Vec<Seen>,
     lost: Lost,
 }
@@ -93,7 +94,7 @@ impl Schedule {
         };
         self.seen.extend(self.rigs[worker].flush());
         while let Some((to, letter)) = self.rigs[worker].engine.next_letter() {
-            if !(self.lost)(&letter) {
+            if !(self.lost)(&letter.letter) {
                 self.letters[worker][usize::from(to.0)].push_back(letter);
             }
         }

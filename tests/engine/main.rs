@@ -5,6 +5,8 @@
 
 mod bounds;
 mod datagrams;
+#[path = "../support/detached.rs"]
+mod detached;
 mod ending;
 mod frames;
 mod from_guest;

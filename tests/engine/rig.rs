@@ -136,7 +136,9 @@ impl Rig {
     }
 
     pub(crate) fn world(&self) -> RefMut<'_, World> {
-        self.world.borrow_mut()
+        let mut world = self.world.borrow_mut();
+        world.close_lost();
+        world
     }
 
     /// The `n`th stream ever made.

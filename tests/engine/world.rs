@@ -11,6 +11,8 @@ use vunet::engine::host_net::{
 };
 use vunet::frame::{Payload, PayloadMut};
 
+use crate::detached::{Detached, Lost};
+
 /// How a stream ended, as its world's end saw it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -87,6 +89,8 @@ pub(crate) struct World {
     /// Room new streams begin with.
     pub(crate) room: usize,
     open: usize,
+    lost_conns: Lost,
+    lost_socks: Lost,
 }
 
 impl World {
@@ -103,7 +107,32 @@ impl World {
             descriptors_max: usize::MAX,
             room: 1 << 20,
             open: 0,
+            lost_conns: Lost::default(),
+            lost_socks: Lost::default(),
         }
+    }
+
+    /// Closes what was dropped on its way between workers.
+    pub(crate) fn close_lost(&mut self) {
+        for at in self.lost_conns.take() {
+            self.close_conn(at);
+        }
+        for at in self.lost_socks.take() {
+            self.close_sock(at);
+        }
+    }
+
+    fn close_conn(&mut self, at: usize) {
+        self.open -= 1;
+        let conn = &mut self.conns[at];
+        if conn.end == End::Open {
+            conn.end = End::Reset;
+        }
+    }
+
+    fn close_sock(&mut self, at: usize) {
+        self.open -= 1;
+        self.socks[at].is_open = false;
     }
 
     /// Sockets open now.
@@ -222,12 +251,14 @@ impl HostNet for Net {
         Ok(FakeStream { world: Rc::clone(&self.0), at })
     }
 
-    fn attach(&mut self, token: Token, at: usize) -> io::Result<FakeStream> {
+    fn attach(&mut self, token: Token, detached: Detached) -> io::Result<FakeStream> {
+        let at = detached.arrived();
         self.0.borrow_mut().conns[at].token = token;
         Ok(FakeStream { world: Rc::clone(&self.0), at })
     }
 
-    fn attach_datagram(&mut self, token: Token, at: usize) -> io::Result<FakeDatagram> {
+    fn attach_datagram(&mut self, token: Token, detached: Detached) -> io::Result<FakeDatagram> {
+        let at = detached.arrived();
         self.0.borrow_mut().socks[at].token = token;
         Ok(FakeDatagram { world: Rc::clone(&self.0), at })
     }
@@ -267,13 +298,14 @@ impl HostNet for Net {
 }
 
 impl HostStream for FakeStream {
-    type Detached = usize;
+    type Detached = Detached;
 
-    fn detach(self) -> usize {
+    fn detach(self) -> Detached {
         let at = self.at;
+        let detached = Detached::new(at, &self.world.borrow().lost_conns);
         // It is not dropped, which would be a reset; the one reference count it keeps ends with the test.
         std::mem::forget(self);
-        at
+        detached
     }
 
     fn take_error(&mut self) -> io::Result<()> {
@@ -369,12 +401,7 @@ impl HostStream for FakeStream {
 
 impl Drop for FakeStream {
     fn drop(&mut self) {
-        let mut world = self.world.borrow_mut();
-        world.open -= 1;
-        let conn = &mut world.conns[self.at];
-        if conn.end == End::Open {
-            conn.end = End::Reset;
-        }
+        self.world.borrow_mut().close_conn(self.at);
     }
 }
 
@@ -384,13 +411,14 @@ const BATCH: usize = 4;
 pub(crate) const TURN: usize = vunet::limits::DATAGRAM_BATCHES * BATCH;
 
 impl HostDatagram for FakeDatagram {
-    type Detached = usize;
+    type Detached = Detached;
 
-    fn detach(self) -> usize {
+    fn detach(self) -> Detached {
         let at = self.at;
+        let detached = Detached::new(at, &self.world.borrow().lost_socks);
         // As for streams: dropping it would close the socket.
         std::mem::forget(self);
-        at
+        detached
     }
 
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
@@ -449,9 +477,7 @@ impl HostDatagram for FakeDatagram {
 
 impl Drop for FakeDatagram {
     fn drop(&mut self) {
-        let mut world = self.world.borrow_mut();
-        world.open -= 1;
-        world.socks[self.at].is_open = false;
+        self.world.borrow_mut().close_sock(self.at);
     }
 }
 

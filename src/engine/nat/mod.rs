@@ -272,6 +272,15 @@ impl<N: HostNet> Nat<N> {
         self.tcp.detach(core, key)
     }
 
+    /// Whether this worker has it.
+    pub fn has(&self, place: &Place) -> bool {
+        match place {
+            Place::Tcp(key) => self.tcp.contains(key),
+            Place::Socket((kind, guest)) => self.datagrams.has_mapping(*kind, *guest),
+            Place::Exchange(key) => self.datagrams.peer(key).is_some(),
+        }
+    }
+
     /// Takes a flow in that another worker had.
     pub fn attach(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedFlow<N>) {
         self.keep_within(core, port, self.flows_max - 1);
@@ -463,9 +472,11 @@ impl<N: HostNet> Nat<N> {
         let Some(addr) = core.primary_guest() else { return };
         let guest = SocketAddr::new(addr, guest_port);
         let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
-        if self.tcp.contains(&key) {
+        // A flow on its way here is in no table; the directory knows it and those of other workers.
+        let is_taken = |key: tcp::Key| self.tcp.contains(&key) || core.is_had(&Place::Tcp(key));
+        if is_taken(key) {
             let ip = key.remote.ip();
-            let taken = |port| self.tcp.contains(&tcp::Key { guest, remote: SocketAddr::new(ip, port) });
+            let taken = |port| is_taken(tcp::Key { guest, remote: SocketAddr::new(ip, port) });
             let Some(free) = policy::free_port(client.port(), taken) else { return };
             key.remote = SocketAddr::new(ip, free);
         }
