@@ -4,29 +4,45 @@
 //! `VUNET_SIM_SEED=n cargo test --test sim`. Frames between guest and engine are lost, repeated and
 //! reordered; receive buffers run short, rings stop, offloads change; applications stop reading; host
 //! sockets refuse bytes they promised to take. Every byte and every final state is checked.
+//!
+//! Read first: `docs/simulation.md`.
 
+mod bytes;
+mod datagrams;
+#[path = "../support/detached.rs"]
+mod detached;
 mod guest;
+mod link;
 mod live;
+mod plan;
 mod port;
-mod scenario;
+mod run;
 mod world;
 
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use live::Live;
-use scenario::{Faults, Outcome, Scenario};
+use plan::{Ending, LinkFaults, Plan, Shape};
+use run::Outcome;
 
-/// Seeds run by default.
-const SEEDS: u64 = 150;
+/// Seeds of the ordinary run, and of the long one.
+const SEEDS: u64 = 1_000;
+const SEEDS_LONG: u64 = 10_000;
+/// Threads over which seeds are spread.
+const THREADS: usize = 2;
 
-fn run(scenario: &Scenario) -> Outcome {
-    match std::panic::catch_unwind(|| scenario.run()) {
+fn run(plan: &Plan) -> Outcome {
+    match std::panic::catch_unwind(|| run::run(plan)) {
         Ok(outcome) => outcome,
         Err(panic) => {
-            eprintln!("failed with VUNET_SIM_SEED={}: {scenario:?}", scenario.seed);
+            eprintln!("failed with VUNET_SIM_SEED={}: {plan:#?}", plan.seed);
             std::panic::resume_unwind(panic);
         }
     }
 }
 
+/// The one seed asked for, or all below `count`.
 fn seeds(count: u64) -> Vec<u64> {
     match std::env::var("VUNET_SIM_SEED") {
         Ok(seed) => vec![seed.parse().expect("VUNET_SIM_SEED is a number")],
@@ -34,87 +50,158 @@ fn seeds(count: u64) -> Vec<u64> {
     }
 }
 
+/// Failing seeds after which no further one is tried.
+const FAILURES_MAX: usize = 20;
+
+/// Runs hostile plans of many seeds over [`THREADS`] threads; panics with all seeds that fail.
+fn run_hostile(seeds: &[u64]) -> Vec<Outcome> {
+    let next = AtomicUsize::new(0);
+    let (outcomes, failed) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    let work = || {
+        while let Some(seed) = seeds.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let plan = Plan::hostile(*seed);
+            let outcome = std::panic::catch_unwind(|| {
+                let outcome = run(&plan);
+                assert!(outcome.faults >= 3, "seed {seed} went through {} faults", outcome.faults);
+                outcome
+            });
+            match outcome {
+                Ok(outcome) => outcomes.lock().expect("no thread died").push(outcome),
+                Err(_) => {
+                    let mut failed = failed.lock().expect("no thread died");
+                    failed.push(*seed);
+                    if failed.len() >= FAILURES_MAX {
+                        return next.store(seeds.len(), Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| (0..THREADS).for_each(|_| drop(scope.spawn(work))));
+    let (outcomes, mut failed) = (outcomes.into_inner().unwrap(), failed.into_inner().unwrap());
+    failed.sort_unstable();
+    let tried = outcomes.len() + failed.len();
+    assert!(failed.is_empty(), "of {tried} seeds these failed (VUNET_SIM_SEED=n replays one): {failed:?}");
+    outcomes
+}
+
+/// That what seeds choose at random did take place in some of them.
+fn check_coverage(outcomes: &[Outcome]) {
+    if outcomes.len() < 100 {
+        return;
+    }
+    let count = |what: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| what(outcome)).count();
+    let tenth = outcomes.len() / 10;
+    assert!(count(|outcome| outcome.wrapped.0) > tenth, "the guest's sequence numbers wrapped too rarely");
+    assert!(count(|outcome| outcome.wrapped.1) > tenth, "the engine's sequence numbers wrapped too rarely");
+    assert!(count(|outcome| outcome.retransmits > 0) > tenth, "too little was sent again");
+    assert!(count(|outcome| outcome.letters > 20) > tenth, "too few flows moved between workers");
+    assert!(count(|outcome| outcome.datagrams > 10) > tenth, "too few datagrams came");
+    assert!(count(|outcome| outcome.largest_frame > 10_000) > tenth, "too few large frames");
+}
+
+#[test]
+fn every_byte_and_every_end_is_right_whatever_goes_wrong() {
+    check_coverage(&run_hostile(&seeds(SEEDS)));
+}
+
+#[test]
+#[ignore = "takes minutes; runs with --long"]
+fn every_byte_and_every_end_is_right_in_ten_thousand_seeds() {
+    let seeds: Vec<u64> = (SEEDS..SEEDS_LONG + SEEDS).collect();
+    check_coverage(&run_hostile(&seeds));
+}
+
 #[test]
 fn every_byte_arrives_both_ways_on_a_clean_link() {
-    let outcome = run(&Scenario { flows: 4, bytes: 256 << 10, ..Scenario::clean(1) });
+    let outcome = run(&Plan::clean(1, 4, 256 << 10));
     assert_eq!(outcome.retransmits, 0, "nothing was lost, so nothing is sent twice");
 }
 
 #[test]
-fn every_byte_arrives_both_ways_whatever_is_lost_repeated_or_reordered() {
-    let mut retransmits = 0;
-    for seed in seeds(SEEDS) {
-        retransmits += run(&Scenario::hostile(seed)).retransmits;
+fn an_upload_ended_by_half_close_gets_its_late_answer() {
+    for seed in 0..20 {
+        let outcome = run(&Plan::clean(seed, 3, 150_000).with(Shape::GuestFirst, Ending::Full));
+        assert_eq!(outcome.retransmits, 0);
     }
-    assert!(retransmits > 0, "the faults must have cost something, or they were not there");
 }
 
 #[test]
-fn an_upload_ended_by_half_close_gets_its_late_answer() {
-    for seed in seeds(20) {
-        let outcome = run(&Scenario { answers_late: true, ..Scenario::clean(seed) });
+fn a_download_ended_by_the_world_leaves_the_guests_direction_open() {
+    for seed in 0..20 {
+        let outcome = run(&Plan::clean(seed, 3, 150_000).with(Shape::WorldFirst, Ending::Full));
         assert_eq!(outcome.retransmits, 0);
     }
 }
 
 #[test]
 fn guests_that_stop_reading_for_a_minute_lose_nothing() {
-    for seed in seeds(20) {
-        let faults = Faults { guest_pauses: 0.01, ..Faults::NONE };
-        run(&Scenario { faults, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        run(&Plan { guest_pauses: 0.01, ..Plan::clean(seed, 3, 150_000) });
     }
 }
 
 #[test]
 fn rings_that_stop_and_offloads_that_change_lose_nothing() {
-    for seed in seeds(20) {
-        let faults = Faults { ring_stops: 0.02, offloads_change: 0.05, ..Faults::NONE };
-        run(&Scenario { faults, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        run(&Plan { ring_stops: 0.02, offloads_change: 0.05, ..Plan::clean(seed, 3, 150_000) });
     }
 }
 
 #[test]
 fn a_socket_that_refuses_what_it_promised_loses_nothing() {
-    for seed in seeds(20) {
-        let faults = Faults { refuse: 0.5, ..Faults::NONE };
-        run(&Scenario { faults, flows: 3, bytes: 200 << 10, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        run(&Plan { refuse: 0.5, ..Plan::clean(seed, 3, 200 << 10) });
     }
 }
 
 #[test]
 fn few_receive_buffers_slow_the_guest_and_lose_nothing() {
-    for seed in seeds(20) {
-        run(&Scenario { buffers: 2, flows: 4, bytes: 100 << 10, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        run(&Plan { buffers: 2, repost_us: 500, ..Plan::clean(seed, 4, 100 << 10) });
     }
 }
 
 #[test]
+fn losses_both_ways_cost_retransmissions_and_nothing_else() {
+    let mut retransmits = 0;
+    let lossy = LinkFaults { lose: 0.08, ..LinkFaults::NONE };
+    for seed in 0..20 {
+        retransmits += run(&Plan { up: lossy, down: lossy, ..Plan::clean(seed, 3, 64 << 10) }).retransmits;
+    }
+    assert!(retransmits > 0, "the faults must have cost something, or they were not there");
+}
+
+#[test]
 fn a_guest_with_segmentation_offload_gets_large_frames_intact() {
-    for seed in seeds(20) {
-        let outcome = run(&Scenario { offload: true, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        let outcome = run(&Plan { offload: true, ..Plan::clean(seed, 3, 150_000) });
         assert!(outcome.largest_frame > 10_000, "no large frame was sent");
     }
 }
 
 #[test]
 fn a_world_that_resets_is_seen_as_reset_by_the_guest() {
-    for seed in seeds(20) {
-        run(&Scenario { world_resets: true, ..Scenario::clean(seed) });
+    for seed in 0..20 {
+        run(&Plan::clean(seed, 3, 150_000).with(Shape::Both, Ending::WorldResets(75_000)));
     }
 }
 
 #[test]
-fn a_guest_that_vanishes_is_seen_as_reset_by_the_world() {
-    for seed in seeds(20) {
-        run(&Scenario { guest_vanishes: true, ..Scenario::clean(seed) });
+fn a_guest_that_resets_is_seen_as_reset_by_the_world() {
+    for seed in 0..20 {
+        run(&Plan::clean(seed, 3, 150_000).with(Shape::Both, Ending::GuestAborts(75_000)));
     }
 }
 
 #[test]
 fn a_refused_connect_reaches_the_guest_as_reset() {
-    run(&Scenario { refused: true, ..Scenario::clean(3) });
+    let mut plan = Plan::clean(3, 3, 1000).with(Shape::Both, Ending::Refused);
+    for flow in &mut plan.flows {
+        flow.connect_errors = vec![libc::ECONNREFUSED];
+    }
+    run(&plan);
 }
-
 /// Runs with both ways of peeking and with and without offloads.
 fn live_each_way(live: Live) {
     for peek_offset in [true, false] {
