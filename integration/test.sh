@@ -113,7 +113,7 @@ count_tests() {
 
 shell_scripts() {
     (cd "$REPO" && shellcheck -x .ci/run integration/*.sh integration/lib/*.sh integration/guest/*.sh \
-        integration/guest/init integration/guest/lease)
+        integration/guest/init integration/guest/lease tests/sim/planted/find.sh)
 }
 
 check_sources() {
@@ -133,6 +133,9 @@ check_crates() {
     part 'unit, property and device tests'
     cargo_tests 'crate tests' --workspace --exclude vunet-integration
     check 'documentation examples' cargo test --quiet --locked --doc --package vunet
+    if [[ -n ${LONG:-} ]]; then
+        check 'the simulation finds planted bugs' tests/sim/planted/find.sh
+    fi
 }
 
 # The namespace guest needs root: the tests are built as you and run through sudo.

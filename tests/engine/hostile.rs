@@ -17,36 +17,13 @@ use vunet::wire::vnet::{Checksum, VnetHeader};
 use crate::frames::{
     GATEWAY, GUEST_IP, Seen, Seg, WORLD, echo_message, fragments, frame, ip, udp_frame, udp_message,
 };
+use crate::random::Rng;
 use crate::rig::{Rig, Setup, pattern};
 
 /// Runs by default.
 const SEEDS: u64 = 20;
 /// Events of one run.
 const EVENTS: usize = 1500;
-
-/// xorshift64*, as in the simulation.
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        ((self.next() >> 33) % bound.max(1) as u64) as usize
-    }
-
-    fn one_in(&mut self, n: usize) -> bool {
-        self.below(n) == 0
-    }
-
-    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[self.below(from.len())]
-    }
-}
 
 /// What the guest last heard of a connection, to aim at.
 #[derive(Clone, Copy, Default)]
@@ -64,8 +41,8 @@ struct Chaos {
 
 impl Chaos {
     fn new(seed: u64) -> Chaos {
-        let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let offload = rng.one_in(2);
+        let mut rng = Rng::new(seed);
+        let offload = rng.below(2) == 0;
         let setup = Setup {
             flows_max: 4 + rng.below(20),
             ip_mtu: rng.pick(&[576, 1500, 9000, 65_521]),
@@ -149,7 +126,7 @@ impl Chaos {
 
     fn segment(&mut self) {
         let (from, to, aim) = match self.aims.len() {
-            count if count > 0 && !self.rng.one_in(4) => {
+            count if count > 0 && self.rng.below(4) > 0 => {
                 let ((port, remote), aim) = self.aims[self.rng.below(count)];
                 let SocketAddr::V4(remote) = remote else { return };
                 (SocketAddrV4::new(GUEST_IP, port), remote, aim)
@@ -157,7 +134,7 @@ impl Chaos {
             _ => (self.guest(), self.remote(), Aim::default()),
         };
         let common = [Flags::SYN, Flags::ACK, Flags::ACK, Flags::ACK, Flags::ACK | Flags::FIN, Flags::RST];
-        let flags = match self.rng.one_in(6) {
+        let flags = match self.rng.below(6) == 0 {
             true => Flags(self.rng.next() as u8),
             false if aim.ack == 0 => self.rng.pick(&[Flags::SYN, Flags::SYN | Flags::ACK]),
             false => self.rng.pick(&common),
@@ -180,8 +157,8 @@ impl Chaos {
         let (from, to) = (self.guest(), self.remote());
         let len = self.rng.pick(&[0, 1, 100, 1472, 9000, 65_507]);
         let payload = pattern(len);
-        if self.rng.one_in(3) {
-            let message = if self.rng.one_in(2) {
+        if self.rng.below(3) == 0 {
+            let message = if self.rng.below(2) == 0 {
                 echo_message(from.port(), 1, &payload)
             } else {
                 udp_message(from, to, &payload)
@@ -189,7 +166,7 @@ impl Chaos {
             let protocol = if message[0] == 8 { Protocol::ICMP } else { Protocol::UDP };
             let mtu = self.rng.pick(&[576, 1500, 65_535]);
             for part in fragments(*to.ip(), protocol, &message, self.rng.next() as u16 % 8, mtu) {
-                if !self.rng.one_in(8) {
+                if self.rng.below(8) > 0 {
                     self.rig.feed(&part);
                 }
             }
@@ -253,7 +230,7 @@ impl Chaos {
     fn datagram_arrives(&mut self) {
         let count = self.rig.world().socks.len();
         let at = count - 1 - self.rng.below(count.min(30));
-        let at = if self.rng.one_in(3) { 0 } else { at };
+        let at = if self.rng.below(3) == 0 { 0 } else { at };
         let len = self.rng.pick(&[0, 1, 8, 100, 1472, 9000, 65_507]);
         let from = SocketAddr::from(self.remote());
         let token = {
@@ -274,7 +251,7 @@ impl Chaos {
 
     fn receive_side(&mut self) {
         self.rig.port.frame_bytes_max = self.rng.pick(&[60, 1514, 70_000, 70_000, 70_000]);
-        self.rig.port.is_up = !self.rng.one_in(4);
+        self.rig.port.is_up = self.rng.below(4) > 0;
         self.rig.port.free = self.rng.pick(&[0, 1, 10, usize::MAX]);
         self.rig.engine.guest_has_buffers(self.rig.now, &mut self.rig.port);
     }
@@ -295,7 +272,7 @@ impl Chaos {
         if count > 0 {
             let at = count - 1 - self.rng.below(count.min(30));
             let bytes = self.rng.below(1 << 20);
-            world.conns[at].space = Some(SendSpace { bytes, tight: self.rng.one_in(2) });
+            world.conns[at].space = Some(SendSpace { bytes, tight: self.rng.below(2) == 0 });
             world.conns[at].connect_error = self.rng.pick(&[None, None, Some(libc::EHOSTUNREACH)]);
         }
     }

@@ -4,6 +4,7 @@
 //! frames. Every frame the guest receives is checked to be well-formed, checksums included.
 
 mod bounds;
+mod churn;
 mod datagrams;
 #[path = "../support/detached.rs"]
 mod detached;
@@ -14,12 +15,16 @@ mod gateway;
 mod guest_changes;
 mod handover;
 mod handshake;
+#[path = "../support/heap.rs"]
+mod heap;
 mod hostile;
 mod interleavings;
 mod options;
 mod policy;
 mod port;
 mod published;
+#[path = "../support/random.rs"]
+mod random;
 mod rig;
 mod starvation;
 mod to_guest;

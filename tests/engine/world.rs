@@ -51,6 +51,8 @@ pub(crate) struct Conn {
     pub(crate) peek_max: usize,
     pub(crate) discarded: usize,
     pub(crate) end: End,
+    /// Its stream leaves its worker: what is dropped there is not the socket.
+    leaves: bool,
 }
 
 /// A datagram socket.
@@ -67,6 +69,8 @@ pub(crate) struct Sock {
     pub(crate) receive_errors: VecDeque<i32>,
     pub(crate) receives: usize,
     pub(crate) is_open: bool,
+    /// As a stream's.
+    leaves: bool,
     was_refused: bool,
 }
 
@@ -173,6 +177,7 @@ impl World {
             peek_max: usize::MAX,
             discarded: 0,
             end: End::Open,
+            leaves: false,
         });
         self.conns.len() - 1
     }
@@ -189,6 +194,7 @@ impl World {
             receive_errors: VecDeque::new(),
             receives: 0,
             is_open: true,
+            leaves: false,
             was_refused: false,
         });
         self.socks.len() - 1
@@ -302,10 +308,9 @@ impl HostStream for FakeStream {
 
     fn detach(self) -> Detached {
         let at = self.at;
-        let detached = Detached::new(at, &self.world.borrow().lost_conns);
-        // It is not dropped, which would be a reset; the one reference count it keeps ends with the test.
-        std::mem::forget(self);
-        detached
+        let mut world = self.world.borrow_mut();
+        world.conns[at].leaves = true;
+        Detached::new(at, &world.lost_conns)
     }
 
     fn take_error(&mut self) -> io::Result<()> {
@@ -401,7 +406,10 @@ impl HostStream for FakeStream {
 
 impl Drop for FakeStream {
     fn drop(&mut self) {
-        self.world.borrow_mut().close_conn(self.at);
+        let mut world = self.world.borrow_mut();
+        if !std::mem::take(&mut world.conns[self.at].leaves) {
+            world.close_conn(self.at);
+        }
     }
 }
 
@@ -415,10 +423,9 @@ impl HostDatagram for FakeDatagram {
 
     fn detach(self) -> Detached {
         let at = self.at;
-        let detached = Detached::new(at, &self.world.borrow().lost_socks);
-        // As for streams: dropping it would close the socket.
-        std::mem::forget(self);
-        detached
+        let mut world = self.world.borrow_mut();
+        world.socks[at].leaves = true;
+        Detached::new(at, &world.lost_socks)
     }
 
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
@@ -477,7 +484,10 @@ impl HostDatagram for FakeDatagram {
 
 impl Drop for FakeDatagram {
     fn drop(&mut self) {
-        self.world.borrow_mut().close_sock(self.at);
+        let mut world = self.world.borrow_mut();
+        if !std::mem::take(&mut world.socks[self.at].leaves) {
+            world.close_sock(self.at);
+        }
     }
 }
 

@@ -19,9 +19,10 @@ use vunet::wire::icmpv4::Message;
 use vunet::wire::ipv4::{self, Protocol};
 use vunet::wire::udp;
 
-use crate::bytes::{Rng, Stream};
+use crate::bytes::Stream;
 use crate::detached::{Detached, Lost};
 use crate::plan::{DATAGRAM_PORTS, DatagramKind, DatagramPlan, GUEST, Plan};
+use crate::random::Rng;
 use crate::world::World;
 
 /// The guest's port and the datagram's number.
@@ -59,6 +60,8 @@ struct Sock {
     is_echo: bool,
     /// An error waits.
     error: Option<i32>,
+    /// It leaves its worker: what is dropped there is not the socket.
+    leaves: bool,
 }
 
 /// A datagram of the world under way to a socket.
@@ -112,7 +115,15 @@ impl Socks {
     /// A socket of `worker`.
     pub(crate) fn open(&mut self, worker: u8, token: Token, is_echo: bool) -> usize {
         self.open += 1;
-        self.socks.push(Sock { worker, token, inbox: VecDeque::new(), is_open: true, is_echo, error: None });
+        self.socks.push(Sock {
+            worker,
+            token,
+            inbox: VecDeque::new(),
+            is_open: true,
+            is_echo,
+            error: None,
+            leaves: false,
+        });
         self.socks.len() - 1
     }
 
@@ -302,9 +313,9 @@ impl HostDatagram for SimDatagram {
     type Detached = Detached;
 
     fn detach(self) -> Detached {
-        let detached = Detached::new(self.at, &self.world.borrow().socks.lost);
-        std::mem::forget(self);
-        detached
+        let socks = &mut self.world.borrow_mut().socks;
+        socks.socks[self.at].leaves = true;
+        Detached::new(self.at, &socks.lost)
     }
 
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
@@ -352,7 +363,10 @@ impl HostDatagram for SimDatagram {
 impl Drop for SimDatagram {
     fn drop(&mut self) {
         if let Ok(mut world) = self.world.try_borrow_mut() {
-            world.socks.close(self.at);
+            let leaves = std::mem::take(&mut world.socks.socks[self.at].leaves);
+            if !leaves {
+                world.socks.close(self.at);
+            }
         }
     }
 }

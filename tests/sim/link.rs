@@ -6,8 +6,8 @@ use std::collections::BinaryHeap;
 
 use vunet::wire::checksum::Accumulator;
 
-use crate::bytes::Rng;
 use crate::plan::LinkFaults;
+use crate::random::Rng;
 
 /// A frame with what the driver says of it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

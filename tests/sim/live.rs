@@ -19,9 +19,10 @@ use vunet::uplink::sockets::HostSockets;
 use vunet::uplink::sys::poll::{self, Poll};
 use vunet::wire::vnet::VnetHeader;
 
-use crate::bytes::{Rng, pattern};
+use crate::bytes::pattern;
 use crate::guest::Guest;
 use crate::port::{SimPort, plain_frames};
+use crate::random::Rng;
 use crate::run::engine_config;
 
 /// What a run is to be like.

@@ -16,6 +16,8 @@ mod link;
 mod live;
 mod plan;
 mod port;
+#[path = "../support/random.rs"]
+mod random;
 mod run;
 mod world;
 
@@ -50,11 +52,13 @@ fn seeds(count: u64) -> Vec<u64> {
     }
 }
 
-/// Failing seeds after which no further one is tried.
+/// Failing seeds after which no further one is tried, unless `VUNET_SIM_FAILURES_MAX` says otherwise.
 const FAILURES_MAX: usize = 20;
 
 /// Runs hostile plans of many seeds over [`THREADS`] threads; panics with all seeds that fail.
 fn run_hostile(seeds: &[u64]) -> Vec<Outcome> {
+    let failures_max = std::env::var("VUNET_SIM_FAILURES_MAX")
+        .map_or(FAILURES_MAX, |max| max.parse().expect("VUNET_SIM_FAILURES_MAX is a number"));
     let next = AtomicUsize::new(0);
     let (outcomes, failed) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
     let work = || {
@@ -70,7 +74,7 @@ fn run_hostile(seeds: &[u64]) -> Vec<Outcome> {
                 Err(_) => {
                     let mut failed = failed.lock().expect("no thread died");
                     failed.push(*seed);
-                    if failed.len() >= FAILURES_MAX {
+                    if failed.len() >= failures_max {
                         return next.store(seeds.len(), Ordering::Relaxed);
                     }
                 }

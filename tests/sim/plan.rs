@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use siphasher::sip::SipHasher13;
 use vunet::engine::nat::tcp::Key;
 
-use crate::bytes::Rng;
+use crate::random::Rng;
 
 /// Bytes each way of a flow that runs to its end.
 pub(crate) const FLOW_BYTES: usize = 256 << 10;

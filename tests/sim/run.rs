@@ -19,13 +19,13 @@ use vunet::service::dns::DnsService;
 use vunet::time::Instant;
 use vunet::wire::vnet::{Checksum, VnetHeader};
 
-use crate::bytes::Rng;
 use crate::datagrams::{Datagrams, SimDatagram};
 use crate::detached::Detached;
 use crate::guest::{Guest, MAC};
 use crate::link::{DuplicateAcks, Frame, Link, SeqShift, fin_apart};
 use crate::plan::{DatagramKind, Ending, FlowPlan, Plan};
 use crate::port::{SimPort, plain_frames};
+use crate::random::Rng;
 use crate::world::{End, SimListener, SimStream, World};
 
 /// Virtual time after which a run counts as stalled: two keepalives' patience and more.

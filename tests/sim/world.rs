@@ -14,10 +14,11 @@ use std::rc::Rc;
 use vunet::engine::host_net::{Close, HostListener, HostStream, Readiness, SendSpace, Token};
 use vunet::frame::{Payload, PayloadMut};
 
-use crate::bytes::{Rng, Stream};
+use crate::bytes::Stream;
 use crate::datagrams::Socks;
 use crate::detached::{Detached, Lost};
 use crate::plan::{Ending, FlowPlan, Plan, Shape};
+use crate::random::Rng;
 
 /// Most bytes gathered for one call.
 const GATHER_MAX: usize = 256 << 10;
@@ -54,6 +55,8 @@ pub(crate) struct Conn {
     error: Option<i32>,
     next_us: Option<u64>,
     pub(crate) end: End,
+    /// Its stream leaves its worker: what is dropped there is not the socket.
+    leaves: bool,
 }
 
 /// The world: what it is like, its connections, its datagram sockets.
@@ -164,6 +167,7 @@ impl World {
             error: None,
             next_us: Some(self.now_us + wait),
             end: End::Open,
+            leaves: false,
             plan,
         });
         self.conns.len() - 1
@@ -389,10 +393,9 @@ impl HostStream for SimStream {
     fn detach(self) -> Detached {
         let at = self.at;
         assert!(self.world.borrow().conns[at].gathered.is_empty(), "a stream moved with bytes gathered");
-        let detached = Detached::new(at, &self.world.borrow().lost);
-        // Not dropped, which would be a reset; the reference it keeps ends with the process.
-        std::mem::forget(self);
-        detached
+        let mut world = self.world.borrow_mut();
+        world.conns[at].leaves = true;
+        Detached::new(at, &world.lost)
     }
 
     fn take_error(&mut self) -> io::Result<()> {
@@ -526,7 +529,10 @@ impl HostStream for SimStream {
 impl Drop for SimStream {
     fn drop(&mut self) {
         let Ok(mut world) = self.world.try_borrow_mut() else { return };
-        world.conns[self.at].reset_by_drop();
+        let conn = &mut world.conns[self.at];
+        if !std::mem::take(&mut conn.leaves) {
+            conn.reset_by_drop();
+        }
     }
 }
 
