@@ -6,6 +6,10 @@
 //! socket takes anyone and makes a peer of them. ICMP echo is the same with the identifier as port
 //! (RFC 5508, REQ-1 to 3).
 
+mod delivery;
+mod filtering;
+mod turns;
+
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -15,23 +19,15 @@ use hashbrown::HashMap;
 use slab::Slab;
 
 use super::TokenKind;
-use super::policy;
 use crate::addr::MacAddr;
 use crate::engine::core::{Core, Neighbour};
-use crate::engine::counters::DropReason;
-use crate::engine::emit;
-use crate::engine::guest_port::{GuestPort, ReserveError};
-use crate::engine::host_net::{Arrival, HostDatagram, Token};
+use crate::engine::host_net::{HostDatagram, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
 use crate::frame::Payload;
 use crate::limits;
 use crate::time::Instant;
-use crate::wire::icmpv4::{self, Message};
-use crate::wire::ipv4::Protocol;
-use crate::wire::vnet::{Gso, GsoKind, VnetHeader};
-use crate::wire::{checksum, ethernet, udp};
 
 /// Idle time of a peer that has answered (RFC 4787, REQ-5 recommends five minutes) ...
 const IDLE_ANSWERED: Duration = Duration::from_secs(300);
@@ -139,14 +135,6 @@ impl Peer {
 /// A remote endpoint in the table, as long as nothing was removed from it.
 #[derive(Clone, Copy, Debug)]
 pub struct PeerId(usize);
-
-/// Whether a socket has more to give.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Pumped {
-    Empty,
-    More,
-    Starved,
-}
 
 /// All datagram sockets of an engine.
 #[derive(Debug)]
@@ -459,294 +447,5 @@ impl<D: HostDatagram> DatagramTable<D> {
         for at in ends {
             self.remove_mapping(core, at);
         }
-    }
-
-    /// A socket has datagrams.
-    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
-        // One whose turn is still to come takes it then: a flood is no reason for more turns.
-        if let Some(at) = self.find(token)
-            && !self.mappings[at].again
-        {
-            self.take_turn(core, port, token);
-        }
-    }
-
-    fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
-        let pumped = self.pump(core, port, token);
-        let Some(at) = self.find(token) else { return };
-        let mapping = &mut self.mappings[at];
-        match pumped {
-            Pumped::Empty => {}
-            Pumped::More => {
-                mapping.again = true;
-                self.again.push(token);
-            }
-            Pumped::Starved => {
-                if !std::mem::replace(&mut mapping.starved, true) {
-                    self.starved.push_back(token);
-                }
-            }
-        }
-    }
-
-    /// Whether sockets have more to give now.
-    pub fn has_more(&self) -> bool {
-        !self.again.is_empty()
-    }
-
-    /// Whether sockets wait for receive buffers.
-    pub fn is_starved(&self) -> bool {
-        !self.starved.is_empty()
-    }
-
-    /// Sockets that used their turn up have another.
-    pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        // Those that use this turn up too go to the end of the list: each has one turn a batch.
-        let turns = self.again.len();
-        for n in 0..turns {
-            let token = self.again[n];
-            if let Some(at) = self.find(token) {
-                self.mappings[at].again = false;
-                self.take_turn(core, port, token);
-            }
-        }
-        self.again.drain(..turns);
-    }
-
-    /// The guest posted receive buffers.
-    pub fn guest_has_buffers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
-        for _ in 0..self.starved.len() {
-            let Some(token) = self.starved.pop_front() else { break };
-            let Some(at) = self.find(token) else { continue };
-            self.mappings[at].starved = false;
-            self.host_ready(core, port, token);
-            if self.mappings.get(at).is_some_and(|mapping| mapping.starved) {
-                break;
-            }
-        }
-    }
-
-    /// Moves datagrams of one socket to the guest.
-    fn pump(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) -> Pumped {
-        let Some(at) = self.find(token) else {
-            return Pumped::Empty;
-        };
-        if let Some(guest_port) = self.mappings[at].published_port {
-            let Some(addr) = core.primary_guest() else {
-                return self.drain_unwanted(core, at);
-            };
-            self.mappings[at].guest = Some(SocketAddr::new(addr, guest_port));
-            self.mappings[at].neighbour = core.neighbour(addr);
-            if self.mappings[at].neighbour.is_none() {
-                core.ask_for(port, addr);
-                return self.drain_unwanted(core, at);
-            }
-        }
-        for _ in 0..limits::DATAGRAM_BATCHES {
-            match self.pump_batch(core, port, at) {
-                Pumped::More => {}
-                other => return other,
-            }
-        }
-        Pumped::More
-    }
-
-    /// Throws away what comes for a guest that is not there.
-    fn drain_unwanted(&mut self, core: &mut Core, at: usize) -> Pumped {
-        let Some(socket) = self.mappings[at].socket.as_mut() else {
-            return Pumped::Empty;
-        };
-        for _ in 0..limits::DATAGRAM_BATCHES {
-            let counters = &mut core.counters;
-            let outcome = socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow));
-            if matches!(outcome, Ok(false)) {
-                return Pumped::Empty;
-            }
-        }
-        Pumped::More
-    }
-
-    /// Moves one batch of datagrams of socket `at` to the guest.
-    fn pump_batch(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> Pumped {
-        let mapping = &mut self.mappings[at];
-        let (Some(guest), Some(neighbour)) = (mapping.guest, mapping.neighbour) else {
-            return Pumped::Empty;
-        };
-        // The guest may have another MAC address since it sent.
-        let mac = core.neighbour(guest.ip()).map_or(neighbour.mac, |now| now.mac);
-        let neighbour = Neighbour { mac, ..neighbour };
-        // Asked before anything is taken: what waits in the socket is not lost.
-        match port.has_room(neighbour.pair, ethernet::HEADER_BYTES + usize::from(core.ip_mtu)) {
-            // No buffers hold a full frame, but perhaps those that come.
-            Ok(()) | Err(ReserveError::TooSmall) => {}
-            Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
-        }
-        let arrivals_max = port.buffers(neighbour.pair) / mapping.coalesced.max(1);
-        let Some(mut socket) = mapping.socket.take() else {
-            return Pumped::Empty;
-        };
-        let mut most = 1;
-        let outcome = socket.recv_batch(arrivals_max.max(1), &mut |arrival| {
-            most = most.max(arrival.bytes.len().div_ceil(arrival.segment_bytes.max(1)));
-            let Some(remote) = self.admit(core, at, guest, arrival.from) else {
-                return core.counters.drop(DropReason::Filtered);
-            };
-            let delivery = Delivery { guest, remote, neighbour };
-            match self.mappings[at].kind {
-                Kind::Udp => delivery.udp(core, port, &arrival),
-                Kind::Echo => delivery.echo(core, port, arrival.bytes),
-            }
-        });
-        if let Some(mapping) = self.mappings.get_mut(at) {
-            mapping.socket = Some(socket);
-            mapping.coalesced = most;
-        }
-        match outcome {
-            Ok(false) => Pumped::Empty,
-            Ok(true) | Err(_) => Pumped::More,
-        }
-    }
-
-    /// The remote end as the guest sees it, if it may send to this socket.
-    fn admit(
-        &mut self,
-        core: &mut Core,
-        at: usize,
-        guest: SocketAddr,
-        real: SocketAddr,
-    ) -> Option<SocketAddr> {
-        let mapping = &self.mappings[at];
-        let real = if mapping.kind == Kind::Echo { SocketAddr::new(real.ip(), 0) } else { real };
-        if let Some(&peer) = self.by_real.get(&(at, real)) {
-            if self.peers[peer].key.guest == guest {
-                self.peers[peer].answered = true;
-                self.refresh(core, peer);
-                return Some(self.peers[peer].key.remote);
-            }
-            // The guest behind a published port has another address now.
-            self.remove_peer(core, peer);
-        }
-        self.mappings[at].published_port?;
-        let mut key = Key { kind: Kind::Udp, guest, remote: policy::visible(core, real) };
-        if self.by_key.contains_key(&key) {
-            let taken = |port| {
-                self.by_key.contains_key(&Key { remote: SocketAddr::new(key.remote.ip(), port), ..key })
-            };
-            key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
-        }
-        let peer = self.add_peer(core, at, key, real);
-        core.claim(Place::Exchange(key));
-        Some(self.peers[peer].key.remote)
-    }
-}
-
-/// Where datagrams of a peer go.
-struct Delivery {
-    guest: SocketAddr,
-    remote: SocketAddr,
-    neighbour: Neighbour,
-}
-
-impl Delivery {
-    /// Hands UDP datagrams to the guest, each in a frame of its own, in fragments if it exceeds the MTU.
-    fn udp(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
-        let partial = port.offloads().checksum;
-        let room = usize::from(core.ip_mtu) - (emit::ip_head_bytes(self.guest.ip()) - ethernet::HEADER_BYTES);
-        let coalesced = arrival.bytes.len() > arrival.segment_bytes;
-        if coalesced && port.offloads().uso4 && udp::HEADER_BYTES + arrival.segment_bytes <= room {
-            match port.has_room(self.neighbour.pair, emit::HEAD_BYTES_MAX + arrival.bytes.len()) {
-                // A driver without large buffers cannot take it whole.
-                Err(ReserveError::TooSmall) => {}
-                _ => return self.udp_coalesced(core, port, arrival),
-            }
-        }
-        // An empty datagram is one too.
-        let mut rest = arrival.bytes;
-        loop {
-            let (bytes, after) = rest.split_at(arrival.segment_bytes.min(rest.len()));
-            core.counters.payload_to_guest_bytes += bytes.len() as u64;
-            let ident = core.next_ident();
-            if udp::HEADER_BYTES + bytes.len() <= room {
-                let payload = Payload::from_host(bytes);
-                let mac = self.neighbour.mac;
-                if let Some(head) = emit::udp(mac, self.remote, self.guest, &payload, ident, partial) {
-                    core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), bytes);
-                }
-            } else {
-                self.udp_in_fragments(core, port, ident, bytes);
-            }
-            if after.is_empty() {
-                return;
-            }
-            rest = after;
-        }
-    }
-
-    /// Hands datagrams of equal size to a guest that cuts them itself (`GUEST_USO4`).
-    fn udp_coalesced(&self, core: &mut Core, port: &mut impl GuestPort, arrival: &Arrival<'_>) {
-        core.counters.payload_to_guest_bytes += arrival.bytes.len() as u64;
-        let (ident, mac) = (core.next_ident(), self.neighbour.mac);
-        let payload = Payload::from_host(arrival.bytes);
-        let Some(mut head) = emit::udp(mac, self.remote, self.guest, &payload, ident, true) else {
-            return;
-        };
-        head.vnet.gso = Some(Gso {
-            kind: GsoKind::UdpL4,
-            size_bytes: arrival.segment_bytes as u16,
-            headers_bytes: head.bytes().len() as u16,
-            ecn: false,
-        });
-        core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), arrival.bytes);
-    }
-
-    fn udp_in_fragments(&self, core: &mut Core, port: &mut impl GuestPort, ident: u16, bytes: &[u8]) {
-        let mut transport = vec![0u8; udp::HEADER_BYTES + bytes.len()];
-        let total = transport.len();
-        let header = udp::Header {
-            src_port: self.remote.port(),
-            dst_port: self.guest.port(),
-            len_bytes: total,
-            checksum: 0,
-        };
-        header.emit(&mut transport);
-        transport[udp::HEADER_BYTES..].copy_from_slice(bytes);
-        let mut sum = checksum::pseudo_header(self.remote.ip(), self.guest.ip(), Protocol::UDP, total);
-        sum.add_bytes(&transport);
-        let at = udp::CHECKSUM_OFFSET;
-        transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
-        self.send_transport(core, port, Protocol::UDP, ident, &transport);
-    }
-
-    /// Hands an ICMP echo reply to the guest under the guest's own identifier.
-    fn echo(&self, core: &mut Core, port: &mut impl GuestPort, message: &[u8]) {
-        let Ok(Message::EchoReply { seq, .. }) = Message::parse(message) else {
-            return core.counters.drop(DropReason::Malformed);
-        };
-        let payload = &message[icmpv4::HEADER_BYTES..];
-        core.counters.payload_to_guest_bytes += payload.len() as u64;
-        let mut transport = vec![0u8; message.len()];
-        Message::EchoReply { ident: self.guest.port(), seq }.emit_with_payload(payload, &mut transport);
-        let ident = core.next_ident();
-        self.send_transport(core, port, Protocol::ICMP, ident, &transport);
-    }
-
-    fn send_transport(
-        &self,
-        core: &mut Core,
-        port: &mut impl GuestPort,
-        protocol: Protocol,
-        ident: u16,
-        transport: &[u8],
-    ) {
-        let packet = emit::HostPacket {
-            guest_mac: self.neighbour.mac,
-            from: self.remote.ip(),
-            to: self.guest.ip(),
-            protocol,
-            transport,
-        };
-        packet.for_each_frame(ident, core.ip_mtu, |frame| {
-            core.send(port, self.neighbour.pair, VnetHeader::default(), frame);
-        });
     }
 }

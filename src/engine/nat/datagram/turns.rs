@@ -1,0 +1,171 @@
+//! What the world sends: sockets take turns, each bounded, and hand their datagrams to the guest.
+//!
+//! A socket that used its turn up has another in the next batch; one that found no receive buffers waits
+//! until the guest posts some, with its datagrams in the kernel's queue.
+
+use std::net::SocketAddr;
+
+use super::delivery::Delivery;
+use super::{DatagramTable, Kind};
+use crate::engine::core::{Core, Neighbour};
+use crate::engine::counters::DropReason;
+use crate::engine::guest_port::{GuestPort, ReserveError};
+use crate::engine::host_net::{HostDatagram, Token};
+use crate::limits;
+use crate::wire::ethernet;
+
+/// Whether a socket has more to give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pumped {
+    Empty,
+    More,
+    Starved,
+}
+
+impl<D: HostDatagram> DatagramTable<D> {
+    /// A socket has datagrams.
+    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        // One whose turn is still to come takes it then: a flood is no reason for more turns.
+        if let Some(at) = self.find(token)
+            && !self.mappings[at].again
+        {
+            self.take_turn(core, port, token);
+        }
+    }
+
+    fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let pumped = self.pump(core, port, token);
+        let Some(at) = self.find(token) else { return };
+        let mapping = &mut self.mappings[at];
+        match pumped {
+            Pumped::Empty => {}
+            Pumped::More => {
+                mapping.again = true;
+                self.again.push(token);
+            }
+            Pumped::Starved => {
+                if !std::mem::replace(&mut mapping.starved, true) {
+                    self.starved.push_back(token);
+                }
+            }
+        }
+    }
+
+    /// Whether sockets have more to give now.
+    pub fn has_more(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// Whether sockets wait for receive buffers.
+    pub fn is_starved(&self) -> bool {
+        !self.starved.is_empty()
+    }
+
+    /// Sockets that used their turn up have another.
+    pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        // Those that use this turn up too go to the end of the list: each has one turn a batch.
+        let turns = self.again.len();
+        for n in 0..turns {
+            let token = self.again[n];
+            if let Some(at) = self.find(token) {
+                self.mappings[at].again = false;
+                self.take_turn(core, port, token);
+            }
+        }
+        self.again.drain(..turns);
+    }
+
+    /// The guest posted receive buffers.
+    pub fn guest_has_buffers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        for _ in 0..self.starved.len() {
+            let Some(token) = self.starved.pop_front() else { break };
+            let Some(at) = self.find(token) else { continue };
+            self.mappings[at].starved = false;
+            self.host_ready(core, port, token);
+            if self.mappings.get(at).is_some_and(|mapping| mapping.starved) {
+                break;
+            }
+        }
+    }
+
+    /// Moves datagrams of one socket to the guest.
+    fn pump(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) -> Pumped {
+        let Some(at) = self.find(token) else {
+            return Pumped::Empty;
+        };
+        if let Some(guest_port) = self.mappings[at].published_port {
+            let Some(addr) = core.primary_guest() else {
+                return self.drain_unwanted(core, at);
+            };
+            self.mappings[at].guest = Some(SocketAddr::new(addr, guest_port));
+            self.mappings[at].neighbour = core.neighbour(addr);
+            if self.mappings[at].neighbour.is_none() {
+                core.ask_for(port, addr);
+                return self.drain_unwanted(core, at);
+            }
+        }
+        for _ in 0..limits::DATAGRAM_BATCHES {
+            match self.pump_batch(core, port, at) {
+                Pumped::More => {}
+                other => return other,
+            }
+        }
+        Pumped::More
+    }
+
+    /// Throws away what comes for a guest that is not there.
+    fn drain_unwanted(&mut self, core: &mut Core, at: usize) -> Pumped {
+        let Some(socket) = self.mappings[at].socket.as_mut() else {
+            return Pumped::Empty;
+        };
+        for _ in 0..limits::DATAGRAM_BATCHES {
+            let counters = &mut core.counters;
+            let outcome = socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow));
+            if matches!(outcome, Ok(false)) {
+                return Pumped::Empty;
+            }
+        }
+        Pumped::More
+    }
+
+    /// Moves one batch of datagrams of socket `at` to the guest.
+    fn pump_batch(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> Pumped {
+        let mapping = &mut self.mappings[at];
+        let (Some(guest), Some(neighbour)) = (mapping.guest, mapping.neighbour) else {
+            return Pumped::Empty;
+        };
+        // The guest may have another MAC address since it sent.
+        let mac = core.neighbour(guest.ip()).map_or(neighbour.mac, |now| now.mac);
+        let neighbour = Neighbour { mac, ..neighbour };
+        // Asked before anything is taken: what waits in the socket is not lost.
+        match port.has_room(neighbour.pair, ethernet::HEADER_BYTES + usize::from(core.ip_mtu)) {
+            // No buffers hold a full frame, but perhaps those that come.
+            Ok(()) | Err(ReserveError::TooSmall) => {}
+            Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
+        }
+        let arrivals_max = port.buffers(neighbour.pair) / mapping.coalesced.max(1);
+        let Some(mut socket) = mapping.socket.take() else {
+            return Pumped::Empty;
+        };
+        let mut most = 1;
+        let outcome = socket.recv_batch(arrivals_max.max(1), &mut |arrival| {
+            most = most.max(arrival.bytes.len().div_ceil(arrival.segment_bytes.max(1)));
+            let Some(remote) = self.admit(core, at, guest, arrival.from) else {
+                return core.counters.drop(DropReason::Filtered);
+            };
+            let delivery = Delivery { guest, remote, neighbour };
+            match self.mappings[at].kind {
+                Kind::Udp => delivery.udp(core, port, &arrival),
+                Kind::Echo => delivery.echo(core, port, arrival.bytes),
+            }
+        });
+        if let Some(mapping) = self.mappings.get_mut(at) {
+            mapping.socket = Some(socket);
+            mapping.coalesced = most;
+        }
+        match outcome {
+            Ok(false) => Pumped::Empty,
+            Ok(true) | Err(_) => Pumped::More,
+        }
+    }
+}
