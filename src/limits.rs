@@ -94,6 +94,10 @@ pub const TX_BATCH_BYTES: usize = 4 << 20;
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;
 
+/// ICMP errors of the world taken from one datagram socket before the next has its turn: each is a system
+/// call, and most of a flood would be withheld from the guest anyway ([`ICMP_ERRORS_PER_SECOND`]).
+pub const DATAGRAM_ERRORS: usize = 16;
+
 /// Remote endpoints one datagram socket remembers for filtering; beyond it the longest idle goes.
 pub const DATAGRAM_PEERS_MAX: usize = 65_536;
 

@@ -13,7 +13,7 @@ use super::placement::{Home, Place, WorkerId};
 use super::timers::Timers;
 use crate::addr::MacAddr;
 use crate::config::Lan;
-use crate::frame::QueuePair;
+use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::time::Instant;
 use crate::wire::arp;
@@ -298,6 +298,25 @@ impl Core {
         packet: &[u8],
     ) {
         self.send_icmp_error(port, to, Message::Unreachable { code, next_hop_mtu: 0 }, packet);
+    }
+
+    /// Sends an ICMP error of `from`, whose translated quote of the guest's packet is `quote`, within the rate
+    /// limit.
+    pub fn relay_icmp_error(
+        &mut self,
+        port: &mut impl GuestPort,
+        to: Neighbour,
+        (from, guest): (IpAddr, IpAddr),
+        message: Message,
+        quote: &[u8],
+    ) {
+        if !self.take_icmp_token() {
+            return self.counters.drop(DropReason::RateLimited);
+        }
+        let ident = self.next_ident();
+        if let Some(head) = emit::icmp(to.mac, from, guest, message, &Payload::from_host(quote), ident) {
+            self.send_parts(port, to.pair, head.vnet, head.bytes(), quote);
+        }
     }
 
     fn take_icmp_token(&mut self) -> bool {

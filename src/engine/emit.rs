@@ -20,12 +20,12 @@ pub const IPV4_FRAME_HEAD_BYTES: usize = ethernet::HEADER_BYTES + ipv4::HEADER_B
 /// The longest head this module builds: Ethernet, IPv4, TCP with options.
 pub const HEAD_BYTES_MAX: usize = IPV4_FRAME_HEAD_BYTES + 60;
 /// Packet bytes an ICMP error quotes at most (RFC 1812, 4.3.2.3: the error fits 576 bytes).
-const ICMP_QUOTE_BYTES_MAX: usize = 548;
+pub const ICMP_QUOTE_BYTES_MAX: usize = 548;
 /// The longest frame of an ICMP error.
 pub const ICMP_ERROR_FRAME_BYTES_MAX: usize =
     IPV4_FRAME_HEAD_BYTES + icmpv4::HEADER_BYTES + ICMP_QUOTE_BYTES_MAX;
 /// Hop limit of what vunet sends (RFC 1700's default of the field).
-const TTL: u8 = 64;
+pub const TTL: u8 = 64;
 
 /// Headers in host memory, ready to be written in front of a payload.
 #[derive(Clone, Copy, Debug)]

@@ -8,6 +8,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::frame::{Payload, PayloadMut};
+use crate::wire::icmpv4::Message;
 
 /// Names a socket's owner in readiness events; opaque to the uplink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -152,6 +153,12 @@ pub trait HostDatagram {
     /// # Errors
     /// The socket's pending error; the socket lives on.
     fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool>;
+
+    /// Takes what the network said about datagrams that left here, at most `errors_max` messages, and
+    /// hands each to `each`. Returns whether more may wait. A host that is told nothing has none.
+    fn take_errors(&mut self, _errors_max: usize, _each: &mut dyn FnMut(&NetworkError<'_>)) -> bool {
+        false
+    }
 }
 
 /// A datagram, or several of equal size but the last that one sender sent and the kernel coalesced.
@@ -163,6 +170,19 @@ pub struct Arrival<'a> {
     pub bytes: &'a [u8],
     /// Length of each but the last; the whole length for a single one.
     pub segment_bytes: usize,
+}
+
+/// An ICMP error about a datagram that left through a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NetworkError<'a> {
+    /// Where the datagram went.
+    pub to: SocketAddr,
+    /// Who says so, if that is known.
+    pub offender: Option<IpAddr>,
+    /// What is said.
+    pub message: Message,
+    /// What came back of the datagram, perhaps nothing: of UDP the payload, of an echo the ICMP message.
+    pub quoted: &'a [u8],
 }
 
 /// A published TCP port.

@@ -365,6 +365,7 @@ impl<N: HostNet> Engine<N> {
                     head: &[],
                     payload,
                     gso_bytes: incoming.gso_bytes,
+                    ident: incoming.ip.ident,
                     packet: incoming.packet,
                 };
                 return self.datagram(port, incoming, &datagram);
@@ -400,8 +401,15 @@ impl<N: HostNet> Engine<N> {
             remote: SocketAddr::new(incoming.ip.dst.into(), 0),
         };
         let head = &incoming.head[..icmpv4::HEADER_BYTES];
-        let datagram =
-            Datagram { key, from: incoming.from, head, payload, gso_bytes: None, packet: incoming.packet };
+        let datagram = Datagram {
+            key,
+            from: incoming.from,
+            head,
+            payload,
+            gso_bytes: None,
+            ident: incoming.ip.ident,
+            packet: incoming.packet,
+        };
         self.datagram(port, incoming, &datagram)
     }
 

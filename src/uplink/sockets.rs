@@ -18,11 +18,12 @@ use libc::iovec;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 use super::own_addresses::OwnAddresses;
+use super::sys::error_queue::ErrorReader;
 use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
 use super::sys::stream_runs::StreamRuns;
 use crate::engine::host_net::{
-    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, SendSpace, Token,
 };
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
@@ -43,6 +44,7 @@ struct Shared {
     runs: RefCell<Runs>,
     stream_runs: RefCell<StreamRuns>,
     reader: RefCell<sys::DatagramReader>,
+    errors: RefCell<ErrorReader>,
     peek_offset: bool,
 }
 
@@ -146,10 +148,9 @@ impl Run {
         let to = SockAddr::from(to);
         let count = self.starts.len();
         let outcome = if count == 1 {
-            sys::send_segments(socket.socket.as_fd(), &mut self.segments, Some(&to))
+            socket.send(&mut self.segments, &to)
         } else {
-            let segment_bytes = self.segment_bytes as u16;
-            sys::send_datagrams(socket.socket.as_fd(), &mut self.segments, &to, segment_bytes)
+            socket.send_cut(&mut self.segments, &to, self.segment_bytes as u16)
         };
         let refused = match outcome {
             Ok(_) => 0,
@@ -174,7 +175,7 @@ impl Run {
         for n in 0..self.starts.len() {
             let end = self.starts.get(n + 1).copied().unwrap_or(self.segments.len());
             let segments = &mut self.segments[self.starts[n]..end];
-            if sys::send_segments(socket.socket.as_fd(), segments, Some(to)).is_err() {
+            if socket.send(segments, to).is_err() {
                 refused += 1;
             }
         }
@@ -202,6 +203,7 @@ impl HostSockets {
             runs: RefCell::default(),
             stream_runs: RefCell::default(),
             reader: RefCell::default(),
+            errors: RefCell::default(),
             peek_offset: peek_offset && tcp_knows_peek_offset(),
         };
         HostSockets { shared: Rc::new(shared), connect_dns, own_addresses: OwnAddresses::new() }
@@ -289,7 +291,7 @@ fn prepare_udp(socket: &Socket) -> io::Result<()> {
     socket.set_recv_buffer_size(UDP_RECEIVE_BYTES)?;
     // Where the kernel cannot coalesce, datagrams come one by one.
     let _ = sys::allow_coalescing(socket.as_fd());
-    Ok(())
+    sys::keep_errors(socket.as_fd())
 }
 
 /// What every TCP socket of a flow is set to.
@@ -345,6 +347,7 @@ impl HostNet for HostSockets {
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
         };
         let socket = Socket::new(domain, Type::DGRAM.nonblocking().cloexec(), Some(protocol))?;
+        sys::keep_errors(socket.as_fd())?;
         self.datagram(token, socket)
     }
 
@@ -579,6 +582,27 @@ struct UdpSocket {
     refused: Cell<bool>,
 }
 
+impl UdpSocket {
+    /// Sends one datagram.
+    fn send(&self, segments: &mut [iovec], to: &SockAddr) -> io::Result<usize> {
+        past_old_error(|| sys::send_segments(self.socket.as_fd(), segments, Some(to)))
+    }
+
+    /// Sends datagrams of `segment_bytes` each.
+    fn send_cut(&self, segments: &mut [iovec], to: &SockAddr, segment_bytes: u16) -> io::Result<usize> {
+        past_old_error(|| sys::send_datagrams(self.socket.as_fd(), segments, to, segment_bytes))
+    }
+}
+
+/// What the network said of an earlier datagram fails the call after it, whose own fault it is not
+/// (socket(7), `SO_ERROR`): called again, it says what becomes of this one.
+fn past_old_error(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    match send() {
+        Err(error) if error.kind() != io::ErrorKind::WouldBlock => send(),
+        outcome => outcome,
+    }
+}
+
 /// A UDP or ICMP echo socket.
 #[derive(Debug)]
 pub struct Datagram {
@@ -612,7 +636,7 @@ impl HostDatagram for Datagram {
         segments.clear();
         Payload::from_host(head).push_iovecs(&mut segments);
         payload.push_iovecs(&mut segments);
-        sys::send_segments(self.fd(), &mut segments, Some(&SockAddr::from(to)))?;
+        self.socket.send(&mut segments, &SockAddr::from(to))?;
         Ok(())
     }
 
@@ -643,7 +667,7 @@ impl HostDatagram for Datagram {
             segments.clear();
             payload.push_iovecs(&mut segments);
             let size = u16::try_from(segment_bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
-            match sys::send_datagrams(self.fd(), &mut segments, &address, size) {
+            match self.socket.send_cut(&mut segments, &address, size) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
                 Err(_) => {}
@@ -653,7 +677,7 @@ impl HostDatagram for Datagram {
         while at < payload.len() {
             segments.clear();
             payload.range(at, segment_bytes).push_iovecs(&mut segments);
-            sys::send_segments(self.fd(), &mut segments, Some(&address))?;
+            self.socket.send(&mut segments, &address)?;
             at += segment_bytes;
         }
         Ok(())
@@ -673,6 +697,18 @@ impl HostDatagram for Datagram {
         }
         // Fewer than asked for means that nothing is left (epoll(7)'s rule for short reads).
         Ok(count == messages)
+    }
+
+    fn take_errors(&mut self, errors_max: usize, each: &mut dyn FnMut(&NetworkError<'_>)) -> bool {
+        let mut reader = self.shared.errors.borrow_mut();
+        for _ in 0..errors_max {
+            match reader.read(self.fd()) {
+                Ok(Some(error)) => each(&error),
+                Ok(None) => {}
+                Err(_) => return false,
+            }
+        }
+        true
     }
 }
 

@@ -9,6 +9,7 @@ mod datagrams;
 #[path = "../support/detached.rs"]
 mod detached;
 mod ending;
+mod errors;
 mod frames;
 mod from_guest;
 mod gateway;

@@ -29,6 +29,8 @@ pub(crate) const WORLD_FIN: Readiness =
     Readiness { readable: true, writable: true, peer_closed: true, ..NOTHING };
 pub(crate) const FAILED: Readiness =
     Readiness { readable: true, writable: true, peer_closed: true, failed: true, ..NOTHING };
+/// An error waits, as an edge says it.
+pub(crate) const COMPLAINT: Readiness = Readiness { failed: true, ..NOTHING };
 const NOTHING: Readiness =
     Readiness { readable: false, writable: false, peer_closed: false, failed: false, urgent: false };
 

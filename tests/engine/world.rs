@@ -7,9 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use vunet::engine::host_net::{
-    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, SendSpace, Token,
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, SendSpace, Token,
 };
 use vunet::frame::{Payload, PayloadMut};
+use vunet::wire::icmpv4::Message;
 
 use crate::detached::{Detached, Lost};
 
@@ -55,6 +56,15 @@ pub(crate) struct Conn {
     leaves: bool,
 }
 
+/// An ICMP error the world sent about a datagram.
+#[derive(Clone, Debug)]
+pub(crate) struct Complaint {
+    pub(crate) to: SocketAddr,
+    pub(crate) offender: Option<IpAddr>,
+    pub(crate) message: Message,
+    pub(crate) quoted: Vec<u8>,
+}
+
 /// A datagram socket.
 #[derive(Debug)]
 pub(crate) struct Sock {
@@ -67,6 +77,7 @@ pub(crate) struct Sock {
     pub(crate) send_error: Option<i32>,
     /// Errors to report before any datagram.
     pub(crate) receive_errors: VecDeque<i32>,
+    pub(crate) complaints: VecDeque<Complaint>,
     pub(crate) receives: usize,
     pub(crate) is_open: bool,
     /// As a stream's.
@@ -192,6 +203,7 @@ impl World {
             coalesced_bytes: None,
             send_error: None,
             receive_errors: VecDeque::new(),
+            complaints: VecDeque::new(),
             receives: 0,
             is_open: true,
             leaves: false,
@@ -479,6 +491,15 @@ impl HostDatagram for FakeDatagram {
             each(Arrival { from, bytes: &bytes, segment_bytes: coalesced.unwrap_or(bytes.len()) });
         }
         Ok(true)
+    }
+
+    fn take_errors(&mut self, errors_max: usize, each: &mut dyn FnMut(&NetworkError<'_>)) -> bool {
+        for _ in 0..errors_max {
+            let complaint = self.world.borrow_mut().socks[self.at].complaints.pop_front();
+            let Some(Complaint { to, offender, message, quoted }) = complaint else { return false };
+            each(&NetworkError { to, offender, message, quoted: &quoted });
+        }
+        true
     }
 }
 

@@ -5,9 +5,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 use socket2::Type;
-use vunet::engine::host_net::{HostDatagram, HostNet, Token};
+use vunet::engine::host_net::{HostDatagram, HostNet, NetworkError, Token};
 use vunet::frame::Payload;
 use vunet::uplink::sockets::{Datagram, bind_published};
+use vunet::wire::icmpv4::{Message, UnreachableCode};
 
 use crate::{Uplink, loopback, pattern};
 
@@ -242,5 +243,73 @@ fn datagrams_sent_as_one_arrive_as_they_were_cut() {
             received.extend(part.into_iter().map(|(_, bytes)| bytes));
         }
         assert!(received.iter().map(Vec::as_slice).eq(bytes.chunks(size)));
+    }
+}
+
+/// An error of the network, in memory of its own.
+#[derive(Debug, PartialEq, Eq)]
+struct Told {
+    to: SocketAddr,
+    offender: Option<IpAddr>,
+    message: Message,
+    quoted: Vec<u8>,
+}
+
+fn errors(socket: &mut Datagram, errors_max: usize) -> (Vec<Told>, bool) {
+    let mut told = Vec::new();
+    let more = socket.take_errors(errors_max, &mut |error| {
+        let NetworkError { to, offender, message, quoted } = *error;
+        told.push(Told { to, offender, message, quoted: quoted.to_vec() });
+    });
+    (told, more)
+}
+
+#[test]
+fn a_closed_port_is_told_with_the_datagram_and_who_refused_it() {
+    let mut uplink = Uplink::new(true);
+    let closed = UdpSocket::bind(loopback(0)).expect("a port").local_addr().expect("an address");
+    let mut socket = uplink.net.udp(TOKEN, SocketAddr::from(([0, 0, 0, 0], 0))).expect("a socket");
+    assert_eq!(errors(&mut socket, 16), (Vec::new(), false));
+    for n in 0..3u8 {
+        socket.send_to(&[n], &Payload::from_host(b" refused"), closed).expect("sent");
+    }
+    uplink.await_event(TOKEN, |ready| ready.failed);
+    let told = |n: u8| Told {
+        to: closed,
+        offender: Some(Ipv4Addr::LOCALHOST.into()),
+        message: Message::Unreachable { code: UnreachableCode::Port, next_hop_mtu: 0 },
+        quoted: [&[n][..], b" refused"].concat(),
+    };
+    assert_eq!(errors(&mut socket, 2), (vec![told(0), told(1)], true), "no more than asked for");
+    assert_eq!(errors(&mut socket, 16), (vec![told(2)], false));
+    // Once told it fails no call.
+    assert_eq!(read(&mut socket, 16), (Vec::new(), false));
+}
+
+#[test]
+fn an_error_of_another_datagram_fails_neither_one_alone_nor_a_run() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    let closed = UdpSocket::bind(loopback(0)).expect("a port").local_addr().expect("an address");
+    let to = far.local_addr().expect("an address");
+    let bytes = pattern(3000);
+    let iovecs = segments(&bytes, 1000);
+    let mut received = vec![0; 2000];
+    for round in 0..3 {
+        socket.send_to(&[], &Payload::from_host(b"x"), closed).expect("sent");
+        uplink.await_event(TOKEN, |ready| ready.failed);
+        // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+        let whole = unsafe { Payload::from_guest(&iovecs) };
+        match round {
+            0 => socket.send_to(&[], &whole.range(0, 1000), to).expect("sent"),
+            1 => (0..3).for_each(|n| socket.queue_to(&whole.range(n * 1000, 1000), to).expect("queued")),
+            _ => socket.send_segments_to(&whole, 1000, to).expect("sent"),
+        }
+        assert_eq!(uplink.net.flush_datagrams(), 0, "none was refused");
+        for n in 0..if round == 0 { 1 } else { 3 } {
+            assert_eq!(far.recv(&mut received).expect("it came"), 1000);
+            assert!(received[..1000] == bytes[n * 1000..][..1000]);
+        }
+        assert_eq!(errors(&mut socket, 16).0.len(), 1);
     }
 }

@@ -114,6 +114,8 @@ pub struct Datagram<'a> {
     pub payload: Payload<'a>,
     /// With UDP segmentation offload: length of each datagram in the payload but the last.
     pub gso_bytes: Option<usize>,
+    /// The packet's identification.
+    pub ident: u16,
     /// The packet's first bytes, to quote in errors.
     pub packet: &'a [u8],
 }
@@ -334,10 +336,7 @@ impl<N: HostNet> Nat<N> {
         datagram: &Datagram<'_>,
         peer: PeerId,
     ) {
-        let Datagram { from, head, payload, gso_bytes, packet, .. } = datagram;
-        let Err(error) = self.datagrams.send(core, peer, *from, head, payload, *gso_bytes) else {
-            return;
-        };
+        let Err(error) = self.datagrams.send(core, peer, datagram) else { return };
         core.counters.drop(DropReason::SocketRefused);
         let code = match error.raw_os_error() {
             Some(libc::ENETUNREACH | libc::ENETDOWN) => UnreachableCode::Net,
@@ -345,7 +344,7 @@ impl<N: HostNet> Nat<N> {
             Some(libc::EACCES | libc::EPERM) => UnreachableCode::AdminProhibited,
             _ => return,
         };
-        core.send_unreachable(port, *from, code, packet);
+        core.send_unreachable(port, datagram.from, code, datagram.packet);
     }
 
     /// Judges a new exchange and makes its socket and peer; `None` if it may not be.
@@ -424,7 +423,7 @@ impl<N: HostNet> Nat<N> {
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
         match TokenKind::of(token) {
             Some(TokenKind::Tcp) => self.tcp.host_ready(core, port, token, ready),
-            Some(TokenKind::Datagram) => self.datagrams.host_ready(core, port, token),
+            Some(TokenKind::Datagram) => self.datagrams.host_ready(core, port, token, ready),
             Some(TokenKind::Listener) => self.accept(core, port, token),
             Some(TokenKind::Peer) | None => {}
         }

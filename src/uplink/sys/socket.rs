@@ -205,6 +205,14 @@ impl DatagramReader {
     }
 }
 
+/// Has the kernel keep what the network says of datagrams sent (`IP_RECVERR`, ip(7)).
+///
+/// # Errors
+/// The kernel's.
+pub fn keep_errors(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_IP, libc::IP_RECVERR, 1)
+}
+
 /// Lets the kernel hand over coalesced datagrams (`UDP_GRO`, udp(7), since Linux 5.0).
 ///
 /// # Errors

@@ -18,7 +18,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         real: SocketAddr,
     ) -> Option<SocketAddr> {
         let mapping = &self.mappings[at];
-        let real = if mapping.kind == Kind::Echo { SocketAddr::new(real.ip(), 0) } else { real };
+        let real = mapping.kind.endpoint(real);
         if let Some(&peer) = self.by_real.get(&(at, real)) {
             if self.peers[peer].key.guest == guest {
                 self.peers[peer].answered = true;

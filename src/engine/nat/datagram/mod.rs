@@ -7,6 +7,7 @@
 //! (RFC 5508, REQ-1 to 3).
 
 mod delivery;
+mod errors;
 mod filtering;
 mod turns;
 
@@ -18,14 +19,13 @@ use std::time::Duration;
 use hashbrown::HashMap;
 use slab::Slab;
 
-use super::TokenKind;
+use super::{Datagram, TokenKind};
 use crate::addr::MacAddr;
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::host_net::{HostDatagram, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
-use crate::frame::Payload;
 use crate::limits;
 use crate::time::Instant;
 
@@ -103,7 +103,18 @@ struct Mapping<D> {
     starved: bool,
     /// Its turn ended with datagrams waiting.
     again: bool,
+    /// The network may have said something about what it sent.
+    failed: bool,
     last_active: Instant,
+}
+
+/// What is remembered of a packet the guest sent, for errors that come back about it.
+#[derive(Clone, Copy, Debug, Default)]
+struct Sent {
+    /// The IP header's identification.
+    ident: u16,
+    /// The UDP payload or ICMP message, in bytes.
+    len_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -115,6 +126,8 @@ struct Peer {
     answered: bool,
     /// The guest has sent to it before.
     spoken: bool,
+    /// What the guest sent to it last.
+    sent: Sent,
     timer: TimerSlot,
     /// Neighbours on the list of its mapping's peers.
     newer: Option<usize>,
@@ -237,6 +250,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             newest_peer: None,
             starved: false,
             again: false,
+            failed: false,
             last_active: core.now,
         })
     }
@@ -252,8 +266,18 @@ impl<D: HostDatagram> DatagramTable<D> {
         let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
         let older = self.mappings[mapping].newest_peer;
         let timer = TimerSlot::default();
-        let peer =
-            Peer { token, key, real, mapping, answered: false, spoken: false, timer, newer: None, older };
+        let peer = Peer {
+            token,
+            key,
+            real,
+            mapping,
+            answered: false,
+            spoken: false,
+            sent: Sent::default(),
+            timer,
+            newer: None,
+            older,
+        };
         let at = self.peers.insert(peer);
         if let Some(older) = older {
             self.peers[older].newer = Some(at);
@@ -284,34 +308,28 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
     }
 
-    /// Sends a datagram of the guest to a known peer: `head` from host memory, then `payload`; or, with
-    /// `gso_bytes`, the payload as UDP datagrams of that many bytes each.
+    /// Sends a datagram of the guest to a known peer; with UDP segmentation offload as several.
     ///
     /// # Errors
     /// The socket's.
-    pub fn send(
-        &mut self,
-        core: &mut Core,
-        PeerId(at): PeerId,
-        from: Neighbour,
-        head: &[u8],
-        payload: &Payload<'_>,
-        gso_bytes: Option<usize>,
-    ) -> io::Result<()> {
+    pub fn send(&mut self, core: &mut Core, PeerId(at): PeerId, datagram: &Datagram<'_>) -> io::Result<()> {
+        let Datagram { from, head, payload, gso_bytes, ident, .. } = *datagram;
         self.refresh(core, at);
         let peer = &mut self.peers[at];
+        let len_bytes = gso_bytes.unwrap_or(usize::MAX).min(head.len() + payload.len());
+        peer.sent = Sent { ident, len_bytes };
         let mapping = &mut self.mappings[peer.mapping];
         mapping.neighbour = Some(from);
         let Some(socket) = mapping.socket.as_mut() else { return Ok(()) };
         match (peer.key.kind, gso_bytes) {
             (Kind::Udp, Some(segment_bytes)) => {
-                socket.send_segments_to(payload, segment_bytes, peer.real)?;
+                socket.send_segments_to(&payload, segment_bytes, peer.real)?;
             }
             // The first of an exchange goes alone, so that its error can be told to the guest.
             (Kind::Udp, None) if std::mem::replace(&mut peer.spoken, true) => {
-                socket.queue_to(payload, peer.real)?;
+                socket.queue_to(&payload, peer.real)?;
             }
-            _ => socket.send_to(head, payload, peer.real)?,
+            _ => socket.send_to(head, &payload, peer.real)?,
         }
         core.counters.payload_from_guest_bytes += payload.len() as u64;
         Ok(())

@@ -10,7 +10,7 @@ use super::{DatagramTable, Kind};
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::guest_port::{GuestPort, ReserveError};
-use crate::engine::host_net::{HostDatagram, Token};
+use crate::engine::host_net::{HostDatagram, Readiness, Token};
 use crate::limits;
 use crate::wire::ethernet;
 
@@ -23,23 +23,24 @@ enum Pumped {
 }
 
 impl<D: HostDatagram> DatagramTable<D> {
-    /// A socket has datagrams.
-    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+    /// A socket has datagrams, or news of what it sent.
+    pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
+        let Some(at) = self.find(token) else { return };
+        self.mappings[at].failed |= ready.failed;
         // One whose turn is still to come takes it then: a flood is no reason for more turns.
-        if let Some(at) = self.find(token)
-            && !self.mappings[at].again
-        {
+        if !self.mappings[at].again {
             self.take_turn(core, port, token);
         }
     }
 
     fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        self.tell_errors(core, port, token);
         let pumped = self.pump(core, port, token);
         let Some(at) = self.find(token) else { return };
         let mapping = &mut self.mappings[at];
         match pumped {
-            Pumped::Empty => {}
-            Pumped::More => {
+            Pumped::Empty if !mapping.failed => {}
+            Pumped::Empty | Pumped::More => {
                 mapping.again = true;
                 self.again.push(token);
             }
@@ -81,7 +82,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             let Some(token) = self.starved.pop_front() else { break };
             let Some(at) = self.find(token) else { continue };
             self.mappings[at].starved = false;
-            self.host_ready(core, port, token);
+            self.host_ready(core, port, token, Readiness::default());
             if self.mappings.get(at).is_some_and(|mapping| mapping.starved) {
                 break;
             }
@@ -162,6 +163,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         if let Some(mapping) = self.mappings.get_mut(at) {
             mapping.socket = Some(socket);
             mapping.coalesced = most;
+            // The kernel says once that there is an error, and keeps what it is about.
+            mapping.failed |= outcome.is_err();
         }
         match outcome {
             Ok(false) => Pumped::Empty,

@@ -1,0 +1,252 @@
+//! ICMP errors: what the world says of the guest's datagrams, and what the guest hears of it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use vunet::engine::counters::DropReason;
+use vunet::limits;
+use vunet::wire::icmpv4::{Message, UnreachableCode};
+use vunet::wire::ipv4::{self, Protocol};
+use vunet::wire::udp;
+
+use crate::frames::{
+    GATEWAY, GUEST_IP, Seen, WORLD, echo_frame, frame, guest, ip, udp_frame, udp_message, world,
+};
+use crate::rig::{COMPLAINT, READABLE, Rig, Setup, only, pattern, secs};
+use crate::world::Complaint;
+
+const ROUTER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 7);
+const EXPIRED: Message = Message::TimeExceeded { code: 0 };
+
+fn unreachable(code: UnreachableCode, next_hop_mtu: u16) -> Message {
+    Message::Unreachable { code, next_hop_mtu }
+}
+
+/// The world says `message` about what socket `n` sent to `to`.
+fn complain(
+    rig: &mut Rig,
+    n: usize,
+    to: SocketAddr,
+    offender: Ipv4Addr,
+    message: Message,
+    quoted: &[u8],
+) -> Vec<Seen> {
+    let complaint = Complaint { to, offender: Some(offender.into()), message, quoted: quoted.to_vec() };
+    rig.sock(n).complaints.push_back(complaint);
+    let token = rig.sock(n).token;
+    rig.ready(token, COMPLAINT)
+}
+
+/// A rig whose guest sent `payload` from port 4000 to the world's port 9.
+fn asked(payload: &[u8]) -> Rig {
+    let mut rig = Rig::new();
+    assert_eq!(rig.send(&udp_frame(guest(4000), world(9), payload)), []);
+    rig
+}
+
+#[test]
+fn every_error_of_the_world_reaches_the_guest_as_it_came_with_its_own_packet_quoted() {
+    let codes = [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15];
+    let unreachable = codes.map(|code| unreachable(UnreachableCode::from(code), 0));
+    let frag_needed = Message::Unreachable { code: UnreachableCode::FragmentationNeeded, next_hop_mtu: 1400 };
+    for message in unreachable.into_iter().chain([frag_needed, EXPIRED, Message::TimeExceeded { code: 1 }]) {
+        let sent = udp_frame(guest(4000), world(9), b"traceroute");
+        let mut rig = Rig::new();
+        rig.send(&sent);
+        let seen = complain(&mut rig, 0, world(9).into(), ROUTER, message, b"traceroute");
+        let Seen::Icmp { from, message: heard, payload } = only(seen) else { panic!("not ICMP") };
+        assert_eq!((from, heard), (ROUTER, message));
+        let header = ipv4::Header::parse(&payload, usize::MAX).expect("an IPv4 header, its checksum right");
+        assert_eq!((header.src, header.dst, header.protocol), (GUEST_IP, WORLD, Protocol::UDP));
+        assert_eq!(header.ident, 0x4242, "the guest's identification");
+        assert_eq!(header.payload_bytes, 18);
+        assert_eq!(payload[20..], sent[34..], "the UDP header with its checksum, and the payload");
+    }
+}
+
+#[test]
+fn a_packet_that_came_back_in_part_keeps_its_length_and_says_no_checksum() {
+    let mut rig = asked(&pattern(1000));
+    for returned in [0, 1, 8, 500, 999] {
+        let quoted = &pattern(1000)[..returned];
+        let seen = complain(&mut rig, 0, world(9).into(), ROUTER, EXPIRED, quoted);
+        let Seen::Icmp { payload, .. } = only(seen) else { panic!("not ICMP") };
+        let header = ipv4::Header::parse(&payload, usize::MAX).expect("a header");
+        let inner = udp::Header::parse(&payload[20..], 1008).expect("a header");
+        assert_eq!((header.payload_bytes, inner.len_bytes), (1008, 1008));
+        assert_eq!((inner.src_port, inner.dst_port, inner.checksum), (4000, 9, 0));
+        assert!(payload.len() <= 548, "an error of at most 576 bytes (RFC 1812, 4.3.2.3)");
+        assert_eq!(payload[28..], quoted[..quoted.len().min(520)]);
+    }
+}
+
+#[test]
+fn an_echo_comes_back_under_the_guests_identifier() {
+    let mut rig = Rig::new();
+    let sent = echo_frame(WORLD, 0x1234, 7, b"payload of an echo");
+    assert_eq!(rig.send(&sent), []);
+    // As the kernel sent it: an identifier of its own, and the checksum that goes with it.
+    let mut quoted = vec![0; 26];
+    Message::EchoRequest { ident: 0xbeef, seq: 7 }.emit_with_payload(b"payload of an echo", &mut quoted);
+    for returned in [8, 12, 26] {
+        let to = SocketAddr::new(WORLD.into(), 0);
+        let seen = complain(&mut rig, 0, to, ROUTER, EXPIRED, &quoted[..returned]);
+        let Seen::Icmp { from, message, payload } = only(seen) else { panic!("not ICMP") };
+        assert_eq!((from, message), (ROUTER, EXPIRED));
+        let header = ipv4::Header::parse(&payload, usize::MAX).expect("a header");
+        assert_eq!((header.src, header.dst, header.payload_bytes), (GUEST_IP, WORLD, 26));
+        assert_eq!(payload[20..], sent[34..34 + returned], "the guest's message, checksum and all");
+    }
+}
+
+#[test]
+fn an_error_comes_from_whom_the_guest_would_know_it_by() {
+    let mut rig = Rig::with(Setup::with_host_loopback());
+    rig.send(&udp_frame(guest(4000), crate::frames::gateway(9), b"ask"));
+    let port = unreachable(UnreachableCode::Port, 0);
+    let loopback = SocketAddr::from(([127, 0, 0, 1], 9));
+    let seen = complain(&mut rig, 0, loopback, Ipv4Addr::LOCALHOST, port, b"ask");
+    let Seen::Icmp { from, payload, .. } = only(seen) else { panic!("not ICMP") };
+    assert_eq!(from, GATEWAY);
+    assert_eq!(payload[16..20], GATEWAY.octets(), "the destination the guest knows");
+    // A router of the world whose address is the guest's own neighbour's.
+    let seen = complain(&mut rig, 0, loopback, Ipv4Addr::new(10, 0, 2, 77), port, b"ask");
+    assert!(matches!(only(seen), Seen::Icmp { from: GATEWAY, .. }));
+    // Nobody knows who.
+    let quoted = b"ask".to_vec();
+    rig.sock(0).complaints.push_back(Complaint { to: loopback, offender: None, message: port, quoted });
+    let token = rig.sock(0).token;
+    assert!(matches!(only(rig.ready(token, COMPLAINT)), Seen::Icmp { from: GATEWAY, .. }));
+}
+
+#[test]
+fn errors_about_what_the_guest_did_not_send_are_dropped() {
+    let mut rig = asked(b"ask");
+    let port = unreachable(UnreachableCode::Port, 0);
+    assert_eq!(complain(&mut rig, 0, world(10).into(), ROUTER, port, b"ask"), []);
+    let stranger = SocketAddr::from(([198, 51, 100, 9], 9));
+    assert_eq!(complain(&mut rig, 0, stranger, ROUTER, port, b"ask"), []);
+    assert_eq!(rig.dropped(DropReason::Filtered), 2);
+    // Of an echo no less than its header can be believed.
+    rig.send(&echo_frame(WORLD, 1, 1, b"x"));
+    let to = SocketAddr::new(WORLD.into(), 0);
+    for quoted in [&[8, 0, 0, 0, 0, 0, 0][..], &[0; 8], b""] {
+        assert_eq!(complain(&mut rig, 1, to, ROUTER, port, quoted), []);
+    }
+    assert_eq!(rig.dropped(DropReason::Malformed), 3);
+}
+
+#[test]
+fn errors_that_concern_the_host_alone_stay_with_it() {
+    let mut rig = asked(b"ask");
+    for message in [Message::Other { kind: 12, code: 0 }, Message::Other { kind: 5, code: 1 }] {
+        assert_eq!(complain(&mut rig, 0, world(9).into(), ROUTER, message, b"ask"), []);
+    }
+    assert_eq!(rig.dropped(DropReason::Unsupported), 2);
+}
+
+#[test]
+fn errors_come_without_any_datagram_and_before_one_that_waits() {
+    let mut rig = asked(b"ask");
+    let port = unreachable(UnreachableCode::Port, 0);
+    let complaint =
+        Complaint { to: world(9).into(), offender: Some(WORLD.into()), message: port, quoted: vec![] };
+    rig.sock(0).complaints.push_back(complaint);
+    let mut seen = rig.datagram_arrives(0, b"answer", world(9).into());
+    assert!(matches!(only(seen), Seen::Udp { .. }), "nobody said there was an error");
+    let token = rig.sock(0).token;
+    // The kernel says so where a read failed, if not by an event.
+    rig.sock(0).receive_errors.push_back(libc::ECONNREFUSED);
+    seen = rig.ready(token, READABLE);
+    assert!(matches!(only(seen), Seen::Icmp { from: WORLD, .. }));
+}
+
+#[test]
+fn a_flood_of_errors_is_taken_in_turns_and_withheld_beyond_the_rate() {
+    let mut rig = asked(b"ask");
+    rig.send(&udp_frame(guest(4001), world(9), b"ask"));
+    let port = unreachable(UnreachableCode::Port, 0);
+    let complaint =
+        Complaint { to: world(9).into(), offender: Some(WORLD.into()), message: port, quoted: vec![] };
+    let count = 10 * limits::DATAGRAM_ERRORS + 1;
+    for _ in 0..count {
+        rig.sock(0).complaints.push_back(complaint.clone());
+    }
+    let token = rig.sock(0).token;
+    rig.engine.host_ready(rig.now, &mut rig.port, token, COMPLAINT);
+    assert_eq!(rig.sock(0).complaints.len(), count - limits::DATAGRAM_ERRORS, "one turn");
+    assert!(rig.engine.nat().has_more());
+    let token = rig.sock(1).token;
+    rig.sock(1).inbox.push_back((b"answer".to_vec(), world(9).into()));
+    rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+    let seen = rig.take();
+    assert!(matches!(seen.last(), Some(Seen::Udp { .. })), "another socket is not held up");
+    let heard = seen.len() - 1 + rig.flush().len();
+    assert_eq!(rig.sock(0).complaints.len(), 0);
+    assert_eq!(heard, limits::ICMP_ERRORS_BURST as usize);
+    assert_eq!(rig.dropped(DropReason::RateLimited), (count - heard) as u64);
+}
+
+#[test]
+fn exactly_one_turn_of_errors_leaves_nothing_behind() {
+    for count in [limits::DATAGRAM_ERRORS - 1, limits::DATAGRAM_ERRORS, limits::DATAGRAM_ERRORS + 1] {
+        let mut rig = asked(b"ask");
+        let message = unreachable(UnreachableCode::Host, 0);
+        for _ in 0..count {
+            let complaint = Complaint { to: world(9).into(), offender: None, message, quoted: vec![] };
+            rig.sock(0).complaints.push_back(complaint);
+        }
+        let token = rig.sock(0).token;
+        assert_eq!(rig.ready(token, COMPLAINT).len(), count);
+        assert!(!rig.engine.nat().has_more());
+    }
+}
+
+#[test]
+fn an_error_neither_ends_a_mapping_nor_keeps_it() {
+    let mut rig = asked(b"ask");
+    let port = unreachable(UnreachableCode::Port, 0);
+    for _ in 0..11 {
+        rig.pass(secs(10));
+        complain(&mut rig, 0, world(9).into(), WORLD, port, b"ask");
+        assert!(rig.sock(0).is_open);
+    }
+    assert_eq!(rig.datagram_arrives(0, b"late", world(9).into()).len(), 1, "it may still answer");
+    let mut rig = asked(b"ask");
+    rig.pass(secs(119));
+    complain(&mut rig, 0, world(9).into(), WORLD, port, b"ask");
+    rig.pass(secs(2));
+    assert!(!rig.sock(0).is_open, "two minutes after the guest last spoke");
+}
+
+#[test]
+fn errors_about_a_published_ports_answers_reach_the_guest() {
+    let mut rig = Rig::new();
+    let token = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(token);
+    rig.engine.publish_udp(socket, 53);
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    let client = SocketAddr::from(([198, 51, 100, 9], 999));
+    rig.datagram_arrives(0, b"ask", client);
+    let SocketAddr::V4(to) = client else { panic!("not IPv4") };
+    rig.send(&udp_frame(guest(53), to, b"answer"));
+    let port = unreachable(UnreachableCode::Port, 0);
+    let seen = complain(&mut rig, 0, client, *to.ip(), port, b"answer");
+    let Seen::Icmp { from, payload, .. } = only(seen) else { panic!("not ICMP") };
+    assert_eq!(from, *to.ip());
+    assert_eq!(payload[20..28], udp_message(guest(53), to, b"answer")[..8]);
+}
+
+#[test]
+fn an_error_follows_the_guest_to_another_mac_address() {
+    let mut rig = asked(b"ask");
+    let message = udp_message(guest(4001), world(9), b"ask");
+    let mut moved = frame(&ip(GUEST_IP, WORLD, Protocol::UDP, message.len()), &message);
+    moved[6..12].copy_from_slice(&[0x52, 0x54, 0, 0, 0, 2]);
+    rig.send(&moved);
+    let message = unreachable(UnreachableCode::Port, 0);
+    let offender = Some(IpAddr::V4(WORLD));
+    rig.sock(0).complaints.push_back(Complaint { to: world(9).into(), offender, message, quoted: vec![] });
+    let token = rig.sock(0).token;
+    rig.engine.host_ready(rig.now, &mut rig.port, token, COMPLAINT);
+    assert_eq!(rig.port.delivered[0].frame[..6], [0x52, 0x54, 0, 0, 0, 2]);
+}
