@@ -32,6 +32,9 @@ dig|bind9-dnsutils|asks every record type in the namespace guest
 iperf3|iperf3|loads the namespace guest
 curl|curl|fetches in the namespace guest
 ping|iputils-ping|pings from the namespace guest
+traceroute|traceroute|traces routes from the namespace guest
+mtr|mtr-tiny|traces them too
+tracepath|iputils-tracepath|finds the MTU of a path
 dhclient|isc-dhcp-client|is a DHCP client of the namespace guest
 udhcpc|udhcpc|is another DHCP client
 strace|strace|counts system calls

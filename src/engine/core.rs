@@ -320,6 +320,13 @@ impl Core {
     }
 
     fn take_icmp_token(&mut self) -> bool {
+        let has = self.has_icmp_token();
+        self.icmp_tokens -= u32::from(has);
+        has
+    }
+
+    /// Whether the rate limit allows an ICMP error now.
+    pub fn has_icmp_token(&mut self) -> bool {
         let passed = self.now.since(self.icmp_refilled);
         let refill = passed.as_millis() as u64 * u64::from(limits::ICMP_ERRORS_PER_SECOND) / 1000;
         if refill > 0 {
@@ -327,10 +334,6 @@ impl Core {
             self.icmp_tokens = (u64::from(self.icmp_tokens) + refill).min(full) as u32;
             self.icmp_refilled = self.now;
         }
-        if self.icmp_tokens == 0 {
-            return false;
-        }
-        self.icmp_tokens -= 1;
-        true
+        self.icmp_tokens > 0
     }
 }

@@ -114,10 +114,29 @@ pub trait HostStream {
     fn close(self, how: Close);
 }
 
+/// What of the guest's IP header goes with a datagram into the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketFields {
+    /// Hops left, at least 1.
+    pub ttl: u8,
+    /// Whether nobody may fragment it, this host included.
+    pub dont_fragment: bool,
+}
+
+impl Default for PacketFields {
+    fn default() -> PacketFields {
+        PacketFields { ttl: 64, dont_fragment: false }
+    }
+}
+
 /// A datagram socket bound to one local port: UDP, or ICMP echo.
 pub trait HostDatagram {
     /// The socket without its worker, to be moved to another one.
     type Detached: Send;
+
+    /// What the datagrams sent from now on have in their IP header; a host without a say in that ignores
+    /// it.
+    fn set_fields(&mut self, _fields: PacketFields) {}
 
     /// Takes the socket out of its worker's readiness events; what was queued on it leaves first.
     fn detach(self) -> Self::Detached;
@@ -252,6 +271,11 @@ pub trait HostNet {
 
     /// Sends what [`HostDatagram::queue_to`] still holds; returns how many datagrams were refused.
     fn flush_datagrams(&mut self) -> u64;
+
+    /// The largest packet the path to `to` is known to carry, in bytes; `None` where nothing is known.
+    fn path_mtu(&mut self, _to: SocketAddr) -> Option<u16> {
+        None
+    }
 
     /// Whether `addr` is one of the host's own addresses.
     fn is_own_address(&mut self, addr: IpAddr) -> bool;

@@ -29,7 +29,7 @@ use self::core::{Core, Neighbour};
 use self::counters::{Counters, DropReason};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
-use self::host_net::{HostDatagram, HostNet, HostStream, Readiness, Token};
+use self::host_net::{HostDatagram, HostNet, HostStream, PacketFields, Readiness, Token};
 use self::nat::policy::Policy;
 use self::nat::tcp::Segment;
 use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
@@ -107,6 +107,12 @@ struct Incoming<'a> {
 }
 
 impl Incoming<'_> {
+    /// What of the IP header goes on: vunet is one hop. What came in fragments may leave in fragments.
+    fn fields(&self) -> PacketFields {
+        let dont_fragment = self.ip.dont_fragment && self.frame.is_some();
+        PacketFields { ttl: self.ip.ttl.saturating_sub(1).max(1), dont_fragment }
+    }
+
     /// The whole as one frame in host memory, for another worker.
     fn to_held_frame(&self) -> HeldFrame {
         match self.frame {
@@ -366,6 +372,7 @@ impl<N: HostNet> Engine<N> {
                     payload,
                     gso_bytes: incoming.gso_bytes,
                     ident: incoming.ip.ident,
+                    fields: incoming.fields(),
                     packet: incoming.packet,
                 };
                 return self.datagram(port, incoming, &datagram);
@@ -408,6 +415,7 @@ impl<N: HostNet> Engine<N> {
             payload,
             gso_bytes: None,
             ident: incoming.ip.ident,
+            fields: incoming.fields(),
             packet: incoming.packet,
         };
         self.datagram(port, incoming, &datagram)

@@ -23,7 +23,8 @@ use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
 use super::sys::stream_runs::StreamRuns;
 use crate::engine::host_net::{
-    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, SendSpace, Token,
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, PacketFields, SendSpace,
+    Token,
 };
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
@@ -50,10 +51,11 @@ struct Shared {
 
 /// Datagrams of one socket to one endpoint, all of one length but a shorter last one, that leave with
 /// one system call.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Run {
     socket: Option<Rc<UdpSocket>>,
     to: Option<SocketAddr>,
+    fields: PacketFields,
     segment_bytes: usize,
     /// Where each datagram's segments begin.
     starts: Vec<usize>,
@@ -65,6 +67,8 @@ struct Run {
 
 /// Datagrams of one run: `UDP_MAX_SEGMENTS` of kernels before 6.8.
 const RUN_DATAGRAMS_MAX: usize = 64;
+/// Segments of guest memory a run has room for at once: a few for each datagram.
+const RUN_SEGMENTS: usize = 8 * RUN_DATAGRAMS_MAX;
 /// Bytes of one run: the largest UDP payload over IPv4.
 const RUN_BYTES_MAX: usize = 65_507;
 /// Longest datagram of a run: longer ones may have to be fragmented, which segmentation cannot.
@@ -86,18 +90,20 @@ const RUNS_MAX: usize = 16;
 impl Runs {
     /// The run that takes a datagram of `len` bytes: the one of its socket and endpoint, else a new one.
     fn run_for(&mut self, socket: &Rc<UdpSocket>, to: SocketAddr, len: usize) -> &mut Run {
+        let fields = socket.fields.get();
         let own = self.runs.iter().position(|run| run.is_of(socket) && run.to == Some(to));
         let at = own.or_else(|| self.runs.iter().position(|run| run.socket.is_none())).unwrap_or_else(|| {
             self.next_to_go = (self.next_to_go + 1) % RUNS_MAX;
             self.next_to_go
         });
-        if own.is_some() && self.runs[at].accepts(len) {
+        if own.is_some() && self.runs[at].accepts(len, fields) {
             return &mut self.runs[at];
         }
         self.refused += self.runs[at].send();
         let run = &mut self.runs[at];
         run.socket = Some(Rc::clone(socket));
         run.to = Some(to);
+        run.fields = fields;
         run.segment_bytes = len;
         run
     }
@@ -120,13 +126,30 @@ impl Runs {
     }
 }
 
+impl Default for Run {
+    fn default() -> Run {
+        Run {
+            socket: None,
+            to: None,
+            fields: PacketFields::default(),
+            segment_bytes: 0,
+            // Room from the start: how long the runs of a batch get depends on when its frames come.
+            starts: Vec::with_capacity(RUN_DATAGRAMS_MAX),
+            segments: Vec::with_capacity(RUN_SEGMENTS),
+            total_bytes: 0,
+            ended: false,
+        }
+    }
+}
+
 impl Run {
     fn is_of(&self, socket: &Rc<UdpSocket>) -> bool {
         self.socket.as_ref().is_some_and(|own| Rc::ptr_eq(own, socket))
     }
 
-    fn accepts(&self, len: usize) -> bool {
+    fn accepts(&self, len: usize, fields: PacketFields) -> bool {
         !self.ended
+            && self.fields == fields
             // An empty one would be no datagram at a run's end.
             && (1..=self.segment_bytes).contains(&len)
             && self.starts.len() < RUN_DATAGRAMS_MAX
@@ -147,6 +170,7 @@ impl Run {
         };
         let to = SockAddr::from(to);
         let count = self.starts.len();
+        socket.apply(self.fields);
         let outcome = if count == 1 {
             socket.send(&mut self.segments, &to)
         } else {
@@ -233,7 +257,9 @@ impl HostSockets {
     }
 
     fn datagram(&self, token: Token, socket: Socket) -> io::Result<Datagram> {
-        self.watch_datagram(token, UdpSocket { socket, alone: Cell::new(false), refused: Cell::new(false) })
+        let fields = Cell::new(PacketFields::default());
+        let (alone, refused, applied) = (Cell::new(false), Cell::new(false), Cell::new(None));
+        self.watch_datagram(token, UdpSocket { socket, alone, refused, fields, applied })
     }
 
     fn watch_datagram(&self, token: Token, socket: UdpSocket) -> io::Result<Datagram> {
@@ -286,7 +312,6 @@ fn tcp_knows_peek_offset() -> bool {
 
 /// What every UDP socket is set to.
 fn prepare_udp(socket: &Socket) -> io::Result<()> {
-    sys::allow_fragmentation(socket.as_fd())?;
     // The kernel cuts this to `net.core.rmem_max`; a burst has to wait somewhere until it is its turn.
     socket.set_recv_buffer_size(UDP_RECEIVE_BYTES)?;
     // Where the kernel cannot coalesce, datagrams come one by one.
@@ -353,6 +378,15 @@ impl HostNet for HostSockets {
 
     fn flush_datagrams(&mut self) -> u64 {
         self.shared.runs.borrow_mut().send_all()
+    }
+
+    fn path_mtu(&mut self, to: SocketAddr) -> Option<u16> {
+        // Only a connected socket knows its path; a port is needed, not used.
+        let to = SocketAddr::new(to.ip(), to.port().max(1));
+        let kind = Type::DGRAM.cloexec();
+        let probe = Socket::new(Domain::for_address(to), kind, Some(Protocol::UDP)).ok()?;
+        probe.connect(&to.into()).ok()?;
+        sys::path_mtu(probe.as_fd())
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
@@ -580,9 +614,28 @@ struct UdpSocket {
     alone: Cell<bool>,
     /// A queued datagram was refused; the next one finds out why.
     refused: Cell<bool>,
+    /// What the datagrams to come shall have.
+    fields: Cell<PacketFields>,
+    /// What the socket is set to; not known of a new one.
+    applied: Cell<Option<PacketFields>>,
 }
 
 impl UdpSocket {
+    /// Sets the socket to `fields` where it is not: a flow's datagrams rarely differ in them.
+    fn apply(&self, fields: PacketFields) {
+        let old = self.applied.replace(Some(fields));
+        if old.is_none_or(|old| old.ttl != fields.ttl)
+            && let Err(error) = self.socket.set_ttl_v4(fields.ttl.into())
+        {
+            tracing::debug!(%error, "cannot set a datagram's hop limit");
+        }
+        if old.is_none_or(|old| old.dont_fragment != fields.dont_fragment)
+            && let Err(error) = sys::set_dont_fragment(self.socket.as_fd(), fields.dont_fragment)
+        {
+            tracing::debug!(%error, "cannot say whether datagrams may be fragmented");
+        }
+    }
+
     /// Sends one datagram.
     fn send(&self, segments: &mut [iovec], to: &SockAddr) -> io::Result<usize> {
         past_old_error(|| sys::send_segments(self.socket.as_fd(), segments, Some(to)))
@@ -630,12 +683,17 @@ impl HostDatagram for Datagram {
         DetachedDatagram(socket)
     }
 
+    fn set_fields(&mut self, fields: PacketFields) {
+        self.socket.fields.set(fields);
+    }
+
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
         self.shared.runs.borrow_mut().send_of(&self.socket);
         let mut segments = self.shared.segments.borrow_mut();
         segments.clear();
         Payload::from_host(head).push_iovecs(&mut segments);
         payload.push_iovecs(&mut segments);
+        self.socket.apply(self.socket.fields.get());
         self.socket.send(&mut segments, &SockAddr::from(to))?;
         Ok(())
     }
@@ -663,6 +721,7 @@ impl HostDatagram for Datagram {
         self.shared.runs.borrow_mut().send_of(&self.socket);
         let mut segments = self.shared.segments.borrow_mut();
         let address = SockAddr::from(to);
+        self.socket.apply(self.socket.fields.get());
         if !self.socket.alone.get() {
             segments.clear();
             payload.push_iovecs(&mut segments);

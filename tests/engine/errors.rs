@@ -3,13 +3,15 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use vunet::engine::counters::DropReason;
+use vunet::engine::host_net::PacketFields;
 use vunet::limits;
 use vunet::wire::icmpv4::{Message, UnreachableCode};
 use vunet::wire::ipv4::{self, Protocol};
 use vunet::wire::udp;
 
 use crate::frames::{
-    GATEWAY, GUEST_IP, Seen, WORLD, echo_frame, frame, guest, ip, udp_frame, udp_message, world,
+    GATEWAY, GUEST_IP, Seen, WORLD, echo_frame, echo_message, fragments, frame, guest, ip, udp_frame,
+    udp_message, world,
 };
 use crate::rig::{COMPLAINT, READABLE, Rig, Setup, only, pattern, secs};
 use crate::world::Complaint;
@@ -19,6 +21,10 @@ const EXPIRED: Message = Message::TimeExceeded { code: 0 };
 
 fn unreachable(code: UnreachableCode, next_hop_mtu: u16) -> Message {
     Message::Unreachable { code, next_hop_mtu }
+}
+
+fn frag_needed(next_hop_mtu: u16) -> Message {
+    unreachable(UnreachableCode::FragmentationNeeded, next_hop_mtu)
 }
 
 /// The world says `message` about what socket `n` sent to `to`.
@@ -47,8 +53,9 @@ fn asked(payload: &[u8]) -> Rig {
 fn every_error_of_the_world_reaches_the_guest_as_it_came_with_its_own_packet_quoted() {
     let codes = [0, 1, 2, 3, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15];
     let unreachable = codes.map(|code| unreachable(UnreachableCode::from(code), 0));
-    let frag_needed = Message::Unreachable { code: UnreachableCode::FragmentationNeeded, next_hop_mtu: 1400 };
-    for message in unreachable.into_iter().chain([frag_needed, EXPIRED, Message::TimeExceeded { code: 1 }]) {
+    for message in
+        unreachable.into_iter().chain([frag_needed(1400), EXPIRED, Message::TimeExceeded { code: 1 }])
+    {
         let sent = udp_frame(guest(4000), world(9), b"traceroute");
         let mut rig = Rig::new();
         rig.send(&sent);
@@ -249,4 +256,100 @@ fn an_error_follows_the_guest_to_another_mac_address() {
     let token = rig.sock(0).token;
     rig.engine.host_ready(rig.now, &mut rig.port, token, COMPLAINT);
     assert_eq!(rig.port.delivered[0].frame[..6], [0x52, 0x54, 0, 0, 0, 2]);
+}
+
+/// A datagram or echo of the guest to the world with this header's hops and DF.
+fn packet(protocol: Protocol, ttl: u8, dont_fragment: bool, payload: &[u8]) -> Vec<u8> {
+    let message = match protocol {
+        Protocol::UDP => udp_message(guest(4000), world(9), payload),
+        _ => echo_message(7, 1, payload),
+    };
+    frame(&ipv4::Header { ttl, dont_fragment, ..ip(GUEST_IP, WORLD, protocol, message.len()) }, &message)
+}
+
+#[test]
+fn vunet_is_one_hop_and_passes_on_who_may_fragment() {
+    for protocol in [Protocol::UDP, Protocol::ICMP] {
+        let mut rig = Rig::new();
+        let mut expected = Vec::new();
+        for (ttl, dont_fragment) in [(64, true), (2, true), (2, false), (255, false), (64, true)] {
+            assert_eq!(rig.send(&packet(protocol, ttl, dont_fragment, b"x")), []);
+            expected.push(PacketFields { ttl: ttl - 1, dont_fragment });
+        }
+        assert_eq!(rig.sock(0).sent_fields, expected);
+        let expired = only(rig.send(&packet(protocol, 1, true, b"x")));
+        assert!(matches!(expired, Seen::Icmp { from: GATEWAY, message: EXPIRED, .. }));
+        assert_eq!(rig.sock(0).sent_fields.len(), expected.len(), "the last hop leaves for nowhere");
+    }
+}
+
+#[test]
+fn a_datagram_to_the_host_itself_needs_no_further_hop() {
+    let mut rig = Rig::with(Setup::with_host_loopback());
+    let message = udp_message(guest(4000), crate::frames::gateway(9), b"x");
+    let header = ip(GUEST_IP, GATEWAY, Protocol::UDP, message.len());
+    for ttl in [0, 1, 2] {
+        assert_eq!(rig.send(&frame(&ipv4::Header { ttl, ..header }, &message)), []);
+    }
+    assert!(rig.sock(0).sent_fields.iter().all(|fields| fields.ttl == 1));
+    assert_eq!(rig.sock(0).sent.len(), 3);
+}
+
+#[test]
+fn what_came_in_fragments_may_leave_in_fragments() {
+    let mut rig = Rig::new();
+    let message = udp_message(guest(4000), world(9), &pattern(3000));
+    for mut part in fragments(WORLD, Protocol::UDP, &message, 7, 1500) {
+        // DF with an offset: it speaks of the piece, not of the datagram.
+        let header = ipv4::Header::parse(&part[14..], usize::MAX).expect("a header");
+        ipv4::Header { dont_fragment: true, ..header }.emit(&mut part[14..]);
+        rig.feed(&part);
+    }
+    assert_eq!(rig.sock(0).sent_fields, [PacketFields { ttl: 63, dont_fragment: false }]);
+}
+
+#[test]
+fn a_datagram_too_large_for_the_path_is_told_the_mtu_if_it_may_not_be_fragmented() {
+    for (known, expected) in [(Some(1400), 1400), (Some(1280), 1280), (None, 576)] {
+        for protocol in [Protocol::UDP, Protocol::ICMP] {
+            let mut rig = Rig::new();
+            rig.world().path_mtu = known;
+            rig.send(&packet(protocol, 64, true, b"small"));
+            rig.sock(0).send_error = Some(libc::EMSGSIZE);
+            let sent = packet(protocol, 64, true, &pattern(1450));
+            // Of UDP one in a batch is only counted; the next one goes alone.
+            let mut seen = rig.send(&sent);
+            if protocol == Protocol::UDP {
+                assert_eq!(seen, []);
+                seen = rig.send(&sent);
+            }
+            let Seen::Icmp { from, message, payload } = only(seen) else { panic!("not ICMP") };
+            assert_eq!((from, message), (GATEWAY, frag_needed(expected)));
+            // What the engine holds of a packet: its first bytes.
+            assert_eq!(payload, sent[14..][..payload.len()]);
+            assert!(payload.len() >= 28);
+        }
+    }
+}
+
+#[test]
+fn a_datagram_that_may_be_fragmented_gets_no_such_answer() {
+    let mut rig = Rig::new();
+    rig.world().path_mtu = Some(1400);
+    rig.send(&packet(Protocol::ICMP, 64, false, b"small"));
+    rig.sock(0).send_error = Some(libc::EMSGSIZE);
+    assert_eq!(rig.send(&packet(Protocol::ICMP, 64, false, &pattern(1450))), []);
+    assert_eq!(rig.world().paths_asked, 0);
+    assert_eq!(rig.dropped(DropReason::SocketRefused), 1);
+}
+
+#[test]
+fn a_flood_of_datagrams_too_large_asks_for_the_path_no_more_often_than_it_is_told() {
+    let mut rig = Rig::new();
+    rig.send(&packet(Protocol::ICMP, 64, true, b"small"));
+    rig.sock(0).send_error = Some(libc::EMSGSIZE);
+    let heard: usize =
+        (0..500).map(|_| rig.send(&packet(Protocol::ICMP, 64, true, &pattern(1450))).len()).sum();
+    assert_eq!(heard, limits::ICMP_ERRORS_BURST as usize);
+    assert_eq!(rig.world().paths_asked, heard);
 }

@@ -7,7 +7,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
 use vunet::engine::host_net::{
-    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, SendSpace, Token,
+    Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, PacketFields, SendSpace,
+    Token,
 };
 use vunet::frame::{Payload, PayloadMut};
 use vunet::wire::icmpv4::Message;
@@ -72,6 +73,9 @@ pub(crate) struct Sock {
     pub(crate) is_ping: bool,
     pub(crate) inbox: VecDeque<(Vec<u8>, SocketAddr)>,
     pub(crate) sent: Vec<(Vec<u8>, SocketAddr)>,
+    /// What each of them had in its header.
+    pub(crate) sent_fields: Vec<PacketFields>,
+    fields: PacketFields,
     /// Length of the datagrams that arrive as one, coalesced by the kernel.
     pub(crate) coalesced_bytes: Option<usize>,
     pub(crate) send_error: Option<i32>,
@@ -99,6 +103,9 @@ pub(crate) struct World {
     /// The immediate outcome of the next connects.
     pub(crate) connect_error: Option<i32>,
     pub(crate) ping_error: Option<i32>,
+    /// What the host knows of every path.
+    pub(crate) path_mtu: Option<u16>,
+    pub(crate) paths_asked: usize,
     /// Descriptors there are.
     pub(crate) descriptors_max: usize,
     /// Room new streams begin with.
@@ -119,6 +126,8 @@ impl World {
             own: HashSet::new(),
             connect_error: None,
             ping_error: None,
+            path_mtu: None,
+            paths_asked: 0,
             descriptors_max: usize::MAX,
             room: 1 << 20,
             open: 0,
@@ -200,6 +209,8 @@ impl World {
             is_ping,
             inbox: VecDeque::new(),
             sent: Vec::new(),
+            sent_fields: Vec::new(),
+            fields: PacketFields::default(),
             coalesced_bytes: None,
             send_error: None,
             receive_errors: VecDeque::new(),
@@ -308,6 +319,12 @@ impl HostNet for Net {
 
     fn flush_datagrams(&mut self) -> u64 {
         std::mem::take(&mut self.0.borrow_mut().refused)
+    }
+
+    fn path_mtu(&mut self, _: SocketAddr) -> Option<u16> {
+        let mut world = self.0.borrow_mut();
+        world.paths_asked += 1;
+        world.path_mtu
     }
 
     fn is_own_address(&mut self, addr: IpAddr) -> bool {
@@ -440,6 +457,10 @@ impl HostDatagram for FakeDatagram {
         Detached::new(at, &world.lost_socks)
     }
 
+    fn set_fields(&mut self, fields: PacketFields) {
+        self.world.borrow_mut().socks[self.at].fields = fields;
+    }
+
     fn send_to(&mut self, head: &[u8], payload: &Payload<'_>, to: SocketAddr) -> io::Result<()> {
         let sock = &mut self.world.borrow_mut().socks[self.at];
         if let Some(code) = sock.send_error {
@@ -449,6 +470,7 @@ impl HostDatagram for FakeDatagram {
         bytes.resize(head.len() + payload.len(), 0);
         payload.copy_to(&mut bytes[head.len()..]);
         sock.sent.push((bytes, to));
+        sock.sent_fields.push(sock.fields);
         Ok(())
     }
 

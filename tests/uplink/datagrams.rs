@@ -2,10 +2,11 @@
 
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use socket2::Type;
-use vunet::engine::host_net::{HostDatagram, HostNet, NetworkError, Token};
+use vunet::engine::host_net::{HostDatagram, HostNet, NetworkError, PacketFields, Token};
 use vunet::frame::Payload;
 use vunet::uplink::sockets::{Datagram, bind_published};
 use vunet::wire::icmpv4::{Message, UnreachableCode};
@@ -312,4 +313,70 @@ fn an_error_of_another_datagram_fails_neither_one_alone_nor_a_run() {
         }
         assert_eq!(errors(&mut socket, 16).0.len(), 1);
     }
+}
+
+/// Makes `far` say with how many hops left its datagrams came (`IP_RECVTTL`, ip(7)).
+fn ask_for_hops(far: &UdpSocket) {
+    let (on, len) = (1i32, size_of::<i32>() as libc::socklen_t);
+    let (fd, value) = (far.as_raw_fd(), (&raw const on).cast());
+    // SAFETY: `value` is a live integer of the length said.
+    let result = unsafe { libc::setsockopt(fd, libc::IPPROTO_IP, libc::IP_RECVTTL, value, len) };
+    assert_eq!(result, 0);
+}
+
+/// The next datagram at `far`, and its hops left.
+fn receive_with_hops(far: &UdpSocket) -> (Vec<u8>, u8) {
+    let (mut bytes, mut control) = (vec![0u8; 2000], [0u64; 8]);
+    let mut segment = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+    // SAFETY: `msghdr` is plain data, for which all zeroes is valid.
+    let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+    header.msg_iov = &raw mut segment;
+    header.msg_iovlen = 1;
+    header.msg_control = control.as_mut_ptr().cast();
+    header.msg_controllen = size_of_val(&control);
+    // SAFETY: `header` names live storage of the lengths it says.
+    let len = unsafe { libc::recvmsg(far.as_raw_fd(), &mut header, 0) };
+    bytes.truncate(usize::try_from(len).expect("it came"));
+    // One control message: its length, level and kind, then the hops.
+    assert_eq!(control[1], libc::IPPROTO_IP as u64 | (libc::IP_TTL as u64) << 32);
+    (bytes, (control[2] & 0xff) as u8)
+}
+
+#[test]
+fn each_datagram_leaves_with_the_hops_it_was_given_however_it_leaves() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, _) = pair(&mut uplink);
+    ask_for_hops(&far);
+    let to = far.local_addr().expect("an address");
+    let bytes = pattern(1000);
+    let iovecs = segments(&bytes, 1000);
+    // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+    let payload = unsafe { Payload::from_guest(&iovecs) };
+    let hops = [63, 63, 5, 5, 5, 63, 1, 255, 63];
+    for (n, ttl) in hops.into_iter().enumerate() {
+        socket.set_fields(PacketFields { ttl, dont_fragment: n % 4 == 0 });
+        socket.queue_to(&payload.range(0, 100 + n), to).expect("queued");
+    }
+    socket.set_fields(PacketFields { ttl: 7, dont_fragment: true });
+    socket.send_to(b"", &payload, to).expect("sent");
+    socket.set_fields(PacketFields { ttl: 8, dont_fragment: true });
+    socket.send_segments_to(&payload, 500, to).expect("sent");
+    assert_eq!(uplink.net.flush_datagrams(), 0, "none was refused");
+    let mut seen: Vec<(usize, u8)> = Vec::new();
+    for _ in 0..hops.len() + 3 {
+        let (bytes, hops) = receive_with_hops(&far);
+        seen.push((bytes.len(), hops));
+    }
+    let queued = hops.into_iter().enumerate().map(|(n, ttl)| (100 + n, ttl));
+    let expected: Vec<(usize, u8)> = queued.chain([(1000, 7), (500, 8), (500, 8)]).collect();
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn the_path_to_loopback_carries_any_packet() {
+    let mut uplink = Uplink::new(true);
+    assert_eq!(uplink.net.path_mtu(loopback(9)), Some(u16::MAX));
+    assert_eq!(uplink.net.path_mtu(loopback(0)), Some(u16::MAX), "an echo has no port");
+    // No socket may be connected there: nothing is known.
+    assert_eq!(uplink.net.path_mtu(SocketAddr::from(([255, 255, 255, 255], 9))), None);
 }

@@ -12,6 +12,7 @@ mod dns;
 mod ends;
 mod features;
 mod hostile;
+mod icmp;
 mod lease;
 mod policy;
 mod publish;

@@ -9,6 +9,7 @@ pub mod tcp;
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use slab::Slab;
 
@@ -18,11 +19,12 @@ use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour};
 use super::counters::DropReason;
 use super::guest_port::GuestPort;
-use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, Readiness, Token};
+use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
+use crate::config::IpMtu;
 use crate::frame::Payload;
 use crate::limits;
-use crate::wire::icmpv4::UnreachableCode;
+use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::tcp::Flags;
 
 /// Port of DNS.
@@ -98,7 +100,6 @@ pub struct Nat<N: HostNet> {
     /// Listeners whose turn ended with clients waiting.
     accept_again: Vec<usize>,
     dns: bool,
-    ping_refused: bool,
 }
 
 /// A datagram of the guest, parsed.
@@ -116,6 +117,8 @@ pub struct Datagram<'a> {
     pub gso_bytes: Option<usize>,
     /// The packet's identification.
     pub ident: u16,
+    /// What goes with it into the world.
+    pub fields: PacketFields,
     /// The packet's first bytes, to quote in errors.
     pub packet: &'a [u8],
 }
@@ -133,7 +136,6 @@ impl<N: HostNet> Nat<N> {
             listeners: Slab::new(),
             accept_again: Vec::new(),
             dns,
-            ping_refused: false,
         }
     }
 
@@ -342,9 +344,22 @@ impl<N: HostNet> Nat<N> {
             Some(libc::ENETUNREACH | libc::ENETDOWN) => UnreachableCode::Net,
             Some(libc::EHOSTUNREACH | libc::EHOSTDOWN) => UnreachableCode::Host,
             Some(libc::EACCES | libc::EPERM) => UnreachableCode::AdminProhibited,
+            Some(libc::EMSGSIZE) => return self.too_big(core, port, datagram, peer),
             _ => return,
         };
         core.send_unreachable(port, datagram.from, code, datagram.packet);
+    }
+
+    /// Tells the guest how large its datagrams that nobody may fragment can be (RFC 1191, 4).
+    fn too_big(&mut self, core: &mut Core, port: &mut impl GuestPort, datagram: &Datagram<'_>, peer: PeerId) {
+        // The path is asked for only where the answer will be told.
+        if !datagram.fields.dont_fragment || !core.has_icmp_token() {
+            return;
+        }
+        let real = self.datagrams.real(peer);
+        let next_hop_mtu = self.net.path_mtu(real).unwrap_or(IpMtu::MIN);
+        let message = Message::Unreachable { code: UnreachableCode::FragmentationNeeded, next_hop_mtu };
+        core.send_icmp_error(port, datagram.from, message, datagram.packet);
     }
 
     /// Judges a new exchange and makes its socket and peer; `None` if it may not be.
@@ -400,7 +415,7 @@ impl<N: HostNet> Nat<N> {
             Err(error) => {
                 core.counters.drop(DropReason::SocketRefused);
                 if kind == Kind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
-                    self.say_ping_refused();
+                    Self::say_ping_refused();
                     let code = UnreachableCode::AdminProhibited;
                     core.send_unreachable(port, datagram.from, code, datagram.packet);
                 }
@@ -409,8 +424,10 @@ impl<N: HostNet> Nat<N> {
         }
     }
 
-    fn say_ping_refused(&mut self) {
-        if !std::mem::replace(&mut self.ping_refused, true) {
+    fn say_ping_refused() {
+        /// One process, one sysctl: whichever worker meets it says so.
+        static SAID: AtomicBool = AtomicBool::new(false);
+        if !SAID.swap(true, Ordering::Relaxed) {
             tracing::warn!(
                 "the guest's pings cannot leave: the kernel refuses ICMP echo sockets to this process; \
                  allow its group in the sysctl net.ipv4.ping_group_range, such as \

@@ -240,12 +240,26 @@ pub fn set_peek_offset(fd: BorrowedFd<'_>, offset_bytes: c_int) -> io::Result<()
     set_option(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, offset_bytes)
 }
 
-/// Lets IP fragment datagrams that exceed the path's MTU instead of refusing them.
+/// Whether datagrams may be fragmented, here and on their way, or are refused with `EMSGSIZE` where they
+/// exceed the path's MTU (`IP_MTU_DISCOVER`, ip(7)).
 ///
 /// # Errors
 /// The kernel's.
-pub fn allow_fragmentation(fd: BorrowedFd<'_>) -> io::Result<()> {
-    set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DONT)
+pub fn set_dont_fragment(fd: BorrowedFd<'_>, dont_fragment: bool) -> io::Result<()> {
+    let value = if dont_fragment { libc::IP_PMTUDISC_DO } else { libc::IP_PMTUDISC_DONT };
+    set_option(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, value)
+}
+
+/// What is known of the MTU of a connected socket's path, in bytes (`IP_MTU`, ip(7)).
+pub fn path_mtu(fd: BorrowedFd<'_>) -> Option<u16> {
+    let mut value: c_int = 0;
+    let mut len = size_of::<c_int>() as socklen_t;
+    let pointer = (&raw mut value).cast::<c_void>();
+    // SAFETY: `pointer` has room for `len` bytes, and the kernel writes no more.
+    let result =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::IPPROTO_IP, libc::IP_MTU, pointer, &mut len) };
+    // Loopback's 65,536 is more than any packet.
+    (result == 0 && value > 0).then(|| u16::try_from(value).unwrap_or(u16::MAX))
 }
 
 fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {

@@ -103,7 +103,7 @@ fn quote(peer: &Peer, returned: &[u8]) -> Option<Vec<u8>> {
         ttl: 1,
         tos: 0,
         ident: peer.sent.ident,
-        dont_fragment: false,
+        dont_fragment: peer.sent.fields.dont_fragment,
         more_fragments: false,
         fragment_offset_bytes: 0,
         header_bytes: ipv4::HEADER_BYTES,

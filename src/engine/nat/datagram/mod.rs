@@ -22,7 +22,7 @@ use slab::Slab;
 use super::{Datagram, TokenKind};
 use crate::addr::MacAddr;
 use crate::engine::core::{Core, Neighbour};
-use crate::engine::host_net::{HostDatagram, Token};
+use crate::engine::host_net::{HostDatagram, PacketFields, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
@@ -113,6 +113,7 @@ struct Mapping<D> {
 struct Sent {
     /// The IP header's identification.
     ident: u16,
+    fields: PacketFields,
     /// The UDP payload or ICMP message, in bytes.
     len_bytes: usize,
 }
@@ -214,6 +215,11 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.by_key.get(key).copied().map(PeerId)
     }
 
+    /// Where datagrams to a remote endpoint really go.
+    pub fn real(&self, PeerId(at): PeerId) -> SocketAddr {
+        self.peers[at].real
+    }
+
     /// Whether the guest's end has a socket.
     pub fn has_mapping(&self, kind: Kind, guest: SocketAddr) -> bool {
         self.by_guest.contains_key(&(kind, guest))
@@ -313,14 +319,15 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// # Errors
     /// The socket's.
     pub fn send(&mut self, core: &mut Core, PeerId(at): PeerId, datagram: &Datagram<'_>) -> io::Result<()> {
-        let Datagram { from, head, payload, gso_bytes, ident, .. } = *datagram;
+        let Datagram { from, head, payload, gso_bytes, ident, fields, .. } = *datagram;
         self.refresh(core, at);
         let peer = &mut self.peers[at];
         let len_bytes = gso_bytes.unwrap_or(usize::MAX).min(head.len() + payload.len());
-        peer.sent = Sent { ident, len_bytes };
+        peer.sent = Sent { ident, fields, len_bytes };
         let mapping = &mut self.mappings[peer.mapping];
         mapping.neighbour = Some(from);
         let Some(socket) = mapping.socket.as_mut() else { return Ok(()) };
+        socket.set_fields(fields);
         match (peer.key.kind, gso_bytes) {
             (Kind::Udp, Some(segment_bytes)) => {
                 socket.send_segments_to(&payload, segment_bytes, peer.real)?;
