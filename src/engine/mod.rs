@@ -388,14 +388,14 @@ impl<N: HostNet> Engine<N> {
         local: bool,
     ) -> Result<(), DropReason> {
         let message = Message::parse(incoming.head).map_err(|_| DropReason::Malformed)?;
-        let Message::EchoRequest { ident, seq } = message else {
-            return Err(DropReason::Unsupported);
+        let (ident, seq) = match message {
+            Message::EchoRequest { ident, seq } => (ident, seq),
+            Message::Unreachable { code: icmpv4::UnreachableCode::Port, .. } => {
+                return self.refused_by_guest(incoming);
+            }
+            _ => return Err(DropReason::Unsupported),
         };
-        let mut sum = checksum::Accumulator::new();
-        incoming.whole.add_to(&mut sum);
-        if sum.finish() != 0 {
-            return Err(DropReason::Checksum);
-        }
+        verify_icmp(incoming)?;
         let payload = incoming.whole.range(icmpv4::HEADER_BYTES, incoming.whole.len());
         let src = IpAddr::V4(incoming.ip.src);
         if local {
@@ -419,6 +419,33 @@ impl<N: HostNet> Engine<N> {
             packet: incoming.packet,
         };
         self.datagram(port, incoming, &datagram)
+    }
+
+    /// "Port unreachable" of the guest: nobody there wants what a remote end sends. It must quote a datagram
+    /// of a live exchange (RFC 5508, REQ-5), at this worker or another.
+    fn refused_by_guest(&mut self, incoming: &Incoming<'_>) -> Result<(), DropReason> {
+        verify_icmp(incoming)?;
+        let quote = incoming.head.get(icmpv4::HEADER_BYTES..).ok_or(DropReason::Malformed)?;
+        let about = ipv4::Header::parse(quote, usize::MAX).map_err(|_| DropReason::Malformed)?;
+        let ports = udp::Header::parse(&quote[about.header_bytes..], about.payload_bytes);
+        let ports = ports.map_err(|_| DropReason::Malformed)?;
+        let is_datagram = about.protocol == Protocol::UDP && about.fragment_offset_bytes == 0;
+        if !is_datagram || (about.src, about.dst) != (incoming.ip.dst, incoming.ip.src) {
+            return Err(DropReason::NoFlow);
+        }
+        let key = datagram::Key {
+            kind: datagram::Kind::Udp,
+            guest: SocketAddr::new(about.dst.into(), ports.dst_port),
+            remote: SocketAddr::new(about.src.into(), ports.src_port),
+        };
+        if self.nat.refused_by_guest(&mut self.core, &key) {
+            return Ok(());
+        }
+        let owner = self.nat.datagram_elsewhere(&self.core, &key).ok_or(DropReason::NoFlow)?;
+        self.send_letter(owner, Letter::Frame(incoming.to_held_frame()));
+        // It is counted where it is taken.
+        self.core.counters.frames_from_guest -= 1;
+        Ok(())
     }
 
     /// A datagram for the world, or for the worker that has its socket.
@@ -696,6 +723,13 @@ impl<N: HostNet> Engine<N> {
         self.gateway.forget_guest();
         self.core.forget_guest();
     }
+}
+
+/// Checks the checksum of an ICMP message.
+fn verify_icmp(incoming: &Incoming<'_>) -> Result<(), DropReason> {
+    let mut sum = checksum::Accumulator::new();
+    incoming.whole.add_to(&mut sum);
+    if sum.finish() == 0 { Ok(()) } else { Err(DropReason::Checksum) }
 }
 
 /// Checks the transport checksum where the guest computed one. A partial checksum means the frame

@@ -1,10 +1,11 @@
 //! ICMP errors: what the world says of the guest's datagrams, and what the guest hears of it.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use vunet::engine::counters::DropReason;
 use vunet::engine::host_net::PacketFields;
 use vunet::limits;
+use vunet::wire::checksum::Accumulator;
 use vunet::wire::icmpv4::{Message, UnreachableCode};
 use vunet::wire::ipv4::{self, Protocol};
 use vunet::wire::udp;
@@ -13,6 +14,7 @@ use crate::frames::{
     GATEWAY, GUEST_IP, Seen, WORLD, echo_frame, echo_message, fragments, frame, guest, ip, udp_frame,
     udp_message, world,
 };
+use crate::handover::exchange;
 use crate::rig::{COMPLAINT, READABLE, Rig, Setup, only, pattern, secs};
 use crate::world::Complaint;
 
@@ -352,4 +354,166 @@ fn a_flood_of_datagrams_too_large_asks_for_the_path_no_more_often_than_it_is_tol
         (0..500).map(|_| rig.send(&packet(Protocol::ICMP, 64, true, &pattern(1450))).len()).sum();
     assert_eq!(heard, limits::ICMP_ERRORS_BURST as usize);
     assert_eq!(rig.world().paths_asked, heard);
+}
+
+/// The guest's "port unreachable" about a datagram from `from` to `to`, as its kernel sends it.
+fn guest_refuses(code: u8, from: SocketAddrV4, to: SocketAddrV4) -> Vec<u8> {
+    let message = udp_message(from, to, b"answer");
+    let header = ip(*from.ip(), *to.ip(), Protocol::UDP, message.len());
+    let mut quote = vec![0; ipv4::HEADER_BYTES];
+    header.emit(&mut quote);
+    quote.extend(message);
+    let mut error = vec![0; 8 + quote.len()];
+    unreachable(UnreachableCode::from(code), 0).emit_with_payload(&quote, &mut error);
+    frame(&ip(GUEST_IP, *from.ip(), Protocol::ICMP, error.len()), &error)
+}
+
+/// A rig whose guest has an answer from the world's port 9.
+fn answered() -> Rig {
+    let mut rig = asked(b"ask");
+    assert_eq!(rig.datagram_arrives(0, b"answer", world(9).into()).len(), 1);
+    rig
+}
+
+#[test]
+fn a_guest_that_refuses_an_answer_ends_the_exchange_and_its_socket() {
+    let mut rig = answered();
+    assert_eq!(rig.send(&guest_refuses(3, world(9), guest(4000))), []);
+    assert!(!rig.sock(0).is_open);
+    rig.assert_empty();
+    // It may begin anew.
+    rig.send(&udp_frame(guest(4000), world(9), b"ask"));
+    assert!(rig.sock(1).is_open);
+}
+
+#[test]
+fn a_refusal_ends_the_exchange_it_names_and_no_other() {
+    let mut rig = answered();
+    rig.send(&udp_frame(guest(4000), world(10), b"ask"));
+    rig.datagram_arrives(0, b"answer", world(10).into());
+    rig.send(&guest_refuses(3, world(9), guest(4000)));
+    assert_eq!(rig.datagram_arrives(0, b"again", world(9).into()), []);
+    assert_eq!(rig.datagram_arrives(0, b"again", world(10).into()).len(), 1);
+    rig.send(&guest_refuses(3, world(10), guest(4000)));
+    rig.assert_empty();
+}
+
+#[test]
+fn a_refusal_that_names_no_delivered_datagram_ends_nothing() {
+    let mut rig = answered();
+    rig.send(&udp_frame(guest(4000), world(10), b"ask"));
+    let good = guest_refuses(3, world(9), guest(4000));
+    let with = |at: usize, value: u8| {
+        let mut frame = good.clone();
+        frame[at] = value;
+        frame
+    };
+    let (icmp, quote) = (14 + 20, 14 + 20 + 8);
+    let mut elsewhere = good.clone();
+    let header = ipv4::Header::parse(&good[14..], usize::MAX).expect("a header");
+    ipv4::Header { dst: ROUTER, ..header }.emit(&mut elsewhere[14..]);
+    let wrong: [(Vec<u8>, DropReason); 10] = [
+        (guest_refuses(3, world(9), guest(4001)), DropReason::NoFlow),
+        (guest_refuses(3, world(11), guest(4000)), DropReason::NoFlow),
+        // It was asked, and never answered.
+        (guest_refuses(3, world(10), guest(4000)), DropReason::NoFlow),
+        (guest_refuses(3, SocketAddrV4::new(ROUTER, 9), guest(4000)), DropReason::NoFlow),
+        // Not to whom it says it is about.
+        (elsewhere, DropReason::NoFlow),
+        (guest_refuses(1, world(9), guest(4000)), DropReason::Unsupported),
+        (guest_refuses(13, world(9), guest(4000)), DropReason::Unsupported),
+        (with(icmp + 2, good[icmp + 2] ^ 1), DropReason::Checksum),
+        (fix_icmp(with(quote + 10, good[quote + 10] ^ 1)), DropReason::Malformed),
+        // TCP is quoted.
+        (fix_quote(with(quote + 9, 6)), DropReason::NoFlow),
+    ];
+    for (n, (frame, reason)) in wrong.into_iter().enumerate() {
+        let before = rig.dropped(reason);
+        assert_eq!(rig.send(&frame), []);
+        assert_eq!(rig.dropped(reason), before + 1, "case {n}");
+    }
+    // Cut anywhere it ends nothing either.
+    for len in 0..28 {
+        let mut error = good[icmp..quote + len].to_vec();
+        error[2..4].fill(0);
+        let sum = checksum_of(&error);
+        error[2..4].copy_from_slice(&sum);
+        rig.send(&frame(&ip(GUEST_IP, WORLD, Protocol::ICMP, error.len()), &error));
+    }
+    assert_eq!(rig.datagram_arrives(0, b"again", world(9).into()).len(), 1);
+    assert!(rig.sock(0).is_open);
+}
+
+fn checksum_of(bytes: &[u8]) -> [u8; 2] {
+    let mut sum = Accumulator::new();
+    sum.add_bytes(bytes);
+    sum.finish().to_be_bytes()
+}
+
+/// The frame with the right checksum over its ICMP message.
+fn fix_icmp(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[36..38].fill(0);
+    let sum = checksum_of(&frame[34..]);
+    frame[36..38].copy_from_slice(&sum);
+    frame
+}
+
+/// The frame with the right checksums over the IP header it quotes and its ICMP message.
+fn fix_quote(mut frame: Vec<u8>) -> Vec<u8> {
+    frame[52..54].fill(0);
+    let sum = checksum_of(&frame[42..62]);
+    frame[52..54].copy_from_slice(&sum);
+    fix_icmp(frame)
+}
+
+#[test]
+fn a_refusal_that_quotes_a_later_fragment_ends_nothing() {
+    let mut rig = answered();
+    let mut refusal = guest_refuses(3, world(9), guest(4000));
+    refusal[42 + 7] = 1;
+    rig.send(&fix_quote(refusal));
+    assert!(rig.sock(0).is_open);
+    assert_eq!(rig.dropped(DropReason::NoFlow), 1);
+}
+
+#[test]
+fn a_published_port_outlives_every_refusal() {
+    let mut rig = Rig::new();
+    let token = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(token);
+    rig.engine.publish_udp(socket, 53);
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    for _ in 0..3 {
+        assert_eq!(rig.datagram_arrives(0, b"ask", world(999).into()).len(), 1);
+        rig.send(&guest_refuses(3, world(999), guest(53)));
+        assert!(rig.sock(0).is_open);
+        assert_eq!(rig.engine.next_deadline(), None, "the exchange is over");
+    }
+}
+
+#[test]
+fn a_refusal_on_another_queue_pair_finds_its_exchange() {
+    let mut rigs = Rig::workers(3);
+    rigs[2].send(&udp_frame(guest(4000), world(9), b"ask"));
+    rigs[2].datagram_arrives(0, b"answer", world(9).into());
+    rigs[0].send(&guest_refuses(3, world(9), guest(4000)));
+    exchange(&mut rigs);
+    assert!(!rigs[2].sock(0).is_open);
+    assert_eq!(rigs[0].engine.counters().frames_from_guest, 0, "it is counted where it was taken");
+    // Of one nobody has, nobody hears.
+    rigs[0].send(&guest_refuses(3, world(9), guest(4000)));
+    assert!(rigs[0].engine.next_letter().is_none());
+    assert_eq!(rigs[0].dropped(DropReason::NoFlow), 1);
+}
+
+#[test]
+fn a_flood_of_refusals_costs_one_socket() {
+    let mut rig = answered();
+    rig.send(&udp_frame(guest(4001), world(9), b"ask"));
+    for n in 0..10_000u32 {
+        let (from, to) = (world(9), guest((n % 16) as u16 + 4000));
+        assert_eq!(rig.send(&guest_refuses(3, from, to)), []);
+    }
+    assert_eq!(rig.dropped(DropReason::NoFlow), 9_999);
+    assert!(rig.sock(1).is_open);
 }

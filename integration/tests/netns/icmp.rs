@@ -178,3 +178,31 @@ fn a_host_that_forbids_echo_sockets_says_so_to_the_guest_and_in_the_log() {
         Ok(())
     });
 }
+
+#[test]
+fn a_port_the_guest_closed_is_refused_to_the_world() {
+    scenario(&Setup::new(), |bench| {
+        let world = bench.lab.world.inside(|| UdpSocket::bind((WORLD, 9100)))?;
+        let guest = bench.lab.guest.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
+        world.set_read_timeout(Some(PATIENCE))?;
+        guest.set_read_timeout(Some(PATIENCE))?;
+        guest.connect((WORLD, 9100))?;
+        guest.send(b"ask")?;
+        let (_, seen_as) = world.recv_from(&mut [0; 10])?;
+        world.connect(seen_as)?;
+        world.send(b"answer")?;
+        guest.recv(&mut [0; 10])?;
+        drop(guest);
+        // The guest refuses the first of these, which closes the host's socket; the host refuses the next.
+        world.set_read_timeout(Some(std::time::Duration::from_millis(50)))?;
+        for _ in 0..100 {
+            let refused = |error: &std::io::Error| error.kind() == ErrorKind::ConnectionRefused;
+            match world.send(b"late").and_then(|_| world.recv(&mut [0; 10])) {
+                Err(error) if refused(&error) => return Ok(()),
+                Err(_) => {}
+                Ok(_) => return Err(Failure("nobody was there to answer".into())),
+            }
+        }
+        Err(Failure("the world was never refused".into()))
+    });
+}

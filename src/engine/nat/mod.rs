@@ -331,6 +331,17 @@ impl<N: HostNet> Nat<N> {
         None
     }
 
+    /// The guest refuses what the remote end of an exchange sends; false if there is no such exchange here.
+    pub fn refused_by_guest(&mut self, core: &mut Core, key: &datagram::Key) -> bool {
+        self.datagrams.refused_by_guest(core, key)
+    }
+
+    /// The other worker that has the socket of an exchange.
+    pub fn datagram_elsewhere(&self, core: &Core, key: &datagram::Key) -> Option<WorkerId> {
+        let socket = Place::Socket((key.kind, key.guest));
+        core.elsewhere(&Place::Exchange(*key)).or_else(|| core.elsewhere(&socket))
+    }
+
     fn send_datagram(
         &mut self,
         core: &mut Core,

@@ -7,11 +7,14 @@
 //! said of length and identification is remembered of the last packet to that endpoint. An error neither
 //! refreshes nor ends anything (RFC 5508, REQ-6; RFC 4787, REQ-12).
 //!
+//! The other way there is one: a guest's "port unreachable" ends the exchange it names. The world hears of it
+//! once the socket is gone, from the host's own kernel.
+//!
 //! Read first: RFC 792, RFC 5508 (section 4), RFC 1812 (5.3.2, 4.3.2), ip(7) on `IP_RECVERR`.
 
 use std::net::{IpAddr, SocketAddr};
 
-use super::{DatagramTable, Kind, Peer};
+use super::{DatagramTable, Key, Kind, Peer};
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::emit;
@@ -35,6 +38,19 @@ impl<D: HostDatagram> DatagramTable<D> {
         let more = socket.take_errors(limits::DATAGRAM_ERRORS, &mut |error| self.tell(core, port, at, error));
         self.mappings[at].socket = Some(socket);
         self.mappings[at].failed = more;
+    }
+
+    /// The guest answered a datagram of this exchange with "port unreachable": the exchange is over, and its
+    /// socket with it unless others go on there or the port is published. False where nothing was delivered
+    /// that could be refused.
+    pub fn refused_by_guest(&mut self, core: &mut Core, key: &Key) -> bool {
+        match self.by_key.get(key) {
+            Some(&peer) if self.peers[peer].answered || self.peers[peer].stranger => {
+                self.remove_peer(core, peer);
+                true
+            }
+            _ => false,
+        }
     }
 
     fn tell(&self, core: &mut Core, port: &mut impl GuestPort, at: usize, error: &NetworkError<'_>) {

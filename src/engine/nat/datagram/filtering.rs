@@ -37,6 +37,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
         }
         let peer = self.add_peer(core, at, key, real);
+        self.peers[peer].stranger = true;
         core.claim(Place::Exchange(key));
         Some(self.peers[peer].key.remote)
     }

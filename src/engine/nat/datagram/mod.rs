@@ -77,6 +77,7 @@ struct MovedPeer {
     real: SocketAddr,
     answered: bool,
     spoken: bool,
+    stranger: bool,
 }
 
 impl<D> Moved<D> {
@@ -127,6 +128,8 @@ struct Peer {
     answered: bool,
     /// The guest has sent to it before.
     spoken: bool,
+    /// It sent before the guest did.
+    stranger: bool,
     /// What the guest sent to it last.
     sent: Sent,
     timer: TimerSlot,
@@ -279,6 +282,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             mapping,
             answered: false,
             spoken: false,
+            stranger: false,
             sent: Sent::default(),
             timer,
             newer: None,
@@ -403,8 +407,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mut peers = Vec::new();
         let mut next = self.mappings[at].newest_peer;
         while let Some(peer) = next.map(|peer| &self.peers[peer]) {
-            let Peer { key, real, answered, spoken, older, .. } = *peer;
-            peers.push(MovedPeer { key, real, answered, spoken });
+            let Peer { key, real, answered, spoken, stranger, older, .. } = *peer;
+            peers.push(MovedPeer { key, real, answered, spoken, stranger });
             if peers.len() > limits::MOVED_PEERS_MAX {
                 return None;
             }
@@ -440,10 +444,11 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
         self.by_guest.insert(end, at);
         self.lru.touch(at);
-        for MovedPeer { key, real, answered, spoken } in peers {
+        for MovedPeer { key, real, answered, spoken, stranger } in peers {
             let peer = self.add_peer(core, at, key, real);
             self.peers[peer].answered = answered;
             self.peers[peer].spoken = spoken;
+            self.peers[peer].stranger = stranger;
         }
     }
 
