@@ -115,14 +115,15 @@ fn prepare(
     queues: Vec<DeviceQueues>,
     stop: &EventFd,
 ) -> Result<Prepared, Error> {
-    let nat = match &config.mode {
+    let mut nat = match &config.mode {
         Mode::Nat(nat) => nat.clone(),
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let (tcp, udp) = bind_all(&nat.publish)?;
+    let (tcp, udp) = bind_all(&mut nat.publish)?;
     let mut published = Some((tcp, udp));
     let world = matches!(config.mode, Mode::Nat(_));
+    let mode = if world { Mode::Nat(nat.clone()) } else { Mode::Isolated };
     let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
     let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
     let directory = Arc::new(Directory::default());
@@ -142,7 +143,7 @@ fn prepare(
             engine: EngineConfig {
                 lan: config.lan,
                 dns: config.dns.clone(),
-                mode: config.mode.clone(),
+                mode: mode.clone(),
                 mac: config.mac,
                 flows_max: flows_max(open_files, nat.publish.len(), workers),
                 isn_secret,
@@ -215,8 +216,8 @@ impl Signals {
 
 type Bound = Vec<(socket2::Socket, u16)>;
 
-/// Binds every published port; port 0 is picked by the kernel and reported.
-fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
+/// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
+fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
     let (mut tcp, mut udp) = (Vec::new(), Vec::new());
     for entry in publish {
         let (kind, socket_type, list) = match entry.protocol {
@@ -227,6 +228,7 @@ fn bind_all(publish: &[Publish]) -> Result<(Bound, Bound), Error> {
         let socket = bind_published(socket_type, entry.host).map_err(refused)?;
         let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(entry.host);
         tracing::info!(kind, %host, guest_port = entry.guest_port, "published");
+        entry.host = host;
         list.push((socket, entry.guest_port));
     }
     Ok((tcp, udp))

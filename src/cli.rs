@@ -109,6 +109,26 @@ pub enum UplinkArg {
     Sockets,
 }
 
+/// Which datagrams of one port of the guest share a port of the host (RFC 4787, 4.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UdpMappingArg {
+    /// All of them, whatever they are sent to
+    EndpointIndependent,
+    /// Those to one remote address and port
+    AddressAndPortDependent,
+}
+
+/// Whose datagrams come in (RFC 4787, 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum UdpFilteringArg {
+    /// Anybody's
+    EndpointIndependent,
+    /// Those of addresses the guest has sent to
+    AddressDependent,
+    /// Those of addresses and ports the guest has sent to
+    AddressAndPortDependent,
+}
+
 /// Form of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogFormatArg {
@@ -174,6 +194,14 @@ pub struct Args {
     /// Let the gateway's address reach 127.0.0.1 of this host, and the guest this host's own addresses
     #[arg(long, help_heading = "Reaching the guest and the host")]
     allow_host_loopback: bool,
+
+    /// Which UDP datagrams of one port of the guest share a port of this host (RFC 4787)
+    /// [default: endpoint-independent]
+    #[arg(long, value_enum, value_name = "BEHAVIOUR", help_heading = "UDP")]
+    udp_mapping: Option<UdpMappingArg>,
+    /// Whose UDP datagrams come in through it (RFC 4787) [default: address-and-port-dependent]
+    #[arg(long, value_enum, value_name = "BEHAVIOUR", help_heading = "UDP")]
+    udp_filtering: Option<UdpFilteringArg>,
 
     /// Resolver to forward to; repeatable [default: those of /etc/resolv.conf]
     #[arg(long, value_name = "IP[:PORT]", value_parser = values::dns_server, help_heading = "DNS")]

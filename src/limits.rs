@@ -98,8 +98,17 @@ pub const DATAGRAM_BATCHES: usize = 4;
 /// call, and most of a flood would be withheld from the guest anyway ([`ICMP_ERRORS_PER_SECOND`]).
 pub const DATAGRAM_ERRORS: usize = 16;
 
-/// Remote endpoints one datagram socket remembers for filtering; beyond it the longest idle goes.
+/// Remote endpoints the guest sent datagrams to that are remembered; beyond it the longest idle goes.
 pub const DATAGRAM_PEERS_MAX: usize = 65_536;
+
+/// Remote endpoints that sent to the guest first and have no answer yet: clients of published ports, and
+/// what filtering lets in. Beyond it the longest idle of them goes, so that a flood of invented senders
+/// costs no exchange of the guest's own.
+pub const DATAGRAM_STRANGERS_MAX: usize = 8192;
+
+/// Lowest port of the guest's that its host socket asks for too: below, a port of that number on the host
+/// means something else (RFC 6335, 6).
+pub const PRESERVED_PORT_MIN: u16 = 1024;
 
 /// Connections taken from one listener before others have their turn.
 pub const ACCEPT_BURST: usize = 64;

@@ -11,7 +11,7 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// The flags of the command line, as `--help` shows them.
-const FLAGS: [&str; 21] = [
+const FLAGS: [&str; 23] = [
     "--socket-path",
     "--fd",
     "--client",
@@ -31,6 +31,8 @@ const FLAGS: [&str; 21] = [
     "--no-dns",
     "--no-dhcp",
     "--allow-host-loopback",
+    "--udp-mapping",
+    "--udp-filtering",
     "--log-level",
     "--log-format",
 ];
@@ -76,7 +78,7 @@ fn version_is_the_packages() {
 
 #[test]
 fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
-    let cases: [(&[&str], &[&str]); 14] = [
+    let cases: [(&[&str], &[&str]); 16] = [
         (&[], &["--socket-path", "--fd", "give"]),
         (&["--socket-path", "s", "extra"], &["'extra'"]),
         (&["--socket-path"], &["--socket-path <PATH>", "value is required"]),
@@ -92,6 +94,14 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
         (&["--socket-path", "s", "--uplink", "tap"], &["--uplink", "'tap'", "sockets"]),
         (&["--socket-path", "s", "--mode", "none", "--publish", "1:1"], &["--publish", "none", "--mode nat"]),
         (&["--socket-path", "s", "--log-level", "loud"], &["--log-level", "'loud'", "debug"]),
+        (
+            &["--socket-path", "s", "--udp-mapping", "symmetric"],
+            &["--udp-mapping", "'symmetric'", "address-and-port-dependent"],
+        ),
+        (
+            &["--socket-path", "s", "--mode", "none", "--udp-filtering", "address-dependent"],
+            &["--udp-filtering", "none", "--mode nat"],
+        ),
         (&["--fd", "9"], &["--fd 9", "no such descriptor", "parent"]),
         (&["--fd", "nine"], &["--fd", "'nine'", "such as 3"]),
     ];

@@ -9,10 +9,11 @@ use thiserror::Error;
 
 use super::subnet::{self, Notice};
 use super::values::{self, PublishRange, ValueError};
-use super::{Args, LogFormatArg, ModeArg};
+use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg};
 use crate::addr::Ipv4Subnet;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish, UdpConfig, UdpFiltering,
+    UdpMapping, WorkersConfig,
 };
 use crate::limits;
 use crate::uplink::sys::inherited::{self, InheritedError};
@@ -207,6 +208,12 @@ fn mode(args: &Args) -> Result<Mode, UsageError> {
     if let Some(server) = args.dns_server.first() {
         return refuse(format!("--dns-server {server}"), "only local names are answered");
     }
+    if args.udp_mapping.is_some() {
+        return refuse("--udp-mapping".to_owned(), "no datagram leaves for the world");
+    }
+    if args.udp_filtering.is_some() {
+        return refuse("--udp-filtering".to_owned(), "no datagram comes from the world");
+    }
     if args.uplink.is_some() {
         return refuse("--uplink sockets".to_owned(), "no frame leaves for the world");
     }
@@ -222,10 +229,24 @@ fn nat(args: &Args) -> Result<NatConfig, UsageError> {
         }
     }
     Ok(NatConfig {
+        udp: udp(args),
         publish: published(&args.publish)?,
         allow_host_loopback: args.allow_host_loopback,
         dns_servers,
     })
+}
+
+fn udp(args: &Args) -> UdpConfig {
+    let mapping = args.udp_mapping.map(|mapping| match mapping {
+        UdpMappingArg::EndpointIndependent => UdpMapping::EndpointIndependent,
+        UdpMappingArg::AddressAndPortDependent => UdpMapping::AddressAndPortDependent,
+    });
+    let filtering = args.udp_filtering.map(|filtering| match filtering {
+        UdpFilteringArg::EndpointIndependent => UdpFiltering::EndpointIndependent,
+        UdpFilteringArg::AddressDependent => UdpFiltering::AddressDependent,
+        UdpFilteringArg::AddressAndPortDependent => UdpFiltering::AddressAndPortDependent,
+    });
+    UdpConfig { mapping: mapping.unwrap_or_default(), filtering: filtering.unwrap_or_default() }
 }
 
 /// Every port by itself; no host port twice, or the second could not be bound.
@@ -418,13 +439,30 @@ mod tests {
     }
 
     #[test]
+    fn each_behaviour_of_udp_can_be_asked_for_by_its_name_in_the_rfc() {
+        use UdpFiltering::{AddressAndPortDependent, AddressDependent, EndpointIndependent};
+        for (name, expected) in [
+            ("endpoint-independent", EndpointIndependent),
+            ("address-dependent", AddressDependent),
+            ("address-and-port-dependent", AddressAndPortDependent),
+        ] {
+            let config = config(&format!("--udp-filtering {name}"));
+            let mapping = UdpMapping::EndpointIndependent;
+            assert_eq!(nat_of(&config).udp, UdpConfig { mapping, filtering: expected });
+        }
+        let config = config("--udp-mapping endpoint-independent");
+        assert_eq!(nat_of(&config).udp, UdpConfig::default());
+    }
+
+    #[test]
     fn every_flag_reaches_the_configuration() {
         let config = config(
             "--client --one-off --mode nat --uplink sockets --mac 52:54:00:00:00:09 --ip-mtu 9000 \
              --subnet 10.9.0.0/16 --gateway 10.9.0.254 --guest-ip 10.9.9.9 --no-dhcp --publish 8080:80 \
              --publish udp:127.0.0.1:0:53 --allow-host-loopback --dns-server 192.0.2.1 \
              --dns-server 192.0.2.1:53 --dns-domain Lan --dns-host db=10.9.0.7 --log-level debug \
-             --log-format json --no-peek-off --queues 4 --pin 1,4-6 --busy-poll-us 50",
+             --log-format json --no-peek-off --queues 4 --pin 1,4-6 --busy-poll-us 50 \
+             --udp-mapping address-and-port-dependent --udp-filtering address-dependent",
         );
         assert_eq!(
             config.workers,
@@ -446,6 +484,8 @@ mod tests {
         let nat = nat_of(&config);
         assert_eq!(nat.publish.len(), 2);
         assert!(nat.allow_host_loopback);
+        assert_eq!(nat.udp.mapping, UdpMapping::AddressAndPortDependent);
+        assert_eq!(nat.udp.filtering, UdpFiltering::AddressDependent);
         assert_eq!(nat.dns_servers, ["192.0.2.1:53".parse().unwrap()]);
         assert_eq!(config.dns.domain, "lan");
         assert_eq!(config.dns.hosts[0], ("db.lan".to_owned(), "10.9.0.7".parse().unwrap()));
@@ -463,9 +503,14 @@ mod tests {
             assert_eq!(config.mode, Mode::Isolated);
             assert_eq!(config.lan.subnet.to_string(), "10.0.0.0/24");
             assert_eq!(notices, []);
-            for flag in
-                ["--publish 80:80", "--allow-host-loopback", "--dns-server 192.0.2.1", "--uplink sockets"]
-            {
+            for flag in [
+                "--publish 80:80",
+                "--allow-host-loopback",
+                "--dns-server 192.0.2.1",
+                "--uplink sockets",
+                "--udp-mapping endpoint-independent",
+                "--udp-filtering address-dependent",
+            ] {
                 let error = error(&format!("{line} {flag}"));
                 for part in [flag.split(' ').next().unwrap(), mode, "--mode nat", "drop it"] {
                     assert!(error.contains(part), "'{part}' is not in: {error}");

@@ -110,9 +110,42 @@ pub enum Mode {
     Isolated,
 }
 
+/// Which datagrams of one port of the guest share a host port (RFC 4787, 4.1).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UdpMapping {
+    /// All of them, whatever they are sent to.
+    #[default]
+    EndpointIndependent,
+    /// Those to one remote address and port; others have a host port of their own.
+    AddressAndPortDependent,
+}
+
+/// Whose datagrams come in through a host port (RFC 4787, 5).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UdpFiltering {
+    /// Anybody's.
+    EndpointIndependent,
+    /// Those of addresses the guest has sent to from there.
+    AddressDependent,
+    /// Those of addresses and ports the guest has sent to from there.
+    #[default]
+    AddressAndPortDependent,
+}
+
+/// How UDP is translated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UdpConfig {
+    /// Which datagrams share a host port.
+    pub mapping: UdpMapping,
+    /// Whose datagrams come in.
+    pub filtering: UdpFiltering,
+}
+
 /// Settings of translation to host sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NatConfig {
+    /// How UDP is translated.
+    pub udp: UdpConfig,
     /// Ports of the host that lead to the guest.
     pub publish: Vec<Publish>,
     /// Whether the gateway's address reaches the host's loopback, and the host's own addresses are

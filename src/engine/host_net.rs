@@ -257,10 +257,11 @@ pub trait HostNet {
     /// No descriptor, or the service is gone.
     fn connect_dns(&mut self, token: Token) -> io::Result<Self::Stream>;
 
-    /// A UDP socket on `local`, port 0 for any.
+    /// A UDP socket on `local`'s address, and on its port if that is free; else, and for port 0, on any, of
+    /// the same parity where one is soon found (RFC 4787, REQ-4).
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel's refusal, but for a port that is not to be had.
     fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<Self::Datagram>;
 
     /// An ICMP echo socket of the family of `family`. The kernel sets and matches the identifier.

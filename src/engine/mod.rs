@@ -36,7 +36,7 @@ use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
 use self::placement::{HeldFrame, Home, Letter, Place, Post, SentOn, Waiting, WorkerId};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
-use crate::config::{DnsConfig, IpMtu, Lan, Mode};
+use crate::config::{DnsConfig, IpMtu, Lan, Mode, UdpConfig};
 use crate::frame::{Payload, TxFrame};
 use crate::limits;
 use crate::service::dhcp::{self, LeaseChange};
@@ -55,7 +55,7 @@ pub struct EngineConfig {
     pub lan: Lan,
     /// DNS as the guest meets it.
     pub dns: DnsConfig,
-    /// What lies beyond the gateway.
+    /// What lies beyond the gateway; published ports with the host addresses they are really bound to.
     pub mode: Mode,
     /// The MAC address the guest should have, if one was configured.
     pub mac: Option<MacAddr>,
@@ -127,13 +127,14 @@ impl<N: HostNet> Engine<N> {
     pub fn new(config: &EngineConfig, net: N, dhcp: SharedDhcp, dns: Arc<DnsService>) -> Engine<N> {
         let mut core = Core::new(config.lan);
         core.home = config.home.clone();
-        let policy = match &config.mode {
-            Mode::Nat(nat) => Policy { world: true, host_loopback: nat.allow_host_loopback },
-            Mode::Isolated => Policy { world: false, host_loopback: false },
+        let policy = Policy::of(&config.mode);
+        let udp = match &config.mode {
+            Mode::Nat(nat) => nat.udp,
+            Mode::Isolated => UdpConfig::default(),
         };
         Engine {
             gateway: Gateway::new(dhcp, dns),
-            nat: Nat::new(net, policy, config.flows_max, config.isn_secret, config.dns.enabled),
+            nat: Nat::new(net, policy, udp, config.flows_max, config.isn_secret, config.dns.enabled),
             reassembly: Reassembly::default(),
             expected_mac: config.mac,
             waiting: Waiting::default(),
@@ -455,7 +456,7 @@ impl<N: HostNet> Engine<N> {
         incoming: &Incoming<'_>,
         datagram: &Datagram<'_>,
     ) -> Result<(), DropReason> {
-        let end = (datagram.key.kind, datagram.key.guest);
+        let end = self.nat.end_of(&datagram.key);
         let place = Place::Socket(end);
         let owner = match self.waiting.awaits(&place) {
             true => None,

@@ -305,6 +305,18 @@ pub fn bind_published(kind: Type, address: SocketAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Ports tried for one of the right parity: with half of them free, all but one in 256 sockets get it.
+const PARITY_TRIES: usize = 8;
+
+/// A UDP socket of a flow's at `local`.
+fn bind_udp(local: SocketAddr) -> io::Result<Socket> {
+    let kind = Type::DGRAM.nonblocking().cloexec();
+    let socket = Socket::new(Domain::for_address(local), kind, Some(Protocol::UDP))?;
+    prepare_udp(&socket)?;
+    socket.bind(&local.into())?;
+    Ok(socket)
+}
+
 fn tcp_knows_peek_offset() -> bool {
     let probe = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), Some(Protocol::TCP));
     probe.is_ok_and(|socket| sys::set_peek_offset(socket.as_fd(), 0).is_ok())
@@ -359,10 +371,19 @@ impl HostNet for HostSockets {
     }
 
     fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<Datagram> {
-        let kind = Type::DGRAM.nonblocking().cloexec();
-        let socket = Socket::new(Domain::for_address(local), kind, Some(Protocol::UDP))?;
-        prepare_udp(&socket)?;
-        socket.bind(&local.into())?;
+        let mut any = local;
+        any.set_port(0);
+        let mut socket = match local.port() {
+            0 => bind_udp(any)?,
+            _ => bind_udp(local).or_else(|_| bind_udp(any))?,
+        };
+        for _ in 0..PARITY_TRIES {
+            let port = socket.local_addr()?.as_socket().map_or(0, |bound| bound.port());
+            if local.port() == 0 || port % 2 == local.port() % 2 {
+                break;
+            }
+            socket = bind_udp(any)?;
+        }
         self.datagram(token, socket)
     }
 

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 
 use vunet::engine::counters::DropReason;
+use vunet::engine::nat::datagram::{GuestEnd, Kind};
 use vunet::engine::placement::{Directory, Place, Post, WorkerId};
 use vunet::limits;
 use vunet::wire::tcp::Flags;
@@ -260,7 +261,7 @@ fn a_worker_forgets_the_guest_before_the_letter_that_says_it_began_anew() {
 #[test]
 fn a_directory_entry_is_cleared_only_by_who_has_it() {
     let directory = Directory::default();
-    let place = Place::Socket((vunet::engine::nat::datagram::Kind::Udp, guest(4000).into()));
+    let place = Place::Socket(GuestEnd { kind: Kind::Udp, guest: guest(4000).into(), remote: None });
     directory.set(place, WorkerId(1));
     directory.clear(&place, WorkerId(0));
     assert_eq!(directory.owner(&place), Some(WorkerId(1)));

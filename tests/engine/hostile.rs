@@ -2,14 +2,16 @@
 //!
 //! Seeded; `VUNET_HOSTILE_SEED=n` replays one run.
 
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::time::Duration;
 
+use vunet::config::{Mode, NatConfig, UdpConfig, UdpFiltering, UdpMapping};
 use vunet::engine::counters::Counters;
 use vunet::engine::guest_port::GuestOffloads;
 use vunet::engine::host_net::{Readiness, SendSpace, Token};
 use vunet::frame::QueuePair;
 use vunet::limits;
+use vunet::wire::icmpv4::Message;
 use vunet::wire::ipv4::Protocol;
 use vunet::wire::tcp::{Flags, Options};
 use vunet::wire::vnet::{Checksum, VnetHeader};
@@ -19,6 +21,7 @@ use crate::frames::{
 };
 use crate::random::Rng;
 use crate::rig::{Rig, Setup, pattern};
+use crate::world::Complaint;
 
 /// Runs by default.
 const SEEDS: u64 = 20;
@@ -43,11 +46,20 @@ impl Chaos {
     fn new(seed: u64) -> Chaos {
         let mut rng = Rng::new(seed);
         let offload = rng.below(2) == 0;
+        let udp = UdpConfig {
+            mapping: rng.pick(&[UdpMapping::EndpointIndependent, UdpMapping::AddressAndPortDependent]),
+            filtering: rng.pick(&[
+                UdpFiltering::EndpointIndependent,
+                UdpFiltering::AddressDependent,
+                UdpFiltering::AddressAndPortDependent,
+            ]),
+        };
         let setup = Setup {
             flows_max: 4 + rng.below(20),
             ip_mtu: rng.pick(&[576, 1500, 9000, 65_521]),
             offloads: GuestOffloads { checksum: offload, tso4: offload, ..GuestOffloads::default() },
-            ..Setup::with_host_loopback()
+            mode: Mode::Nat(NatConfig { allow_host_loopback: true, udp, ..NatConfig::default() }),
+            ..Setup::default()
         };
         let mut rig = Rig::with(setup);
         let listener = rig.engine.nat().next_listener_token();
@@ -233,13 +245,28 @@ impl Chaos {
         let at = if self.rng.below(3) == 0 { 0 } else { at };
         let len = self.rng.pick(&[0, 1, 8, 100, 1472, 9000, 65_507]);
         let from = SocketAddr::from(self.remote());
+        let complaint = (self.rng.below(3) == 0).then(|| self.complaint());
         let token = {
             let mut sock = self.rig.sock(at);
             sock.inbox.push_back((pattern(len), from));
+            sock.complaints.extend(complaint);
             sock.token
         };
         let ready = self.readiness();
         self.rig.engine.host_ready(self.rig.now, &mut self.rig.port, token, ready);
+    }
+
+    /// An ICMP error of the world about anything at all.
+    fn complaint(&mut self) -> Complaint {
+        let (kind, code) = (self.rng.pick(&[3, 3, 5, 11, 12]), self.rng.below(16) as u8);
+        let message = Message::parse(&[kind, code, 0, 0, 0, 0, 5, 0]).expect("eight bytes");
+        let len = self.rng.pick(&[0, 7, 8, 100, 548]);
+        let mut quoted: Vec<u8> = (0..len).map(|_| self.rng.next() as u8).collect();
+        if len > 0 && self.rng.below(2) == 0 {
+            quoted[0] = 8;
+        }
+        let offender = (self.rng.below(2) == 0).then(|| IpAddr::V4(*self.remote().ip()));
+        Complaint { to: self.remote().into(), offender, message, quoted }
     }
 
     fn client_arrives(&mut self) {

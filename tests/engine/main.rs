@@ -3,6 +3,7 @@
 //! `rig` puts the parts together, `world` and `port` script both sides, `frames` writes and reads
 //! frames. Every frame the guest receives is checked to be well-formed, checksums included.
 
+mod behaviours;
 mod bounds;
 mod churn;
 mod datagrams;

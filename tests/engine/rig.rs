@@ -123,10 +123,14 @@ impl Rig {
 
     /// Workers with a rig each, all in one world.
     pub(crate) fn workers(count: u8) -> Vec<Rig> {
+        Rig::workers_with(count, &Setup::default())
+    }
+
+    pub(crate) fn workers_with(count: u8, setup: &Setup) -> Vec<Rig> {
         let directory = Arc::new(Directory::default());
         let rig = |n| {
             let home = Home { own: WorkerId(n), workers: count, directory: Arc::clone(&directory) };
-            Rig::with(Setup { home: Some(home), ..Setup::default() })
+            Rig::with(Setup { home: Some(home), ..setup.clone() })
         };
         let mut rigs: Vec<Rig> = (0..count).map(rig).collect();
         let world = Rc::clone(&rigs[0].world);

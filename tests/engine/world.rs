@@ -71,6 +71,8 @@ pub(crate) struct Complaint {
 pub(crate) struct Sock {
     pub(crate) token: Token,
     pub(crate) is_ping: bool,
+    /// The port asked for, 0 for any.
+    pub(crate) wished_port: u16,
     pub(crate) inbox: VecDeque<(Vec<u8>, SocketAddr)>,
     pub(crate) sent: Vec<(Vec<u8>, SocketAddr)>,
     /// What each of them had in its header.
@@ -207,6 +209,7 @@ impl World {
         self.socks.push(Sock {
             token,
             is_ping,
+            wished_port: 0,
             inbox: VecDeque::new(),
             sent: Vec::new(),
             sent_fields: Vec::new(),
@@ -300,10 +303,10 @@ impl HostNet for Net {
     }
 
     fn udp(&mut self, token: Token, local: SocketAddr) -> io::Result<FakeDatagram> {
-        assert_eq!(local.port(), 0, "the kernel picks the port");
         let mut world = self.0.borrow_mut();
         world.take_descriptor()?;
         let at = world.add_sock(token, false);
+        world.socks[at].wished_port = local.port();
         Ok(FakeDatagram { world: Rc::clone(&self.0), at })
     }
 

@@ -380,3 +380,32 @@ fn the_path_to_loopback_carries_any_packet() {
     // No socket may be connected there: nothing is known.
     assert_eq!(uplink.net.path_mtu(SocketAddr::from(([255, 255, 255, 255], 9))), None);
 }
+
+/// The port a far end sees `socket` under.
+fn port_of(socket: &mut Datagram) -> u16 {
+    let far = UdpSocket::bind(loopback(0)).expect("a socket");
+    far.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+    let to = far.local_addr().expect("an address");
+    socket.send_to(&[], &Payload::from_host(b"who"), to).expect("sent");
+    far.recv_from(&mut [0; 10]).expect("it came").1.port()
+}
+
+#[test]
+fn a_free_port_is_had_and_a_taken_one_gives_another_of_its_parity() {
+    let mut uplink = Uplink::new(true);
+    for round in 0..8 {
+        let taken = UdpSocket::bind(SocketAddr::from(([0, 0, 0, 0], 0))).expect("a port");
+        let wished = taken.local_addr().expect("an address");
+        let mut other = uplink.net.udp(Token(round), wished).expect("another port");
+        let port = port_of(&mut other);
+        assert_ne!(port, wished.port());
+        assert_eq!(port % 2, wished.port() % 2);
+        drop(taken);
+        // Somebody else of this machine may have got it meanwhile, but not again and again.
+        let mut socket = uplink.net.udp(Token(100 + round), wished).expect("the port");
+        if port_of(&mut socket) == wished.port() {
+            return;
+        }
+    }
+    panic!("no free port was had");
+}

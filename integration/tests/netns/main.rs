@@ -5,6 +5,7 @@
 //! `target/release/vunet`. Random choices print their seed; `VUNET_SEED` replays one.
 //! `VUNET_GUEST_ARGS` adds arguments to every guest, to run all of it with, say, `--features none`.
 
+mod behaviours;
 mod bench;
 mod benchmark;
 mod bounds;

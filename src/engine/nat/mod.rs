@@ -21,7 +21,7 @@ use super::counters::DropReason;
 use super::guest_port::GuestPort;
 use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
-use crate::config::IpMtu;
+use crate::config::{IpMtu, Protocol, UdpConfig};
 use crate::frame::Payload;
 use crate::limits;
 use crate::wire::icmpv4::{Message, UnreachableCode};
@@ -124,15 +124,22 @@ pub struct Datagram<'a> {
 }
 
 impl<N: HostNet> Nat<N> {
-    /// No flows yet. `flows_max` bounds both tables together; `dns` says whether the gateway's port 53
-    /// answers.
-    pub fn new(net: N, policy: Policy, flows_max: usize, isn_secret: (u64, u64), dns: bool) -> Nat<N> {
+    /// No flows yet. UDP is translated as `udp` says; `flows_max` bounds both tables together; `dns` says
+    /// whether the gateway's port 53 answers.
+    pub fn new(
+        net: N,
+        policy: Policy,
+        udp: UdpConfig,
+        flows_max: usize,
+        isn_secret: (u64, u64),
+        dns: bool,
+    ) -> Nat<N> {
         Nat {
             net,
             policy,
             flows_max: flows_max.clamp(1, limits::FLOWS_MAX),
             tcp: TcpTable::new(isn_secret),
-            datagrams: DatagramTable::default(),
+            datagrams: DatagramTable::new(udp),
             listeners: Slab::new(),
             accept_again: Vec::new(),
             dns,
@@ -247,7 +254,7 @@ impl<N: HostNet> Nat<N> {
         let is_dns = self.dns && key.remote == SocketAddr::new(core.gateway(), DNS_PORT);
         let verdict = match is_dns {
             true => Verdict::Connect(key.remote),
-            false => self.policy.judge(core, &mut self.net, key.remote),
+            false => self.policy.judge(core, &mut self.net, Some(Protocol::Tcp), key.remote),
         };
         let to = match verdict {
             Verdict::Connect(to) => to,
@@ -319,8 +326,9 @@ impl<N: HostNet> Nat<N> {
                 if let Some(worker) = core.elsewhere(&Place::Exchange(*key)) {
                     return Some(Elsewhere::Stays(worker));
                 }
-                if !self.datagrams.has_mapping(key.kind, key.guest)
-                    && let Some(worker) = core.elsewhere(&Place::Socket((key.kind, key.guest)))
+                let end = self.datagrams.end_of(key);
+                if !self.datagrams.has_mapping(&end)
+                    && let Some(worker) = core.elsewhere(&Place::Socket(end))
                 {
                     return Some(Elsewhere::Moves(worker));
                 }
@@ -338,8 +346,13 @@ impl<N: HostNet> Nat<N> {
 
     /// The other worker that has the socket of an exchange.
     pub fn datagram_elsewhere(&self, core: &Core, key: &datagram::Key) -> Option<WorkerId> {
-        let socket = Place::Socket((key.kind, key.guest));
+        let socket = Place::Socket(self.end_of(key));
         core.elsewhere(&Place::Exchange(*key)).or_else(|| core.elsewhere(&socket))
+    }
+
+    /// What the socket of an exchange serves.
+    pub fn end_of(&self, key: &datagram::Key) -> GuestEnd {
+        self.datagrams.end_of(key)
     }
 
     fn send_datagram(
@@ -381,9 +394,10 @@ impl<N: HostNet> Nat<N> {
         datagram: &Datagram<'_>,
     ) -> Option<PeerId> {
         let Datagram { key, from, packet, .. } = *datagram;
-        let code = match self.policy.judge(core, &mut self.net, key.remote) {
+        let protocol = (key.kind == Kind::Udp).then_some(Protocol::Udp);
+        let code = match self.policy.judge(core, &mut self.net, protocol, key.remote) {
             Verdict::Connect(real) => {
-                if !self.datagrams.has_mapping(key.kind, key.guest)
+                if !self.datagrams.has_mapping(&self.datagrams.end_of(&key))
                     && !self.open_mapping(core, port, datagram, real)
                 {
                     return None;
@@ -406,11 +420,13 @@ impl<N: HostNet> Nat<N> {
         datagram: &Datagram<'_>,
         real: SocketAddr,
     ) -> bool {
+        // Its own port where that is free (RFC 4787, 4.2.1), so that a mapping survives its idle time.
+        let own = Some(datagram.key.guest.port()).filter(|own| *own >= limits::PRESERVED_PORT_MIN);
         let any = match real {
-            SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], 0)),
-            SocketAddr::V6(_) => SocketAddr::from(([0u16; 8], 0)),
+            SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], own.unwrap_or(0))),
+            SocketAddr::V6(_) => SocketAddr::from(([0u16; 8], own.unwrap_or(0))),
         };
-        let kind = datagram.key.kind;
+        let (kind, end) = (datagram.key.kind, self.datagrams.end_of(&datagram.key));
         let made = self.open(core, port, |nat| {
             let token = nat.datagrams.next_token();
             match kind {
@@ -420,7 +436,7 @@ impl<N: HostNet> Nat<N> {
         });
         match made {
             Ok(socket) => {
-                self.datagrams.insert_mapping(core, kind, datagram.key.guest, socket);
+                self.datagrams.insert_mapping(core, end, socket);
                 true
             }
             Err(error) => {

@@ -4,21 +4,25 @@
 //! |---|---|
 //! | the gateway | its own services; the host's loopback with `--allow-host-loopback` |
 //! | 0/8, 127/8, 224/4, 240/4, broadcast, the guest's own subnet | prohibited, always |
-//! | an address of the host's own | prohibited, unless `--allow-host-loopback`: such packets travel over the host's loopback, past the rules that guard its interfaces |
+//! | a published port at an address of the host's own | back to the guest, by way of the host (RFC 4787, REQ-9) |
+//! | another end of the host's own | prohibited, unless `--allow-host-loopback`: such packets travel over the host's loopback, past the rules that guard its interfaces |
 //! | anything else | the world; in an isolated network nothing |
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use crate::config::{Mode, Protocol};
 use crate::engine::core::Core;
 use crate::engine::host_net::HostNet;
 
 /// What may be reached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
     /// The world beyond the gateway.
     pub world: bool,
     /// The host itself.
     pub host_loopback: bool,
+    /// Ports of the host that lead back to the guest: their protocol and where they are bound.
+    pub published: Vec<(Protocol, SocketAddr)>,
 }
 
 /// What becomes of a new flow.
@@ -35,8 +39,26 @@ pub enum Verdict {
 }
 
 impl Policy {
-    /// Judges a new flow of the guest to `to`.
-    pub fn judge(self, core: &Core, net: &mut impl HostNet, to: SocketAddr) -> Verdict {
+    /// The policy of a mode.
+    pub fn of(mode: &Mode) -> Policy {
+        match mode {
+            Mode::Nat(nat) => Policy {
+                world: true,
+                host_loopback: nat.allow_host_loopback,
+                published: nat.publish.iter().map(|port| (port.protocol, port.host)).collect(),
+            },
+            Mode::Isolated => Policy { world: false, host_loopback: false, published: Vec::new() },
+        }
+    }
+
+    /// Judges a new flow of the guest to `to`; `protocol` is `None` for an echo.
+    pub fn judge(
+        &self,
+        core: &Core,
+        net: &mut impl HostNet,
+        protocol: Option<Protocol>,
+        to: SocketAddr,
+    ) -> Verdict {
         if to.ip() == core.gateway() {
             let loopback = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), to.port());
             return if self.host_loopback { Verdict::Connect(loopback) } else { Verdict::NoService };
@@ -47,10 +69,18 @@ impl Policy {
         if !self.world {
             return Verdict::NoRoute;
         }
-        if !self.host_loopback && net.is_own_address(to.ip()) {
+        if !self.host_loopback && net.is_own_address(to.ip()) && !self.is_published(protocol, to) {
             return Verdict::Prohibited;
         }
         Verdict::Connect(to)
+    }
+
+    /// Whether this end of the host's own is a published port.
+    fn is_published(&self, protocol: Option<Protocol>, to: SocketAddr) -> bool {
+        let leads_there = |bound: SocketAddr| {
+            bound.port() == to.port() && (bound.ip() == to.ip() || bound.ip().is_unspecified())
+        };
+        self.published.iter().any(|(kind, bound)| Some(*kind) == protocol && leads_there(*bound))
     }
 }
 

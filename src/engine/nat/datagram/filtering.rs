@@ -1,12 +1,16 @@
 //! Whose datagrams a socket takes (RFC 4787, 5), and under which address the guest sees them.
+//!
+//! A published port takes anybody's. A socket the guest opened takes those of endpoints it sent to, or what
+//! the configured filtering allows beyond that; who comes in becomes a remote endpoint of the socket's, so
+//! that the guest's answer finds its way back out through it.
 
 use std::net::SocketAddr;
 
 use super::{DatagramTable, Key, Kind};
+use crate::config::UdpFiltering;
 use crate::engine::core::Core;
 use crate::engine::host_net::HostDatagram;
 use crate::engine::nat::policy;
-use crate::engine::placement::Place;
 
 impl<D: HostDatagram> DatagramTable<D> {
     /// The remote end as the guest sees it, if it may send to this socket.
@@ -17,28 +21,41 @@ impl<D: HostDatagram> DatagramTable<D> {
         guest: SocketAddr,
         real: SocketAddr,
     ) -> Option<SocketAddr> {
-        let mapping = &self.mappings[at];
-        let real = mapping.kind.endpoint(real);
+        let real = self.mappings[at].kind.endpoint(real);
         if let Some(&peer) = self.by_real.get(&(at, real)) {
             if self.peers[peer].key.guest == guest {
-                self.peers[peer].answered = true;
-                self.refresh(core, peer);
+                self.hear(core, peer);
                 return Some(self.peers[peer].key.remote);
             }
             // The guest behind a published port has another address now.
             self.remove_peer(core, peer);
         }
-        self.mappings[at].published_port?;
+        if !self.lets_in(at, real) {
+            return None;
+        }
         let mut key = Key { kind: Kind::Udp, guest, remote: policy::visible(core, real) };
-        if self.by_key.contains_key(&key) {
+        if let Some(&peer) = self.by_key.get(&key) {
+            if self.peers[peer].real == real {
+                // The guest talks to it through another socket, and will go on to.
+                return Some(key.remote);
+            }
             let taken = |port| {
                 self.by_key.contains_key(&Key { remote: SocketAddr::new(key.remote.ip(), port), ..key })
             };
             key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
         }
-        let peer = self.add_peer(core, at, key, real);
-        self.peers[peer].stranger = true;
-        core.claim(Place::Exchange(key));
-        Some(self.peers[peer].key.remote)
+        self.add_peer(core, at, key, real, true);
+        Some(key.remote)
+    }
+
+    /// Whether an endpoint the guest has not sent to from there may send to it.
+    fn lets_in(&self, at: usize, real: SocketAddr) -> bool {
+        let mapping = &self.mappings[at];
+        match (mapping.kind, self.rules.filtering) {
+            _ if mapping.published_port.is_some() => true,
+            (Kind::Echo, _) | (Kind::Udp, UdpFiltering::AddressAndPortDependent) => false,
+            (Kind::Udp, UdpFiltering::AddressDependent) => self.spoken_to.contains_key(&(at, real.ip())),
+            (Kind::Udp, UdpFiltering::EndpointIndependent) => true,
+        }
     }
 }

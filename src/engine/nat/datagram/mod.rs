@@ -9,6 +9,7 @@
 mod delivery;
 mod errors;
 mod filtering;
+mod peers;
 mod turns;
 
 use std::collections::VecDeque;
@@ -21,6 +22,7 @@ use slab::Slab;
 
 use super::{Datagram, TokenKind};
 use crate::addr::MacAddr;
+use crate::config::{UdpConfig, UdpMapping};
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::host_net::{HostDatagram, PacketFields, Token};
 use crate::engine::lru::Lru;
@@ -58,8 +60,16 @@ pub struct Key {
     pub remote: SocketAddr,
 }
 
-/// A guest's end, which one socket serves.
-pub type GuestEnd = (Kind, SocketAddr);
+/// What one socket serves: a guest's end, with endpoint-dependent mapping towards one remote end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GuestEnd {
+    /// Protocol.
+    pub kind: Kind,
+    /// The guest's end.
+    pub guest: SocketAddr,
+    /// The one remote end it sends to, as the guest sees it; `None` for whatever there is.
+    pub remote: Option<SocketAddr>,
+}
 
 /// A socket on its way between workers, with its remote endpoints. `D` is the socket without its worker.
 #[derive(Debug)]
@@ -93,6 +103,8 @@ struct Mapping<D> {
     kind: Kind,
     /// The guest's end; unknown for a published port until a guest is known.
     guest: Option<SocketAddr>,
+    /// What it serves; a published port serves whoever comes.
+    end: Option<GuestEnd>,
     published_port: Option<u16>,
     /// Away only while it is being read.
     socket: Option<D>,
@@ -156,22 +168,31 @@ pub struct PeerId(usize);
 /// All datagram sockets of an engine.
 #[derive(Debug)]
 pub struct DatagramTable<D> {
+    rules: UdpConfig,
     mappings: Slab<Mapping<D>>,
     by_guest: HashMap<GuestEnd, usize, foldhash::quality::RandomState>,
     peers: Slab<Peer>,
     by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
     by_real: HashMap<(usize, SocketAddr), usize, foldhash::quality::RandomState>,
     lru: Lru,
+    /// Remote endpoints the guest sent to, by their last use ...
     peer_lru: Lru,
+    /// ... and strangers, who sent before it did.
+    stranger_lru: Lru,
+    strangers: usize,
+    /// Remote endpoints the guest sent to, by socket and address; counted for address-dependent filtering.
+    spoken_to: HashMap<(usize, IpAddr), usize, foldhash::quality::RandomState>,
     again: Vec<Token>,
     starved: VecDeque<Token>,
     published: usize,
     generation: u32,
 }
 
-impl<D: HostDatagram> Default for DatagramTable<D> {
-    fn default() -> DatagramTable<D> {
+impl<D: HostDatagram> DatagramTable<D> {
+    /// No sockets yet; UDP is translated as `rules` say.
+    pub fn new(rules: UdpConfig) -> DatagramTable<D> {
         DatagramTable {
+            rules,
             mappings: Slab::new(),
             by_guest: HashMap::default(),
             peers: Slab::new(),
@@ -179,15 +200,16 @@ impl<D: HostDatagram> Default for DatagramTable<D> {
             by_real: HashMap::default(),
             lru: Lru::default(),
             peer_lru: Lru::default(),
+            stranger_lru: Lru::default(),
+            strangers: 0,
+            spoken_to: HashMap::default(),
             again: Vec::new(),
             starved: VecDeque::new(),
             published: 0,
             generation: 0,
         }
     }
-}
 
-impl<D: HostDatagram> DatagramTable<D> {
     /// Sockets in the table; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
         self.mappings.len() - self.published
@@ -223,19 +245,30 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.peers[at].real
     }
 
+    /// What the socket of an exchange serves (RFC 4787, 4.1; of echoes always all remote ends).
+    pub fn end_of(&self, key: &Key) -> GuestEnd {
+        let is_shared = key.kind == Kind::Echo || self.rules.mapping == UdpMapping::EndpointIndependent;
+        GuestEnd { kind: key.kind, guest: key.guest, remote: (!is_shared).then_some(key.remote) }
+    }
+
     /// Whether the guest's end has a socket.
-    pub fn has_mapping(&self, kind: Kind, guest: SocketAddr) -> bool {
-        self.by_guest.contains_key(&(kind, guest))
+    pub fn has_mapping(&self, end: &GuestEnd) -> bool {
+        self.by_guest.contains_key(end)
     }
 
     /// Adds the socket of a guest's end.
-    pub fn insert_mapping(&mut self, core: &mut Core, kind: Kind, guest: SocketAddr, socket: D) {
-        let at = self.insert(core, kind, socket);
-        self.mappings[at].guest = Some(guest);
-        self.by_guest.insert((kind, guest), at);
-        core.claim(Place::Socket((kind, guest)));
-        self.lru.touch(at);
+    pub fn insert_mapping(&mut self, core: &mut Core, end: GuestEnd, socket: D) {
+        let at = self.insert(core, end.kind, socket);
+        self.serve(at, end);
+        core.claim(Place::Socket(end));
         core.counters.flows_opened += 1;
+    }
+
+    fn serve(&mut self, at: usize, end: GuestEnd) {
+        self.mappings[at].guest = Some(end.guest);
+        self.mappings[at].end = Some(end);
+        self.by_guest.insert(end, at);
+        self.lru.touch(at);
     }
 
     /// Adds the socket of a published UDP port. It lives as long as the table.
@@ -252,6 +285,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             token,
             kind,
             guest: None,
+            end: None,
             published_port: None,
             socket: Some(socket),
             coalesced: 1,
@@ -264,67 +298,13 @@ impl<D: HostDatagram> DatagramTable<D> {
         })
     }
 
-    /// Adds a remote endpoint the guest sends to through its socket; `None` if it has no socket.
-    pub fn insert_peer(&mut self, core: &mut Core, key: Key, real: SocketAddr) -> Option<PeerId> {
-        let mapping = *self.by_guest.get(&(key.kind, key.guest))?;
-        Some(PeerId(self.add_peer(core, mapping, key, real)))
-    }
-
-    fn add_peer(&mut self, core: &mut Core, mapping: usize, key: Key, real: SocketAddr) -> usize {
-        self.generation = self.generation.wrapping_add(1);
-        let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
-        let older = self.mappings[mapping].newest_peer;
-        let timer = TimerSlot::default();
-        let peer = Peer {
-            token,
-            key,
-            real,
-            mapping,
-            answered: false,
-            spoken: false,
-            stranger: false,
-            sent: Sent::default(),
-            timer,
-            newer: None,
-            older,
-        };
-        let at = self.peers.insert(peer);
-        if let Some(older) = older {
-            self.peers[older].newer = Some(at);
-        }
-        self.mappings[mapping].newest_peer = Some(at);
-        self.by_key.insert(key, at);
-        self.by_real.insert((mapping, real), at);
-        self.refresh(core, at);
-        // After the new one is in, so that the one given up may be its own socket's only other.
-        if self.peers.len() > limits::DATAGRAM_PEERS_MAX
-            && let Some(oldest) = self.peer_lru.oldest()
-        {
-            self.remove_peer(core, oldest);
-        }
-        at
-    }
-
-    /// A peer was heard or spoken to: its idle time starts again.
-    fn refresh(&mut self, core: &mut Core, at: usize) {
-        let peer = &mut self.peers[at];
-        let deadline = core.now + peer.idle_max();
-        core.timers.set(&mut peer.timer, peer.token, deadline);
-        self.peer_lru.touch(at);
-        let mapping = &mut self.mappings[peer.mapping];
-        mapping.last_active = core.now;
-        if mapping.published_port.is_none() {
-            self.lru.touch(peer.mapping);
-        }
-    }
-
     /// Sends a datagram of the guest to a known peer; with UDP segmentation offload as several.
     ///
     /// # Errors
     /// The socket's.
     pub fn send(&mut self, core: &mut Core, PeerId(at): PeerId, datagram: &Datagram<'_>) -> io::Result<()> {
         let Datagram { from, head, payload, gso_bytes, ident, fields, .. } = *datagram;
-        self.refresh(core, at);
+        self.speak(core, at);
         let peer = &mut self.peers[at];
         let len_bytes = gso_bytes.unwrap_or(usize::MAX).min(head.len() + payload.len());
         peer.sent = Sent { ident, fields, len_bytes };
@@ -346,45 +326,6 @@ impl<D: HostDatagram> DatagramTable<D> {
         Ok(())
     }
 
-    /// A peer's deadline came up.
-    pub fn timeout(&mut self, core: &mut Core, token: Token) {
-        let at = TokenKind::index(token);
-        let Some(peer) = self.peers.get_mut(at).filter(|peer| peer.token == token) else {
-            return;
-        };
-        if core.timers.expired(&mut peer.timer, token, core.now) {
-            self.remove_peer(core, at);
-        }
-    }
-
-    /// Forgets a peer, and its socket if that was the last one and nobody published it.
-    fn remove_peer(&mut self, core: &mut Core, at: usize) {
-        let mapping = self.forget_peer(core, at);
-        if self.mappings[mapping].newest_peer.is_none() && self.mappings[mapping].published_port.is_none() {
-            self.remove_mapping(core, mapping);
-        }
-    }
-
-    /// Takes a peer out of every table; returns its mapping.
-    fn forget_peer(&mut self, core: &mut Core, at: usize) -> usize {
-        let mut peer = self.peers.remove(at);
-        core.timers.clear(&mut peer.timer);
-        self.peer_lru.remove(at);
-        self.by_key.remove(&peer.key);
-        if self.mappings[peer.mapping].published_port.is_some() {
-            core.release(&Place::Exchange(peer.key));
-        }
-        self.by_real.remove(&(peer.mapping, peer.real));
-        if let Some(older) = peer.older {
-            self.peers[older].newer = peer.newer;
-        }
-        match peer.newer {
-            Some(newer) => self.peers[newer].older = peer.older,
-            None => self.mappings[peer.mapping].newest_peer = peer.older,
-        }
-        peer.mapping
-    }
-
     /// Ends a socket with its peers; of a published one only the peers.
     fn remove_mapping(&mut self, core: &mut Core, at: usize) {
         while let Some(peer) = self.mappings[at].newest_peer {
@@ -395,9 +336,9 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
         self.lru.remove(at);
         let mapping = self.mappings.remove(at);
-        if let Some(guest) = mapping.guest {
-            self.by_guest.remove(&(mapping.kind, guest));
-            core.release(&Place::Socket((mapping.kind, guest)));
+        if let Some(end) = mapping.end {
+            self.by_guest.remove(&end);
+            core.release(&Place::Socket(end));
         }
     }
 
@@ -439,16 +380,13 @@ impl<D: HostDatagram> DatagramTable<D> {
             // The guest's next datagram opens another.
             return core.release(&Place::Socket(end));
         };
-        let at = self.insert(core, end.0, socket);
-        self.mappings[at].guest = Some(end.1);
+        let at = self.insert(core, end.kind, socket);
+        self.serve(at, end);
         self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
-        self.by_guest.insert(end, at);
-        self.lru.touch(at);
         for MovedPeer { key, real, answered, spoken, stranger } in peers {
-            let peer = self.add_peer(core, at, key, real);
+            let peer = self.add_peer(core, at, key, real, stranger);
             self.peers[peer].answered = answered;
             self.peers[peer].spoken = spoken;
-            self.peers[peer].stranger = stranger;
         }
     }
 
