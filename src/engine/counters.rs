@@ -28,8 +28,10 @@ pub enum DropReason {
     OutOfWindow,
     /// Without the timestamps agreed on, or older than what came since (RFC 7323, 5).
     OldTimestamp,
-    /// Fragments that overlap, exceed bounds or never completed.
+    /// Fragments that overlap others or exceed bounds, and what comes of their datagram afterwards.
     Fragment,
+    /// Datagrams whose fragments did not all come in time.
+    FragmentHole,
     /// Answers withheld by rate limit.
     RateLimited,
     /// From a remote endpoint the guest has not sent to.
@@ -38,7 +40,7 @@ pub enum DropReason {
     ServiceSilent,
 }
 
-const REASONS: [(DropReason, &str); 16] = [
+const REASONS: [(DropReason, &str); 17] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -52,6 +54,7 @@ const REASONS: [(DropReason, &str); 16] = [
     (DropReason::OutOfWindow, "out_of_window"),
     (DropReason::OldTimestamp, "old_timestamp"),
     (DropReason::Fragment, "fragment"),
+    (DropReason::FragmentHole, "fragment_hole"),
     (DropReason::RateLimited, "rate_limited"),
     (DropReason::Filtered, "filtered"),
     (DropReason::ServiceSilent, "service_silent"),

@@ -155,6 +155,11 @@ impl<N: HostNet> Engine<N> {
         &mut self.nat
     }
 
+    /// Payload of fragments held until their datagrams are whole, in bytes.
+    pub fn reassembly_bytes(&self) -> usize {
+        self.reassembly.held_bytes()
+    }
+
     /// Publishes a bound UDP socket to the guest's `guest_port`.
     pub fn publish_udp(&mut self, socket: N::Datagram, guest_port: u16) {
         self.nat.publish_udp(&self.core, socket, guest_port);
@@ -245,7 +250,7 @@ impl<N: HostNet> Engine<N> {
         if ip.is_fragment() {
             let mut bytes = vec![0u8; whole.len()];
             whole.copy_to(&mut bytes);
-            let Some(datagram) = self.reassembly.add(&mut self.core, &ip, &bytes) else {
+            let Some(datagram) = self.reassembly.add(&mut self.core, port, from, &ip, &bytes) else {
                 return Ok(());
             };
             let ip = ipv4::Header {
@@ -650,6 +655,7 @@ impl<N: HostNet> Engine<N> {
     /// Carries out the deadlines that came up.
     pub fn run_timers(&mut self, now: Instant, port: &mut impl GuestPort) {
         self.begin(now);
+        self.reassembly.expire(&mut self.core, port);
         self.nat.run_timers(&mut self.core, port);
     }
 
@@ -667,7 +673,7 @@ impl<N: HostNet> Engine<N> {
 
     /// When [`Engine::run_timers`] is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        self.core.timers.next()
+        [self.core.timers.next(), self.reassembly.next_deadline()].into_iter().flatten().min()
     }
 
     /// The next question for the upstream resolvers.

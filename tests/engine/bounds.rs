@@ -259,7 +259,7 @@ fn reassembly_is_bounded_and_a_flood_of_fragments_ends_nobody_elses_datagram_for
         rig.feed(&fragments[0]);
     }
     let dropped = 1000 - limits::REASSEMBLY_DATAGRAMS_MAX as u64;
-    assert_eq!(rig.dropped(DropReason::Fragment), dropped);
+    assert_eq!(rig.dropped(DropReason::TableFull), dropped);
     for frame in
         crate::frames::fragments(crate::frames::WORLD, vunet::wire::ipv4::Protocol::UDP, &message, 2000, 1500)
     {

@@ -11,6 +11,7 @@ mod datagrams;
 mod detached;
 mod ending;
 mod errors;
+mod fragments;
 mod frames;
 mod from_guest;
 mod gateway;
