@@ -225,6 +225,16 @@ fn an_error_neither_ends_a_mapping_nor_keeps_it() {
     complain(&mut rig, 0, world(9).into(), WORLD, port, b"ask");
     rig.pass(secs(2));
     assert!(!rig.sock(0).is_open, "two minutes after the guest last spoke");
+    rig.send(&echo_frame(WORLD, 7, 1, b"x"));
+    let mut quoted = vec![0; 9];
+    Message::EchoRequest { ident: 9, seq: 1 }.emit_with_payload(b"x", &mut quoted);
+    let to = SocketAddr::new(WORLD.into(), 0);
+    for seconds in [59, 2] {
+        assert!(rig.sock(1).is_open);
+        rig.pass(secs(seconds));
+        complain(&mut rig, 1, to, ROUTER, EXPIRED, &quoted);
+    }
+    assert!(!rig.sock(1).is_open, "a minute after the guest's echo");
 }
 
 #[test]
@@ -516,4 +526,18 @@ fn a_flood_of_refusals_costs_one_socket() {
     }
     assert_eq!(rig.dropped(DropReason::NoFlow), 9_999);
     assert!(rig.sock(1).is_open);
+}
+
+#[test]
+fn an_exchange_without_a_socket_is_prohibited_aloud() {
+    let mut rig = Rig::new();
+    rig.world().descriptors_max = 0;
+    for sent in [udp_frame(guest(4000), world(9), b"ask"), echo_frame(WORLD, 7, 1, b"ask")] {
+        let (code, quoted) = only(rig.send(&sent)).unreachable();
+        assert_eq!((code, &quoted[..]), (13, &sent[14..]));
+    }
+    assert_eq!(rig.dropped(DropReason::SocketRefused), 2);
+    rig.world().descriptors_max = usize::MAX;
+    assert_eq!(rig.send(&udp_frame(guest(4000), world(9), b"ask")), []);
+    assert_eq!(rig.sock(0).sent.len(), 1);
 }

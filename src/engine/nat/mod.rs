@@ -443,9 +443,10 @@ impl<N: HostNet> Nat<N> {
                 core.counters.drop(DropReason::SocketRefused);
                 if kind == Kind::Echo && error.kind() == io::ErrorKind::PermissionDenied {
                     Self::say_ping_refused();
-                    let code = UnreachableCode::AdminProhibited;
-                    core.send_unreachable(port, datagram.from, code, datagram.packet);
                 }
+                // Whatever the host lacks, leave or room (RFC 5508, REQ-8).
+                let code = UnreachableCode::AdminProhibited;
+                core.send_unreachable(port, datagram.from, code, datagram.packet);
                 false
             }
         }
