@@ -287,7 +287,7 @@ impl<N: HostNet> Nat<N> {
     pub fn has(&self, place: &Place) -> bool {
         match place {
             Place::Tcp(key) => self.tcp.contains(key),
-            Place::Socket((kind, guest)) => self.datagrams.has_mapping(*kind, *guest),
+            Place::Socket(end) => self.datagrams.has_mapping(end),
             Place::Exchange(key) => self.datagrams.peer(key).is_some(),
         }
     }
