@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
-use crate::control::dns_forward::{self, DnsForwarder, Upstreams};
+use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -129,11 +129,11 @@ fn prepare(
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
+    let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders) = (Vec::new(), Vec::new());
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
-        let (dns_client, forwarder) =
-            dns_forward::channel(Upstreams::of(&nat)).map_err(starting("the DNS channel"))?;
+        let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
         let (tcp, udp) = published.take().unwrap_or_default();
         let several = workers > 1;

@@ -40,8 +40,8 @@ pub const FLOWS_MAX: usize = 262_144;
 /// Descriptors kept back from flows for each worker: rings, epoll and channels.
 pub const RESERVED_FDS_WORKER: usize = 64;
 
-/// Descriptors kept back from flows for DNS: queries over both transports and both ends of its streams
-/// at their bounds for one worker. Several workers rarely ask as much at once; where they do and
+/// Descriptors kept back from flows for DNS: questions under way over both transports, and both ends of
+/// one worker's streams, at their bounds. Several workers rarely have as many streams; where they do and
 /// descriptors run out, the longest idle flow makes room.
 pub const RESERVED_FDS_DNS: usize = 320;
 
@@ -56,9 +56,6 @@ pub const REASSEMBLY_FRAGMENTS_MAX: usize = 128;
 
 /// Neighbours (guest address to MAC) remembered; one guest with containers bridged behind it.
 pub const NEIGHBOURS_MAX: usize = 1024;
-
-/// DNS questions of the guest waiting for an upstream answer.
-pub const DNS_PENDING_MAX: usize = 1024;
 
 /// ICMP errors towards the guest: burst and sustained rate per second (RFC 1812, 4.3.2.8).
 pub const ICMP_ERRORS_BURST: u32 = 64;
@@ -179,9 +176,24 @@ pub const CONTROL_COMMAND_BYTES_MAX: usize = 1024;
 /// queries multiples of 128 and nothing makes them thousands.
 pub const DNS_QUERY_BYTES_MAX: usize = 4096;
 
-/// DNS queries of one worker that wait for an upstream at one time: each holds a descriptor for up
-/// to [`DNS_UPSTREAMS_MAX`] tries of 2 s. One past it is answered with SERVFAIL.
-pub const DNS_QUERIES_MAX: usize = 128;
+/// DNS queries over UDP of one worker that wait for an answer at one time: a crawler's burst. Identical
+/// ones share an upstream question and the others wait for their turn ([`DNS_EXCHANGES_MAX`]), so that
+/// one costs memory and no descriptor. One past it is answered with SERVFAIL.
+pub const DNS_QUERIES_MAX: usize = 10_000;
+
+/// Bytes of those queries. Usual ones have 30 to 130 bytes; a guest that pads them all to their bound
+/// has a tenth of the queries.
+pub const DNS_QUERIES_BYTES_MAX: usize = 4 << 20;
+
+/// Questions on their way to an upstream over UDP at one time, each with a socket and port of its own
+/// (RFC 5452, 9.2). The next ones wait for their turn: at 50 ms a question it is 3,800 a second.
+pub const DNS_EXCHANGES_MAX: usize = 192;
+
+/// Answers kept for the next who asks; twice what a busy desktop asks for in a day.
+pub const DNS_CACHE_ENTRIES_MAX: usize = 8192;
+
+/// Bytes of those answers, with what keeps them: 8,192 of 512 bytes, or 60 of the largest.
+pub const DNS_CACHE_BYTES_MAX: usize = 4 << 20;
 
 /// Queries from DNS-over-TCP connections that wait for an upstream at one time; counted apart, so
 /// that neither transport can starve the other. One past it is answered with SERVFAIL.

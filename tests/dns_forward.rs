@@ -6,14 +6,16 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_proto::rr::{Name, RecordType};
+use hickory_proto::rr::rdata::A;
+use hickory_proto::rr::{Name, RData, Record, RecordType};
 use vunet::config::{DnsConfig, IpMtu, Lan};
-use vunet::control::dns_forward::{DnsAnswer, DnsClient, DnsQuery, Upstreams, channel};
+use vunet::control::dns_forward::{DnsAnswer, DnsClient, DnsQuery, Resolver, Upstreams, channel};
 use vunet::limits;
 use vunet::service::dns::DnsService;
 
@@ -36,6 +38,7 @@ fn service() -> Arc<DnsService> {
 
 /// A client whose forwarder runs on a thread of its own, watched as a worker does: edge-triggered.
 struct Forwarding {
+    resolver: Arc<Resolver>,
     client: Option<DnsClient>,
     epoll: i32,
     forwarder: Option<thread::JoinHandle<()>>,
@@ -43,7 +46,11 @@ struct Forwarding {
 
 impl Forwarding {
     fn to(upstreams: Upstreams) -> Forwarding {
-        let (client, forwarder) = channel(upstreams).unwrap();
+        Forwarding::by(&Resolver::new(upstreams))
+    }
+
+    fn by(resolver: &Arc<Resolver>) -> Forwarding {
+        let (client, forwarder) = channel(resolver).unwrap();
         let forwarder = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(forwarder.run(service())).unwrap();
@@ -51,7 +58,8 @@ impl Forwarding {
         let epoll = epoll::create(true).unwrap();
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
         epoll::ctl(epoll, epoll::ControlOptions::EPOLL_CTL_ADD, client.event_fd(), event).unwrap();
-        Forwarding { client: Some(client), epoll, forwarder: Some(forwarder) }
+        let resolver = Arc::clone(resolver);
+        Forwarding { resolver, client: Some(client), epoll, forwarder: Some(forwarder) }
     }
 
     fn to_fixed(upstreams: &[SocketAddr]) -> Forwarding {
@@ -363,17 +371,198 @@ fn many_queries_at_once_each_get_their_own_answer() {
 #[test]
 fn one_query_past_the_bound_is_given_back_and_the_bound_recovers() {
     let mut forwarding = Forwarding::to_fixed(&[silent()]);
-    let bytes = query("example.com.", RecordType::A);
+    let nth = |n: u64| query(&format!("n{n}.example."), RecordType::A);
     for id in 0..limits::DNS_QUERIES_MAX as u64 {
+        forwarding.client().submit(DnsQuery { id, bytes: nth(id) }).unwrap();
+    }
+    let refused = forwarding.client().submit(DnsQuery { id: 10_001, bytes: nth(0) });
+    assert_eq!(refused.unwrap_err().id, 10_001);
+    assert_eq!(forwarding.client().stats().over_bound, 1);
+    let mut seen = HashSet::new();
+    for _ in 0..limits::DNS_QUERIES_MAX {
+        let answer = forwarding.wait();
+        assert_eq!(code(&answer.bytes), ResponseCode::ServFail);
+        seen.insert(answer.id);
+    }
+    assert_eq!(seen.len(), limits::DNS_QUERIES_MAX);
+    assert_eq!(code(&forwarding.ask(&nth(0))), ResponseCode::ServFail);
+}
+
+#[test]
+fn one_byte_of_queries_past_their_bound_is_given_back_and_the_bound_recovers() {
+    let (go, stay) = mpsc::channel::<()>();
+    let upstream = udp_upstream(move |socket, from, query| {
+        let _ = stay.recv();
+        socket.send_to(&answer_to(query, 0, &[]), from).unwrap();
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut long = query("example.com.", RecordType::A);
+    long.resize(limits::DNS_QUERY_BYTES_MAX, 0);
+    let count = limits::DNS_QUERIES_BYTES_MAX / long.len();
+    for id in 0..count as u64 {
+        forwarding.client().submit(DnsQuery { id, bytes: long.clone() }).unwrap();
+    }
+    assert!(forwarding.client().submit(DnsQuery { id: 1, bytes: vec![0] }).is_err());
+    drop(go);
+    (0..count).for_each(|_| drop(forwarding.wait()));
+    forwarding.client().submit(DnsQuery { id: 1, bytes: vec![0] }).unwrap();
+}
+
+// ---- the cache, and questions asked once ----
+
+/// `query`'s answer with one A record that lives for a minute.
+fn address_for(query: &[u8]) -> Vec<u8> {
+    let asked = Message::from_vec(query).unwrap();
+    let mut message = Message::response(asked.metadata.id, OpCode::Query);
+    message.metadata.recursion_desired = asked.metadata.recursion_desired;
+    message.metadata.recursion_available = true;
+    message.queries.clone_from(&asked.queries);
+    message.edns.clone_from(&asked.edns);
+    let data = RData::A(A::new(192, 0, 2, 7));
+    message.answers.push(Record::from_rdata(asked.queries[0].name.clone(), 60, data));
+    message.to_vec().unwrap()
+}
+
+/// An upstream that counts what it is asked and answers with [`address_for`].
+fn counting() -> (SocketAddr, Arc<AtomicUsize>) {
+    let count = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&count);
+    let upstream = answering(move |query| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        address_for(query)
+    });
+    (upstream, count)
+}
+
+/// `query` with another id, and its name's letters in another case.
+fn other_spelling(query: &[u8], id: u16) -> Vec<u8> {
+    let mut bytes = query.to_vec();
+    bytes[..2].copy_from_slice(&id.to_be_bytes());
+    bytes[13..16].make_ascii_uppercase();
+    bytes
+}
+
+#[test]
+fn a_known_answer_is_given_without_asking_again_to_every_worker_and_transport() {
+    let (upstream, count) = counting();
+    let mut first = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    let answer = first.ask(&asked);
+    assert_eq!(answer, address_for(&asked));
+    let other = other_spelling(&asked, 4711);
+    let mut second = Forwarding::by(&first.resolver);
+    let mut expected = answer;
+    expected[..other.len()].copy_from_slice(&answer_to(&other, 0, &[]));
+    expected[7] = 1;
+    let is_expected = |mut got: Vec<u8>| {
+        // The record's time to live may have gone down.
+        let ttl = got.len() - 10..got.len() - 6;
+        assert!((58..=60).contains(&got[ttl.end - 1]), "{got:?}");
+        got[ttl.clone()].copy_from_slice(&expected[ttl]);
+        assert_eq!(got, expected);
+    };
+    is_expected(second.ask(&other));
+    let mut stream = connect(&mut second);
+    stream.write_all(&frame(&other)).unwrap();
+    is_expected(read_frame(&mut stream).unwrap());
+    assert_eq!(count.load(Ordering::Relaxed), 1);
+    let stats = first.client().stats();
+    assert_eq!((stats.queries, stats.cached, stats.answered), (3, 2, 1));
+    first.ask(&query("example.com.", RecordType::AAAA));
+    first.ask(&query_with_edns("example.com.", RecordType::A));
+    assert_eq!(count.load(Ordering::Relaxed), 3, "another type, and DNSSEC, are other questions");
+}
+
+#[test]
+fn identical_questions_on_their_way_go_upstream_once_and_each_asker_gets_its_own_answer() {
+    let (seen_in, seen) = mpsc::channel();
+    let (go, stay) = mpsc::channel::<()>();
+    let upstream = udp_upstream(move |socket, from, query| {
+        seen_in.send(query.to_vec()).unwrap();
+        let _ = stay.recv();
+        // Nothing that could be kept: what follows cannot come from the cache.
+        socket.send_to(&answer_to(query, 0, b"tail"), from).unwrap();
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let first = query("example.com.", RecordType::A);
+    let asked: Vec<_> = (0..500).map(|n| other_spelling(&first, n)).collect();
+    forwarding.client().submit(DnsQuery { id: 1000, bytes: first.clone() }).unwrap();
+    seen.recv_timeout(Duration::from_secs(5)).unwrap();
+    for (id, bytes) in (0..).zip(&asked) {
         forwarding.client().submit(DnsQuery { id, bytes: bytes.clone() }).unwrap();
     }
-    let refused = forwarding.client().submit(DnsQuery { id: 999, bytes: bytes.clone() });
-    assert_eq!(refused.unwrap_err().id, 999);
-    assert_eq!(forwarding.client().stats().over_bound, 1);
-    for _ in 0..limits::DNS_QUERIES_MAX {
-        assert_eq!(code(&forwarding.wait().bytes), ResponseCode::ServFail);
+    // Another question makes sure that all were taken before the upstream answers.
+    let other = query("example.net.", RecordType::A);
+    forwarding.client().submit(DnsQuery { id: 1001, bytes: other.clone() }).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(1);
+    while forwarding.client().stats().joined < 500 && Instant::now() < deadline {
+        thread::yield_now();
     }
-    assert_eq!(code(&forwarding.ask(&bytes)), ResponseCode::ServFail);
+    drop(go);
+    for _ in 0..502 {
+        let answer = forwarding.wait();
+        let query = match answer.id {
+            1000 => &first,
+            1001 => &other,
+            id => &asked[usize::try_from(id).unwrap()],
+        };
+        assert_eq!(answer.bytes, answer_to(query, 0, b"tail"), "{}", answer.id);
+    }
+    assert_eq!(seen.try_iter().count(), 1, "the first was taken above, and the other name");
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.queries, stats.joined, stats.cached, stats.answered), (502, 500, 0, 2));
+}
+
+#[test]
+fn questions_that_allow_another_size_are_no_copies_of_each_other() {
+    let (seen_in, seen) = mpsc::channel();
+    let upstream = udp_upstream({
+        let mut held: Vec<(SocketAddr, Vec<u8>)> = Vec::new();
+        move |socket, from, query| {
+            seen_in.send(()).unwrap();
+            held.push((from, query.to_vec()));
+            if held.len() == 2 {
+                for (from, query) in held.drain(..) {
+                    socket.send_to(&answer_to(&query, 0, b"tail"), from).unwrap();
+                }
+            }
+        }
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let roomy = query_with_edns("example.com.", RecordType::A);
+    let mut small = roomy.clone();
+    let at = small.len() - 8;
+    small[at..at + 2].copy_from_slice(&512u16.to_be_bytes());
+    for (id, bytes) in [(1, roomy), (2, small)] {
+        forwarding.client().submit(DnsQuery { id, bytes }).unwrap();
+    }
+    drop((forwarding.wait(), forwarding.wait()));
+    assert_eq!(seen.try_iter().count(), 2);
+}
+
+#[test]
+fn an_asker_that_leaves_takes_nobodys_answer_with_it() {
+    let upstream = tcp_upstream(|mut stream| {
+        let query = read_frame(&mut stream).unwrap();
+        thread::sleep(Duration::from_millis(300));
+        stream.write_all(&frame(&address_for(&query))).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    let (mut first, mut second) = (connect(&mut forwarding), connect(&mut forwarding));
+    first.write_all(&frame(&asked)).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while forwarding.client().stats().queries == 0 {
+        assert!(Instant::now() < deadline, "the query is not taken");
+        thread::yield_now();
+    }
+    second.write_all(&frame(&asked)).unwrap();
+    drop(first);
+    assert_eq!(read_frame(&mut second).unwrap(), address_for(&asked));
+    assert_eq!(forwarding.client().stats().answered, 1);
 }
 
 #[test]
@@ -388,7 +577,7 @@ fn queries_too_long_or_too_short_cost_nothing_but_themselves() {
 
 #[test]
 fn forwarder_that_is_gone_refuses_at_once() {
-    let (mut client, forwarder) = channel(Upstreams::Fixed(vec![])).unwrap();
+    let (mut client, forwarder) = channel(&Resolver::new(Upstreams::Fixed(vec![]))).unwrap();
     drop(forwarder);
     assert!(client.submit(DnsQuery { id: 1, bytes: query("example.com.", RecordType::A) }).is_err());
     assert_eq!(client.connect_stream().unwrap_err().kind(), ErrorKind::ConnectionRefused);
@@ -406,7 +595,10 @@ fn host_resolvers_are_followed_as_their_file_changes() {
         thread::spawn(move || {
             let mut buffer = [0; 512];
             while let Ok((len, from)) = socket.recv_from(&mut buffer) {
-                socket.send_to(&answer_to(&buffer[..len], 0, &mark), from).unwrap();
+                let query = &buffer[..len];
+                let is_plain = query[12] == 3;
+                let answer = if is_plain { address_for(query) } else { answer_to(query, 0, &mark) };
+                socket.send_to(&answer, from).unwrap();
             }
         });
     }
@@ -415,11 +607,14 @@ fn host_resolvers_are_followed_as_their_file_changes() {
     let mut forwarding = Forwarding::to(Upstreams::ResolvConf(path.clone()));
     let query = query("example.com.", RecordType::A);
     assert_eq!(code(&forwarding.ask(&query)), ResponseCode::ServFail);
+    let plain = self::query("www.example.com.", RecordType::A);
     for (ip, mark) in [("127.83.2.1", b"one"), ("127.83.2.2", b"two")] {
         std::fs::write(&path, format!("nameserver {ip}\n")).unwrap();
         thread::sleep(Duration::from_millis(1_050));
         assert_eq!(forwarding.ask(&query), answer_to(&query, 0, mark));
+        forwarding.ask(&plain);
     }
+    assert_eq!(forwarding.client().stats().cached, 0, "another network's answers are not given");
 }
 
 // ---- TCP ----

@@ -57,6 +57,8 @@ pub struct Gateway {
     dhcp: SharedDhcp,
     dns: Arc<DnsService>,
     pending: Slab<PendingDns>,
+    /// Bytes of the queries in `pending`.
+    pending_bytes: usize,
     forwards: VecDeque<DnsForward>,
     next_id: u32,
 }
@@ -64,7 +66,8 @@ pub struct Gateway {
 impl Gateway {
     /// The services, over the leases of the whole process.
     pub fn new(dhcp: SharedDhcp, dns: Arc<DnsService>) -> Gateway {
-        Gateway { dhcp, dns, pending: Slab::new(), forwards: VecDeque::new(), next_id: 0 }
+        let (pending, forwards) = (Slab::new(), VecDeque::new());
+        Gateway { dhcp, dns, pending, pending_bytes: 0, forwards, next_id: 0 }
     }
 
     /// The MTU that DHCP offers from now on.
@@ -152,7 +155,7 @@ impl Gateway {
         match self.dns.handle(&query, Transport::Udp) {
             DnsAction::Reply(answer) => send_dns(core, port, from, client, &answer),
             DnsAction::Drop(_) => core.counters.drop(DropReason::ServiceSilent),
-            DnsAction::Forward if self.pending.len() >= limits::DNS_PENDING_MAX => {
+            DnsAction::Forward if !self.has_room_for(&query) => {
                 core.counters.drop(DropReason::TableFull);
                 send_dns(core, port, from, client, &dns::servfail(&query));
             }
@@ -160,10 +163,16 @@ impl Gateway {
                 self.next_id = self.next_id.wrapping_add(1);
                 let slot = self.pending.vacant_key() as u64;
                 let id = (u64::from(self.next_id) << 32) | slot;
+                self.pending_bytes += query.len();
                 self.pending.insert(PendingDns { id, client, from, query: query.clone() });
                 self.forwards.push_back(DnsForward { id, query });
             }
         }
+    }
+
+    fn has_room_for(&self, query: &[u8]) -> bool {
+        self.pending.len() < limits::DNS_QUERIES_MAX
+            && self.pending_bytes + query.len() <= limits::DNS_QUERIES_BYTES_MAX
     }
 
     /// Questions to forward, to be taken after each batch.
@@ -178,6 +187,7 @@ impl Gateway {
             return;
         }
         let pending = self.pending.remove(slot);
+        self.pending_bytes -= pending.query.len();
         // A client may ask for more than a datagram over IPv4 can be; without OPT it is cut to 512 bytes.
         let query = if answer.len() > UDP_PAYLOAD_BYTES_MAX { &[][..] } else { &pending.query };
         let answer = dns::truncate_for_udp(answer, query);
@@ -187,6 +197,7 @@ impl Gateway {
     /// The guest began anew: nobody waits for answers any more.
     pub fn forget_guest(&mut self) {
         self.pending.clear();
+        self.pending_bytes = 0;
         self.forwards.clear();
     }
 }

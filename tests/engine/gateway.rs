@@ -298,7 +298,7 @@ fn an_answer_no_datagram_can_hold_is_truncated() {
 fn questions_past_the_bound_are_answered_with_failure() {
     let mut rig = Rig::new();
     let asked = query(9, "example.org", None);
-    for _ in 0..vunet::limits::DNS_PENDING_MAX {
+    for _ in 0..vunet::limits::DNS_QUERIES_MAX {
         assert_eq!(rig.send(&udp_frame(guest(5353), gateway(53), &asked)), []);
     }
     let seen = rig.send(&udp_frame(guest(5353), gateway(53), &asked));
@@ -308,6 +308,23 @@ fn questions_past_the_bound_are_answered_with_failure() {
     rig.engine.dns_answer(rig.now, &mut rig.port, forward.id, &answer(&asked, 100));
     assert_eq!(rig.take().len(), 1);
     assert_eq!(rig.send(&udp_frame(guest(5353), gateway(53), &asked)), [], "room for one again");
+}
+
+#[test]
+fn long_questions_are_bounded_by_their_bytes() {
+    let mut rig = Rig::new();
+    let mut asked = query(9, "example.org", None);
+    asked.resize(1024, 0);
+    for n in 0..vunet::limits::DNS_QUERIES_BYTES_MAX / asked.len() {
+        assert_eq!(rig.send(&udp_frame(guest(5353), gateway(53), &asked)), [], "question {n}");
+    }
+    let one_more = udp_frame(guest(5353), gateway(53), &query(9, "example.org", None));
+    let Seen::Udp { payload, .. } = only(rig.send(&one_more)) else { panic!("not UDP") };
+    assert_eq!(payload[3] & 0xf, 2, "SERVFAIL");
+    let forward = rig.engine.next_dns_forward().expect("a question to forward");
+    rig.engine.dns_answer(rig.now, &mut rig.port, forward.id, &answer(&asked, 100));
+    assert_eq!(rig.take().len(), 1);
+    assert_eq!(rig.send(&one_more), [], "room for one again");
 }
 
 #[test]

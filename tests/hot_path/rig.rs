@@ -7,7 +7,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vunet::config::{Attach, DnsConfig, IpMtu, Lan, Mode, NatConfig};
-use vunet::control::dns_forward::{self, DnsForwarder, Upstreams};
+use vunet::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
 use vunet::device::{DeviceConfig, DeviceQueues, SessionError, device};
 use vunet::engine::EngineConfig;
 use vunet::engine::counters::Counters;
@@ -60,7 +60,7 @@ fn engine_config() -> EngineConfig {
 fn parts(queues: DeviceQueues, stop: EventFd) -> (WorkerParts, DnsForwarder) {
     let engine = engine_config();
     let upstreams = Upstreams::of(&NatConfig::default());
-    let (dns_client, forwarder) = dns_forward::channel(upstreams).expect("descriptors");
+    let (dns_client, forwarder) = dns_forward::channel(&Resolver::new(upstreams)).expect("descriptors");
     let parts = WorkerParts {
         dns: Arc::new(DnsService::new(&engine.dns, &engine.lan, true)),
         dhcp: Arc::new(Mutex::new(DhcpServer::new(&engine.lan, &engine.dns))),

@@ -12,30 +12,36 @@
 //! whose other end is served here: DNS over TCP, local names from the shared
 //! [`DnsService`], the rest asked over TCP.
 //!
-//! `exchange` asks one upstream once; `upstreams` knows whom to ask; `stream` serves a connection.
+//! All forwarders of the process share one [`Resolver`]: what one worker's guest asked for, another's
+//! finds in the cache. `resolver` answers a query, from the `cache` or by asking upstreams; `message`
+//! reads what the cache has to know of one; `exchange` asks one upstream once; `upstreams` knows whom to
+//! ask; `stream` serves a connection.
 //!
 //! Read first: RFC 5452 (answers that are not ours), RFC 7766 (DNS over TCP).
 
+mod cache;
 mod exchange;
+mod message;
+mod resolver;
 mod stream;
 mod upstreams;
 
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use rtrb::{Consumer, Producer, RingBuffer};
 use tokio::net::UnixStream as TokioUnixStream;
-use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::control::dns_forward::resolver::Begun;
 use crate::limits;
-use crate::service::dns::{DnsService, Transport, servfail};
+use crate::service::dns::{DnsService, Transport};
 
-use crate::control::dns_forward::upstreams::UpstreamList;
+pub use crate::control::dns_forward::resolver::Resolver;
 pub use crate::control::dns_forward::upstreams::Upstreams;
 
 /// A query to forward.
@@ -57,14 +63,20 @@ pub struct DnsAnswer {
     pub bytes: Vec<u8>,
 }
 
-/// What the forwarder has done since its start.
+/// What the resolver has done since its start, for all its clients.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DnsStats {
     /// Queries taken to be forwarded.
     pub queries: u64,
-    /// Queries an upstream answered, whatever the answer.
+    /// Queries answered from the cache.
+    pub cached: u64,
+    /// Queries that waited for the answer to another one that asked the same.
+    pub joined: u64,
+    /// Answers that made room in the cache for others.
+    pub evicted: u64,
+    /// Questions an upstream answered, whatever the answer.
     pub answered: u64,
-    /// Queries no upstream answered: SERVFAIL was.
+    /// Questions no upstream answered: SERVFAIL was.
     pub failed: u64,
     /// Queries beyond the bound on those outstanding: not taken, or answered with SERVFAIL.
     pub over_bound: u64,
@@ -81,6 +93,9 @@ pub struct DnsStats {
 #[derive(Debug, Default)]
 struct Counters {
     queries: AtomicU64,
+    cached: AtomicU64,
+    joined: AtomicU64,
+    evicted: AtomicU64,
     answered: AtomicU64,
     failed: AtomicU64,
     over_bound: AtomicU64,
@@ -94,11 +109,32 @@ fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
 
-/// What both sides see: counters, and the number of connections.
-#[derive(Debug, Default)]
+impl Counters {
+    fn read(&self) -> DnsStats {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        DnsStats {
+            queries: read(&self.queries),
+            cached: read(&self.cached),
+            joined: read(&self.joined),
+            evicted: read(&self.evicted),
+            answered: read(&self.answered),
+            failed: read(&self.failed),
+            over_bound: read(&self.over_bound),
+            timeouts: read(&self.timeouts),
+            errors: read(&self.errors),
+            mismatched: read(&self.mismatched),
+            streams_refused: read(&self.streams_refused),
+        }
+    }
+}
+
+/// What both sides see: the resolver's counters, and what is under way between them.
+#[derive(Debug)]
 struct Shared {
-    counters: Counters,
+    counters: Arc<Counters>,
     streams: AtomicUsize,
+    /// Bytes of the queries that wait for their answers.
+    query_bytes: AtomicUsize,
 }
 
 /// One open connection, counted until it is dropped.
@@ -117,18 +153,20 @@ enum Job {
     Stream(UnixStream, StreamPermit),
 }
 
-/// Makes the two ends. `upstreams` says whom the forwarder asks.
+/// Makes the two ends of a worker's channel to `resolver`.
 ///
 /// # Errors
 /// No descriptor for the two eventfds.
-pub fn channel(upstreams: Upstreams) -> io::Result<(DnsClient, DnsForwarder)> {
+pub fn channel(resolver: &Arc<Resolver>) -> io::Result<(DnsClient, DnsForwarder)> {
     let (jobs_in, jobs_out) = RingBuffer::new(limits::DNS_QUERIES_MAX + limits::DNS_STREAMS_MAX);
     let (answers_in, answers_out) = RingBuffer::new(limits::DNS_QUERIES_MAX);
     let (wake_in, wake_out) = UnixStream::pair()?;
     wake_in.set_nonblocking(true)?;
     wake_out.set_nonblocking(true)?;
     let answers_event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
-    let shared = Arc::new(Shared::default());
+    let counters = Arc::clone(resolver.counters());
+    let shared =
+        Arc::new(Shared { counters, streams: AtomicUsize::default(), query_bytes: AtomicUsize::default() });
     let client = DnsClient {
         jobs: jobs_in,
         wake: wake_in,
@@ -137,14 +175,9 @@ pub fn channel(upstreams: Upstreams) -> io::Result<(DnsClient, DnsForwarder)> {
         outstanding: 0,
         shared: Arc::clone(&shared),
     };
-    let resolver = Arc::new(Resolver {
-        upstreams: Mutex::new(UpstreamList::new(upstreams)),
-        tcp_queries: Semaphore::new(limits::DNS_TCP_QUERIES_MAX),
-        failing: AtomicBool::new(false),
-        shared,
-    });
+    let resolver = Arc::clone(resolver);
     let forwarder =
-        DnsForwarder { jobs: jobs_out, wake: wake_out, answers: answers_in, answers_event, resolver };
+        DnsForwarder { jobs: jobs_out, wake: wake_out, answers: answers_in, answers_event, shared, resolver };
     Ok((client, forwarder))
 }
 
@@ -164,25 +197,33 @@ impl DnsClient {
     /// [`poll_answer`](Self::poll_answer), 8 s later at most.
     ///
     /// # Errors
-    /// The query itself, if [`limits::DNS_QUERIES_MAX`] are outstanding, it is longer than
-    /// [`limits::DNS_QUERY_BYTES_MAX`], or the forwarder is gone. It is to be answered with
-    /// [`servfail`].
+    /// The query itself, if [`limits::DNS_QUERIES_MAX`] queries or [`limits::DNS_QUERIES_BYTES_MAX`] bytes
+    /// of them are outstanding, it is longer than [`limits::DNS_QUERY_BYTES_MAX`], or the forwarder is
+    /// gone. It is to be answered with SERVFAIL.
     pub fn submit(&mut self, query: DnsQuery) -> Result<(), DnsQuery> {
+        let len_bytes = query.bytes.len();
+        // Only this side counts up, so what is below the bound here stays below it.
+        let waiting_bytes = self.shared.query_bytes.load(Ordering::Relaxed);
         if self.outstanding >= limits::DNS_QUERIES_MAX
-            || query.bytes.len() > limits::DNS_QUERY_BYTES_MAX
+            || len_bytes > limits::DNS_QUERY_BYTES_MAX
+            || waiting_bytes + len_bytes > limits::DNS_QUERIES_BYTES_MAX
             || self.jobs.is_abandoned()
         {
             count(&self.shared.counters.over_bound);
             return Err(query);
         }
+        self.shared.query_bytes.fetch_add(len_bytes, Ordering::Relaxed);
         match self.jobs.push(Job::Query(query)) {
             Ok(()) => {
                 self.outstanding += 1;
                 self.wake_forwarder();
                 Ok(())
             }
-            Err(rtrb::PushError::Full(Job::Query(query))) => Err(query),
-            Err(rtrb::PushError::Full(Job::Stream(..))) => unreachable!("a query was pushed"),
+            Err(rtrb::PushError::Full(job)) => {
+                self.shared.query_bytes.fetch_sub(len_bytes, Ordering::Relaxed);
+                let Job::Query(query) = job else { unreachable!("a query was pushed") };
+                Err(query)
+            }
         }
     }
 
@@ -238,20 +279,9 @@ impl DnsClient {
         let _ = self.wake.write(&[1]);
     }
 
-    /// What the forwarder has done so far.
+    /// What the resolver has done so far, for all its clients.
     pub fn stats(&self) -> DnsStats {
-        let counters = &self.shared.counters;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        DnsStats {
-            queries: read(&counters.queries),
-            answered: read(&counters.answered),
-            failed: read(&counters.failed),
-            over_bound: read(&counters.over_bound),
-            timeouts: read(&counters.timeouts),
-            errors: read(&counters.errors),
-            mismatched: read(&counters.mismatched),
-            streams_refused: read(&counters.streams_refused),
-        }
+        self.shared.counters.read()
     }
 }
 
@@ -262,6 +292,7 @@ pub struct DnsForwarder {
     wake: UnixStream,
     answers: Producer<DnsAnswer>,
     answers_event: Arc<EventFd>,
+    shared: Arc<Shared>,
     resolver: Arc<Resolver>,
 }
 
@@ -274,9 +305,10 @@ impl DnsForwarder {
     /// # Panics
     /// Outside a tokio runtime with I/O and time enabled.
     pub async fn run(self, service: Arc<DnsService>) -> io::Result<()> {
-        let DnsForwarder { mut jobs, wake, mut answers, answers_event, resolver } = self;
+        let DnsForwarder { mut jobs, wake, answers, answers_event, shared, resolver } = self;
+        let mut answers = Answers { ring: answers, event: answers_event, shared };
         let wake = TokioUnixStream::from_std(wake)?;
-        let mut queries: JoinSet<DnsAnswer> = JoinSet::new();
+        let mut queries: JoinSet<(usize, DnsAnswer)> = JoinSet::new();
         let mut streams: JoinSet<()> = JoinSet::new();
         loop {
             tokio::select! {
@@ -285,7 +317,7 @@ impl DnsForwarder {
                     let client_gone = is_closed(&wake);
                     while let Ok(job) = jobs.pop() {
                         match job {
-                            Job::Query(query) => start_query(&mut queries, query, &resolver),
+                            Job::Query(query) => start_query(&mut queries, query, &resolver, &mut answers),
                             Job::Stream(stream, permit) => {
                                 start_stream(&mut streams, stream, permit, &service, &resolver);
                             }
@@ -296,11 +328,8 @@ impl DnsForwarder {
                     }
                 }
                 Some(done) = queries.join_next() => {
-                    if let Ok(answer) = done {
-                        let pushed = answers.push(answer);
-                        debug_assert!(pushed.is_ok(), "no more answers than queries outstanding");
-                        // Fails only if the counter is full, and then the worker was woken often enough.
-                        let _ = answers_event.write(1);
+                    if let Ok((query_bytes, answer)) = done {
+                        answers.give(query_bytes, answer);
                     }
                 }
                 Some(_) = streams.join_next() => {}
@@ -309,10 +338,41 @@ impl DnsForwarder {
     }
 }
 
-fn start_query(tasks: &mut JoinSet<DnsAnswer>, query: DnsQuery, resolver: &Arc<Resolver>) {
-    let resolver = Arc::clone(resolver);
+/// The way back to the worker.
+struct Answers {
+    ring: Producer<DnsAnswer>,
+    event: Arc<EventFd>,
+    shared: Arc<Shared>,
+}
+
+impl Answers {
+    /// Gives `answer` to the worker, whose query had `query_bytes`.
+    fn give(&mut self, query_bytes: usize, answer: DnsAnswer) {
+        self.shared.query_bytes.fetch_sub(query_bytes, Ordering::Relaxed);
+        let pushed = self.ring.push(answer);
+        debug_assert!(pushed.is_ok(), "no more answers than queries outstanding");
+        // Fails only if the counter is full, and then the worker was woken often enough.
+        let _ = self.event.write(1);
+    }
+}
+
+/// Answers a query at once if its answer is known, else on a task of its own.
+fn start_query(
+    tasks: &mut JoinSet<(usize, DnsAnswer)>,
+    query: DnsQuery,
+    resolver: &Arc<Resolver>,
+    answers: &mut Answers,
+) {
     let DnsQuery { id, bytes } = query;
-    tasks.spawn(async move { DnsAnswer { id, bytes: resolver.resolve(&bytes, Transport::Udp).await } });
+    match resolver.begin(bytes, Transport::Udp) {
+        Begun::Known(query, answer) => answers.give(query.len(), DnsAnswer { id, bytes: answer }),
+        Begun::Asking(asking) => {
+            tasks.spawn(async move {
+                let (query, answer) = asking.wait().await;
+                (query.len(), DnsAnswer { id, bytes: answer })
+            });
+        }
+    }
 }
 
 fn start_stream(
@@ -335,67 +395,5 @@ fn is_closed(wake: &TokioUnixStream) -> bool {
     match wake.try_read(&mut wakes) {
         Ok(count) => count == 0,
         Err(error) => error.kind() != io::ErrorKind::WouldBlock,
-    }
-}
-
-/// Asks upstreams until one answers.
-#[derive(Debug)]
-struct Resolver {
-    upstreams: Mutex<UpstreamList>,
-    tcp_queries: Semaphore,
-    /// Whether the last query found no upstream: said once in the log when it changes.
-    failing: AtomicBool,
-    shared: Arc<Shared>,
-}
-
-impl Resolver {
-    /// The answer to `query`, with its id: of the first upstream that gives one. An upstream that
-    /// is silent, unreachable, failing (SERVFAIL) or unwilling (REFUSED) makes way for the next; if
-    /// all are, their first answer stands, or SERVFAIL of our own if there is none.
-    async fn resolve(&self, query: &[u8], transport: Transport) -> Vec<u8> {
-        let counters = &self.shared.counters;
-        count(&counters.queries);
-        let upstreams = self.upstreams.lock().unwrap_or_else(PoisonError::into_inner).current();
-        let mut second_best = None;
-        for &upstream in upstreams.iter() {
-            match exchange::ask(upstream, query, transport, counters).await {
-                Ok(answer) if answer.is_final() => {
-                    return self.answered(answer.into_bytes_for(query));
-                }
-                Ok(answer) => second_best = second_best.or(Some(answer)),
-                Err(exchange::Failure::Timeout) => count(&counters.timeouts),
-                Err(exchange::Failure::Io(error)) => {
-                    tracing::debug!(%upstream, %error, "resolver not reached");
-                    count(&counters.errors);
-                }
-            }
-        }
-        if let Some(answer) = second_best {
-            return self.answered(answer.into_bytes_for(query));
-        }
-        count(&counters.failed);
-        if !upstreams.is_empty() && !self.failing.swap(true, Ordering::Relaxed) {
-            tracing::warn!(?upstreams, "no resolver answers; the guest's queries fail until one does");
-        }
-        servfail(query)
-    }
-
-    /// As [`resolve`](Self::resolve), for queries from connections, within their bound.
-    async fn resolve_tcp(&self, query: &[u8]) -> Vec<u8> {
-        match self.tcp_queries.try_acquire() {
-            Ok(_permit) => self.resolve(query, Transport::Tcp).await,
-            Err(_) => {
-                count(&self.shared.counters.over_bound);
-                servfail(query)
-            }
-        }
-    }
-
-    fn answered(&self, bytes: Vec<u8>) -> Vec<u8> {
-        count(&self.shared.counters.answered);
-        if self.failing.swap(false, Ordering::Relaxed) {
-            tracing::info!("resolvers answer again");
-        }
-        bytes
     }
 }

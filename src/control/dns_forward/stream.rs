@@ -104,7 +104,7 @@ impl Connection {
             DnsAction::Reply(answer) => self.send(&answer).await,
             DnsAction::Forward => {
                 let resolver = Arc::clone(resolver);
-                self.forwarded.spawn(async move { resolver.resolve_tcp(&query).await });
+                self.forwarded.spawn(async move { resolver.resolve_tcp(query).await });
                 Ok(())
             }
             DnsAction::Drop(_) => Err(Closed),

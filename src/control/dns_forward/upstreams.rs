@@ -90,11 +90,17 @@ impl UpstreamList {
         }
     }
 
-    /// Whom to ask now, in order. Looks at the file if a second has passed.
-    pub(super) fn current(&mut self) -> Arc<[SocketAddr]> {
+    /// Whom to ask now, in order.
+    pub(super) fn current(&self) -> Arc<[SocketAddr]> {
+        Arc::clone(&self.list)
+    }
+
+    /// Looks at the file if a second has passed. Returns whether there are other resolvers now.
+    pub(super) fn look(&mut self) -> bool {
         if let Some(file) = &mut self.file
             && let Some(list) = file.look(Instant::now())
         {
+            let changed = *self.list != *list;
             self.list = list.into();
             if self.list.is_empty() {
                 let path = file.path.display();
@@ -102,8 +108,9 @@ impl UpstreamList {
             } else {
                 tracing::info!(resolvers = ?self.list, "resolvers of the host");
             }
+            return changed;
         }
-        Arc::clone(&self.list)
+        false
     }
 }
 

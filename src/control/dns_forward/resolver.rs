@@ -1,0 +1,248 @@
+//! The process's resolver: answers a query from the cache, from another's answer on its way, or by asking
+//! upstreams.
+//!
+//! A question that is on its way already is not asked again: whoever asks the same meanwhile waits for
+//! the same answer, and gets it with its own id and its own spelling of the name. Besides sparing the
+//! upstream this leaves a forger one port and one id to guess, however often the guest asks (RFC 5452,
+//! 5). Queries whose answer may depend on more than what a cache's key holds go their own way.
+//!
+//! A question's journey belongs to no asker: it goes on, and its answer is kept, when the asker leaves.
+//!
+//! Read first: RFC 5452, 5 and 9; RFC 7766.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hashbrown::HashMap;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+use crate::control::dns_forward::cache::{Cache, adopt};
+use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end};
+use crate::control::dns_forward::upstreams::{UpstreamList, Upstreams};
+use crate::control::dns_forward::{Counters, count, exchange};
+use crate::limits;
+use crate::service::dns::{Transport, servfail};
+use crate::time::Clock;
+
+/// How long a question may take, waiting for its turn included: then the guest's own resolver has given
+/// up.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A question on its way, as far as its answer may differ from another's: what the cache goes by, the
+/// transport, and all of the OPT record.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Flight {
+    key: Key,
+    /// The cache's when it began: what is asked on another network is another question.
+    generation: u64,
+    is_tcp: bool,
+    opt: Box<[u8]>,
+}
+
+/// An answer that comes.
+type Arrival = watch::Receiver<Option<Arc<[u8]>>>;
+
+/// Asks upstreams until one answers, and remembers what it said. One for all workers.
+#[derive(Debug)]
+pub struct Resolver {
+    upstreams: Mutex<UpstreamList>,
+    cache: Mutex<Cache>,
+    flights: Mutex<HashMap<Flight, Arrival, foldhash::quality::RandomState>>,
+    exchanges: Semaphore,
+    tcp_queries: Semaphore,
+    /// Whether the last question found no upstream: said once in the log when it changes.
+    failing: AtomicBool,
+    clock: Clock,
+    counters: Arc<Counters>,
+}
+
+/// What became of a query at once.
+pub(super) enum Begun {
+    /// The query, and its answer.
+    Known(Vec<u8>, Vec<u8>),
+    /// Its answer is to be waited for.
+    Asking(Asking),
+}
+
+/// A query whose answer is on its way.
+pub(super) struct Asking {
+    query: Vec<u8>,
+    from: From,
+}
+
+enum From {
+    /// A question others may wait for too.
+    Shared(Arrival),
+    /// One of its own.
+    Own(Arc<Resolver>, Transport),
+}
+
+impl Asking {
+    /// The query, and its answer.
+    pub(super) async fn wait(self) -> (Vec<u8>, Vec<u8>) {
+        let Asking { query, from } = self;
+        let answer = match from {
+            From::Own(resolver, transport) => resolver.ask_upstreams(&query, transport).await.bytes,
+            From::Shared(mut arrival) => {
+                // Only the end of the runtime ends a question without an answer.
+                let arrived = arrival.wait_for(Option::is_some).await;
+                arrived.ok().and_then(|answer| answer.as_deref().map(<[u8]>::to_vec)).unwrap_or_default()
+            }
+        };
+        let answer = match answer {
+            mut bytes if bytes.len() >= HEADER_BYTES => {
+                adopt(&mut bytes, &query);
+                bytes
+            }
+            _ => servfail(&query),
+        };
+        (query, answer)
+    }
+}
+
+/// The end of a question's journey.
+struct Landed {
+    bytes: Vec<u8>,
+    /// Whether an upstream said so.
+    is_answered: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Resolver {
+    /// A resolver that asks `upstreams`.
+    pub fn new(upstreams: Upstreams) -> Arc<Resolver> {
+        Arc::new(Resolver {
+            upstreams: Mutex::new(UpstreamList::new(upstreams)),
+            cache: Mutex::default(),
+            flights: Mutex::default(),
+            exchanges: Semaphore::new(limits::DNS_EXCHANGES_MAX),
+            tcp_queries: Semaphore::new(limits::DNS_TCP_QUERIES_MAX),
+            failing: AtomicBool::new(false),
+            clock: Clock::start(),
+            counters: Arc::default(),
+        })
+    }
+
+    pub(super) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Begins to answer `query`. Needs a tokio runtime.
+    pub(super) fn begin(self: &Arc<Self>, query: Vec<u8>, transport: Transport) -> Begun {
+        count(&self.counters.queries);
+        if lock(&self.upstreams).look() {
+            lock(&self.cache).clear();
+        }
+        let Some(key) = Key::of(&query) else {
+            return Begun::Asking(Asking { query, from: From::Own(Arc::clone(self), transport) });
+        };
+        let mut cache = lock(&self.cache);
+        if let Some(answer) = cache.get(self.clock.now(), &key, &query) {
+            count(&self.counters.cached);
+            return Begun::Known(query, answer);
+        }
+        let generation = cache.generation();
+        drop(cache);
+        let opt = question_end(&query).map_or(&[][..], |end| &query[end..]);
+        let is_tcp = transport == Transport::Tcp;
+        let flight = Flight { key, generation, is_tcp, opt: opt.into() };
+        let arrival = self.join(flight, &query, transport);
+        Begun::Asking(Asking { query, from: From::Shared(arrival) })
+    }
+
+    /// Waits for `flight`'s answer, beginning the flight if there is none.
+    fn join(self: &Arc<Self>, flight: Flight, query: &[u8], transport: Transport) -> Arrival {
+        let mut flights = lock(&self.flights);
+        if let Some(arrival) = flights.get(&flight) {
+            count(&self.counters.joined);
+            return arrival.clone();
+        }
+        let (landing, arrival) = watch::channel(None);
+        flights.insert(flight.clone(), arrival.clone());
+        let (resolver, query) = (Arc::clone(self), query.to_vec());
+        tokio::spawn(async move {
+            let landed = resolver.ask_upstreams(&query, transport).await;
+            resolver.keep(&flight, &landed);
+            lock(&resolver.flights).remove(&flight);
+            // Nobody may be waiting any more.
+            let _ = landing.send(Some(landed.bytes.into()));
+        });
+        arrival
+    }
+
+    fn keep(&self, flight: &Flight, landed: &Landed) {
+        let (mut cache, now, key) = (lock(&self.cache), self.clock.now(), &flight.key);
+        if cache.generation() != flight.generation {
+            return;
+        }
+        let evicted = match landed.is_answered {
+            true => cache.insert(now, key, &landed.bytes),
+            false => cache.insert_unanswered(now, key, &landed.bytes),
+        };
+        self.counters.evicted.fetch_add(evicted, Ordering::Relaxed);
+    }
+
+    /// As [`begin`](Self::begin) to the end, for queries from connections, within their bound.
+    pub(super) async fn resolve_tcp(self: &Arc<Self>, query: Vec<u8>) -> Vec<u8> {
+        let Ok(_permit) = self.tcp_queries.try_acquire() else {
+            count(&self.counters.over_bound);
+            return servfail(&query);
+        };
+        match self.begin(query, Transport::Tcp) {
+            Begun::Known(_, answer) => answer,
+            Begun::Asking(asking) => asking.wait().await.1,
+        }
+    }
+
+    /// Asks one upstream after the other. An upstream that is silent, unreachable, failing (SERVFAIL) or
+    /// unwilling (REFUSED) makes way for the next; if all are, their first answer stands, or SERVFAIL of
+    /// our own if there is none.
+    async fn ask_upstreams(&self, query: &[u8], transport: Transport) -> Landed {
+        let upstreams = lock(&self.upstreams).current();
+        let mut second_best = None;
+        let asked = async {
+            // Connections are bounded where they come from.
+            let _turn = match transport {
+                Transport::Udp => self.exchanges.acquire().await.ok(),
+                Transport::Tcp => None,
+            };
+            for &upstream in upstreams.iter() {
+                match exchange::ask(upstream, query, transport, &self.counters).await {
+                    Ok(answer) if answer.is_final() => return Some(answer),
+                    Ok(answer) => second_best = second_best.take().or(Some(answer)),
+                    Err(exchange::Failure::Timeout) => count(&self.counters.timeouts),
+                    Err(exchange::Failure::Io(error)) => {
+                        tracing::debug!(%upstream, %error, "resolver not reached");
+                        count(&self.counters.errors);
+                    }
+                }
+            }
+            None
+        };
+        let answer = timeout(QUESTION_TIMEOUT, asked).await.ok().flatten().or(second_best);
+        match answer {
+            Some(answer) => {
+                count(&self.counters.answered);
+                if self.failing.swap(false, Ordering::Relaxed) {
+                    tracing::info!("resolvers answer again");
+                }
+                Landed { bytes: answer.into_bytes_for(query), is_answered: true }
+            }
+            None => {
+                count(&self.counters.failed);
+                if !upstreams.is_empty() && !self.failing.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        ?upstreams,
+                        "no resolver answers; the guest's queries fail until one does"
+                    );
+                }
+                Landed { bytes: servfail(query), is_answered: false }
+            }
+        }
+    }
+}
