@@ -207,9 +207,17 @@ pub const DNS_STREAMS_MAX: usize = 32;
 /// answered: the client's window closes.
 pub const DNS_STREAM_QUERIES_MAX: usize = 16;
 
-/// Upstream resolvers tried for one query, 2 s each. The C library reads three; after 8 s the
-/// guest's own resolver has given up.
+/// Upstream resolvers tried for one query, 2 s each unless the host says otherwise. The C library reads
+/// three; after 8 s the guest's own resolver has given up.
 pub const DNS_UPSTREAMS_MAX: usize = 4;
+
+/// Connections to one upstream. One carries many questions, but some servers answer them one after the
+/// other, or close after each.
+pub const DNS_CONNECTIONS_MAX: usize = 4;
+
+/// Domains of the host's search list: what the C library itself took before its bound was lifted
+/// (`MAXDNSRCH`, 6). A short name of the guest is a question for each.
+pub const DNS_SEARCH_DOMAINS_MAX: usize = 6;
 
 /// Bytes of `/etc/resolv.conf` that are read.
 pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;

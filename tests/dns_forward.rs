@@ -617,6 +617,129 @@ fn host_resolvers_are_followed_as_their_file_changes() {
     assert_eq!(forwarding.client().stats().cached, 0, "another network's answers are not given");
 }
 
+// ---- several upstreams ----
+
+#[test]
+fn a_resolver_that_is_dead_costs_the_first_questions_only() {
+    let mut forwarding = Forwarding::to_fixed(&[silent(), answering(address_for)]);
+    let nth = |n: u64| query(&format!("n{n}.example."), RecordType::A);
+    for id in 0..20 {
+        forwarding.client().submit(DnsQuery { id, bytes: nth(id) }).unwrap();
+    }
+    for _ in 0..20 {
+        assert_eq!(code(&forwarding.wait().bytes), ResponseCode::NoError);
+    }
+    assert_eq!(forwarding.client().stats().timeouts, 20);
+    for n in 20..40 {
+        assert_eq!(code(&forwarding.ask(&nth(n))), ResponseCode::NoError);
+    }
+    assert_eq!(forwarding.client().stats().timeouts, 20, "it is asked after the others now");
+}
+
+#[test]
+fn a_resolver_that_recovers_is_asked_first_again() {
+    let (go, stay) = mpsc::channel::<()>();
+    let first = udp_upstream(move |socket, from, query| {
+        if stay.try_recv() != Err(mpsc::TryRecvError::Empty) {
+            socket.send_to(&answer_to(query, 0, b"first"), from).unwrap();
+        }
+    })
+    .0;
+    let second = answering(|query| answer_to(query, 0, b"second"));
+    let mut forwarding = Forwarding::to_fixed(&[first, second]);
+    let asked = query("example.com.", RecordType::A);
+    let other = query("example.net.", RecordType::A);
+    for (id, bytes) in [(1, &asked), (2, &other)] {
+        forwarding.client().submit(DnsQuery { id, bytes: bytes.clone() }).unwrap();
+    }
+    drop((forwarding.wait(), forwarding.wait()));
+    drop(go);
+    let deadline = Instant::now() + Duration::from_secs(9);
+    while forwarding.ask(&asked) != answer_to(&asked, 0, b"first") {
+        assert!(Instant::now() < deadline, "it is not tried again");
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn a_lost_datagram_is_sent_again_as_it_was_and_costs_no_resolver_its_place() {
+    let (seen_in, seen) = mpsc::channel();
+    let upstream = udp_upstream({
+        let mut lost = false;
+        move |socket, from, query| {
+            seen_in.send((from, query.to_vec())).unwrap();
+            if std::mem::replace(&mut lost, true) {
+                socket.send_to(&answer_to(query, 0, b"late"), from).unwrap();
+            }
+        }
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    assert_eq!(forwarding.ask(&asked), answer_to(&asked, 0, b"late"));
+    assert_eq!(forwarding.client().stats().timeouts, 0);
+    let seen: Vec<_> = seen.try_iter().collect();
+    assert_eq!((seen.len(), &seen[0]), (2, &seen[1]));
+}
+
+#[test]
+fn another_network_forgets_answers_and_begins_questions_on_their_way_anew() {
+    let (seen_in, seen) = mpsc::channel();
+    let (go, stay) = mpsc::channel::<()>();
+    let upstream = udp_upstream(move |socket, from, query| {
+        seen_in.send((from.port(), query.to_vec())).unwrap();
+        if stay.try_recv() != Err(mpsc::TryRecvError::Empty) {
+            socket.send_to(&address_for(query), from).unwrap();
+        }
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    forwarding.client().submit(DnsQuery { id: 1, bytes: asked.clone() }).unwrap();
+    let first = seen.recv_timeout(Duration::from_secs(5)).unwrap();
+    drop(go);
+    forwarding.resolver.network_changed();
+    assert_eq!(forwarding.wait().bytes, address_for(&asked));
+    let second = seen.recv_timeout(Duration::from_secs(5)).unwrap();
+    assert_ne!((first.0, &first.1[..2]), (second.0, &second.1[..2]), "from another socket, by another id");
+    assert_eq!(forwarding.client().stats().timeouts, 0);
+    // What was asked before the change is not kept after it.
+    assert_eq!(forwarding.ask(&asked), address_for(&asked));
+    assert_eq!(forwarding.client().stats().cached, 0);
+    forwarding.ask(&asked);
+    assert_eq!(forwarding.client().stats().cached, 1);
+    forwarding.resolver.network_changed();
+    forwarding.ask(&asked);
+    assert_eq!(forwarding.client().stats().cached, 1);
+}
+
+#[test]
+fn resolvers_over_ipv6_are_asked_over_both_transports() {
+    let bound = UdpSocket::bind("[::1]:0").and_then(|udp| Ok((TcpListener::bind(udp.local_addr()?)?, udp)));
+    let Ok((tcp, udp)) = bound else {
+        println!("skipped: no IPv6 loopback here");
+        return;
+    };
+    let upstream = udp.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 512];
+        while let Ok((len, from)) = udp.recv_from(&mut buffer) {
+            udp.send_to(&answer_to(&buffer[..len], 0, b"udp"), from).unwrap();
+        }
+    });
+    thread::spawn(move || {
+        let mut stream = tcp.accept().unwrap().0;
+        let query = read_frame(&mut stream).unwrap();
+        stream.write_all(&frame(&answer_to(&query, 0, b"tcp"))).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    assert_eq!(forwarding.ask(&asked), answer_to(&asked, 0, b"udp"));
+    let mut stream = connect(&mut forwarding);
+    stream.write_all(&frame(&asked)).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&asked, 0, b"tcp"));
+}
+
 // ---- TCP ----
 
 /// A connection as the engine gets it, made blocking for the test's convenience.
@@ -706,6 +829,109 @@ fn tcp_tries_the_next_upstream_too() {
     assert_eq!(forwarding.client().stats().errors, 2);
 }
 
+/// Serves questions of one connection until it ends, each after `pause`.
+fn serve_all(mut stream: TcpStream, pause: Duration) {
+    while let Ok(query) = read_frame(&mut stream) {
+        thread::sleep(pause);
+        if stream.write_all(&frame(&answer_to(&query, 0, b"tail"))).is_err() {
+            return;
+        }
+    }
+}
+
+#[test]
+fn one_connection_to_the_upstream_carries_one_question_after_the_other() {
+    let upstream = tcp_upstream(|stream| serve_all(stream, Duration::ZERO));
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    for n in 0..20 {
+        // Each guest's connection is another.
+        let mut stream = connect(&mut forwarding);
+        let asked = query(&format!("n{n}.example."), RecordType::A);
+        stream.write_all(&frame(&asked)).unwrap();
+        assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&asked, 0, b"tail"));
+    }
+    assert_eq!(forwarding.client().stats().connections, 1);
+}
+
+#[test]
+fn many_questions_at_once_share_few_connections() {
+    let upstream = tcp_upstream(|stream| serve_all(stream, Duration::from_millis(10)));
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut streams: Vec<_> = (0..4).map(|_| connect(&mut forwarding)).collect();
+    let mut expected = HashSet::new();
+    for (n, stream) in streams.iter_mut().enumerate() {
+        for m in 0..limits::DNS_STREAM_QUERIES_MAX {
+            let asked = query(&format!("n{n}.m{m}.example."), RecordType::A);
+            stream.write_all(&frame(&asked)).unwrap();
+            expected.insert(answer_to(&asked, 0, b"tail"));
+        }
+    }
+    let mut got = HashSet::new();
+    for stream in &mut streams {
+        got.extend((0..limits::DNS_STREAM_QUERIES_MAX).map(|_| read_frame(stream).unwrap()));
+    }
+    assert_eq!(got, expected);
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.over_bound, stats.errors, stats.timeouts), (0, 0, 0));
+    assert!(stats.connections <= limits::DNS_CONNECTIONS_MAX as u64, "{}", stats.connections);
+}
+
+#[test]
+fn a_connection_the_upstream_closed_while_idle_costs_no_question() {
+    let upstream = tcp_upstream(|mut stream| {
+        let query = read_frame(&mut stream).unwrap();
+        stream.write_all(&frame(&answer_to(&query, 0, &[]))).unwrap();
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    for n in 0..10 {
+        let asked = query(&format!("n{n}.example."), RecordType::A);
+        stream.write_all(&frame(&asked)).unwrap();
+        assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&asked, 0, &[]));
+    }
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.connections, stats.errors, stats.failed), (10, 0, 0));
+}
+
+#[test]
+fn a_connection_that_falls_silent_makes_way_for_the_next() {
+    let answered = Arc::new(AtomicUsize::new(0));
+    let upstream = tcp_upstream(move |mut stream| {
+        if answered.fetch_add(1, Ordering::Relaxed) == 0 {
+            // The first connection takes questions and says nothing.
+            let _ = stream.read_to_end(&mut Vec::new());
+        } else {
+            serve_all(stream, Duration::ZERO);
+        }
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    let asked = query("example.com.", RecordType::A);
+    stream.write_all(&frame(&asked)).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&asked, 0, b"tail"));
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.connections, stats.timeouts), (2, 1));
+}
+
+#[test]
+fn answers_of_another_question_on_a_shared_connection_are_ignored() {
+    let upstream = tcp_upstream(|mut stream| {
+        while let Ok(query) = read_frame(&mut stream) {
+            let mut forged = answer_to(&self::query("example.org.", RecordType::A), 0, b"forged");
+            forged[..2].copy_from_slice(&query[..2]);
+            for bytes in [forged, vec![], vec![0], answer_to(&query, 0, b"true")] {
+                stream.write_all(&frame(&bytes)).unwrap();
+            }
+        }
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    let asked = query("example.com.", RecordType::A);
+    stream.write_all(&frame(&asked)).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&asked, 0, b"true"));
+    assert_eq!(forwarding.client().stats().mismatched, 3);
+}
+
 #[test]
 fn broken_framing_ends_the_connection_only() {
     let mut forwarding = Forwarding::to_fixed(&[]);
@@ -767,7 +993,15 @@ impl Drop for Process {
 fn dnsmasq(port: u16) -> Option<Process> {
     let long = "x".repeat(250);
     let child = Command::new("dnsmasq")
-        .args(["--no-daemon", "--no-resolv", "--no-hosts", "--conf-file=/dev/null", "--pid-file="])
+        // Not --no-daemon: that one serves a connection to its end before anything else.
+        .args([
+            "--keep-in-foreground",
+            "--log-facility=-",
+            "--no-resolv",
+            "--no-hosts",
+            "--conf-file=/dev/null",
+            "--pid-file=",
+        ])
         .args(["--listen-address=127.0.0.1", "--bind-interfaces", "--user=root", "--edns-packet-max=4096"])
         .arg(format!("--port={port}"))
         .args([

@@ -1,26 +1,26 @@
 //! One query to one upstream, once.
 //!
-//! Each try has a socket of its own, connected before it is bound to a port, so that the kernel
+//! Over UDP each try has a socket of its own, connected before it is bound to a port, so that the kernel
 //! picks a random port and delivers that upstream's datagrams only; and a random id. An answer
 //! counts if id and question are the query's. Anything else is ignored and waiting goes on: it may
-//! be a forger's, and the answer still to come.
+//! be a forger's, and the answer still to come. Over TCP the same holds on a connection that others share
+//! (`connections`).
 //!
 //! Read first: RFC 5452, 4 and 9; RFC 7766, 8.
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
-use tokio::net::{TcpStream, UdpSocket};
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
+use crate::control::dns_forward::connections::Connections;
+use crate::control::dns_forward::upstreams::Try;
 use crate::control::dns_forward::{Counters, count};
-use crate::service::dns::{Transport, question_matches};
+use crate::service::dns::question_matches;
 
-/// How long one upstream has to answer, connecting included.
-const TRY_TIMEOUT: Duration = Duration::from_secs(2);
 /// Longest DNS message.
 const MESSAGE_BYTES_MAX: usize = 65_535;
 const HEADER_BYTES: usize = 12;
@@ -52,14 +52,14 @@ pub(super) struct Answer(Vec<u8>);
 impl Answer {
     /// Takes `bytes` as the answer to `asked`, if they are. A complaint without a question counts
     /// as one: some servers copy nothing of a query they cannot read.
-    fn accept(asked: &[u8], bytes: Vec<u8>) -> Result<Answer, Vec<u8>> {
+    pub(super) fn accept(asked: &[u8], bytes: Vec<u8>) -> Option<Answer> {
         let complaint = bytes.len() == HEADER_BYTES
             && asked.len() >= HEADER_BYTES
             && bytes[..2] == asked[..2]
             && bytes[2] & 0x80 != 0
             && bytes[4..6] == [0, 0]
             && matches!(bytes[3] & 0x0f, FORMERR | SERVFAIL | NOTIMP | REFUSED);
-        if complaint || question_matches(asked, &bytes) { Ok(Answer(bytes)) } else { Err(bytes) }
+        (complaint || question_matches(asked, &bytes)).then_some(Answer(bytes))
     }
 
     /// Whether no other upstream needs to be asked: neither failure nor refusal, and with the
@@ -75,36 +75,64 @@ impl Answer {
     }
 }
 
-/// Asks `upstream` over `transport`.
-pub(super) async fn ask(
-    upstream: SocketAddr,
+/// Asks the upstream of `one` over UDP, again if no answer comes: the same question, from the same port
+/// and with the same id, so that a forger gains nothing by the second.
+pub(super) async fn ask_udp(
+    one: Try,
     query: &[u8],
-    transport: Transport,
+    time_max: Duration,
     counters: &Counters,
 ) -> Result<Answer, Failure> {
-    if query.len() < HEADER_BYTES {
-        return Err(Failure::Io(io::ErrorKind::InvalidInput.into()));
-    }
-    let mut asked = query.to_vec();
-    getrandom::fill(&mut asked[..2]).map_err(io::Error::from)?;
     let exchange = async {
-        match transport {
-            Transport::Udp => ask_udp(upstream, &asked, counters).await,
-            Transport::Tcp => ask_tcp(upstream, &asked, counters).await,
+        if query.len() < HEADER_BYTES {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut asked = query.to_vec();
+        getrandom::fill(&mut asked[..2])?;
+        let socket = Socket::new(
+            Domain::for_address(one.addr),
+            Type::DGRAM.nonblocking().cloexec(),
+            Some(Protocol::UDP),
+        )?;
+        socket.connect(&one.addr.into())?;
+        let socket = UdpSocket::from_std(socket.into())?;
+        socket.send(&asked).await?;
+        let mut pause = one.resend_after;
+        loop {
+            match timeout(pause, receive(&socket, &asked, counters)).await {
+                Ok(answer) => return answer,
+                Err(_) => {
+                    // Refused now, it may still be answered.
+                    let _ = socket.try_send(&asked);
+                    pause *= 2;
+                }
+            }
         }
     };
-    match timeout(TRY_TIMEOUT, exchange).await {
+    match timeout(time_max, exchange).await {
         Ok(answered) => Ok(answered?),
         Err(_) => Err(Failure::Timeout),
     }
 }
 
-async fn ask_udp(upstream: SocketAddr, asked: &[u8], counters: &Counters) -> io::Result<Answer> {
-    let socket = Socket::new(Domain::for_address(upstream), Type::DGRAM, Some(Protocol::UDP))?;
-    socket.set_nonblocking(true)?;
-    socket.connect(&upstream.into())?;
-    let socket = UdpSocket::from_std(socket.into())?;
-    socket.send(asked).await?;
+/// Asks the upstream of `one` over TCP.
+pub(super) async fn ask_tcp(
+    one: Try,
+    query: &[u8],
+    time_max: Duration,
+    connections: &Connections,
+) -> Result<Answer, Failure> {
+    if query.len() < HEADER_BYTES {
+        return Err(Failure::Io(io::ErrorKind::InvalidInput.into()));
+    }
+    match timeout(time_max, connections.ask(one.addr, query, time_max)).await {
+        Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut => Err(Failure::Timeout),
+        Ok(answered) => Ok(answered?),
+        Err(_) => Err(Failure::Timeout),
+    }
+}
+
+async fn receive(socket: &UdpSocket, asked: &[u8], counters: &Counters) -> io::Result<Answer> {
     loop {
         // An ICMP error alone makes the socket not readable: without asking for errors too, a
         // closed port would cost the whole time.
@@ -122,26 +150,12 @@ async fn ask_udp(upstream: SocketAddr, asked: &[u8], counters: &Counters) -> io:
             Ok(_) => {
                 bytes.shrink_to_fit();
                 match Answer::accept(asked, bytes) {
-                    Ok(answer) => return Ok(answer),
-                    Err(_) => count(&counters.mismatched),
+                    Some(answer) => return Ok(answer),
+                    None => count(&counters.mismatched),
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
-        }
-    }
-}
-
-async fn ask_tcp(upstream: SocketAddr, asked: &[u8], counters: &Counters) -> io::Result<Answer> {
-    let mut stream = TcpStream::connect(upstream).await?;
-    stream.write_all(&framed(asked)).await?;
-    loop {
-        let len_bytes = stream.read_u16().await?;
-        let mut bytes = vec![0; usize::from(len_bytes)];
-        stream.read_exact(&mut bytes).await?;
-        match Answer::accept(asked, bytes) {
-            Ok(answer) => return Ok(answer),
-            Err(_) => count(&counters.mismatched),
         }
     }
 }

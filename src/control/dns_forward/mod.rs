@@ -14,15 +14,19 @@
 //!
 //! All forwarders of the process share one [`Resolver`]: what one worker's guest asked for, another's
 //! finds in the cache. `resolver` answers a query, from the `cache` or by asking upstreams; `message`
-//! reads what the cache has to know of one; `exchange` asks one upstream once; `upstreams` knows whom to
-//! ask; `stream` serves a connection.
+//! reads what the cache has to know of one; `exchange` asks one upstream once, over `connections` for TCP;
+//! `upstreams` knows whom to ask; `source` where those come from, such as a `resolv_conf`; `stream` serves
+//! a connection of the guest.
 //!
 //! Read first: RFC 5452 (answers that are not ours), RFC 7766 (DNS over TCP).
 
 mod cache;
+mod connections;
 mod exchange;
 mod message;
+mod resolv_conf;
 mod resolver;
+mod source;
 mod stream;
 mod upstreams;
 
@@ -42,7 +46,7 @@ use crate::limits;
 use crate::service::dns::{DnsService, Transport};
 
 pub use crate::control::dns_forward::resolver::Resolver;
-pub use crate::control::dns_forward::upstreams::Upstreams;
+pub use crate::control::dns_forward::source::Upstreams;
 
 /// A query to forward.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,13 +84,15 @@ pub struct DnsStats {
     pub failed: u64,
     /// Queries beyond the bound on those outstanding: not taken, or answered with SERVFAIL.
     pub over_bound: u64,
-    /// Tries that ran into their 2 s.
+    /// Tries that ran out of time.
     pub timeouts: u64,
     /// Tries that the host's network refused: unreachable, nobody listens, no descriptor.
     pub errors: u64,
     /// Answers of an upstream whose id or question was not the query's, ignored.
     pub mismatched: u64,
-    /// Connections beyond the bound on those open.
+    /// Connections opened to upstreams.
+    pub connections: u64,
+    /// Connections of guests beyond the bound on those open.
     pub streams_refused: u64,
 }
 
@@ -102,6 +108,7 @@ struct Counters {
     timeouts: AtomicU64,
     errors: AtomicU64,
     mismatched: AtomicU64,
+    connections: AtomicU64,
     streams_refused: AtomicU64,
 }
 
@@ -123,6 +130,7 @@ impl Counters {
             timeouts: read(&self.timeouts),
             errors: read(&self.errors),
             mismatched: read(&self.mismatched),
+            connections: read(&self.connections),
             streams_refused: read(&self.streams_refused),
         }
     }

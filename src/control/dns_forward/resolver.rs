@@ -19,9 +19,12 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::control::dns_forward::cache::{Cache, adopt};
+use crate::control::dns_forward::connections::Connections;
+use crate::control::dns_forward::exchange::{self, Answer, Failure};
 use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end};
-use crate::control::dns_forward::upstreams::{UpstreamList, Upstreams};
-use crate::control::dns_forward::{Counters, count, exchange};
+use crate::control::dns_forward::source::{Source, Upstreams};
+use crate::control::dns_forward::upstreams::{Try, UpstreamList};
+use crate::control::dns_forward::{Counters, count};
 use crate::limits;
 use crate::service::dns::{Transport, servfail};
 use crate::time::Clock;
@@ -47,11 +50,15 @@ type Arrival = watch::Receiver<Option<Arc<[u8]>>>;
 /// Asks upstreams until one answers, and remembers what it said. One for all workers.
 #[derive(Debug)]
 pub struct Resolver {
+    source: Mutex<Source>,
     upstreams: Mutex<UpstreamList>,
+    connections: Connections,
     cache: Mutex<Cache>,
     flights: Mutex<HashMap<Flight, Arrival, foldhash::quality::RandomState>>,
     exchanges: Semaphore,
     tcp_queries: Semaphore,
+    /// How often the way to the upstreams became another.
+    ways: watch::Sender<u64>,
     /// Whether the last question found no upstream: said once in the log when it changes.
     failing: AtomicBool,
     clock: Clock,
@@ -102,6 +109,15 @@ impl Asking {
     }
 }
 
+/// What one upstream made of a question.
+enum Asked {
+    Answer(Answer),
+    /// Failure or refusal: to be passed on if nobody knows better.
+    SecondBest(Answer),
+    Silent,
+    Unreachable,
+}
+
 /// The end of a question's journey.
 struct Landed {
     bytes: Vec<u8>,
@@ -116,15 +132,20 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Resolver {
     /// A resolver that asks `upstreams`.
     pub fn new(upstreams: Upstreams) -> Arc<Resolver> {
+        let counters = Arc::<Counters>::default();
+        let source = Source::new(upstreams);
         Arc::new(Resolver {
-            upstreams: Mutex::new(UpstreamList::new(upstreams)),
+            upstreams: Mutex::new(UpstreamList::new(source.conf().clone())),
+            source: Mutex::new(source),
+            connections: Connections::new(Arc::clone(&counters)),
             cache: Mutex::default(),
             flights: Mutex::default(),
             exchanges: Semaphore::new(limits::DNS_EXCHANGES_MAX),
             tcp_queries: Semaphore::new(limits::DNS_TCP_QUERIES_MAX),
+            ways: watch::Sender::new(0),
             failing: AtomicBool::new(false),
             clock: Clock::start(),
-            counters: Arc::default(),
+            counters,
         })
     }
 
@@ -135,9 +156,7 @@ impl Resolver {
     /// Begins to answer `query`. Needs a tokio runtime.
     pub(super) fn begin(self: &Arc<Self>, query: Vec<u8>, transport: Transport) -> Begun {
         count(&self.counters.queries);
-        if lock(&self.upstreams).look() {
-            lock(&self.cache).clear();
-        }
+        self.look();
         let Some(key) = Key::of(&query) else {
             return Begun::Asking(Asking { query, from: From::Own(Arc::clone(self), transport) });
         };
@@ -153,6 +172,28 @@ impl Resolver {
         let flight = Flight { key, generation, is_tcp, opt: opt.into() };
         let arrival = self.join(flight, &query, transport);
         Begun::Asking(Asking { query, from: From::Shared(arrival) })
+    }
+
+    /// Looks whether the host has other resolvers now.
+    fn look(&self) {
+        let mut source = lock(&self.source);
+        if source.look(self.clock.now()) {
+            *lock(&self.upstreams) = UpstreamList::new(source.conf().clone());
+            self.forget();
+        }
+    }
+
+    /// The host's network is another: answers are forgotten, and how resolvers have done; questions on
+    /// their way begin anew, from new sockets.
+    pub fn network_changed(&self) {
+        lock(&self.upstreams).forget_health();
+        self.forget();
+    }
+
+    fn forget(&self) {
+        lock(&self.cache).clear();
+        self.connections.forget();
+        self.ways.send_modify(|count| *count += 1);
     }
 
     /// Waits for `flight`'s answer, beginning the flight if there is none.
@@ -199,11 +240,10 @@ impl Resolver {
         }
     }
 
-    /// Asks one upstream after the other. An upstream that is silent, unreachable, failing (SERVFAIL) or
-    /// unwilling (REFUSED) makes way for the next; if all are, their first answer stands, or SERVFAIL of
-    /// our own if there is none.
+    /// Asks one upstream after the other, and those that were silent again. One that is silent,
+    /// unreachable, failing (SERVFAIL) or unwilling (REFUSED) makes way for the next; if all are, their
+    /// first answer stands, or SERVFAIL of our own if there is none.
     async fn ask_upstreams(&self, query: &[u8], transport: Transport) -> Landed {
-        let upstreams = lock(&self.upstreams).current();
         let mut second_best = None;
         let asked = async {
             // Connections are bounded where they come from.
@@ -211,18 +251,13 @@ impl Resolver {
                 Transport::Udp => self.exchanges.acquire().await.ok(),
                 Transport::Tcp => None,
             };
-            for &upstream in upstreams.iter() {
-                match exchange::ask(upstream, query, transport, &self.counters).await {
-                    Ok(answer) if answer.is_final() => return Some(answer),
-                    Ok(answer) => second_best = second_best.take().or(Some(answer)),
-                    Err(exchange::Failure::Timeout) => count(&self.counters.timeouts),
-                    Err(exchange::Failure::Io(error)) => {
-                        tracing::debug!(%upstream, %error, "resolver not reached");
-                        count(&self.counters.errors);
-                    }
+            loop {
+                let mut ways = self.ways.subscribe();
+                tokio::select! {
+                    answer = self.try_all(query, transport, &mut second_best) => return answer,
+                    Ok(()) = ways.changed() => {}
                 }
             }
-            None
         };
         let answer = timeout(QUESTION_TIMEOUT, asked).await.ok().flatten().or(second_best);
         match answer {
@@ -235,14 +270,66 @@ impl Resolver {
             }
             None => {
                 count(&self.counters.failed);
-                if !upstreams.is_empty() && !self.failing.swap(true, Ordering::Relaxed) {
-                    tracing::warn!(
-                        ?upstreams,
-                        "no resolver answers; the guest's queries fail until one does"
-                    );
-                }
+                self.say_failing();
                 Landed { bytes: servfail(query), is_answered: false }
             }
+        }
+    }
+
+    async fn try_all(
+        &self,
+        query: &[u8],
+        transport: Transport,
+        second_best: &mut Option<Answer>,
+    ) -> Option<Answer> {
+        let mut plan = lock(&self.upstreams).plan(self.clock.now());
+        for _ in 0..plan.attempts {
+            let mut silent = Vec::new();
+            for one in plan.tries {
+                match self.ask(one, query, transport, plan.timeout).await {
+                    Asked::Answer(answer) => return Some(answer),
+                    Asked::SecondBest(answer) => *second_best = second_best.take().or(Some(answer)),
+                    Asked::Silent => silent.push(one),
+                    Asked::Unreachable => {}
+                }
+            }
+            plan.tries = silent;
+        }
+        None
+    }
+
+    async fn ask(&self, one: Try, query: &[u8], transport: Transport, time_max: Duration) -> Asked {
+        let start = self.clock.now();
+        let outcome = match transport {
+            Transport::Udp => exchange::ask_udp(one, query, time_max, &self.counters).await,
+            Transport::Tcp => exchange::ask_tcp(one, query, time_max, &self.connections).await,
+        };
+        let now = self.clock.now();
+        let mut upstreams = lock(&self.upstreams);
+        match outcome {
+            Ok(answer) => {
+                upstreams.answered(one.addr, now.since(start));
+                if answer.is_final() { Asked::Answer(answer) } else { Asked::SecondBest(answer) }
+            }
+            Err(Failure::Timeout) => {
+                count(&self.counters.timeouts);
+                upstreams.failed(now, one.addr);
+                Asked::Silent
+            }
+            Err(Failure::Io(error)) => {
+                tracing::debug!(resolver = %one.addr, %error, "not reached");
+                count(&self.counters.errors);
+                upstreams.failed(now, one.addr);
+                Asked::Unreachable
+            }
+        }
+    }
+
+    fn say_failing(&self) {
+        let upstreams = lock(&self.upstreams);
+        let servers = &upstreams.conf().servers;
+        if !servers.is_empty() && !self.failing.swap(true, Ordering::Relaxed) {
+            tracing::warn!(resolvers = ?servers, "no resolver answers; the guest's queries fail until one does");
         }
     }
 }
