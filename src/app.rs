@@ -4,7 +4,7 @@
 //! worker and the vhost-user session have threads of their own.
 
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -18,6 +18,7 @@ use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::gateway::SharedDhcp;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
 use crate::postbox;
@@ -77,7 +78,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let (parts, forwarders, dns) = prepare(&config, open_files, queues, &stop)?;
+    let Prepared { parts, forwarders, dns, host } = prepare(&config, open_files, queues, &stop)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -92,6 +93,9 @@ pub fn run(config: Config) -> Result<(), Error> {
         for forwarder in forwarders {
             tokio::task::spawn(forwarder.run(Arc::clone(&dns)));
         }
+        if let Some(host) = host {
+            host.follow();
+        }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
     });
@@ -105,7 +109,34 @@ pub fn run(config: Config) -> Result<(), Error> {
     outcome
 }
 
-type Prepared = (Vec<WorkerParts>, Vec<DnsForwarder>, Arc<DnsService>);
+struct Prepared {
+    parts: Vec<WorkerParts>,
+    forwarders: Vec<DnsForwarder>,
+    dns: Arc<DnsService>,
+    /// None where the guest sees nothing of the host's network.
+    host: Option<FollowedHost>,
+}
+
+/// What has to know of changes of the host's network.
+struct FollowedHost {
+    resolver: Arc<Resolver>,
+    dhcp: SharedDhcp,
+}
+
+impl FollowedHost {
+    /// Follows the host's settings from now on, on the runtime.
+    fn follow(self) {
+        let FollowedHost { resolver, dhcp } = self;
+        let mut search = resolver.search_list();
+        tokio::task::spawn(resolver.follow());
+        tokio::task::spawn(async move {
+            while search.changed().await.is_ok() {
+                let domains = search.borrow_and_update().clone();
+                dhcp.lock().unwrap_or_else(PoisonError::into_inner).set_search(&domains);
+            }
+        });
+    }
+}
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
 /// whose queue pair the guest answers on.
@@ -162,7 +193,8 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
-    Ok((parts, forwarders, dns))
+    let host = (world && config.dns.enabled).then_some(FollowedHost { resolver, dhcp });
+    Ok(Prepared { parts, forwarders, dns, host })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;

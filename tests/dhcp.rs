@@ -7,6 +7,8 @@
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use hickory_proto::rr::Name;
+use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 use proptest::prelude::*;
 use vunet::addr::MacAddr;
 use vunet::config::{DnsConfig, IpMtu, Lan};
@@ -546,6 +548,48 @@ fn without_dns_there_is_no_resolver_and_no_domain() {
     for code in [6, 15, 119] {
         assert_eq!(option(&offer, code), None);
     }
+}
+
+/// The names of option 119 (RFC 3397), put together where they are compressed.
+fn search_list(reply: &DhcpReply) -> Vec<String> {
+    let data = option(reply, 119).unwrap();
+    let mut decoder = BinDecoder::new(&data);
+    let mut names = Vec::new();
+    while !decoder.is_empty() {
+        names.push(Name::read(&mut decoder).unwrap().to_ascii());
+    }
+    names
+}
+
+#[test]
+fn the_hosts_search_list_is_served_behind_the_networks_own_domain_and_live_at_renewal() {
+    let mut server = server();
+    let discover = Message::new(NETWORKD_DISCOVER);
+    assert_eq!(search_list(&reply(discover.send(&mut server, NOW))), ["vunet.internal."]);
+    let domains = ["corp.example", "lab.corp.example", "vunet.internal"].map(str::to_owned);
+    server.set_search(&domains);
+    let expected = ["vunet.internal.", "corp.example.", "lab.corp.example."];
+    assert_eq!(search_list(&reply(discover.send(&mut server, NOW))), expected);
+    assert_eq!(lease(&mut server, MAC, NOW), ip(2));
+    server.set_search(&["other.example".to_owned()]);
+    let renew = Message::new("350103 370177").ciaddr(ip(2));
+    let ack = reply(renew.send(&mut server, at(43_200)));
+    assert_eq!(search_list(&ack), ["vunet.internal.", "other.example."]);
+    assert_eq!(option(&ack, 15), None, "not asked for");
+}
+
+#[test]
+fn a_long_search_list_is_cut_to_what_one_option_holds() {
+    let mut server = server();
+    let label = "a".repeat(57);
+    let domains: Vec<String> = (0..10).map(|n| format!("{n}{label}.example")).collect();
+    server.set_search(&domains);
+    let discover = Message::new(NETWORKD_DISCOVER).option(57, &1500u16.to_be_bytes());
+    // 16 bytes of the own domain and 68 of each: the fourth would need 288.
+    assert_eq!(search_list(&reply(discover.send(&mut server, NOW))).len(), 4);
+    let mut server = DhcpServer::new(&lan(), &DnsConfig { enabled: false, ..dns() });
+    server.set_search(&domains);
+    assert_eq!(option(&reply(discover.send(&mut server, NOW)), 119), None);
 }
 
 #[test]

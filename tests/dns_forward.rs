@@ -50,10 +50,25 @@ impl Forwarding {
     }
 
     fn by(resolver: &Arc<Resolver>) -> Forwarding {
+        Forwarding::with(resolver, false)
+    }
+
+    /// One whose resolver follows the host's settings.
+    fn following(upstreams: Upstreams) -> Forwarding {
+        Forwarding::with(&Resolver::new(upstreams), true)
+    }
+
+    fn with(resolver: &Arc<Resolver>, follow: bool) -> Forwarding {
         let (client, forwarder) = channel(resolver).unwrap();
+        let followed = Arc::clone(resolver);
         let forwarder = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(forwarder.run(service())).unwrap();
+            runtime.block_on(async {
+                if follow {
+                    tokio::spawn(followed.follow());
+                }
+                forwarder.run(service()).await.unwrap();
+            });
         });
         let epoll = epoll::create(true).unwrap();
         let event = epoll::Event::new(epoll::Events::EPOLLIN | epoll::Events::EPOLLET, 0);
@@ -615,6 +630,42 @@ fn host_resolvers_are_followed_as_their_file_changes() {
         forwarding.ask(&plain);
     }
     assert_eq!(forwarding.client().stats().cached, 0, "another network's answers are not given");
+}
+
+#[test]
+fn the_hosts_settings_are_followed_without_a_query() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let search = |domain: &str| format!("nameserver 127.83.2.9\nsearch {domain}\n");
+    std::fs::create_dir(at("run")).unwrap();
+    std::fs::write(at("run/one"), search("one.example")).unwrap();
+    std::fs::write(at("run/two"), search("two.example")).unwrap();
+    std::os::unix::fs::symlink("run/one", at("resolv.conf")).unwrap();
+    let forwarding = Forwarding::following(Upstreams::ResolvConf(at("resolv.conf")));
+    let list = forwarding.resolver.search_list();
+    let expect = |domain: &str, how: &str| {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while *list.borrow() != [domain] {
+            assert!(Instant::now() < deadline, "{how}: still {:?}", *list.borrow());
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    expect("one.example", "at the start");
+    std::os::unix::fs::symlink("run/two", at("link")).unwrap();
+    std::fs::rename(at("link"), at("resolv.conf")).unwrap();
+    expect("two.example", "another symlink");
+    std::fs::write(at("run/two"), search("three.example")).unwrap();
+    expect("three.example", "written in place");
+    std::fs::write(at("run/new"), search("four.example")).unwrap();
+    std::fs::rename(at("run/new"), at("run/two")).unwrap();
+    expect("four.example", "replaced behind the symlink");
+    std::fs::write(at("run/two"), "").unwrap();
+    std::fs::remove_dir_all(at("run")).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    expect("four.example", "gone");
+    std::fs::create_dir(at("run")).unwrap();
+    std::fs::write(at("run/two"), search("five.example")).unwrap();
+    expect("five.example", "come back");
 }
 
 // ---- several upstreams ----

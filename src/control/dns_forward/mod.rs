@@ -15,14 +15,15 @@
 //! All forwarders of the process share one [`Resolver`]: what one worker's guest asked for, another's
 //! finds in the cache. `resolver` answers a query, from the `cache` or by asking upstreams; `message`
 //! reads what the cache has to know of one; `exchange` asks one upstream once, over `connections` for TCP;
-//! `upstreams` knows whom to ask; `source` where those come from, such as a `resolv_conf`; `stream` serves
-//! a connection of the guest.
+//! `upstreams` knows whom to ask; `source` where those come from, such as a `resolv_conf`, and `file_news`
+//! when that changes; `stream` serves a connection of the guest.
 //!
 //! Read first: RFC 5452 (answers that are not ours), RFC 7766 (DNS over TCP).
 
 mod cache;
 mod connections;
 mod exchange;
+mod file_news;
 mod message;
 mod resolv_conf;
 mod resolver;

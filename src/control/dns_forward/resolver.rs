@@ -10,17 +10,19 @@
 //!
 //! Read first: RFC 5452, 5 and 9; RFC 7766.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashMap;
 use tokio::sync::{Semaphore, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::control::dns_forward::cache::{Cache, adopt};
 use crate::control::dns_forward::connections::Connections;
 use crate::control::dns_forward::exchange::{self, Answer, Failure};
+use crate::control::dns_forward::file_news::FileNews;
 use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end};
 use crate::control::dns_forward::source::{Source, Upstreams};
 use crate::control::dns_forward::upstreams::{Try, UpstreamList};
@@ -32,6 +34,9 @@ use crate::time::Clock;
 /// How long a question may take, waiting for its turn included: then the guest's own resolver has given
 /// up.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How long the host's settings are left alone after news of them.
+const SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// A question on its way, as far as its answer may differ from another's: what the cache goes by, the
 /// transport, and all of the OPT record.
@@ -57,6 +62,7 @@ pub struct Resolver {
     flights: Mutex<HashMap<Flight, Arrival, foldhash::quality::RandomState>>,
     exchanges: Semaphore,
     tcp_queries: Semaphore,
+    search: watch::Sender<Vec<String>>,
     /// How often the way to the upstreams became another.
     ways: watch::Sender<u64>,
     /// Whether the last question found no upstream: said once in the log when it changes.
@@ -142,6 +148,7 @@ impl Resolver {
             flights: Mutex::default(),
             exchanges: Semaphore::new(limits::DNS_EXCHANGES_MAX),
             tcp_queries: Semaphore::new(limits::DNS_TCP_QUERIES_MAX),
+            search: watch::Sender::new(Vec::new()),
             ways: watch::Sender::new(0),
             failing: AtomicBool::new(false),
             clock: Clock::start(),
@@ -174,18 +181,63 @@ impl Resolver {
         Begun::Asking(Asking { query, from: From::Shared(arrival) })
     }
 
-    /// Looks whether the host has other resolvers now.
+    /// Follows the host's settings as they change, for as long as it is polled. Without it they are looked
+    /// at when a query comes.
+    pub async fn follow(self: Arc<Self>) {
+        let path = lock(&self.source).path().map(Path::to_owned);
+        let Some(path) = path else { return };
+        loop {
+            let news = FileNews::of(&path);
+            self.look_again();
+            let told = match news {
+                Ok(news) => news.wait().await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = told {
+                tracing::warn!(path = %path.display(), %error, "cannot be watched; it is looked at when a query comes");
+                return;
+            }
+            // Who rewrites it is given time to finish, and who rewrites it all the time costs little.
+            sleep(SETTLE_TIME).await;
+        }
+    }
+
+    /// The search list of the host, now and as it changes.
+    pub fn search_list(&self) -> watch::Receiver<Vec<String>> {
+        self.search.subscribe()
+    }
+
+    /// Looks whether the host has other settings now, if it was not looked just before.
     fn look(&self) {
         let mut source = lock(&self.source);
         if source.look(self.clock.now()) {
-            *lock(&self.upstreams) = UpstreamList::new(source.conf().clone());
-            self.forget();
+            self.obey(&source);
         }
+    }
+
+    /// Reads the host's settings, whether their file seems to have changed or not.
+    fn look_again(&self) {
+        let mut source = lock(&self.source);
+        if source.read() {
+            self.obey(&source);
+        }
+    }
+
+    fn obey(&self, source: &Source) {
+        *lock(&self.upstreams) = UpstreamList::new(source.conf().clone());
+        self.search.send_if_modified(|search| {
+            let is_other = *search != source.conf().search;
+            search.clone_from(&source.conf().search);
+            is_other
+        });
+        self.forget();
     }
 
     /// The host's network is another: answers are forgotten, and how resolvers have done; questions on
     /// their way begin anew, from new sockets.
     pub fn network_changed(&self) {
+        // A resolver may be named by an interface, which may be another now.
+        self.look_again();
         lock(&self.upstreams).forget_health();
         self.forget();
     }

@@ -92,7 +92,6 @@ impl Source {
     }
 
     /// The file, if there is one.
-    #[cfg(test)]
     pub(super) fn path(&self) -> Option<&Path> {
         self.file.as_ref().map(|file| &*file.path)
     }

@@ -34,8 +34,10 @@ const FILE_AT: std::ops::Range<usize> = 108..236;
 const IP_UDP_BYTES: u16 = 28;
 /// What every client can take, IP and UDP headers included (RFC 2131, 2).
 const MESSAGE_SIZE_MIN: u16 = 576;
+/// Data of one option.
+const OPTION_BYTES_MAX: usize = 255;
 /// A client identifier or relay information we echo: one option's worth.
-const ECHO_BYTES_MAX: usize = 255;
+const ECHO_BYTES_MAX: usize = OPTION_BYTES_MAX;
 /// Options left out, one after the other, if a reply is longer than the client can take. What is
 /// not here is needed to use the address at all.
 const DISPENSABLE: [OptionCode; 7] = [
@@ -209,6 +211,8 @@ pub(super) struct ReplyWriter {
     lan: Lan,
     dns: bool,
     domain: Option<(String, Name)>,
+    /// The domain and those of the host's search list.
+    search: Vec<Name>,
 }
 
 impl ReplyWriter {
@@ -223,7 +227,35 @@ impl ReplyWriter {
             name.set_fqdn(true);
             (dns.domain.clone(), name)
         });
-        ReplyWriter { lan: *lan, dns: dns.enabled, domain: domain.filter(|_| dns.enabled) }
+        let mut writer = ReplyWriter {
+            lan: *lan,
+            dns: dns.enabled,
+            domain: domain.filter(|_| dns.enabled),
+            search: Vec::new(),
+        };
+        writer.set_search(&[]);
+        writer
+    }
+
+    /// Sets the domains clients are told of besides the network's own, as many as one option holds: not
+    /// every client puts a longer one together (RFC 3396), and each domain is a question more for every
+    /// short name.
+    pub(super) fn set_search(&mut self, domains: &[String]) {
+        self.search.clear();
+        let Some((_, own)) = &self.domain else { return };
+        let mut bytes = 0;
+        let others = domains.iter().filter_map(|domain| Name::from_ascii(domain).ok());
+        for mut name in std::iter::once(own.clone()).chain(others) {
+            name.set_fqdn(true);
+            // In wire form, without the compression that makes it shorter.
+            bytes += name.len() + 1;
+            if bytes > OPTION_BYTES_MAX {
+                return;
+            }
+            if !self.search.contains(&name) {
+                self.search.push(name);
+            }
+        }
     }
 
     /// OFFER, or ACK of a REQUEST: address, lease and parameters.
@@ -308,12 +340,12 @@ impl ReplyWriter {
         if request.wants(OptionCode::BroadcastAddr) {
             options.insert(DhcpOption::BroadcastAddr(self.lan.subnet.broadcast()));
         }
-        if let Some((text, name)) = &self.domain {
+        if let Some((text, _)) = &self.domain {
             if request.wants(OptionCode::DomainName) {
                 options.insert(DhcpOption::DomainName(text.clone()));
             }
             if request.wants(OptionCode::DomainSearch) {
-                options.insert(DhcpOption::DomainSearch(vec![name.clone()]));
+                options.insert(DhcpOption::DomainSearch(self.search.clone()));
             }
         }
     }

@@ -131,6 +131,12 @@ impl DhcpServer {
         self.writer.set_ip_mtu(ip_mtu);
     }
 
+    /// Sets the domains, besides the network's own, in which clients look for short names from their next
+    /// message on.
+    pub fn set_search(&mut self, domains: &[String]) {
+        self.writer.set_search(domains);
+    }
+
     /// Takes the payload of one UDP datagram that came to port 67 in a frame from `link_src`.
     pub fn handle(&mut self, now: Instant, link_src: MacAddr, udp_payload: &[u8]) -> Outcome {
         if !self.enabled {

@@ -5,6 +5,7 @@ pub mod affinity;
 pub mod error_queue;
 pub mod inherited;
 pub mod poll;
+pub mod readable;
 pub mod routes;
 pub mod socket;
 pub mod stream_runs;
