@@ -4,7 +4,7 @@
 //! worker and the vhost-user session have threads of their own.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
+use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
-use crate::engine::gateway::SharedDhcp;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
 use crate::postbox;
@@ -114,28 +114,7 @@ struct Prepared {
     forwarders: Vec<DnsForwarder>,
     dns: Arc<DnsService>,
     /// None where the guest sees nothing of the host's network.
-    host: Option<FollowedHost>,
-}
-
-/// What has to know of changes of the host's network.
-struct FollowedHost {
-    resolver: Arc<Resolver>,
-    dhcp: SharedDhcp,
-}
-
-impl FollowedHost {
-    /// Follows the host's settings from now on, on the runtime.
-    fn follow(self) {
-        let FollowedHost { resolver, dhcp } = self;
-        let mut search = resolver.search_list();
-        tokio::task::spawn(resolver.follow());
-        tokio::task::spawn(async move {
-            while search.changed().await.is_ok() {
-                let domains = search.borrow_and_update().clone();
-                dhcp.lock().unwrap_or_else(PoisonError::into_inner).set_search(&domains);
-            }
-        });
-    }
+    host: Option<Dependents>,
 }
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
@@ -162,10 +141,12 @@ fn prepare(
     let isn_secret = random_pair()?;
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
-    let (mut parts, mut forwarders) = (Vec::new(), Vec::new());
+    let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
+        let addresses_gone = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
+        wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
         let (tcp, udp) = published.take().unwrap_or_default();
         let several = workers > 1;
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
@@ -185,6 +166,7 @@ fn prepare(
             tcp,
             udp,
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
+            addresses_gone,
             peek_offset: !config.no_peek_off,
             dhcp: Arc::clone(&dhcp),
             postbox: several.then_some(postbox),
@@ -193,7 +175,9 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
-    let host = (world && config.dns.enabled).then_some(FollowedHost { resolver, dhcp });
+    let resolver = config.dns.enabled.then_some(resolver);
+    let host = Dependents { resolver, dhcp, workers: wakes, subnet: config.lan.subnet };
+    let host = world.then_some(host);
     Ok(Prepared { parts, forwarders, dns, host })
 }
 
@@ -287,6 +271,7 @@ fn log_counters(counters: &Counters) {
         payload_to_guest_bytes = counters.payload_to_guest_bytes,
         flows_opened = counters.flows_opened,
         flows_evicted = counters.flows_evicted,
+        flows_stranded = counters.flows_stranded,
         retransmits = counters.retransmits,
         dropped = counters.dropped_total(),
         reasons = %counters.drops_text(),

@@ -233,6 +233,10 @@ pub const LETTERS_MAX: usize = 1024;
 /// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
 pub const USO_SEGMENTS_MAX: usize = 128;
 
+/// Links, addresses and routes of the host that are remembered, to tell news from repetition. Past it all
+/// are forgotten, and each is news once more.
+pub const HOST_ITEMS_KNOWN_MAX: usize = 4096;
+
 /// Addresses of which it is remembered whether they are the host's own. Past it all are forgotten and
 /// asked for anew.
 pub const OWN_ADDRESSES_KNOWN_MAX: usize = 1024;

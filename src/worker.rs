@@ -42,6 +42,7 @@ const KICK: u64 = 0x81 << 56;
 const DNS: Token = Token(0x82 << 56);
 const STOP: Token = Token(0x83 << 56);
 const LETTERS: Token = Token(0x84 << 56);
+const ADDRESSES_GONE: Token = Token(0x85 << 56);
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Everything a worker owns. Made on its own thread: its parts share without locks.
@@ -52,6 +53,7 @@ pub struct Worker {
     dns: Rc<RefCell<DnsClient>>,
     clock: Clock,
     postbox: Option<Postbox>,
+    addresses_gone: EventFd,
     busy_poll: Duration,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
@@ -74,6 +76,8 @@ pub struct WorkerParts {
     pub udp: Vec<(socket2::Socket, u16)>,
     /// Written to end the worker.
     pub stop: EventFd,
+    /// Written when addresses of the host went and did not come back.
+    pub addresses_gone: EventFd,
     /// Whether `SO_PEEK_OFF` may be used on TCP.
     pub peek_offset: bool,
     /// The process's leases.
@@ -109,6 +113,7 @@ impl Worker {
         let poll = Poll::new()?;
         poll.watch_readable(parts.queues.command_fd(), COMMANDS)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
+        poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
         let dns = Rc::new(RefCell::new(parts.dns_client));
         poll.watch_readable(dns.borrow().event_fd().as_raw_fd(), DNS)?;
         let dns_streams = Rc::clone(&dns);
@@ -140,6 +145,7 @@ impl Worker {
             dns,
             clock: parts.clock,
             postbox: parts.postbox,
+            addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
             tx_waiting: 0,
             device_events: Vec::new(),
@@ -218,6 +224,11 @@ impl Worker {
             _ if token == COMMANDS => self.commands(now),
             _ if token == DNS => self.dns_answers(now),
             _ if token == LETTERS => self.letters(now),
+            _ if token == ADDRESSES_GONE => {
+                let _ = self.addresses_gone.read();
+                let (_, rx) = self.queues.split();
+                self.engine.addresses_gone(now, rx);
+            }
             KICK => {
                 let kind = self.queues.kicked((token.0 & 0xffff) as u16);
                 self.kicked(now, kind);

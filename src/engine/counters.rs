@@ -75,6 +75,8 @@ pub struct Counters {
     pub flows_opened: u64,
     /// Flows ended to make room for others.
     pub flows_evicted: u64,
+    /// TCP flows ended because the address they came from is the host's no more.
+    pub flows_stranded: u64,
     /// TCP segments sent again.
     pub retransmits: u64,
     drops: [u64; REASONS.len()],
@@ -99,6 +101,7 @@ impl Counters {
         self.payload_to_guest_bytes += other.payload_to_guest_bytes;
         self.flows_opened += other.flows_opened;
         self.flows_evicted += other.flows_evicted;
+        self.flows_stranded += other.flows_stranded;
         self.retransmits += other.retransmits;
         for (mine, theirs) in self.drops.iter_mut().zip(other.drops) {
             *mine += theirs;

@@ -110,6 +110,11 @@ pub trait HostStream {
     /// Any error ends the stream.
     fn shutdown_write(&mut self) -> io::Result<()>;
 
+    /// The host's address it comes from; `None` if it does not leave the process.
+    fn local_ip(&self) -> Option<IpAddr> {
+        None
+    }
+
     /// Closes the socket. Dropping it without this call is a reset.
     fn close(self, how: Close);
 }

@@ -652,6 +652,12 @@ impl<N: HostNet> Engine<N> {
         }
     }
 
+    /// Addresses of the host went and did not come back.
+    pub fn addresses_gone(&mut self, now: Instant, port: &mut impl GuestPort) {
+        self.core.now = now;
+        self.nat.addresses_gone(&mut self.core, port);
+    }
+
     /// Carries out the deadlines that came up.
     pub fn run_timers(&mut self, now: Instant, port: &mut impl GuestPort) {
         self.begin(now);

@@ -2,6 +2,7 @@
 //!
 //! What only Linux knows sits in [`sys`].
 
+pub mod host_news;
 mod own_addresses;
 pub mod sockets;
 pub mod sys;

@@ -620,6 +620,11 @@ impl HostStream for Stream {
         self.socket.shutdown(Shutdown::Write)
     }
 
+    fn local_ip(&self) -> Option<IpAddr> {
+        let address = self.socket.local_addr().ok()?.as_socket()?;
+        Some(address.ip())
+    }
+
     fn close(self, how: Close) {
         if how == Close::Clean && self.kind == StreamKind::Tcp {
             // On failure the socket stays as it was: a reset rather than a false FIN.

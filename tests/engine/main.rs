@@ -20,6 +20,7 @@ mod handover;
 mod handshake;
 #[path = "../support/heap.rs"]
 mod heap;
+mod host_changes;
 mod hostile;
 mod interleavings;
 mod options;

@@ -52,6 +52,8 @@ pub(crate) struct Conn {
     /// Most bytes one peek gives.
     pub(crate) peek_max: usize,
     pub(crate) discarded: usize,
+    /// The host's address it comes from.
+    pub(crate) local: Option<IpAddr>,
     pub(crate) end: End,
     /// Its stream leaves its worker: what is dropped there is not the socket.
     leaves: bool,
@@ -198,6 +200,7 @@ impl World {
             peeks: 0,
             peek_max: usize::MAX,
             discarded: 0,
+            local: None,
             end: End::Open,
             leaves: false,
         });
@@ -337,6 +340,10 @@ impl HostNet for Net {
 
 impl HostStream for FakeStream {
     type Detached = Detached;
+
+    fn local_ip(&self) -> Option<IpAddr> {
+        self.world.borrow().conns[self.at].local
+    }
 
     fn detach(self) -> Detached {
         let at = self.at;

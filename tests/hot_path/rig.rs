@@ -70,6 +70,7 @@ fn parts(queues: DeviceQueues, stop: EventFd) -> (WorkerParts, DnsForwarder) {
         tcp: Vec::new(),
         udp: Vec::new(),
         stop,
+        addresses_gone: EventFd::new(EFD_NONBLOCK).expect("a descriptor"),
         peek_offset: true,
         postbox: None,
         clock: Clock::start(),

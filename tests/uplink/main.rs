@@ -3,6 +3,7 @@
 
 mod datagrams;
 mod hosts;
+mod news;
 mod streams;
 
 use std::cell::RefCell;

@@ -542,6 +542,17 @@ impl<N: HostNet> Nat<N> {
         self.datagrams.reset_address(core, addr);
     }
 
+    /// Addresses of the host went and did not come back: flows that came from them end.
+    pub fn addresses_gone(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        let net = &mut self.net;
+        let before = core.counters.flows_stranded;
+        self.tcp.reset_stranded(core, port, |ip| net.is_own_address(ip));
+        let ended = core.counters.flows_stranded - before;
+        if ended > 0 {
+            tracing::info!(ended, "connections from an address the host no longer has are reset");
+        }
+    }
+
     /// Carries out the deadlines that came up.
     pub fn run_timers(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         while let Some(token) = core.timers.pop_due(core.now) {

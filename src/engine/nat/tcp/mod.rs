@@ -303,6 +303,24 @@ impl<S: HostStream> TcpTable<S> {
         }
     }
 
+    /// Ends every flow whose end at the host's side is at an address that is the host's no more; both
+    /// sides see RST, the world if it can still be reached. Nothing else would: the kernel sends nothing
+    /// from such an address, and tells nobody.
+    pub fn reset_stranded(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        mut is_own: impl FnMut(IpAddr) -> bool,
+    ) {
+        let local = |flow: &Flow<S>| flow.stream.as_ref().and_then(S::local_ip);
+        let stranded = self.flows.iter().filter(|(_, flow)| local(flow).is_some_and(|ip| !is_own(ip)));
+        for at in stranded.map(|(at, _)| at).collect::<Vec<_>>() {
+            core.counters.flows_stranded += 1;
+            self.flows[at].reset_guest(core, port);
+            self.remove(core, at);
+        }
+    }
+
     /// News of a flow's socket.
     pub fn host_ready(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token, ready: Readiness) {
         let Some(at) = self.find(token) else { return };
