@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
-use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
+use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -78,7 +78,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let Prepared { parts, forwarders, dns, host } = prepare(&config, open_files, queues, &stop)?;
+    let Prepared { parts, forwarders, dns, resolver, host } = prepare(&config, open_files, queues, &stop)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -106,6 +106,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         total.add(&counters.map_err(starting("the worker"))?);
     }
     log_counters(&total);
+    log_dns(&resolver.stats());
     outcome
 }
 
@@ -113,6 +114,7 @@ struct Prepared {
     parts: Vec<WorkerParts>,
     forwarders: Vec<DnsForwarder>,
     dns: Arc<DnsService>,
+    resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
 }
@@ -175,10 +177,10 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
-    let resolver = config.dns.enabled.then_some(resolver);
-    let host = Dependents { resolver, dhcp, workers: wakes, subnet: config.lan.subnet };
+    let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
+    let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, host })
+    Ok(Prepared { parts, forwarders, dns, resolver, host })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;
@@ -276,6 +278,27 @@ fn log_counters(counters: &Counters) {
         dropped = counters.dropped_total(),
         reasons = %counters.drops_text(),
         "ended"
+    );
+}
+
+fn log_dns(stats: &DnsStats) {
+    if stats.queries == 0 {
+        return;
+    }
+    tracing::info!(
+        queries = stats.queries,
+        cached = stats.cached,
+        joined = stats.joined,
+        answered = stats.answered,
+        failed = stats.failed,
+        over_bound = stats.over_bound,
+        timeouts = stats.timeouts,
+        errors = stats.errors,
+        mismatched = stats.mismatched,
+        connections = stats.connections,
+        streams_refused = stats.streams_refused,
+        evicted = stats.evicted,
+        "names forwarded"
     );
 }
 

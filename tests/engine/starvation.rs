@@ -56,6 +56,46 @@ fn data_waits_in_its_socket() {
 }
 
 #[test]
+fn a_name_s_answer_goes_before_all_bytes_that_wait_for_buffers() {
+    let mut rig = Rig::new();
+    for n in 0..20 {
+        connected(&mut rig, Peer::new(guest(4000 + n), world(80)));
+    }
+    let asked = query(9, "example.org", None);
+    rig.send(&udp_frame(guest(5353), gateway(53), &asked));
+    let forward = rig.engine.next_dns_forward().expect("a question to forward");
+    begin(&mut rig, Lack::Buffers);
+    for n in 0..20 {
+        rig.conn(n).queue.extend(pattern(60_000));
+        assert_eq!(rig.stream_ready(n, READABLE), []);
+    }
+    let mut answer = asked;
+    answer[2] |= 0x80;
+    rig.engine.dns_answer(rig.now, &mut rig.port, forward.id, &answer);
+    assert_eq!(rig.flush(), []);
+    let seen = rig.post_buffers(1);
+    let Seen::Udp { payload, .. } = &seen[0] else { panic!("bulk went first") };
+    assert_eq!(*payload, answer);
+}
+
+#[test]
+fn a_name_is_asked_for_behind_bulk_that_no_socket_takes() {
+    let mut rig = Rig::new();
+    rig.world().room = 0;
+    let mut peers: Vec<Peer> =
+        (0..50).map(|n| connected(&mut rig, Peer::new(guest(4000 + n), world(80)))).collect();
+    // More than the pools of refused bytes hold; nothing of it is taken.
+    for _ in 0..40 {
+        for peer in &mut peers {
+            peer.data(&mut rig, Flags::PSH, &pattern(1400));
+        }
+    }
+    let asked = query(9, "example.org", None);
+    rig.send(&udp_frame(guest(5353), gateway(53), &asked));
+    assert_eq!(rig.engine.next_dns_forward().map(|forward| forward.query), Some(asked));
+}
+
+#[test]
 fn a_handshake_waits() {
     for lack in BOTH {
         let mut rig = Rig::new();

@@ -1,9 +1,10 @@
 //! The world's name server: dnsmasq with one zone that has every record type the tests ask for.
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::{LabError, Netns, Process, SHORT, WORLD};
+use super::{LabError, Netns, Process, SHORT};
 
 /// The zone.
 pub const DOMAIN: &str = "example.test";
@@ -15,8 +16,8 @@ pub const BIG_TXT_BYTES: usize = 12 * 250;
 /// An HTTPS record (RFC 9460): priority 1, target ".", alpn h2.
 const HTTPS_RDATA: &str = "000100000100030268 32";
 
-/// Starts dnsmasq in `world` and waits until it answers.
-pub(super) fn start(world: &Netns, dir: &Path) -> Result<Process, LabError> {
+/// Starts dnsmasq in `world` on `addr`, where `www` has the address `www`, and waits until it answers.
+pub(super) fn start(world: &Netns, dir: &Path, addr: Ipv4Addr, www: Ipv4Addr) -> Result<Process, LabError> {
     let mut words: Vec<String> = [
         "dnsmasq",
         "--keep-in-foreground",
@@ -26,15 +27,16 @@ pub(super) fn start(world: &Netns, dir: &Path) -> Result<Process, LabError> {
         "--no-hosts",
         "--bind-interfaces",
         "--log-facility=-",
+        "--log-queries",
         "--edns-packet-max=4096",
         "--local-ttl=60",
     ]
     .map(String::from)
     .to_vec();
-    words.push(format!("--listen-address={WORLD}"));
-    words.push(format!("--pid-file={}", dir.join("dnsmasq.pid").display()));
+    words.push(format!("--listen-address={addr}"));
+    words.push(format!("--pid-file={}", dir.join(format!("dnsmasq-{addr}.pid")).display()));
     words.push(format!("--local=/{DOMAIN}/"));
-    words.push(format!("--host-record=www.{DOMAIN},{WORLD},2001:db8::2"));
+    words.push(format!("--host-record=www.{DOMAIN},{www},2001:db8::2"));
     words.push(format!("--cname=alias.{DOMAIN},www.{DOMAIN}"));
     words.push(format!("--mx-host={DOMAIN},mail.{DOMAIN},10"));
     words.push(format!("--txt-record={DOMAIN},v=spf1 -all,second string"));
@@ -47,10 +49,10 @@ pub(super) fn start(world: &Netns, dir: &Path) -> Result<Process, LabError> {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let server = world.spawn(&words)?;
     let deadline = Instant::now() + SHORT;
-    let ask = ["dig", "+short", "+time=1", "+tries=1", &format!("@{WORLD}"), &format!("www.{DOMAIN}")];
+    let ask = ["dig", "+short", "+time=1", "+tries=1", &format!("@{addr}"), &format!("www.{DOMAIN}")];
     loop {
         let answer = world.run_any(&ask, SHORT)?;
-        if answer.stdout.contains(&WORLD.to_string()) {
+        if answer.stdout.contains(&www.to_string()) {
             return Ok(server);
         }
         if Instant::now() > deadline {

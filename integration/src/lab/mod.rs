@@ -37,6 +37,10 @@ use crate::world::EndEvent;
 pub const WORLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 /// The host's address on the link to the world.
 pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+/// The host's and the world's addresses on a second link ([`Lab::link_too`]).
+pub const HOST_TOO: Ipv4Addr = Ipv4Addr::new(100, 64, 1, 1);
+/// See [`HOST_TOO`].
+pub const WORLD_TOO: Ipv4Addr = Ipv4Addr::new(100, 64, 1, 2);
 /// The gateway vunet shows the guest by default.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 1);
 /// The guest's address by default.
@@ -169,8 +173,48 @@ impl Lab {
         let server = self.world.spawn(&[&binary, "world-server", "--bind", &world])?;
         server.wait_line(SHORT, "the world's servers", |line| line.contains("\"ready\":true"))?;
         self.servers.push(server);
-        self.servers.push(dns::start(&self.world, self.dir.path())?);
+        self.servers.push(dns::start(&self.world, self.dir.path(), WORLD, WORLD)?);
         Ok(())
+    }
+
+    /// Starts another name server in the world, on `addr`, where `www` has the address `www`.
+    ///
+    /// # Errors
+    /// If it cannot be started or does not answer.
+    pub fn start_name_server(&self, addr: Ipv4Addr, www: Ipv4Addr) -> Result<Process, LabError> {
+        dns::start(&self.world, self.dir.path(), addr, www)
+    }
+
+    /// How often the world's name server was asked for `name`, for whatever type.
+    pub fn asked_for(&self, name: &str) -> usize {
+        let (kind, whom) = ("query[", format!(" {name} from "));
+        self.servers[1].errors().iter().filter(|line| line.contains(kind) && line.contains(&whom)).count()
+    }
+
+    /// Runs `ip` with `words`, in words.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn ip(&self, netns: &Netns, words: &str) -> Result<(), LabError> {
+        let mut command = vec!["ip", "-n", netns.name()];
+        command.extend(words.split(' '));
+        run(&command, SHORT).map(drop)
+    }
+
+    /// A second way from host to world: `p1` with [`HOST_TOO`] to `e1` with [`WORLD_TOO`].
+    ///
+    /// # Errors
+    /// If it cannot be had.
+    pub fn link_too(&self) -> Result<(), LabError> {
+        let (host, world) = (self.host.name(), self.world.name());
+        let link = format!("link add p1 netns {host} type veth peer name e1 netns {world}");
+        let mut command = vec!["ip"];
+        command.extend(link.split(' '));
+        run(&command, SHORT)?;
+        self.ip(&self.host, &format!("addr add {HOST_TOO}/24 dev p1"))?;
+        self.ip(&self.world, &format!("addr add {WORLD_TOO}/24 dev e1"))?;
+        self.ip(&self.host, "link set p1 up")?;
+        self.ip(&self.world, "link set e1 up")
     }
 
     /// Starts `iperf3 -s` in the world.

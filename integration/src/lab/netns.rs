@@ -99,10 +99,18 @@ impl Netns {
     /// # Errors
     /// If the file cannot be written.
     pub fn set_resolver(&self, server: &str) -> Result<(), LabError> {
+        self.set_resolv_conf(&format!("nameserver {server}\n"))
+    }
+
+    /// Gives processes inside an `/etc/resolv.conf` of this text; those that run see it change.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn set_resolv_conf(&self, text: &str) -> Result<(), LabError> {
         let dir = self.etc();
         let file = dir.join("resolv.conf");
         fs::create_dir_all(&dir)
-            .and_then(|()| fs::write(&file, format!("nameserver {server}\n")))
+            .and_then(|()| fs::write(&file, text))
             .map_err(|e| LabError::Io(file.display().to_string(), e))
     }
 

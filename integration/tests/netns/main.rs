@@ -12,6 +12,7 @@ mod bounds;
 mod dns;
 mod ends;
 mod features;
+mod host_changes;
 mod hostile;
 mod icmp;
 mod lease;

@@ -26,7 +26,7 @@ use crate::control::dns_forward::file_news::FileNews;
 use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end};
 use crate::control::dns_forward::source::{Source, Upstreams};
 use crate::control::dns_forward::upstreams::{Try, UpstreamList};
-use crate::control::dns_forward::{Counters, count};
+use crate::control::dns_forward::{Counters, DnsStats, count};
 use crate::limits;
 use crate::service::dns::{Transport, servfail};
 use crate::time::Clock;
@@ -154,6 +154,11 @@ impl Resolver {
             clock: Clock::start(),
             counters,
         })
+    }
+
+    /// What was done so far.
+    pub fn stats(&self) -> DnsStats {
+        self.counters.read()
     }
 
     pub(super) fn counters(&self) -> &Arc<Counters> {
