@@ -4,8 +4,9 @@
 //! lifetimes refreshed by router advertisements, statistics, scans for wireless networks, containers coming
 //! and going. So what matters of each is remembered (first of all as it is at the start), and only a
 //! difference is news. Left out are addresses and routes of a single link, the kernel's own `local` routes
-//! and what it caches. When an interface goes down its IPv4 routes go without a word; therefore a link's
-//! change makes every route news when it is told of again.
+//! and what it caches, and links that nothing leads over, such as a container's. When an interface goes down
+//! its IPv4 routes go without a word; therefore a link's change makes its routes news when they are told of
+//! again.
 //!
 //! May touch: a netlink socket. Read first: netlink(7), rtnetlink(7).
 
@@ -65,7 +66,7 @@ enum Item {
     Link(u32),
     /// Interface, prefix length, and address as it is on the wire.
     Address(u32, u8, Vec<u8>),
-    /// A hash of what makes the route.
+    /// A hash of what makes the route; its state is the interface it leads over, 0 if there are several.
     Route(u64),
 }
 
@@ -183,21 +184,15 @@ impl Known {
     /// One message; `None` if it is not understood.
     fn message(&mut self, kind: u16, flags: u16, body: &[u8]) -> Option<Change> {
         let way = match kind {
-            RTM_NEWLINK | RTM_DELLINK => {
-                let is_other = self.link(kind == RTM_NEWLINK, body)?;
-                if is_other && !self.learning {
-                    self.items.retain(|item, _| !matches!(item, Item::Route(_)));
-                }
-                is_other
-            }
+            RTM_NEWLINK | RTM_DELLINK => self.link(kind == RTM_NEWLINK, body)?,
             RTM_NEWADDR => self.set(address(body)?),
             RTM_DELADDR => {
                 let way = self.items.remove(&address(body)?.0).is_some();
                 return Some(Change { way, address_gone: way });
             }
-            RTM_NEWROUTE => self.set((route(body)?, 0)) || flags & REPLACE != 0,
+            RTM_NEWROUTE => self.set(route(body)?) || flags & REPLACE != 0,
             RTM_DELROUTE => {
-                self.items.remove(&route(body)?);
+                self.items.remove(&route(body)?.0);
                 true
             }
             RTM_NEWRULE | RTM_DELRULE => true,
@@ -206,13 +201,26 @@ impl Known {
         Some(Change { way, address_gone: false })
     }
 
-    /// `struct ifinfomsg`: whether the link can be used.
+    /// `struct ifinfomsg`: whether the link can be used. News if something leads over it.
     fn link(&mut self, exists: bool, body: &[u8]) -> Option<bool> {
         /// `IFF_UP`, `IFF_RUNNING` and `IFF_LOWER_UP` of `linux/if.h`.
         const USABLE: u32 = 0x1 | 0x40 | 0x1_0000;
-        let item = Item::Link(ne32(body, 4)?);
-        let flags = ne32(body, 8)? & USABLE;
-        Some(if exists { self.set((item, flags)) } else { self.items.remove(&item).is_some() })
+        let index = ne32(body, 4)?;
+        let (item, flags) = (Item::Link(index), ne32(body, 8)? & USABLE);
+        let is_other = if exists { self.set((item, flags)) } else { self.items.remove(&item).is_some() };
+        let before = self.items.len();
+        let mut has_address = false;
+        if is_other && !self.learning {
+            self.items.retain(|item, over| match item {
+                Item::Route(_) => *over != index && *over != 0,
+                Item::Address(of, ..) => {
+                    has_address |= *of == index;
+                    true
+                }
+                Item::Link(_) => true,
+            });
+        }
+        Some(has_address || self.items.len() < before)
     }
 
     /// Remembers an item; returns whether that is news.
@@ -246,12 +254,14 @@ fn address(body: &[u8]) -> Option<(Item, u32)> {
     Some((item, u32::from(flags) & UNUSABLE))
 }
 
-/// `struct rtmsg` and its attributes: a route that leads beyond the host and its links.
-fn route(body: &[u8]) -> Option<Item> {
+/// `struct rtmsg` and its attributes: a route that leads beyond the host and its links, and over which
+/// interface.
+fn route(body: &[u8]) -> Option<(Item, u32)> {
     const RTM_F_CLONED: u32 = 0x200;
     const RTN_LOCAL: u8 = 2;
     const RTN_MULTICAST: u8 = 5;
     const RTA_DST: u16 = 1;
+    const RTA_OIF: u16 = 4;
     const RTA_CACHEINFO: u16 = 12;
     const RTA_EXPIRES: u16 = 23;
     let fixed = body.first_chunk::<12>()?;
@@ -262,17 +272,20 @@ fn route(body: &[u8]) -> Option<Item> {
     // Without the protocol (who made it) and the flags (such as whether the link is down, told apart).
     let mut essence = fixed[..5].to_vec();
     essence.push(kind);
-    let mut is_of_link = false;
+    let (mut is_of_link, mut over) = (false, 0);
     attributes(&body[12..], |kind, data| {
         // fe80::/10 and ff00::/8.
         is_of_link |= kind == RTA_DST && i32::from(family) == libc::AF_INET6 && data[0] >= 0xfe;
+        if kind == RTA_OIF {
+            over = ne32(data, 0).unwrap_or_default();
+        }
         if !matches!(kind, RTA_CACHEINFO | RTA_EXPIRES) {
             essence.extend(kind.to_ne_bytes());
             essence.extend(data);
         }
     });
     let hash = foldhash::quality::FixedState::with_seed(0).hash_one(essence);
-    (!is_of_link).then_some(Item::Route(hash))
+    (!is_of_link).then_some((Item::Route(hash), over))
 }
 
 /// Hands kind and data of each attribute (`struct rtattr`) that has data to `each`.
@@ -330,9 +343,10 @@ mod tests {
         body
     }
 
-    /// A default route through 192.0.2.`gateway`.
+    /// A default route through 192.0.2.`gateway` over interface 2.
     fn default_route(gateway: u8, age: u8) -> Vec<u8> {
         let mut body = vec![2, 0, 0, 0, 254, 3, 0, 1, 0, 0, 0, 0];
+        body.extend(attribute(4, &2u32.to_ne_bytes()));
         body.extend(attribute(5, &[192, 0, 2, gateway]));
         body.extend(attribute(12, &[age; 32]));
         body
@@ -379,16 +393,30 @@ mod tests {
     }
 
     #[test]
-    fn a_link_counts_by_whether_it_can_be_used_and_makes_routes_news_again() {
+    fn a_link_counts_by_whether_it_can_be_used_and_makes_its_routes_news_again() {
         let mut known = Known::default();
         take(&mut known, RTM_NEWLINK, &link(2, 0x1_0043));
+        take(&mut known, RTM_NEWADDR, &addr(1, 0, 0, 1));
         take(&mut known, RTM_NEWROUTE, &default_route(1, 0));
         assert_eq!(take(&mut known, RTM_NEWLINK, &link(2, 0x1_1043)), NOTHING, "a flag of no concern");
         assert_eq!(take(&mut known, RTM_NEWLINK, &link(2, 0x1002)), WAY, "down");
         assert_eq!(take(&mut known, RTM_NEWLINK, &link(2, 0x1_0043)), WAY, "up");
         assert_eq!(take(&mut known, RTM_NEWROUTE, &default_route(1, 0)), WAY, "it was gone without a word");
-        assert_eq!(take(&mut known, RTM_DELLINK, &link(2, 0)), WAY);
+        assert_eq!(take(&mut known, RTM_DELADDR, &addr(1, 0, 0, 1)), GONE);
+        assert_eq!(take(&mut known, RTM_DELLINK, &link(2, 0)), WAY, "a route leads over it");
         assert_eq!(take(&mut known, RTM_DELLINK, &link(2, 0)), NOTHING);
+    }
+
+    #[test]
+    fn a_link_nothing_leads_over_is_no_news_and_takes_no_route_along() {
+        let mut known = Known::default();
+        take(&mut known, RTM_NEWADDR, &addr(1, 0, 0, 1));
+        take(&mut known, RTM_NEWROUTE, &default_route(1, 0));
+        for flags in [0x1002, 0x1_0043, 0x1003] {
+            assert_eq!(take(&mut known, RTM_NEWLINK, &link(7, flags)), NOTHING);
+        }
+        assert_eq!(take(&mut known, RTM_DELLINK, &link(7, 0)), NOTHING);
+        assert_eq!(take(&mut known, RTM_NEWROUTE, &default_route(1, 0)), NOTHING);
     }
 
     #[test]

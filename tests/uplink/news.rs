@@ -57,6 +57,10 @@ fn inside() {
     for (words, expected) in [
         ("addr change 192.0.2.1/24 dev one valid_lft 1000 preferred_lft 900", NOTHING),
         ("link set one alias something", NOTHING),
+        ("link add three type veth peer name four", NOTHING),
+        ("link set three up", NOTHING),
+        ("link set four up", NOTHING),
+        ("link del three", NOTHING),
         ("addr add 169.254.7.7/16 scope link dev one", WAY),
         ("addr add 192.0.2.3/32 dev one", WAY),
         ("addr del 192.0.2.3/32 dev one", GONE),

@@ -17,7 +17,7 @@ pub const BIG_TXT_BYTES: usize = 12 * 250;
 const HTTPS_RDATA: &str = "000100000100030268 32";
 
 /// Starts dnsmasq in `world` on `addr`, where `www` has the address `www`, and waits until it answers.
-pub(super) fn start(world: &Netns, dir: &Path, addr: Ipv4Addr, www: Ipv4Addr) -> Result<Process, LabError> {
+pub(super) fn start(world: &Netns, dir: &Path, addr: &str, www: Ipv4Addr) -> Result<Process, LabError> {
     let mut words: Vec<String> = [
         "dnsmasq",
         "--keep-in-foreground",
@@ -25,7 +25,6 @@ pub(super) fn start(world: &Netns, dir: &Path, addr: Ipv4Addr, www: Ipv4Addr) ->
         "--user=root",
         "--no-resolv",
         "--no-hosts",
-        "--bind-interfaces",
         "--log-facility=-",
         "--log-queries",
         "--edns-packet-max=4096",
@@ -33,7 +32,12 @@ pub(super) fn start(world: &Netns, dir: &Path, addr: Ipv4Addr, www: Ipv4Addr) ->
     ]
     .map(String::from)
     .to_vec();
-    words.push(format!("--listen-address={addr}"));
+    // It finds a link-local address's interface by itself, and takes none with it.
+    let (plain, binding) = match addr.split_once('%') {
+        Some((plain, _)) => (plain, "--bind-dynamic"),
+        None => (addr, "--bind-interfaces"),
+    };
+    words.extend([format!("--listen-address={plain}"), binding.to_owned()]);
     words.push(format!("--pid-file={}", dir.join(format!("dnsmasq-{addr}.pid")).display()));
     words.push(format!("--local=/{DOMAIN}/"));
     words.push(format!("--host-record=www.{DOMAIN},{www},2001:db8::2"));

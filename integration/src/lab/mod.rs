@@ -173,7 +173,7 @@ impl Lab {
         let server = self.world.spawn(&[&binary, "world-server", "--bind", &world])?;
         server.wait_line(SHORT, "the world's servers", |line| line.contains("\"ready\":true"))?;
         self.servers.push(server);
-        self.servers.push(dns::start(&self.world, self.dir.path(), WORLD, WORLD)?);
+        self.servers.push(dns::start(&self.world, self.dir.path(), &world, WORLD)?);
         Ok(())
     }
 
@@ -181,7 +181,7 @@ impl Lab {
     ///
     /// # Errors
     /// If it cannot be started or does not answer.
-    pub fn start_name_server(&self, addr: Ipv4Addr, www: Ipv4Addr) -> Result<Process, LabError> {
+    pub fn start_name_server(&self, addr: &str, www: Ipv4Addr) -> Result<Process, LabError> {
         dns::start(&self.world, self.dir.path(), addr, www)
     }
 

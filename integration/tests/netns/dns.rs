@@ -177,7 +177,7 @@ fn a_first_server_that_is_dead_makes_way_and_is_asked_last() {
 fn resolv_conf_swapped_while_running_is_obeyed_at_once() {
     scenario(&Setup::new(), |bench| {
         bench.lab.ip(&bench.lab.world, &format!("addr add {OTHER_SERVER}/24 dev e0"))?;
-        let _other = bench.lab.start_name_server(OTHER_SERVER, OTHER_WWW)?;
+        let _other = bench.lab.start_name_server(&OTHER_SERVER.to_string(), OTHER_WWW)?;
         let www = format!("www.{DOMAIN}");
         let ask = |bench: &Bench| dig(bench, &["+short", "A", &www]);
         let got = ask(bench)?;
@@ -191,6 +191,22 @@ fn resolv_conf_swapped_while_running_is_obeyed_at_once() {
         while ask(bench)?.trim() != OTHER_WWW.to_string() {
             ensure!(Instant::now() < deadline, "the old answer is given on");
             sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_server_at_a_link_local_address_is_asked_over_its_interface() {
+    scenario(&Setup::new(), |bench| {
+        bench.lab.ip(&bench.lab.world, "addr add fe80::53/64 dev e0 nodad")?;
+        bench.lab.ip(&bench.lab.host, "addr add fe80::1/64 dev p0 nodad")?;
+        let _other = bench.lab.start_name_server("fe80::53%e0", OTHER_WWW)?;
+        bench.lab.host.set_resolver("fe80::53%p0")?;
+        bench.vunet.process.wait_error(PATIENCE, "the new resolver", |line| line.contains("fe80::53%"))?;
+        for transport in ["+notcp", "+tcp"] {
+            let got = dig(bench, &["+short", transport, "A", &format!("www.{DOMAIN}")])?;
+            ensure!(got.trim() == OTHER_WWW.to_string(), "{transport}: {got:?}");
         }
         Ok(())
     });
