@@ -126,11 +126,13 @@ pub struct PacketFields {
     pub ttl: u8,
     /// Whether nobody may fragment it, this host included.
     pub dont_fragment: bool,
+    /// The host's address it comes from; whichever suits the route if `None`.
+    pub from: Option<IpAddr>,
 }
 
 impl Default for PacketFields {
     fn default() -> PacketFields {
-        PacketFields { ttl: 64, dont_fragment: false }
+        PacketFields { ttl: 64, dont_fragment: false, from: None }
     }
 }
 
@@ -190,6 +192,8 @@ pub trait HostDatagram {
 pub struct Arrival<'a> {
     /// Who sent them.
     pub from: SocketAddr,
+    /// The host's address they were sent to, where the socket has more than one and is told.
+    pub to: Option<IpAddr>,
     /// Their bytes, one after the other.
     pub bytes: &'a [u8],
     /// Length of each but the last; the whole length for a single one.

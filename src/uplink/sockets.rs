@@ -20,7 +20,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use super::own_addresses::OwnAddresses;
 use super::sys::error_queue::ErrorReader;
 use super::sys::poll::Poll;
-use super::sys::socket::{self as sys, PeerState};
+use super::sys::socket::{self as sys, DatagramCall, PeerState};
 use super::sys::stream_runs::StreamRuns;
 use crate::engine::host_net::{
     Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, PacketFields, SendSpace,
@@ -172,9 +172,9 @@ impl Run {
         let count = self.starts.len();
         socket.apply(self.fields);
         let outcome = if count == 1 {
-            socket.send(&mut self.segments, &to)
+            socket.send(&mut self.segments, &to, self.fields.from)
         } else {
-            socket.send_cut(&mut self.segments, &to, self.segment_bytes as u16)
+            socket.send_cut(&mut self.segments, &to, self.segment_bytes as u16, self.fields.from)
         };
         let refused = match outcome {
             Ok(_) => 0,
@@ -199,7 +199,7 @@ impl Run {
         for n in 0..self.starts.len() {
             let end = self.starts.get(n + 1).copied().unwrap_or(self.segments.len());
             let segments = &mut self.segments[self.starts[n]..end];
-            if socket.send(segments, to).is_err() {
+            if socket.send(segments, to, self.fields.from).is_err() {
                 refused += 1;
             }
         }
@@ -253,6 +253,11 @@ impl HostSockets {
     /// The kernel's refusal.
     pub fn published_udp(&self, token: Token, bound: Socket) -> io::Result<Datagram> {
         prepare_udp(&bound)?;
+        let address = bound.local_addr()?.as_socket();
+        // Of several addresses the one a client used is the one it listens to.
+        if address.is_some_and(|address| address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED)) {
+            sys::tell_addresses(bound.as_fd())?;
+        }
         self.datagram(token, bound)
     }
 
@@ -663,22 +668,37 @@ impl UdpSocket {
     }
 
     /// Sends one datagram.
-    fn send(&self, segments: &mut [iovec], to: &SockAddr) -> io::Result<usize> {
-        past_old_error(|| sys::send_segments(self.socket.as_fd(), segments, Some(to)))
+    fn send(&self, segments: &mut [iovec], to: &SockAddr, from: Option<IpAddr>) -> io::Result<usize> {
+        self.call(segments, to, DatagramCall { segment_bytes: None, from: ipv4(from) })
     }
 
     /// Sends datagrams of `segment_bytes` each.
-    fn send_cut(&self, segments: &mut [iovec], to: &SockAddr, segment_bytes: u16) -> io::Result<usize> {
-        past_old_error(|| sys::send_datagrams(self.socket.as_fd(), segments, to, segment_bytes))
+    fn send_cut(
+        &self,
+        segments: &mut [iovec],
+        to: &SockAddr,
+        segment_bytes: u16,
+        from: Option<IpAddr>,
+    ) -> io::Result<usize> {
+        self.call(segments, to, DatagramCall { segment_bytes: Some(segment_bytes), from: ipv4(from) })
+    }
+
+    /// What the network said of an earlier datagram fails the call after it, whose own fault it is not
+    /// (socket(7), `SO_ERROR`): called again, it says what becomes of this one.
+    fn call(&self, segments: &mut [iovec], to: &SockAddr, call: DatagramCall) -> io::Result<usize> {
+        match sys::send_datagrams(self.socket.as_fd(), segments, to, call) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                sys::send_datagrams(self.socket.as_fd(), segments, to, call)
+            }
+            outcome => outcome,
+        }
     }
 }
 
-/// What the network said of an earlier datagram fails the call after it, whose own fault it is not
-/// (socket(7), `SO_ERROR`): called again, it says what becomes of this one.
-fn past_old_error(mut send: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
-    match send() {
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => send(),
-        outcome => outcome,
+fn ipv4(addr: Option<IpAddr>) -> Option<Ipv4Addr> {
+    match addr {
+        Some(IpAddr::V4(addr)) => Some(addr),
+        Some(IpAddr::V6(_)) | None => None,
     }
 }
 
@@ -719,8 +739,9 @@ impl HostDatagram for Datagram {
         segments.clear();
         Payload::from_host(head).push_iovecs(&mut segments);
         payload.push_iovecs(&mut segments);
-        self.socket.apply(self.socket.fields.get());
-        self.socket.send(&mut segments, &SockAddr::from(to))?;
+        let fields = self.socket.fields.get();
+        self.socket.apply(fields);
+        self.socket.send(&mut segments, &SockAddr::from(to), fields.from)?;
         Ok(())
     }
 
@@ -747,12 +768,13 @@ impl HostDatagram for Datagram {
         self.shared.runs.borrow_mut().send_of(&self.socket);
         let mut segments = self.shared.segments.borrow_mut();
         let address = SockAddr::from(to);
-        self.socket.apply(self.socket.fields.get());
+        let fields = self.socket.fields.get();
+        self.socket.apply(fields);
         if !self.socket.alone.get() {
             segments.clear();
             payload.push_iovecs(&mut segments);
             let size = u16::try_from(segment_bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
-            match self.socket.send_cut(&mut segments, &address, size) {
+            match self.socket.send_cut(&mut segments, &address, size, fields.from) {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Err(error),
                 Err(_) => {}
@@ -762,7 +784,7 @@ impl HostDatagram for Datagram {
         while at < payload.len() {
             segments.clear();
             payload.range(at, segment_bytes).push_iovecs(&mut segments);
-            self.socket.send(&mut segments, &address)?;
+            self.socket.send(&mut segments, &address, fields.from)?;
             at += segment_bytes;
         }
         Ok(())
@@ -776,8 +798,8 @@ impl HostDatagram for Datagram {
             outcome => outcome?,
         };
         for n in 0..count {
-            if let Some((from, bytes, segment_bytes)) = reader.message(n) {
-                each(Arrival { from, bytes, segment_bytes });
+            if let Some(arrival) = reader.message(n) {
+                each(arrival);
             }
         }
         // Fewer than asked for means that nothing is left (epoll(7)'s rule for short reads).

@@ -286,7 +286,7 @@ fn vunet_is_one_hop_and_passes_on_who_may_fragment() {
         let mut expected = Vec::new();
         for (ttl, dont_fragment) in [(64, true), (2, true), (2, false), (255, false), (64, true)] {
             assert_eq!(rig.send(&packet(protocol, ttl, dont_fragment, b"x")), []);
-            expected.push(PacketFields { ttl: ttl - 1, dont_fragment });
+            expected.push(PacketFields { ttl: ttl - 1, dont_fragment, ..PacketFields::default() });
         }
         assert_eq!(rig.sock(0).sent_fields, expected);
         let expired = only(rig.send(&packet(protocol, 1, true, b"x")));
@@ -317,7 +317,10 @@ fn what_came_in_fragments_may_leave_in_fragments() {
         ipv4::Header { dont_fragment: true, ..header }.emit(&mut part[14..]);
         rig.feed(&part);
     }
-    assert_eq!(rig.sock(0).sent_fields, [PacketFields { ttl: 63, dont_fragment: false }]);
+    assert_eq!(
+        rig.sock(0).sent_fields,
+        [PacketFields { ttl: 63, dont_fragment: false, ..PacketFields::default() }]
+    );
 }
 
 #[test]

@@ -317,3 +317,19 @@ fn a_flow_follows_the_guest_to_its_new_address() {
     let Seen::Udp { to, .. } = only(rig.datagram_arrives(0, b"ask", client(999))) else { panic!("not UDP") };
     assert_eq!(to, SocketAddr::new(moved.into(), 53));
 }
+
+#[test]
+fn an_answer_leaves_from_the_address_its_client_sent_to() {
+    let (mut rig, _) = rig();
+    let addresses = [[203, 0, 113, 1], [203, 0, 113, 2], [203, 0, 113, 1]];
+    for address in addresses {
+        rig.sock(0).sent_to = Some(address.into());
+        assert_eq!(rig.datagram_arrives(0, b"ask", client(999)).len(), 1);
+        rig.send(&udp_frame(guest(53), v4(client(999)), b"answer"));
+    }
+    let from: Vec<_> = rig.sock(0).sent_fields.iter().map(|fields| fields.from).collect();
+    assert_eq!(from, addresses.map(|address| Some(address.into())));
+    // The guest's own sockets have no such address.
+    rig.send(&udp_frame(guest(4000), v4(client(999)), b"ask"));
+    assert_eq!(rig.sock(1).sent_fields[0].from, None);
+}

@@ -77,6 +77,8 @@ pub(crate) struct Sock {
     pub(crate) wished_port: u16,
     pub(crate) inbox: VecDeque<(Vec<u8>, SocketAddr)>,
     pub(crate) sent: Vec<(Vec<u8>, SocketAddr)>,
+    /// The host's address datagrams arrive at, if the socket is told.
+    pub(crate) sent_to: Option<IpAddr>,
     /// What each of them had in its header.
     pub(crate) sent_fields: Vec<PacketFields>,
     fields: PacketFields,
@@ -216,6 +218,7 @@ impl World {
             inbox: VecDeque::new(),
             sent: Vec::new(),
             sent_fields: Vec::new(),
+            sent_to: None,
             fields: PacketFields::default(),
             coalesced_bytes: None,
             send_error: None,
@@ -511,16 +514,16 @@ impl HostDatagram for FakeDatagram {
 
     fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
         for _ in 0..arrivals_max.min(BATCH) {
-            let (bytes, from, coalesced) = {
+            let (bytes, from, to, coalesced) = {
                 let sock = &mut self.world.borrow_mut().socks[self.at];
                 sock.receives += 1;
                 if let Some(code) = sock.receive_errors.pop_front() {
                     return Err(os(code));
                 }
                 let Some((bytes, from)) = sock.inbox.pop_front() else { return Ok(false) };
-                (bytes, from, sock.coalesced_bytes)
+                (bytes, from, sock.sent_to, sock.coalesced_bytes)
             };
-            each(Arrival { from, bytes: &bytes, segment_bytes: coalesced.unwrap_or(bytes.len()) });
+            each(Arrival { from, to, bytes: &bytes, segment_bytes: coalesced.unwrap_or(bytes.len()) });
         }
         Ok(true)
     }

@@ -354,12 +354,12 @@ fn each_datagram_leaves_with_the_hops_it_was_given_however_it_leaves() {
     let payload = unsafe { Payload::from_guest(&iovecs) };
     let hops = [63, 63, 5, 5, 5, 63, 1, 255, 63];
     for (n, ttl) in hops.into_iter().enumerate() {
-        socket.set_fields(PacketFields { ttl, dont_fragment: n % 4 == 0 });
+        socket.set_fields(PacketFields { ttl, dont_fragment: n % 4 == 0, ..PacketFields::default() });
         socket.queue_to(&payload.range(0, 100 + n), to).expect("queued");
     }
-    socket.set_fields(PacketFields { ttl: 7, dont_fragment: true });
+    socket.set_fields(PacketFields { ttl: 7, dont_fragment: true, ..PacketFields::default() });
     socket.send_to(b"", &payload, to).expect("sent");
-    socket.set_fields(PacketFields { ttl: 8, dont_fragment: true });
+    socket.set_fields(PacketFields { ttl: 8, dont_fragment: true, ..PacketFields::default() });
     socket.send_segments_to(&payload, 500, to).expect("sent");
     assert_eq!(uplink.net.flush_datagrams(), 0, "none was refused");
     let mut seen: Vec<(usize, u8)> = Vec::new();
@@ -408,4 +408,35 @@ fn a_free_port_is_had_and_a_taken_one_gives_another_of_its_parity() {
         }
     }
     panic!("no free port was had");
+}
+
+#[test]
+fn a_published_port_on_all_addresses_says_which_was_used_and_answers_from_it() {
+    let uplink = Uplink::new(true);
+    let bound = bind_published(Type::DGRAM, SocketAddr::from(([0, 0, 0, 0], 0))).expect("bound");
+    let port = bound.local_addr().expect("an address").as_socket().expect("an IP address").port();
+    let mut socket = uplink.net.published_udp(TOKEN, bound).expect("a socket");
+    let bytes = pattern(3000);
+    let iovecs = segments(&bytes, 1000);
+    // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+    let whole = unsafe { Payload::from_guest(&iovecs) };
+    for last in [1, 2, 77] {
+        let host = SocketAddr::from(([127, 0, 0, last], port));
+        let client = UdpSocket::bind(loopback(0)).expect("a socket");
+        client.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
+        client.connect(host).expect("connected");
+        client.send(b"ask").expect("sent");
+        uplink.await_event(TOKEN, |ready| ready.readable);
+        let mut used = None;
+        socket.recv_batch(16, &mut |arrival| used = arrival.to).expect("it came");
+        assert_eq!(used, Some(host.ip()));
+        socket.set_fields(PacketFields { from: used, ..PacketFields::default() });
+        let to = client.local_addr().expect("an address");
+        socket.send_to(&[], &whole.range(0, 1000), to).expect("sent");
+        socket.send_segments_to(&whole, 1000, to).expect("sent");
+        // Connected, it takes nothing from elsewhere.
+        for _ in 0..4 {
+            assert_eq!(client.recv(&mut [0; 2000]).expect("it came"), 1000);
+        }
+    }
 }

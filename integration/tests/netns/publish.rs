@@ -111,3 +111,26 @@ fn a_port_the_guest_does_not_serve_is_no_open_port() {
         Ok(())
     });
 }
+
+#[test]
+fn a_udp_client_is_answered_from_the_address_it_sent_to() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let _server = serve_in_guest(bench)?;
+        bench.lab.host.run(&["ip", "addr", "add", "192.0.2.9/24", "dev", "p0"], PATIENCE)?;
+        for address in [Ipv4Addr::new(192, 0, 2, 9), HOST, Ipv4Addr::new(192, 0, 2, 9)] {
+            let socket = bench.lab.world.inside(|| UdpSocket::bind((WORLD, 0)))?;
+            socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+            // Connected, it takes answers from nowhere else.
+            socket.connect((address, 8006))?;
+            for _ in 0..3 {
+                socket.send(b"who am I?")?;
+                let mut text = [0; 64];
+                let len =
+                    socket.recv(&mut text).map_err(|e| Failure(format!("no answer of {address}: {e}")))?;
+                let peer: SocketAddr = String::from_utf8_lossy(&text[..len]).parse()?;
+                ensure!(peer == socket.local_addr()?, "the guest saw {peer}");
+            }
+        }
+        Ok(())
+    });
+}

@@ -3,13 +3,14 @@
 //! Read first: ip(7) on `IP_RECVERR`, `linux/errqueue.h`.
 
 use std::io;
-use std::mem::{MaybeUninit, size_of};
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, iovec};
 use socket2::{SockAddr, SockAddrStorage};
 
+use super::control::Control;
 use crate::engine::host_net::NetworkError;
 use crate::wire::icmpv4::{Message, UnreachableCode};
 
@@ -27,19 +28,12 @@ const TIME_EXCEEDED: u8 = 11;
 #[derive(Debug)]
 pub struct ErrorReader {
     quote: Box<[u8; QUOTE_BYTES_MAX]>,
-    control: Box<ControlBuffer>,
+    control: Box<Control<CONTROL_BYTES>>,
 }
-
-#[repr(C, align(8))]
-#[derive(Debug)]
-struct ControlBuffer([u8; CONTROL_BYTES]);
 
 impl Default for ErrorReader {
     fn default() -> ErrorReader {
-        ErrorReader {
-            quote: Box::new([0; QUOTE_BYTES_MAX]),
-            control: Box::new(ControlBuffer([0; CONTROL_BYTES])),
-        }
+        ErrorReader { quote: Box::new([0; QUOTE_BYTES_MAX]), control: Box::default() }
     }
 }
 
@@ -58,36 +52,19 @@ impl ErrorReader {
         header.msg_namelen = name.size_of();
         header.msg_iov = &raw mut segment;
         header.msg_iovlen = 1;
-        header.msg_control = self.control.0.as_mut_ptr().cast();
-        header.msg_controllen = CONTROL_BYTES as _;
+        self.control.receive_with(&mut header);
         let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
         // SAFETY: `header` names live storage of the lengths it says.
         let result = unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags) };
         let len = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
         // SAFETY: the kernel wrote an address of `msg_namelen` bytes into the storage.
         let name = unsafe { SockAddr::new(name, header.msg_namelen) };
-        let control = &self.control.0[..header.msg_controllen.min(CONTROL_BYTES)];
-        let Some((to, (message, offender))) = name.as_socket().zip(extended_error(control)) else {
+        let error = self.control.find(header.msg_controllen, libc::SOL_IP, libc::IP_RECVERR);
+        let Some((to, (message, offender))) = name.as_socket().zip(error.and_then(parse)) else {
             return Ok(None);
         };
         let quoted = &self.quote[..len.min(QUOTE_BYTES_MAX)];
         Ok(Some(NetworkError { to, offender, message, quoted }))
-    }
-}
-
-/// The ICMP error among control messages, and who sent it.
-fn extended_error(mut control: &[u8]) -> Option<(Message, Option<IpAddr>)> {
-    const HEADER_BYTES: usize = size_of::<usize>() + 2 * size_of::<c_int>();
-    loop {
-        let (len, rest) = control.split_first_chunk::<{ size_of::<usize>() }>()?;
-        let (level, rest) = rest.split_first_chunk::<4>()?;
-        let (kind, _) = rest.split_first_chunk::<4>()?;
-        let len = usize::from_ne_bytes(*len);
-        let data = control.get(HEADER_BYTES..len)?;
-        if (c_int::from_ne_bytes(*level), c_int::from_ne_bytes(*kind)) == (libc::SOL_IP, libc::IP_RECVERR) {
-            return parse(data);
-        }
-        control = control.get(len.next_multiple_of(size_of::<usize>())..)?;
     }
 }
 
@@ -123,15 +100,6 @@ fn ipv4_of(address: &[u8]) -> Option<IpAddr> {
 mod tests {
     use super::*;
 
-    fn message(level: c_int, kind: c_int, data: &[u8]) -> Vec<u8> {
-        let mut out = (16 + data.len()).to_ne_bytes().to_vec();
-        out.extend(level.to_ne_bytes());
-        out.extend(kind.to_ne_bytes());
-        out.extend(data);
-        out.resize(out.len().next_multiple_of(8), 0);
-        out
-    }
-
     fn error(origin: u8, kind: u8, code: u8, info: u32) -> Vec<u8> {
         let mut out = vec![0, 0, 0, 0, origin, kind, code, 0];
         out.extend(info.to_ne_bytes());
@@ -142,25 +110,22 @@ mod tests {
     }
 
     #[test]
-    fn an_error_is_found_behind_other_control_messages() {
-        let mut control = message(libc::SOL_SOCKET, 29, &[1, 2, 3]);
-        control.extend(message(libc::SOL_IP, libc::IP_RECVERR, &error(2, 3, 4, 1400)));
+    fn an_mtu_is_read_and_the_offender() {
         let expected =
             Message::Unreachable { code: UnreachableCode::FragmentationNeeded, next_hop_mtu: 1400 };
-        assert_eq!(extended_error(&control), Some((expected, Some([192, 0, 2, 9].into()))));
+        assert_eq!(parse(&error(2, 3, 4, 1400)), Some((expected, Some([192, 0, 2, 9].into()))));
+        let port = Message::Unreachable { code: UnreachableCode::Port, next_hop_mtu: 0 };
+        assert_eq!(parse(&error(2, 3, 3, 1400)).map(|(message, _)| message), Some(port));
     }
 
     #[test]
     fn the_kernels_own_errors_and_cut_ones_are_none_of_the_networks() {
-        let whole = message(libc::SOL_IP, libc::IP_RECVERR, &error(1, 0, 0, 1400));
-        assert_eq!(extended_error(&whole), None);
-        let whole = message(libc::SOL_IP, libc::IP_RECVERR, &error(2, 11, 0, 0));
-        for len in 0..whole.len() {
-            assert!(extended_error(&whole[..len]).is_none(), "{len} bytes");
+        assert_eq!(parse(&error(1, 0, 0, 1400)), None);
+        let whole = error(2, 11, 0, 0);
+        for len in 0..16 {
+            assert!(parse(&whole[..len]).is_none(), "{len} bytes");
         }
-        assert_eq!(
-            extended_error(&whole),
-            Some((Message::TimeExceeded { code: 0 }, Some([192, 0, 2, 9].into())))
-        );
+        let expired = Message::TimeExceeded { code: 0 };
+        assert_eq!(parse(&whole[..20]), Some((expired, None)), "who sent it is cut off");
     }
 }

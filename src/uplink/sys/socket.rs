@@ -5,11 +5,14 @@
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, c_void, iovec, socklen_t};
 use socket2::{SockAddr, SockAddrStorage};
+
+use super::control::Control;
+use crate::engine::host_net::Arrival;
 
 /// Bytes queued and allowed in a socket's send queue, headers and the like charged too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,63 +64,49 @@ pub fn recv_segments(fd: BorrowedFd<'_>, segments: &mut [iovec], flags: c_int) -
     check(unsafe { libc::recvmsg(fd.as_raw_fd(), &mut header, flags | libc::MSG_DONTWAIT) })
 }
 
-/// `sendmsg` of the segments as datagrams of `segment_bytes` each but the last (`UDP_SEGMENT`,
-/// udp(7), since Linux 4.18).
+/// How one datagram, or several cut from one payload, leave.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DatagramCall {
+    /// Length of each but the last (`UDP_SEGMENT`, udp(7), since Linux 4.18); one datagram if `None`.
+    pub segment_bytes: Option<u16>,
+    /// The host's address they come from (`IP_PKTINFO`, ip(7)); the kernel picks one if `None`.
+    pub from: Option<Ipv4Addr>,
+}
+
+/// `sendmsg` of the segments as datagrams, without blocking.
 ///
 /// # Errors
-/// The kernel's; `EINVAL`, `EIO` or `EMSGSIZE` where the route or device cannot.
+/// The kernel's; `EINVAL`, `EIO` or `EMSGSIZE` where the route or device cannot cut.
 pub fn send_datagrams(
     fd: BorrowedFd<'_>,
     segments: &mut [iovec],
     to: &SockAddr,
-    segment_bytes: u16,
+    call: DatagramCall,
 ) -> io::Result<usize> {
-    let mut control = Control::default();
+    let mut control = Control::<DATAGRAM_CONTROL_BYTES>::default();
+    if let Some(segment_bytes) = call.segment_bytes {
+        control.push(libc::SOL_UDP, libc::UDP_SEGMENT, &segment_bytes.to_ne_bytes());
+    }
+    if let Some(from) = call.from {
+        // struct in_pktinfo: no interface, the source, nothing.
+        let mut info = [0u8; PKTINFO_BYTES];
+        info[PKTINFO_LOCAL].copy_from_slice(&from.octets());
+        control.push(libc::IPPROTO_IP, libc::IP_PKTINFO, &info);
+    }
     let mut header = header(segments);
     header.msg_name = to.as_ptr().cast_mut().cast();
     header.msg_namelen = to.len();
-    control.attach(&mut header);
-    control.set(libc::UDP_SEGMENT, segment_bytes);
+    control.send_with(&mut header);
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: `header` names live segments, address and control buffer; the kernel only reads them.
     check(unsafe { libc::sendmsg(fd.as_raw_fd(), &header, flags) })
 }
 
-/// Room for one control message of an integer, laid out as `CMSG_SPACE(sizeof(int))`.
-#[repr(C, align(8))]
-#[derive(Clone, Copy, Default)]
-struct Control {
-    len: usize,
-    level: c_int,
-    kind: c_int,
-    data: [u8; 8],
-}
-
-impl Control {
-    /// Length of a control message's header, `CMSG_LEN(0)`.
-    const HEADER_BYTES: usize = size_of::<usize>() + 2 * size_of::<c_int>();
-
-    fn attach(&mut self, header: &mut libc::msghdr) {
-        header.msg_control = (&raw mut *self).cast();
-        header.msg_controllen = size_of::<Control>() as _;
-    }
-
-    fn set(&mut self, kind: c_int, value: u16) {
-        self.len = Control::HEADER_BYTES + size_of::<u16>();
-        self.level = libc::SOL_UDP;
-        self.kind = kind;
-        self.data[..2].copy_from_slice(&value.to_ne_bytes());
-    }
-
-    /// The integer of a message of `kind`, if that is what the kernel put here.
-    fn get(&self, kind: c_int) -> Option<usize> {
-        let is_it = self.level == libc::SOL_UDP
-            && self.kind == kind
-            && self.len >= Control::HEADER_BYTES + size_of::<c_int>();
-        let value = c_int::from_ne_bytes([self.data[0], self.data[1], self.data[2], self.data[3]]);
-        is_it.then_some(value).and_then(|value| usize::try_from(value).ok())
-    }
-}
+/// Room for the control messages of one call with datagrams: two of at most 16 bytes.
+const DATAGRAM_CONTROL_BYTES: usize = 64;
+/// Length of `struct in_pktinfo`, and where the host's own address stands in it.
+const PKTINFO_BYTES: usize = 12;
+const PKTINFO_LOCAL: std::ops::Range<usize> = 4..8;
 
 /// Messages of one [`DatagramReader::read`].
 pub const MESSAGES_MAX: usize = 16;
@@ -133,6 +122,7 @@ pub struct DatagramReader {
 #[derive(Clone, Copy)]
 struct Message {
     from: Option<SocketAddr>,
+    local: Option<Ipv4Addr>,
     len_bytes: usize,
     segment_bytes: usize,
 }
@@ -145,7 +135,7 @@ impl std::fmt::Debug for DatagramReader {
 
 impl Default for DatagramReader {
     fn default() -> DatagramReader {
-        let none = Message { from: None, len_bytes: 0, segment_bytes: 0 };
+        let none = Message { from: None, local: None, len_bytes: 0, segment_bytes: 0 };
         DatagramReader {
             buffer: vec![0; MESSAGES_MAX * MESSAGE_BYTES_MAX].into_boxed_slice(),
             messages: Box::new([none; MESSAGES_MAX]),
@@ -162,7 +152,7 @@ impl DatagramReader {
     pub fn read(&mut self, fd: BorrowedFd<'_>, messages_max: usize) -> io::Result<usize> {
         let base = self.buffer.as_mut_ptr();
         let mut names: [SockAddrStorage; MESSAGES_MAX] = std::array::from_fn(|_| SockAddrStorage::zeroed());
-        let mut controls = [Control::default(); MESSAGES_MAX];
+        let mut controls = [Control::<DATAGRAM_CONTROL_BYTES>::default(); MESSAGES_MAX];
         let mut segments: [iovec; MESSAGES_MAX] = std::array::from_fn(|n| iovec {
             iov_base: base.wrapping_add(n * MESSAGE_BYTES_MAX).cast(),
             iov_len: MESSAGE_BYTES_MAX,
@@ -174,7 +164,7 @@ impl DatagramReader {
             libc::mmsghdr { msg_hdr: header, msg_len: 0 }
         });
         for (header, control) in headers.iter_mut().zip(&mut controls) {
-            control.attach(&mut header.msg_hdr);
+            control.receive_with(&mut header.msg_hdr);
         }
         let (pointer, count) = (headers.as_mut_ptr(), messages_max.min(MESSAGES_MAX) as u32);
         // SAFETY: every header names live storage of the length it says: a part of the buffer, an
@@ -189,20 +179,45 @@ impl DatagramReader {
             let from = unsafe { SockAddr::new(name, headers[n].msg_hdr.msg_namelen) };
             message.from = from.as_socket();
             message.len_bytes = (headers[n].msg_len as usize).min(MESSAGE_BYTES_MAX);
-            let coalesced = headers[n].msg_hdr.msg_controllen as usize >= Control::HEADER_BYTES;
-            let segment = if coalesced { controls[n].get(libc::UDP_GRO) } else { None };
+            let len = headers[n].msg_hdr.msg_controllen;
+            let segment = controls[n].find(len, libc::SOL_UDP, libc::UDP_GRO).and_then(length);
             message.segment_bytes = segment.filter(|len| *len > 0).unwrap_or(message.len_bytes);
+            message.local = controls[n].find(len, libc::IPPROTO_IP, libc::IP_PKTINFO).and_then(local);
         }
         Ok(count)
     }
 
-    /// Message `n` of the last read: sender, bytes and the length of each datagram in them. `None` for
-    /// a sender that is not an IP address.
-    pub fn message(&self, n: usize) -> Option<(SocketAddr, &[u8], usize)> {
+    /// Message `n` of the last read; `None` for a sender that is not an IP address.
+    pub fn message(&self, n: usize) -> Option<Arrival<'_>> {
         let message = &self.messages[n];
         let at = n * MESSAGE_BYTES_MAX;
-        Some((message.from?, &self.buffer[at..at + message.len_bytes], message.segment_bytes))
+        Some(Arrival {
+            from: message.from?,
+            to: message.local.map(IpAddr::V4),
+            bytes: &self.buffer[at..at + message.len_bytes],
+            segment_bytes: message.segment_bytes,
+        })
     }
+}
+
+/// The length in a `UDP_GRO` message.
+fn length(data: &[u8]) -> Option<usize> {
+    let value = c_int::from_ne_bytes(*data.first_chunk()?);
+    usize::try_from(value).ok()
+}
+
+/// The host's own address in an `IP_PKTINFO` message.
+fn local(data: &[u8]) -> Option<Ipv4Addr> {
+    let octets: [u8; 4] = data.get(PKTINFO_LOCAL)?.try_into().ok()?;
+    Some(Ipv4Addr::from(octets)).filter(|addr| !addr.is_unspecified())
+}
+
+/// Has the kernel say which of the host's addresses a datagram came to (`IP_PKTINFO`, ip(7)).
+///
+/// # Errors
+/// The kernel's.
+pub fn tell_addresses(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
 }
 
 /// Has the kernel keep what the network says of datagrams sent (`IP_RECVERR`, ip(7)).

@@ -9,7 +9,7 @@ use std::net::SocketAddr;
 use super::{DatagramTable, Key, Kind};
 use crate::config::UdpFiltering;
 use crate::engine::core::Core;
-use crate::engine::host_net::HostDatagram;
+use crate::engine::host_net::{Arrival, HostDatagram};
 use crate::engine::nat::policy;
 
 impl<D: HostDatagram> DatagramTable<D> {
@@ -19,11 +19,12 @@ impl<D: HostDatagram> DatagramTable<D> {
         core: &mut Core,
         at: usize,
         guest: SocketAddr,
-        real: SocketAddr,
+        arrival: &Arrival<'_>,
     ) -> Option<SocketAddr> {
-        let real = self.mappings[at].kind.endpoint(real);
+        let real = self.mappings[at].kind.endpoint(arrival.from);
         if let Some(&peer) = self.by_real.get(&(at, real)) {
             if self.peers[peer].key.guest == guest {
+                self.peers[peer].local = arrival.to;
                 self.hear(core, peer);
                 return Some(self.peers[peer].key.remote);
             }
@@ -44,7 +45,8 @@ impl<D: HostDatagram> DatagramTable<D> {
             };
             key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
         }
-        self.add_peer(core, at, key, real, true);
+        let peer = self.add_peer(core, at, key, real, true);
+        self.peers[peer].local = arrival.to;
         Some(key.remote)
     }
 

@@ -144,6 +144,8 @@ struct Peer {
     stranger: bool,
     /// What the guest sent to it last.
     sent: Sent,
+    /// The host's address it sends to, which answers come from.
+    local: Option<IpAddr>,
     timer: TimerSlot,
     /// Neighbours on the list of its mapping's peers.
     newer: Option<usize>,
@@ -311,7 +313,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mapping = &mut self.mappings[peer.mapping];
         mapping.neighbour = Some(from);
         let Some(socket) = mapping.socket.as_mut() else { return Ok(()) };
-        socket.set_fields(fields);
+        socket.set_fields(PacketFields { from: peer.local, ..fields });
         match (peer.key.kind, gso_bytes) {
             (Kind::Udp, Some(segment_bytes)) => {
                 socket.send_segments_to(&payload, segment_bytes, peer.real)?;

@@ -43,6 +43,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             spoken: false,
             stranger,
             sent: Sent::default(),
+            local: None,
             timer: TimerSlot::default(),
             newer: None,
             older,

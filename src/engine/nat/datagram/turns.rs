@@ -151,7 +151,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mut most = 1;
         let outcome = socket.recv_batch(arrivals_max.max(1), &mut |arrival| {
             most = most.max(arrival.bytes.len().div_ceil(arrival.segment_bytes.max(1)));
-            let Some(remote) = self.admit(core, at, guest, arrival.from) else {
+            let Some(remote) = self.admit(core, at, guest, &arrival) else {
                 return core.counters.drop(DropReason::Filtered);
             };
             let delivery = Delivery { guest, remote, neighbour };
