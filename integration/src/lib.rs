@@ -3,6 +3,7 @@
 //! - [`guest`]: the *namespace guest*, a vhost-user front-end whose driver side is a TAP in a network
 //!   namespace, so that Linux's own TCP stack is the guest at native speed.
 //! - [`mod@bench`]: the benchmark: back-ends side by side under the same guest.
+//! - [`link`]: a link with a WAN's faults between two TAPs, from a seed.
 //! - [`world`]: small servers that stand for the world beyond the host, and report how each
 //!   connection ended.
 //! - [`lab`]: namespaces, links, commands and processes of a test, cleaned up when dropped.
@@ -11,5 +12,6 @@
 pub mod bench;
 pub mod guest;
 pub mod lab;
+pub mod link;
 mod sys;
 pub mod world;

@@ -13,6 +13,7 @@ use vunet_integration::guest::frames::{self, FramesConfig, Generate};
 use vunet_integration::guest::misbehave::Misbehaviour;
 use vunet_integration::guest::session::ProtocolFeatures;
 use vunet_integration::guest::{self, DriverConfig, GuestConfig, Order};
+use vunet_integration::link::{self, End, LinkConfig, Settings};
 use vunet_integration::world;
 
 /// Real guests for vunet's tests, benchmarks and demo.
@@ -39,6 +40,8 @@ enum Command {
     Bench(Bench),
     /// Run the benchmark's servers.
     BenchServer(BenchServer),
+    /// Carry frames between two TAPs with a WAN's delay, faults and rate.
+    Link(Box<Link>),
     /// Copy frames between two TAPs, the bound of any path between two of them.
     TapLoop {
         /// Network namespace and name of one TAP, as NETNS:NAME.
@@ -61,7 +64,7 @@ struct Bench {
     /// Samples of each scenario behind each back-end.
     #[arg(long, default_value_t = 3)]
     repetitions: u32,
-    /// Scenarios, or beginnings of their names such as `tcp-from`; all by default.
+    /// Scenarios, or beginnings of their names such as `tcp-from`; by default all but `wan`.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Another back-end: NAME='COMMAND … {socket} …'; `{ip_mtu}` and `{queues}` may be used too, and
@@ -84,6 +87,9 @@ struct Bench {
     /// Set the machine's rmem_max and wmem_max to this many bytes meanwhile.
     #[arg(long)]
     socket_limits: Option<u32>,
+    /// Congestion control of guest, host and world in the `wan` scenarios; by default the machine's.
+    #[arg(long)]
+    congestion: Option<String>,
     /// Further arguments of every front-end, separated by blanks. A frame from the guest lies in one
     /// descriptor (`--tx-cuts 65562`) unless they say otherwise.
     #[arg(long, default_value = "", allow_hyphen_values = true)]
@@ -103,6 +109,7 @@ impl Bench {
             label: self.label,
             socket_limits: self.socket_limits,
             guest_args: self.guest_args.split_whitespace().map(str::to_owned).collect(),
+            congestion: self.congestion,
             integration: std::env::current_exe().map_err(|e| format!("own path: {e}"))?,
             command: bench::command_line(std::env::args()),
         })
@@ -136,6 +143,45 @@ impl BenchServer {
             blast: Duration::from_millis(self.blast_ms),
             blast_rate: self.blast_rate,
             blast_run: self.blast_run,
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct Link {
+    /// Network namespace and name of one TAP, as NETNS:NAME.
+    #[arg(value_parser = parse_end)]
+    a: (String, String),
+    /// The same of the other.
+    #[arg(value_parser = parse_end)]
+    b: (String, String),
+    /// What happens from A to B: delay=TIME, jitter=TIME, loss=N%, reorder=N%, reorder-by=TIME, duplicate=N%,
+    /// corrupt=N%, rate=N with bit to gbit, queue=N with B to MB; separated by commas.
+    #[arg(long, default_value = "")]
+    to_b: Settings,
+    /// The same from B to A.
+    #[arg(long, default_value = "")]
+    to_a: Settings,
+    /// Where losses and other fates come from.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// IP MTU of both.
+    #[arg(long, default_value_t = 1500)]
+    ip_mtu: u16,
+    /// Let every segment cross as a frame of its own, its checksum complete.
+    #[arg(long)]
+    no_segmentation: bool,
+}
+
+impl Link {
+    fn into_config(self) -> LinkConfig {
+        let end = |(netns, tap)| End { netns, tap };
+        LinkConfig {
+            ends: [end(self.a), end(self.b)],
+            ways: [self.to_b, self.to_a],
+            seed: self.seed,
+            ip_mtu: self.ip_mtu,
+            segmentation: !self.no_segmentation,
         }
     }
 }
@@ -299,6 +345,7 @@ fn main() -> ExitCode {
         Command::WorldServer { bind } => world::serve(bind).map_err(|e| format!("serving on {bind}: {e}")),
         Command::Bench(args) => args.into_config().and_then(|c| bench::run(&c).map_err(|e| e.to_string())),
         Command::BenchServer(args) => bench::server::serve(&args.into_config()).map_err(|e| e.to_string()),
+        Command::Link(args) => link::run(&args.into_config()).map_err(|e| format!("the link: {e}")),
         Command::TapLoop { a, b, ip_mtu } => {
             bench::tap_loop::run((&a.0, &a.1), (&b.0, &b.1), ip_mtu).map_err(|e| e.to_string())
         }

@@ -25,6 +25,7 @@ pub(super) struct Sampler<'a> {
     pub(super) integration: &'a std::path::Path,
     pub(super) seconds: f64,
     pub(super) front_end_args: &'a [String],
+    pub(super) congestion: Option<&'a str>,
 }
 
 /// CPU time since a moment.
@@ -58,13 +59,13 @@ pub(super) fn number(value: &Value, what: &str) -> Result<f64, BenchError> {
 
 /// What iperf3's JSON says.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Iperf3 {
+pub(super) struct Iperf3 {
     /// Bytes received by all flows.
-    bytes: f64,
+    pub(super) bytes: f64,
     /// The time they took.
-    seconds: f64,
+    pub(super) seconds: f64,
     /// The slowest flow's share of the fastest's.
-    fairness: f64,
+    pub(super) fairness: f64,
     /// CPU time of the client's process in seconds.
     client_cpu_seconds: f64,
 }
@@ -106,12 +107,22 @@ impl Sampler<'_> {
     ///
     /// # Errors
     /// [`BenchError::NotApplicable`] if the back-end has no part in the scenario.
-    pub(super) fn sample(&self, backend: &Backend, scenario: Scenario) -> Result<Sample, BenchError> {
+    pub(super) fn sample(
+        &self,
+        backend: &Backend,
+        scenario: Scenario,
+        repetition: u32,
+    ) -> Result<Sample, BenchError> {
         if !backend.takes_part(scenario) {
             return Err(BenchError::NotApplicable);
         }
-        let mut site = self.site()?;
+        let link_args = match scenario {
+            Scenario::Wan(wan) => Some(wan.link_args(repetition)),
+            _ => None,
+        };
+        let mut site = self.site(link_args.as_deref())?;
         let sample = match scenario {
+            Scenario::Wan(wan) => self.wan(&mut site, backend, wan)?,
             Scenario::UdpFrom { payload_bytes, .. } => {
                 self.udp_from(&mut site, backend, scenario, payload_bytes)?
             }
@@ -130,9 +141,9 @@ impl Sampler<'_> {
         Ok(sample)
     }
 
-    /// An empty site.
-    pub(super) fn site(&self) -> Result<Site, BenchError> {
-        Site::new(self.integration, self.front_end_args)
+    /// An empty site, with a faulty link if there are arguments for one.
+    pub(super) fn site(&self, link_args: Option<&[String]>) -> Result<Site, BenchError> {
+        Site::new(self.integration, self.front_end_args, link_args)
     }
 
     fn with_guest(
@@ -157,29 +168,10 @@ impl Sampler<'_> {
         to_guest: bool,
         flows: u16,
     ) -> Result<Sample, BenchError> {
-        site.lab.start_iperf3()?;
-        // iperf3 knows whole seconds only, and 0 means for ever.
-        let seconds = format!("{}", self.seconds.ceil());
-        let (world, flows_text) = (WORLD.to_string(), flows.to_string());
-        let mut words = vec!["iperf3", "-c", &world, "-J", "-t", &seconds, "-P", &flows_text];
-        words.extend(["--connect-timeout", "3000"]);
-        if to_guest {
-            words.push("-R");
-        }
         let bare = backend.kind == BackendKind::Sockets;
-        if bare {
-            words.extend(["-l", SOCKET_CALL_BYTES]);
-        }
-        let client = if bare { &site.lab.host } else { &site.lab.guest };
         let mark = CpuMark::now(site)?;
-        let output = client.run_any(&words, SHORT + self.duration())?;
+        let said = self.iperf3(site, bare, to_guest, flows, SHORT)?;
         let (cpu, machine) = mark.since(site)?;
-        let report: Value = serde_json::from_str(&output.stdout)
-            .map_err(|e| BenchError::Result(format!("iperf3: {e}: {}", output.stderr)))?;
-        let said = Iperf3::read(&report)?;
-        if said.bytes < 1.0 {
-            return Err(BenchError::Result("iperf3 carried nothing".into()));
-        }
         let cpu = if bare { Some(said.client_cpu_seconds) } else { cpu };
         let mut sample = vec![(m::RATE, said.bytes * 8.0 / said.seconds / 1e9)];
         sample.extend(cpu.map(|cpu| (m::CPU_PER_GB, cpu * 1e9 / said.bytes)));
@@ -188,6 +180,40 @@ impl Sampler<'_> {
             sample.push((m::FAIRNESS, said.fairness));
         }
         Ok(sample)
+    }
+
+    /// Has iperf3 carry what goes, from where a back-end stands if `bare`, else from the guest; its set-up
+    /// and end may take `patience`.
+    pub(super) fn iperf3(
+        &self,
+        site: &mut Site,
+        bare: bool,
+        to_guest: bool,
+        flows: u16,
+        patience: Duration,
+    ) -> Result<Iperf3, BenchError> {
+        site.lab.start_iperf3()?;
+        // iperf3 knows whole seconds only, and 0 means for ever.
+        let seconds = format!("{}", self.seconds.ceil());
+        let (world, flows_text) = (WORLD.to_string(), flows.to_string());
+        let connect_ms = (patience.as_millis() / 3).to_string();
+        let mut words = vec!["iperf3", "-c", &world, "-J", "-t", &seconds, "-P", &flows_text];
+        words.extend(["--connect-timeout", &connect_ms]);
+        if to_guest {
+            words.push("-R");
+        }
+        if bare {
+            words.extend(["-l", SOCKET_CALL_BYTES]);
+        }
+        let client = if bare { &site.lab.host } else { &site.lab.guest };
+        let output = client.run_any(&words, patience + self.duration())?;
+        let report: Value = serde_json::from_str(&output.stdout)
+            .map_err(|e| BenchError::Result(format!("iperf3: {e}: {}", output.stderr)))?;
+        let said = Iperf3::read(&report)?;
+        if said.bytes < 1.0 {
+            return Err(BenchError::Result("iperf3 carried nothing".into()));
+        }
+        Ok(said)
     }
 
     fn latency(&self, site: &Site, exchange: Exchange) -> Result<Sample, BenchError> {

@@ -18,12 +18,13 @@ mod site;
 mod stats;
 pub mod tap_loop;
 mod udp;
+mod wan;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use measure::Sampler;
-use procfs::{Machine, SocketLimits, load_average};
+use procfs::{KernelSettings, Machine, load_average};
 use report::{Report, Results};
 use scenario::Scenario;
 pub use site::{Backend, BackendKind, BenchError};
@@ -57,6 +58,8 @@ pub struct BenchConfig {
     pub socket_limits: Option<u32>,
     /// Further arguments of every front-end.
     pub guest_args: Vec<String>,
+    /// Congestion control of guest, host and world; the machine's if `None`.
+    pub congestion: Option<String>,
     /// Path of the `vunet-integration` binary.
     pub integration: PathBuf,
     /// The command line, for the report.
@@ -78,21 +81,28 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     let mut backends = if config.without_vunet { vec![] } else { vec![Backend::vunet()] };
     backends.extend(config.peers.iter().cloned());
     if config.bounds {
-        backends.extend(Backend::bounds());
+        let bounds = Backend::bounds().into_iter();
+        backends.extend(bounds.filter(|bound| scenarios.iter().any(|&scenario| bound.takes_part(scenario))));
     }
     let files = allow_open_files(OPEN_FILES).map_err(site::during("setting the limit on open files"))?;
     if files < OPEN_FILES {
         eprintln!("processes may have {files} files open instead of {OPEN_FILES}");
     }
-    let limits = config.socket_limits.map(SocketLimits::set).transpose();
-    let _limits = limits.map_err(site::during("setting rmem_max and wmem_max"))?;
+    let mut settings = KernelSettings::default();
+    if let Some(bytes) = config.socket_limits {
+        settings.limit_sockets(bytes).map_err(site::during("setting rmem_max and wmem_max"))?;
+    }
     let front_end_args = front_end_args(config);
     let mut report = empty_report(config, &backends, &front_end_args);
+    if scenarios.iter().any(|scenario| matches!(scenario, Scenario::Wan(_))) {
+        report.wan = Some(wan::conditions(config.congestion.as_deref()));
+    }
     let mut results = Results::default();
     let sampler = Sampler {
         integration: &config.integration,
         seconds: config.seconds,
         front_end_args: &front_end_args,
+        congestion: config.congestion.as_deref(),
     };
     let started = Instant::now();
     for repetition in 1..=config.repetitions {
@@ -123,6 +133,7 @@ fn empty_report(config: &BenchConfig, backends: &[Backend], front_end_args: &[St
         backends: backends.iter().map(|backend| backend.name.clone()).collect(),
         backend_commands: backends.iter().map(Backend::command).collect(),
         front_end_args: front_end_args.iter().map(|word| names::in_command(word)).collect(),
+        wan: None,
         figures: Vec::new(),
         failures: Vec::new(),
     }
@@ -141,7 +152,7 @@ fn sample(
     repetition: u32,
     results: &mut Results,
 ) {
-    match sampler.sample(backend, scenario) {
+    match sampler.sample(backend, scenario, repetition) {
         Ok(sample) => {
             let figure = |(metric, value): &(scenario::Metric, f64)| {
                 format!("{} {} {}", metric.name, report::short(*value), metric.unit)

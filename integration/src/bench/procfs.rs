@@ -213,28 +213,44 @@ pub(super) fn load_average() -> String {
 const RMEM_MAX: &str = "/proc/sys/net/core/rmem_max";
 const WMEM_MAX: &str = "/proc/sys/net/core/wmem_max";
 
-/// The machine's limits on socket buffers, set for a time and put back when dropped.
-#[derive(Debug)]
-pub(super) struct SocketLimits {
+/// Congestion controls a namespace may be given; each namespace has the same.
+const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
+
+/// Settings of the machine's kernel, changed for a time and put back when dropped.
+#[derive(Debug, Default)]
+pub(super) struct KernelSettings {
     before: Vec<(PathBuf, String)>,
 }
 
-impl SocketLimits {
-    /// Sets both limits to `bytes`.
+impl KernelSettings {
+    /// Sets the limits on both socket buffers to `bytes`.
     ///
     /// # Errors
     /// If they cannot be written.
-    pub(super) fn set(bytes: u32) -> io::Result<SocketLimits> {
-        let mut limits = SocketLimits { before: Vec::new() };
-        for path in [RMEM_MAX, WMEM_MAX] {
-            limits.before.push((path.into(), fs::read_to_string(path)?));
-            fs::write(path, bytes.to_string())?;
+    pub(super) fn limit_sockets(&mut self, bytes: u32) -> io::Result<()> {
+        self.set(RMEM_MAX, &bytes.to_string())?;
+        self.set(WMEM_MAX, &bytes.to_string())
+    }
+
+    /// Lets a namespace choose the congestion control `name`.
+    ///
+    /// # Errors
+    /// If the kernel does not know it.
+    pub(super) fn allow_congestion(&mut self, name: &str) -> io::Result<()> {
+        let allowed = fs::read_to_string(ALLOWED_CONGESTION)?;
+        if allowed.split_whitespace().any(|known| known == name) {
+            return Ok(());
         }
-        Ok(limits)
+        self.set(ALLOWED_CONGESTION, &format!("{} {name}", allowed.trim()))
+    }
+
+    fn set(&mut self, path: &str, value: &str) -> io::Result<()> {
+        self.before.push((path.into(), fs::read_to_string(path)?));
+        fs::write(path, value)
     }
 }
 
-impl Drop for SocketLimits {
+impl Drop for KernelSettings {
     fn drop(&mut self) {
         for (path, value) in &self.before {
             if let Err(e) = fs::write(path, value) {

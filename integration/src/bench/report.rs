@@ -53,6 +53,8 @@ pub(super) struct Report {
     /// Their commands in the same order; a bound has none.
     pub(super) backend_commands: Vec<Option<String>>,
     pub(super) front_end_args: Vec<String>,
+    /// The link and the buffers of the scenarios over a WAN, if there were any.
+    pub(super) wan: Option<String>,
     pub(super) figures: Vec<Figure>,
     pub(super) failures: Vec<Failure>,
 }
@@ -133,7 +135,7 @@ impl Report {
     /// Scenarios and metrics in the order of the scenarios.
     pub(super) fn rows(&self) -> Vec<(&str, &str, &str)> {
         let mut rows: Vec<(&str, &str, &str)> = Vec::new();
-        for scenario in Scenario::all() {
+        for scenario in Scenario::every() {
             let name = scenario.to_string();
             for figure in self.figures.iter().filter(|figure| figure.scenario == name) {
                 let row = (figure.scenario.as_str(), figure.metric.as_str(), figure.unit.as_str());
@@ -159,6 +161,9 @@ impl Report {
         ));
         line(&format!("\n```sh\n{}\n```\n", self.command));
         line(&format!("Front-ends: `{}`.\n", self.front_end_args.join(" ")));
+        if let Some(wan) = &self.wan {
+            line(&format!("{wan}\n"));
+        }
         line(&format!("| scenario | figure | {} |", self.backends.join(" | ")));
         line(&format!("|---|---|{}", "---|".repeat(self.backends.len())));
         let mut last = "";
@@ -182,6 +187,7 @@ impl Report {
             line(&format!("| {shown} | {metric}{unit} {better} | {} |", cells.join(" | ")));
             last = scenario;
         }
+        out.push_str(&super::wan::ratios(self));
         for failure in &self.failures {
             let why = failure.why.lines().next().unwrap_or_default();
             let _ = write!(
@@ -232,6 +238,7 @@ pub(super) mod tests {
             backends: vec!["vunet".into(), "veth <&>".into()],
             backend_commands: vec![Some("vunet --socket-path {socket}".into()), None],
             front_end_args: vec!["--tx-cuts".into(), "65562".into()],
+            wan: None,
             figures: Vec::new(),
             failures: Vec::new(),
         };

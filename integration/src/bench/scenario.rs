@@ -46,6 +46,21 @@ pub(super) enum Scenario {
     Quiet(Quiet),
     /// From the start of the processes to a lease.
     Lease,
+    /// TCP streams with iperf3 to a world behind a link with delay and losses.
+    Wan(Wan),
+}
+
+/// What [`Scenario::Wan`] has between host and world, and what crosses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wan {
+    /// From the world to the guest, else from the guest.
+    pub(super) to_guest: bool,
+    /// Round-trip time of the link in milliseconds.
+    pub(super) rtt_ms: u16,
+    /// Segments lost each way, in a thousand.
+    pub(super) lost_per_mille: u16,
+    /// Streams at once.
+    pub(super) flows: u16,
 }
 
 /// What goes there and back in [`Scenario::Latency`].
@@ -98,12 +113,16 @@ impl fmt::Display for Scenario {
             Scenario::Quiet(Quiet::Starved) => f.write_str("starved"),
             Scenario::Quiet(Quiet::Unacked) => f.write_str("unacked"),
             Scenario::Lease => f.write_str("lease"),
+            Scenario::Wan(Wan { to_guest, rtt_ms, lost_per_mille, flows }) => {
+                let percent = f64::from(lost_per_mille) / 10.0;
+                write!(f, "wan-{}-{rtt_ms}ms-{percent}%-{flows}", way(to_guest))
+            }
         }
     }
 }
 
 impl Scenario {
-    /// Every scenario, in the order of the report. Two flows at MTU 1500 are there for their
+    /// Every scenario of a run that names none, in the order of the report. Two flows at MTU 1500 are there for their
     /// fairness.
     pub(super) fn all() -> Vec<Scenario> {
         let mut all = Vec::new();
@@ -136,13 +155,31 @@ impl Scenario {
         all
     }
 
-    /// The scenarios `only` names, all if it names none. A name stands for every scenario it begins,
+    /// Every scenario there is, in the order of the report.
+    pub(super) fn every() -> Vec<Scenario> {
+        let mut every = Scenario::all();
+        for rtt_ms in [1, 10, 50, 100, 300] {
+            for lost_per_mille in [0, 1, 10] {
+                for flows in [1, 8] {
+                    for to_guest in [false, true] {
+                        every.push(Scenario::Wan(Wan { to_guest, rtt_ms, lost_per_mille, flows }));
+                    }
+                }
+            }
+        }
+        every
+    }
+
+    /// The scenarios `only` names; all but the `wan-…` ones if it names none. A name stands for every scenario it begins,
     /// part by part: `tcp-from` for all of `tcp-from-…`. The whole name of one stands for it alone.
     ///
     /// # Errors
     /// The first name that stands for nothing.
     pub(super) fn select(only: &[String]) -> Result<Vec<Scenario>, String> {
-        let all = Scenario::all();
+        if only.is_empty() {
+            return Ok(Scenario::all());
+        }
+        let all = Scenario::every();
         let whole: Vec<String> = all.iter().map(Scenario::to_string).collect();
         let means = |wanted: &str, name: &str| {
             if whole.iter().any(|known| known == wanted) {
@@ -158,7 +195,7 @@ impl Scenario {
         }
         let chosen = |scenario: &Scenario| {
             let name = scenario.to_string();
-            only.is_empty() || only.iter().any(|wanted| means(wanted, &name))
+            only.iter().any(|wanted| means(wanted, &name))
         };
         Ok(all.into_iter().filter(chosen).collect())
     }
@@ -205,6 +242,10 @@ macro_rules! metrics {
 metrics! {
     /// Payload carried.
     RATE = "rate", "Gbit/s", true;
+    /// Payload carried over a link that is no faster than [`super::wan::RATE_MBIT`].
+    GOODPUT = "goodput", "Mbit/s", true;
+    /// Frames a faulty link handed over more than a millisecond late, because the machine was busy.
+    LATE = "late on the link", "%", false;
     /// CPU time of the back-end for 10^9 bytes of payload.
     CPU_PER_GB = "backend CPU per GB", "s", false;
     /// CPU time of the whole machine for 10^9 bytes of payload.
@@ -267,6 +308,13 @@ mod tests {
         assert_eq!(names(&["udp-from-64-pairs"]), ["udp-from-64-pairs-1", "udp-from-64-pairs-2"]);
         assert!(Scenario::select(&["tcp-from-1500-".into()]).is_err());
         assert!(Scenario::select(&["tcp-fro".into()]).unwrap_err().contains("tcp-from-1500-1"));
+    }
+
+    #[test]
+    fn the_wan_is_measured_only_where_it_is_named() {
+        assert!(names(&[]).iter().all(|name| !name.starts_with("wan")));
+        assert_eq!(names(&["wan"]).len(), 5 * 3 * 2 * 2);
+        assert_eq!(names(&["wan-to-50ms-0.1%"]), ["wan-to-50ms-0.1%-1", "wan-to-50ms-0.1%-8"]);
     }
 
     #[test]

@@ -102,7 +102,7 @@ impl Backend {
         match &self.kind {
             BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
             BackendKind::Veth | BackendKind::TapLoop => one_pair && carries_ip,
-            BackendKind::Sockets => one_pair && matches!(scenario, Scenario::Tcp { .. }),
+            BackendKind::Sockets => one_pair && matches!(scenario, Scenario::Tcp { .. } | Scenario::Wan(_)),
         }
     }
 }
@@ -145,9 +145,17 @@ pub(super) struct Site {
 }
 
 impl Site {
-    /// Namespaces, and nothing in them yet. Front-ends will have `front_end_args`.
-    pub(super) fn new(integration: &Path, front_end_args: &[String]) -> Result<Site, BenchError> {
-        let lab = Lab::new(integration)?;
+    /// Namespaces, and nothing in them yet. Front-ends will have `front_end_args`; with `link_args`,
+    /// there is a link with faults between host and world.
+    pub(super) fn new(
+        integration: &Path,
+        front_end_args: &[String],
+        link_args: Option<&[String]>,
+    ) -> Result<Site, BenchError> {
+        let lab = match link_args {
+            None => Lab::new(integration)?,
+            Some(args) => Lab::over_link(integration, &args.iter().map(String::as_str).collect::<Vec<_>>())?,
+        };
         // Router solicitations would wake an idle back-end.
         lab.guest.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
         lab.guest.sysctl("net.ipv4.ping_group_range", "0 2147483647")?;

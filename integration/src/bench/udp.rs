@@ -91,7 +91,7 @@ impl Sampler<'_> {
         let Blasted { arrived, seconds, cpu_seconds, .. } = self.blast(site, scenario, blast)?;
         let mut sample = vec![(m::PACKETS, arrived / seconds / 1e3)];
         sample.extend(cpu_seconds.map(|cpu| (m::CPU_PER_MILLION, cpu * 1e6 / arrived.max(1.0))));
-        let mut site = self.site()?;
+        let mut site = self.site(None)?;
         site.start(backend, scenario)?;
         let rate = (arrived / seconds) as u64 * PACED_PERCENT / 100;
         let paced = self.blast(&site, scenario, Blast { rate: rate.max(1), ..blast })?;

@@ -5,6 +5,7 @@
 //!  eth0 (TAP) -- front-end ~~ vhost-user ~~ vunet -- p0 --- veth --- e0
 //!                           192.0.2.1/24                     192.0.2.2/24
 //! ```
+//! Instead of the veth pair there can be a link with a WAN's faults ([`crate::link`]): [`Lab::over_link`].
 //! The world has the servers of [`crate::world`], dnsmasq and iperf3; it routes nothing:
 //! [`UNREACHABLE`] is answered by its ICMP error, [`BLACKHOLE`] by nothing at all.
 
@@ -31,6 +32,7 @@ pub use limits::BufferLimits;
 pub use netns::Netns;
 pub use process::{Output, Process, run, run_any};
 
+use crate::link::LinkReport;
 use crate::world::EndEvent;
 
 /// The world's address.
@@ -109,6 +111,7 @@ fn find_tool(tool: &str) -> Option<PathBuf> {
 pub struct Lab {
     // First, so that the processes end before their namespaces go.
     servers: Vec<Process>,
+    link: Option<Process>,
     /// Where the guest's TAP is.
     pub guest: Netns,
     /// Where vunet runs.
@@ -125,6 +128,19 @@ impl Lab {
     /// # Errors
     /// If a namespace, link or server cannot be had.
     pub fn new(integration: &Path) -> Result<Lab, LabError> {
+        Lab::with(integration, None)
+    }
+
+    /// The same, with a faulty link between host and world: `args` are further arguments of
+    /// `vunet-integration link`, whose A is the host and B the world.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn over_link(integration: &Path, args: &[&str]) -> Result<Lab, LabError> {
+        Lab::with(integration, Some(args))
+    }
+
+    fn with(integration: &Path, link_args: Option<&[&str]>) -> Result<Lab, LabError> {
         netns::sweep();
         let io = |e| LabError::Io("temporary directory".into(), e);
         let dir = tempfile::Builder::new().prefix("netns-lab-").tempdir().map_err(io)?;
@@ -133,24 +149,50 @@ impl Lab {
             host: Netns::create("host")?,
             world: Netns::create("world")?,
             servers: Vec::new(),
+            link: None,
             dir,
             integration: integration.to_owned(),
         };
-        lab.link()?;
+        match link_args {
+            Some(args) => lab.link_process(args)?,
+            None => lab.link_veth()?,
+        }
+        lab.address_link()?;
         lab.host.set_resolver(&WORLD.to_string())?;
         lab.guest.set_resolver(&GATEWAY.to_string())?;
         lab.start_servers()?;
         Ok(lab)
     }
 
-    fn link(&self) -> Result<(), LabError> {
+    fn link_veth(&self) -> Result<(), LabError> {
+        let (host, world) = (self.host.name(), self.world.name());
+        let words =
+            ["ip", "link", "add", "p0", "netns", host, "type", "veth", "peer", "name", "e0", "netns", world];
+        run(&words, SHORT).map(drop)
+    }
+
+    fn link_process(&mut self, args: &[&str]) -> Result<(), LabError> {
+        for netns in [&self.host, &self.world] {
+            // Solicitations nobody asked for would take places in the seed's order.
+            netns.sysctl("net.ipv6.conf.default.disable_ipv6", "1")?;
+        }
+        let binary = self.integration.display().to_string();
+        let ends = [format!("{}:p0", self.host.name()), format!("{}:e0", self.world.name())];
+        let mut words = vec![&*binary, "link", &ends[0], &ends[1]];
+        words.extend(args);
+        let link = Process::start(&words)?;
+        link.wait_line(SHORT, "the link", |line| line.contains("\"ready\":true"))?;
+        self.link = Some(link);
+        Ok(())
+    }
+
+    fn address_link(&self) -> Result<(), LabError> {
         let (host, world) = (self.host.name(), self.world.name());
         let ip = |words: &[&str]| {
             let mut command = vec!["ip"];
             command.extend(words);
             run(&command, SHORT).map(drop)
         };
-        ip(&["link", "add", "p0", "netns", host, "type", "veth", "peer", "name", "e0", "netns", world])?;
         ip(&["-n", host, "addr", "add", &format!("{HOST}/24"), "dev", "p0"])?;
         ip(&["-n", world, "addr", "add", &format!("{WORLD}/24"), "dev", "e0"])?;
         ip(&["-n", host, "link", "set", "p0", "up"])?;
@@ -226,6 +268,18 @@ impl Lab {
         server.wait_line(SHORT, "iperf3", |line| line.contains("Server listening"))?;
         self.servers.push(server);
         Ok(())
+    }
+
+    /// Ends the link with faults; what it has done.
+    ///
+    /// # Errors
+    /// If there is none, or it does not say.
+    pub fn end_link(&mut self) -> Result<LinkReport, LabError> {
+        let nothing = || LabError::Timeout(Duration::ZERO, "a link's report".into());
+        let mut link = self.link.take().ok_or_else(nothing)?;
+        link.stop();
+        let line = link.wait_line(SHORT, "the link's report", |line| LinkReport::parse(line).is_some())?;
+        LinkReport::parse(&line).ok_or_else(nothing)
     }
 
     /// A directory for the test's files, removed with the lab.

@@ -26,6 +26,18 @@ pub(crate) fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
+/// Lets the calling thread run before every ordinary one as soon as it has something to do
+/// (SCHED_RR, `sched(7)`).
+///
+/// # Errors
+/// If that is not allowed here.
+pub(crate) fn run_before_others() -> io::Result<()> {
+    let param = libc::sched_param { sched_priority: 1 };
+    // SAFETY: sched_setscheduler reads one sched_param, which we own; 0 is the calling thread.
+    let rc = unsafe { libc::sched_setscheduler(0, libc::SCHED_RR, &raw const param) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Clock ticks a second, the unit of times in `/proc`.
 pub(crate) fn clock_ticks_per_second() -> f64 {
     // SAFETY: sysconf touches no memory of ours.

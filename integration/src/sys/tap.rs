@@ -155,6 +155,17 @@ impl Tap {
         self.control_ioctl(libc::SIOCSIFMTU, &mut request)
     }
 
+    /// Sets how many frames the kernel keeps for a reader that is late.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    pub(crate) fn set_tx_queue_frames(&self, frames: u16) -> io::Result<()> {
+        let mut request = self.request();
+        // SIOCSIFTXQLEN reads ifr_qlen, an int where the MTU is (netdevice(7)).
+        request.ifr_ifru.ifru_mtu = i32::from(frames);
+        self.control_ioctl(libc::SIOCSIFTXQLEN, &mut request)
+    }
+
     /// Brings the interface up.
     ///
     /// # Errors

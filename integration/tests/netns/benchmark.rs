@@ -19,7 +19,10 @@ fn benchmark(args: &[&str], judge: impl FnOnce(&Value) -> Outcome) {
     let run = || -> Outcome {
         let dir = tempfile::tempdir()?;
         let (binary, out) = (integration_binary().display().to_string(), dir.path().display().to_string());
-        let mut words = vec![&*binary, "bench", "--seconds", "0.3", "--repetitions", "1", "--out", &out];
+        let mut words = vec![&*binary, "bench", "--repetitions", "1", "--out", &out];
+        if !args.contains(&"--seconds") {
+            words.extend(["--seconds", "0.3"]);
+        }
         words.extend(args);
         let output = lab::run(&words, PATIENCE)?;
         println!("{}", output.stderr);
@@ -100,6 +103,32 @@ fn a_peer_that_cannot_be_told_of_queues_has_one_pair() {
         ensure!(two.is_err(), "it was measured with two pairs");
         let command = record["backend_commands"][0].as_str().unwrap_or_default();
         ensure!(command == "vunet --socket-path {socket}", "{command}");
+        Ok(())
+    });
+}
+
+#[test]
+fn the_wan_is_measured_beside_the_hosts_own_tcp() {
+    let args = [
+        "--bounds",
+        "--seconds",
+        "1",
+        "--congestion",
+        "cubic",
+        "--only",
+        "wan-to-10ms-0.1%-8,wan-from-10ms-0%-1",
+    ];
+    benchmark(&args, |record| {
+        for (scenario, at_least) in [("wan-to-10ms-0.1%-8", 5.0), ("wan-from-10ms-0%-1", 20.0)] {
+            for backend in ["vunet", "bare sockets"] {
+                let goodput = median(record, scenario, backend, "goodput")?;
+                // The link is of 1,000 Mbit/s: who exceeds it has not been measured over it.
+                let credible = (at_least..960.0).contains(&goodput);
+                ensure!(credible, "{scenario}: {backend} carried {goodput} Mbit/s");
+            }
+        }
+        let wan = record["wan"].as_str().unwrap_or_default();
+        ensure!(wan.contains("cubic") && wan.contains("tcp_wmem"), "{wan}");
         Ok(())
     });
 }

@@ -16,6 +16,7 @@ mod host_changes;
 mod hostile;
 mod icmp;
 mod lease;
+mod link;
 mod policy;
 mod publish;
 mod syscalls;
