@@ -3,8 +3,8 @@
 # hand: integration/lib/prerequisites.sh demo|test
 #
 # Two kinds. Tools are installed with apt-get (through sudo when not root), each with its reason said
-# first. The guests' kernel and busybox are only downloaded and unpacked below target/guest-cache, so
-# that neither the machine's boot set-up nor its own busybox changes.
+# first. The guests' kernel and busybox, and daemons of the tests, are only downloaded and unpacked below
+# target/guest-cache, so that neither the machine's boot set-up nor its own busybox or servers change.
 #
 # May touch: the machine's packages, target/guest-cache.
 
@@ -39,8 +39,21 @@ dhclient|isc-dhcp-client|is a DHCP client of the namespace guest
 udhcpc|udhcpc|is another DHCP client
 strace|strace|counts system calls
 nft|nftables|makes hosts that refuse or stall
+ssh|openssh-client|logs in from the namespace guest
+git|git|clones and pushes through the NAT
+nc.openbsd|netcat-openbsd|half-closes connections
+nghttpd|nghttp2-server|serves HTTP/2 to the namespace guest
+h2load|nghttp2-client|asks for many HTTP/2 streams at once
+/usr/lib/x86_64-linux-gnu/libwrap.so.0|libwrap0|is a library of sshd
+/usr/lib/x86_64-linux-gnu/libseccomp.so.2|libseccomp2|is a library of chronyd
+/usr/lib/x86_64-linux-gnu/libgnutls.so.30|libgnutls30|is a library of chronyd
 linux.uml|user-mode-linux|is a guest kernel with a front-end of its own
 dpdk-testpmd|dpdk-dev|is a front-end with a driver of its own'
+
+# Daemons whose packages would start them on this machine: unpacked below target/guest-cache, where the tests
+# look for them, and not installed.
+DAEMONS_TEST='sshd|openssh-server|lets the namespace guest log in
+chronyd|chrony|tells the namespace guest the time'
 
 # prerequisites_list demo|test: the tools of a purpose, one a line.
 prerequisites_list() {
@@ -90,9 +103,28 @@ apt_refresh() {
     apt_as_root update || warn "apt-get update failed; going on with the lists there are"
 }
 
+# have_daemon COMMAND PACKAGE: whether it is installed or unpacked.
+have_daemon() { have_tool "$1" || [[ -x /usr/sbin/$1 || -x $GUEST_CACHE/$2/usr/sbin/$1 ]]; }
+
+# Unpacks the daemons of the tests that are missing; who needs one says so when it is not there.
+daemons_unpack() {
+    local daemon package why
+    while IFS='|' read -r daemon package why; do
+        ! have_daemon "$daemon" "$package" || continue
+        note "downloading $package into target/guest-cache (nothing is installed): $daemon $why"
+        # In a shell of its own, which alone ends if that fails.
+        (unpack_package "$package" "$GUEST_CACHE/$package") || warn "could not unpack $package"
+    done <<<"$DAEMONS_TEST"
+}
+
 # prerequisites_install demo|test: installs the tools that are missing. Never fails by itself: who
 # needs a tool asks `have_tools`, and says what it could not do without.
 prerequisites_install() {
+    tools_install "$1"
+    [[ $1 != test ]] || daemons_unpack
+}
+
+tools_install() {
     local tool package why packages=()
     while IFS='|' read -r tool package why; do
         ! have_tool "$tool" || continue
@@ -175,4 +207,7 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
     while IFS='|' read -r tool package _; do
         have_tools "$tool" || warn "still missing: $tool (package $package)"
     done < <(prerequisites_list "${1:-test}")
+    while IFS='|' read -r tool package _; do
+        have_daemon "$tool" "$package" || warn "still missing: $tool (package $package)"
+    done <<<"$DAEMONS_TEST"
 fi

@@ -98,10 +98,13 @@ pub fn missing(tools: &[&str]) -> Option<String> {
     if lacks.is_empty() { None } else { Some(format!("needs {}", lacks.join(", "))) }
 }
 
-fn find_tool(tool: &str) -> Option<PathBuf> {
+/// Where `tool` is: in `PATH`, a `sbin` directory, or among the daemons `lib/prerequisites.sh` unpacked.
+pub fn find_tool(tool: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest-cache");
     std::env::split_paths(&path)
         .chain(["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from))
+        .chain(["openssh-server", "chrony"].map(|package| unpacked.join(package).join("usr/sbin")))
         .map(|dir| dir.join(tool))
         .find(|file| file.is_file())
 }

@@ -63,6 +63,8 @@ pub(crate) struct Setup {
     pub(crate) guest: Vec<String>,
     /// Whether the guest may meet breaches of the specification (because it commits them).
     pub(crate) faults_allowed: bool,
+    /// Arguments of a faulty link between host and world, if there is to be one.
+    pub(crate) link: Option<Vec<&'static str>>,
 }
 
 impl Setup {
@@ -73,7 +75,14 @@ impl Setup {
             vunet: BackendOptions::default(),
             guest: Vec::new(),
             faults_allowed: false,
+            link: None,
         }
+    }
+
+    /// Puts a faulty link between host and world.
+    pub(crate) fn over_link(mut self, args: &[&'static str]) -> Setup {
+        self.link = Some(args.to_vec());
+        self
     }
 
     pub(crate) fn tools(mut self, tools: &[&'static str]) -> Setup {
@@ -149,7 +158,11 @@ pub(crate) fn bare(setup: &Setup, body: impl FnOnce(&mut Bench) -> Outcome) {
     if let Some(reason) = missing(&setup.tools) {
         return skip(&reason);
     }
-    let lab = Lab::new(integration_binary()).unwrap_or_else(|e| panic!("{e}"));
+    let lab = match &setup.link {
+        None => Lab::new(integration_binary()),
+        Some(args) => Lab::over_link(integration_binary(), args),
+    };
+    let lab = lab.unwrap_or_else(|e| panic!("{e}"));
     let vunet = lab.vunet(&setup.vunet).unwrap_or_else(|e| panic!("{e}"));
     let mut bench = Bench { guest: None, vunet, lab, faults_allowed: setup.faults_allowed };
     let outcome = body(&mut bench).and_then(|()| bench.finish());

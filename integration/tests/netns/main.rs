@@ -18,6 +18,7 @@ mod icmp;
 mod lease;
 mod link;
 mod policy;
+mod programs;
 mod publish;
 mod syscalls;
 mod transfer;
