@@ -181,6 +181,10 @@ pub const DNS_QUERY_BYTES_MAX: usize = 4096;
 /// one costs memory and no descriptor. One past it is answered with SERVFAIL.
 pub const DNS_QUERIES_MAX: usize = 10_000;
 
+/// Queries a worker's forwarder takes before others of the control thread have their turn: other workers'
+/// names, signals, news of the host. Known names are answered at once, and a flood of them has no end.
+pub const DNS_JOBS_BATCH: usize = 256;
+
 /// Bytes of those queries. Usual ones have 30 to 130 bytes; a guest that pads them all to their bound
 /// has a tenth of the queries.
 pub const DNS_QUERIES_BYTES_MAX: usize = 4 << 20;

@@ -668,6 +668,37 @@ fn the_hosts_settings_are_followed_without_a_query() {
     expect("five.example", "come back");
 }
 
+#[test]
+fn a_flood_of_known_names_leaves_the_runtime_to_others_again_and_again() {
+    let resolver = Resolver::new(Upstreams::Fixed(vec![answering(address_for)]));
+    let (mut client, forwarder) = channel(&resolver).unwrap();
+    let known = query("example.com.", RecordType::A);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        tokio::spawn(forwarder.run(service()));
+        client.submit(DnsQuery { id: 0, bytes: known.clone() }).unwrap();
+        while client.poll_answer().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        for id in 0..limits::DNS_QUERIES_MAX as u64 {
+            client.submit(DnsQuery { id, bytes: known.clone() }).unwrap();
+        }
+        let (mut answers, mut turns) = (0, 0);
+        while answers < limits::DNS_QUERIES_MAX {
+            // Nothing is said about when the forwarder is woken, only for how long it runs then.
+            tokio::time::sleep(Duration::ZERO).await;
+            let before = answers;
+            while client.poll_answer().is_some() {
+                answers += 1;
+            }
+            assert!(answers - before <= 1024, "{} answers in one turn", answers - before);
+            turns += 1;
+            assert!(turns < 1_000_000, "it does not go on");
+        }
+    });
+    assert_eq!(resolver.stats().cached, limits::DNS_QUERIES_MAX as u64);
+}
+
 // ---- several upstreams ----
 
 #[test]

@@ -39,7 +39,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use rtrb::{Consumer, Producer, RingBuffer};
 use tokio::net::UnixStream as TokioUnixStream;
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, yield_now};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::dns_forward::resolver::Begun;
@@ -319,29 +319,37 @@ impl DnsForwarder {
         let wake = TokioUnixStream::from_std(wake)?;
         let mut queries: JoinSet<(usize, DnsAnswer)> = JoinSet::new();
         let mut streams: JoinSet<()> = JoinSet::new();
+        let (mut has_more, mut client_gone) = (false, false);
         loop {
-            tokio::select! {
-                ready = wake.readable() => {
+            let may_take = tokio::select! {
+                ready = wake.readable(), if !has_more => {
                     ready?;
-                    let client_gone = is_closed(&wake);
-                    while let Ok(job) = jobs.pop() {
-                        match job {
-                            Job::Query(query) => start_query(&mut queries, query, &resolver, &mut answers),
-                            Job::Stream(stream, permit) => {
-                                start_stream(&mut streams, stream, permit, &service, &resolver);
-                            }
-                        }
-                    }
-                    if client_gone {
-                        return Ok(());
-                    }
+                    client_gone = is_closed(&wake);
+                    true
                 }
+                () = yield_now(), if has_more => true,
                 Some(done) = queries.join_next() => {
                     if let Ok((query_bytes, answer)) = done {
                         answers.give(query_bytes, answer);
                     }
+                    false
                 }
-                Some(_) = streams.join_next() => {}
+                Some(_) = streams.join_next() => false,
+            };
+            if !may_take {
+                continue;
+            }
+            has_more = !jobs.is_empty();
+            for job in std::iter::from_fn(|| jobs.pop().ok()).take(limits::DNS_JOBS_BATCH) {
+                match job {
+                    Job::Query(query) => start_query(&mut queries, query, &resolver, &mut answers),
+                    Job::Stream(stream, permit) => {
+                        start_stream(&mut streams, stream, permit, &service, &resolver);
+                    }
+                }
+            }
+            if client_gone && !has_more {
+                return Ok(());
             }
         }
     }
