@@ -5,7 +5,7 @@ use std::net::{TcpStream, UdpSocket};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use vunet_integration::lab::{DOMAIN, GATEWAY, HOST, HOST_TOO, Lab, WORLD, WORLD_TOO};
+use vunet_integration::lab::{BackendOptions, DOMAIN, GATEWAY, HOST, HOST_TOO, Lab, WORLD, WORLD_TOO};
 use vunet_integration::world::ports;
 
 use crate::bench::{ANSWER_BYTES_MAX, Bench, Failure, Outcome, PATIENCE, Setup, ensure, fail, scenario};
@@ -171,6 +171,37 @@ fn a_change_of_the_network_forgets_the_answers_kept() {
             ask()?;
             sleep(Duration::from_millis(50));
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_host_that_has_no_network_at_the_start_gets_one_later() {
+    scenario(&Setup::new(), |bench| {
+        // A vunet that starts before the host is on any network, and before anyone wrote resolv.conf.
+        bench.detach()?;
+        bench.vunet.process.stop();
+        bench.lab.ip(&bench.lab.host, "link set p0 down")?;
+        bench.lab.ip(&bench.lab.host, &format!("addr del {HOST}/24 dev p0"))?;
+        bench.lab.host.set_resolv_conf("# nobody yet\n")?;
+        bench.vunet = bench.lab.vunet(&BackendOptions::default())?;
+        bench.attach(&[])?;
+        bench.lease()?;
+        let refused = bench.connect((WORLD, ports::ECHO), PATIENCE);
+        ensure!(refused.is_err(), "there is no network, and yet a connection");
+        let www = format!("www.{DOMAIN}");
+        let server = format!("@{GATEWAY}");
+        let output = bench.in_guest(&["dig", &server, &www])?;
+        ensure!(output.contains("status: SERVFAIL"), "{output}");
+        bench.lab.ip(&bench.lab.host, &format!("addr add {HOST}/24 dev p0"))?;
+        bench.lab.ip(&bench.lab.host, "link set p0 up")?;
+        bench.lab.host.set_resolver(&WORLD.to_string())?;
+        let deadline = Instant::now() + PATIENCE;
+        while bench.in_guest(&["dig", "+short", &server, &www])?.trim() != WORLD.to_string() {
+            ensure!(Instant::now() < deadline, "the resolver that came later is not asked");
+            sleep(Duration::from_millis(50));
+        }
+        ensure!(seen_by_tcp(bench)? == HOST.to_string(), "a new connection came from elsewhere");
         Ok(())
     });
 }
