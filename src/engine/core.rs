@@ -107,6 +107,11 @@ impl Core {
         self.home.as_ref().is_some_and(|home| home.directory.owner(place).is_some())
     }
 
+    /// The first worker, which has the published ports, if this is another.
+    pub fn not_first(&self) -> Option<WorkerId> {
+        self.home.as_ref().filter(|home| home.own != WorkerId(0)).map(|_| WorkerId(0))
+    }
+
     /// The queue pair for frames that belong to none.
     pub fn first_pair(&self) -> QueuePair {
         self.home.as_ref().map(Home::first_pair).unwrap_or_default()

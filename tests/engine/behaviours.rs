@@ -151,7 +151,9 @@ fn strangers_keep_no_port_open() {
 
 #[test]
 fn a_flood_of_strangers_costs_no_exchange_of_the_guests_own() {
-    let mut rig = filtering(UdpFiltering::EndpointIndependent);
+    // With this mapping who is forgotten shows: an answer to it opens a port of its own.
+    let mut rig = Rig::with(setup(UdpMapping::AddressAndPortDependent, UdpFiltering::EndpointIndependent));
+    udp(&mut rig, world(9), b"ask");
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
     rig.engine.publish_udp(socket, 53);
@@ -291,4 +293,49 @@ fn a_reading_socket_survives_the_strangers_it_lets_in() {
     rig.ready(token, READABLE);
     assert!(!rig.sock(0).is_open && rig.sock(1).is_open);
     assert_eq!(arrives(&mut rig, 1, world(10)), 1);
+}
+
+#[test]
+fn what_the_guest_sends_from_a_published_port_leaves_from_there() {
+    let mut rig = publishing([0, 0, 0, 0]);
+    assert_eq!(rig.send(&udp_frame(guest(53), other(9), b"ask")), []);
+    assert_eq!(rig.sock(0).sent, [(b"ask".to_vec(), other(9).into())]);
+    assert_eq!(rig.world().socks.len(), 1);
+    assert_eq!(arrives(&mut rig, 0, other(9)), 1);
+    // Another guest address with the same port is not published.
+    let neighbour = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 77), 53);
+    rig.send(&udp_frame(neighbour, other(9), b"ask"));
+    assert_eq!(rig.world().socks.len(), 2);
+    rig.pass(secs(400));
+    assert!(rig.sock(0).is_open && !rig.sock(1).is_open);
+    assert_eq!(rig.engine.next_deadline(), None);
+}
+
+#[test]
+fn what_the_guest_sends_from_a_published_port_leaves_from_there_at_any_worker() {
+    let host = SocketAddr::from(([0, 0, 0, 0], 5000));
+    let publish = vec![Publish { protocol: Protocol::Udp, host, guest_port: 53 }];
+    let nat = NatConfig { publish, ..NatConfig::default() };
+    let mut rigs = Rig::workers_with(3, &Setup { mode: Mode::Nat(nat), ..Setup::default() });
+    let token = rigs[0].engine.nat().next_datagram_token();
+    let socket = rigs[0].engine.nat().net().published_udp(token);
+    rigs[0].engine.publish_udp(socket, 53);
+    for n in 0..3 * limits::SENT_ON_FRAMES {
+        rigs[2].send(&udp_frame(guest(53), other(9), &[n as u8]));
+        exchange(&mut rigs);
+    }
+    let sent: Vec<u8> = rigs[0].sock(0).sent.iter().map(|(bytes, _)| bytes[0]).collect();
+    assert_eq!(sent, (0..3 * limits::SENT_ON_FRAMES as u8).collect::<Vec<u8>>());
+    assert_eq!(rigs[0].world().socks.len(), 1);
+    assert_eq!(arrives(&mut rigs[0], 0, other(9)), 1);
+}
+
+#[test]
+fn a_port_published_on_one_address_is_not_what_the_guest_sends_from() {
+    for bound in [[127, 0, 0, 1], OWN.octets()] {
+        let mut rig = publishing(bound);
+        rig.send(&udp_frame(guest(53), other(9), b"ask"));
+        assert_eq!(rig.sock(0).sent, []);
+        assert_eq!(rig.sock(1).sent.len(), 1, "its own socket can go anywhere");
+    }
 }

@@ -134,3 +134,18 @@ fn a_udp_client_is_answered_from_the_address_it_sent_to() {
         Ok(())
     });
 }
+
+#[test]
+fn what_the_guest_sends_from_a_published_port_leaves_from_there() {
+    scenario(&Setup::new().vunet(&PUBLISH), |bench| {
+        let guest = bench.lab.guest.inside(|| UdpSocket::bind(("0.0.0.0", 9006)))?;
+        let world = bench.lab.world.inside(|| UdpSocket::bind((WORLD, 9100)))?;
+        world.set_read_timeout(Some(PATIENCE))?;
+        for _ in 0..3 {
+            guest.send_to(b"hello", (WORLD, 9100))?;
+            let (_, from) = world.recv_from(&mut [0; 10])?;
+            ensure!(from == SocketAddr::from((HOST, 8006)), "it came from {from}");
+        }
+        Ok(())
+    });
+}

@@ -183,7 +183,11 @@ impl<N: HostNet> Nat<N> {
 
     /// Publishes a bound UDP socket to `guest_port`.
     pub fn publish_udp(&mut self, core: &Core, socket: N::Datagram, guest_port: u16) {
-        self.datagrams.insert_published(core, guest_port, socket);
+        // They come in the order they were given.
+        let port = self.policy.published_udp().nth(self.datagrams.published());
+        let is_everywhere =
+            port.is_some_and(|port| port.guest_port == guest_port && port.host.ip().is_unspecified());
+        self.datagrams.insert_published(core, guest_port, socket, is_everywhere);
     }
 
     /// Keeps the tables within `flows`: finished connections go first, then the longest idle.
@@ -327,7 +331,11 @@ impl<N: HostNet> Nat<N> {
                     return Some(Elsewhere::Stays(worker));
                 }
                 let end = self.datagrams.end_of(key);
-                if !self.datagrams.has_mapping(&end)
+                if self.is_published(core, &end) {
+                    if let Some(worker) = core.not_first() {
+                        return Some(Elsewhere::Stays(worker));
+                    }
+                } else if !self.datagrams.has_mapping(&end)
                     && let Some(worker) = core.elsewhere(&Place::Socket(end))
                 {
                     return Some(Elsewhere::Moves(worker));
@@ -348,6 +356,15 @@ impl<N: HostNet> Nat<N> {
     pub fn datagram_elsewhere(&self, core: &Core, key: &datagram::Key) -> Option<WorkerId> {
         let socket = Place::Socket(self.end_of(key));
         core.elsewhere(&Place::Exchange(*key)).or_else(|| core.elsewhere(&socket))
+    }
+
+    /// Whether a published port's socket serves this end, at the first worker: what the guest sends from
+    /// there leaves where it is answered (RFC 4787, REQ-1).
+    fn is_published(&self, core: &Core, end: &GuestEnd) -> bool {
+        let is_shared_udp = end.kind == Kind::Udp && end.remote.is_none();
+        is_shared_udp
+            && core.primary_guest() == Some(end.guest.ip())
+            && self.policy.publishes_udp(end.guest.port())
     }
 
     /// What the socket of an exchange serves.
@@ -397,7 +414,7 @@ impl<N: HostNet> Nat<N> {
         let protocol = (key.kind == Kind::Udp).then_some(Protocol::Udp);
         let code = match self.policy.judge(core, &mut self.net, protocol, key.remote) {
             Verdict::Connect(real) => {
-                if !self.datagrams.has_mapping(&self.datagrams.end_of(&key))
+                if !self.datagrams.is_served(core, &self.datagrams.end_of(&key))
                     && !self.open_mapping(core, port, datagram, real)
                 {
                     return None;

@@ -10,7 +10,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use crate::config::{Mode, Protocol};
+use crate::config::{Mode, Protocol, Publish};
 use crate::engine::core::Core;
 use crate::engine::host_net::HostNet;
 
@@ -21,8 +21,8 @@ pub struct Policy {
     pub world: bool,
     /// The host itself.
     pub host_loopback: bool,
-    /// Ports of the host that lead back to the guest: their protocol and where they are bound.
-    pub published: Vec<(Protocol, SocketAddr)>,
+    /// Ports of the host that lead back to the guest, with the addresses they are really bound to.
+    pub published: Vec<Publish>,
 }
 
 /// What becomes of a new flow.
@@ -42,11 +42,9 @@ impl Policy {
     /// The policy of a mode.
     pub fn of(mode: &Mode) -> Policy {
         match mode {
-            Mode::Nat(nat) => Policy {
-                world: true,
-                host_loopback: nat.allow_host_loopback,
-                published: nat.publish.iter().map(|port| (port.protocol, port.host)).collect(),
-            },
+            Mode::Nat(nat) => {
+                Policy { world: true, host_loopback: nat.allow_host_loopback, published: nat.publish.clone() }
+            }
             Mode::Isolated => Policy { world: false, host_loopback: false, published: Vec::new() },
         }
     }
@@ -80,7 +78,18 @@ impl Policy {
         let leads_there = |bound: SocketAddr| {
             bound.port() == to.port() && (bound.ip() == to.ip() || bound.ip().is_unspecified())
         };
-        self.published.iter().any(|(kind, bound)| Some(*kind) == protocol && leads_there(*bound))
+        self.published.iter().any(|port| Some(port.protocol) == protocol && leads_there(port.host))
+    }
+
+    /// Whether a UDP port of the guest is published on all addresses of the host: then what it sends can
+    /// leave from there, whatever the route.
+    pub fn publishes_udp(&self, guest_port: u16) -> bool {
+        self.published_udp().any(|port| port.guest_port == guest_port && port.host.ip().is_unspecified())
+    }
+
+    /// Published UDP ports, in the order they were given.
+    pub fn published_udp(&self) -> impl Iterator<Item = &Publish> {
+        self.published.iter().filter(|port| port.protocol == Protocol::Udp)
     }
 }
 

@@ -173,6 +173,8 @@ pub struct DatagramTable<D> {
     rules: UdpConfig,
     mappings: Slab<Mapping<D>>,
     by_guest: HashMap<GuestEnd, usize, foldhash::quality::RandomState>,
+    /// Sockets of ports published on all addresses, by the guest's port; the first of several.
+    by_published: HashMap<u16, usize, foldhash::quality::RandomState>,
     peers: Slab<Peer>,
     by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
     by_real: HashMap<(usize, SocketAddr), usize, foldhash::quality::RandomState>,
@@ -197,6 +199,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             rules,
             mappings: Slab::new(),
             by_guest: HashMap::default(),
+            by_published: HashMap::default(),
             peers: Slab::new(),
             by_key: HashMap::default(),
             by_real: HashMap::default(),
@@ -253,9 +256,23 @@ impl<D: HostDatagram> DatagramTable<D> {
         GuestEnd { kind: key.kind, guest: key.guest, remote: (!is_shared).then_some(key.remote) }
     }
 
-    /// Whether the guest's end has a socket.
+    /// Whether the guest's end has a socket of its own.
     pub fn has_mapping(&self, end: &GuestEnd) -> bool {
         self.by_guest.contains_key(end)
+    }
+
+    /// Whether a socket serves the guest's end: its own, or that of its published port.
+    pub fn is_served(&self, core: &Core, end: &GuestEnd) -> bool {
+        self.mapping_of(core, end).is_some()
+    }
+
+    /// The socket of the guest's end: its own, or with endpoint-independent mapping that of its published
+    /// port.
+    fn mapping_of(&self, core: &Core, end: &GuestEnd) -> Option<usize> {
+        let own = self.by_guest.get(end).copied();
+        let is_published =
+            end.kind == Kind::Udp && end.remote.is_none() && core.primary_guest() == Some(end.guest.ip());
+        own.or_else(|| self.by_published.get(&end.guest.port()).copied().filter(|_| is_published))
     }
 
     /// Adds the socket of a guest's end.
@@ -273,10 +290,19 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.lru.touch(at);
     }
 
-    /// Adds the socket of a published UDP port. It lives as long as the table.
-    pub fn insert_published(&mut self, core: &Core, guest_port: u16, socket: D) {
+    /// Published ports' sockets.
+    pub fn published(&self) -> usize {
+        self.published
+    }
+
+    /// Adds the socket of a published UDP port. It lives as long as the table. What the guest sends from
+    /// there by itself leaves through it if the socket `is_everywhere`: on all addresses of the host.
+    pub fn insert_published(&mut self, core: &Core, guest_port: u16, socket: D, is_everywhere: bool) {
         let at = self.insert(core, Kind::Udp, socket);
         self.mappings[at].published_port = Some(guest_port);
+        if is_everywhere {
+            self.by_published.entry(guest_port).or_insert(at);
+        }
         self.published += 1;
     }
 

@@ -18,7 +18,7 @@ use crate::limits;
 impl<D: HostDatagram> DatagramTable<D> {
     /// Adds a remote endpoint the guest sends to through its socket; `None` if it has no socket.
     pub fn insert_peer(&mut self, core: &mut Core, key: Key, real: SocketAddr) -> Option<PeerId> {
-        let mapping = *self.by_guest.get(&self.end_of(&key))?;
+        let mapping = self.mapping_of(core, &self.end_of(&key))?;
         Some(PeerId(self.add_peer(core, mapping, key, real, false)))
     }
 
