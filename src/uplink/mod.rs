@@ -2,6 +2,7 @@
 //!
 //! What only Linux knows sits in [`sys`].
 
+mod datagrams;
 pub mod host_news;
 mod own_addresses;
 pub mod sockets;
