@@ -30,6 +30,11 @@ pub const TCP_POOL_SEGMENTS_MAX: usize = 512;
 /// time; past this many the highest are sent again.
 pub const TCP_SACKED_RANGES_MAX: usize = 64;
 
+/// TCP connections under way in a worker, or half of all flows where that is less: each holds a descriptor
+/// for up to two minutes, whoever answers. A guest that opens a hundred a second to hosts a second away has
+/// a hundred of them.
+pub const TCP_BACKLOG_MAX: usize = 1024;
+
 /// Largest receive window offered to a guest: what a scale of 8 expresses (RFC 7323, 2.3) and more
 /// than the kernel's default `tcp_wmem` maximum of 4 MiB can hold.
 pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;

@@ -138,7 +138,7 @@ impl<N: HostNet> Nat<N> {
             net,
             policy,
             flows_max: flows_max.clamp(1, limits::FLOWS_MAX),
-            tcp: TcpTable::new(isn_secret),
+            tcp: TcpTable::new(flows_max, isn_secret),
             datagrams: DatagramTable::new(udp),
             listeners: Slab::new(),
             accept_again: Vec::new(),

@@ -7,8 +7,8 @@
 //! | state | entered | left | fields that hold |
 //! |---|---|---|---|
 //! | `Connecting` | the guest's SYN, a connect under way | the connect's end, the guest's RST | `recv.nxt` = its sequence number + 1 |
-//! | `SynSent` | a client of a published port, our SYN sent | the guest's SYN-ACK or RST, 6 tries | `send.*` but the peer's window |
-//! | `SynReceived` | the connect succeeded, our SYN-ACK sent | the guest's ACK or RST, 6 tries | all |
+//! | `SynSent` | a client of a published port, our SYN sent | the guest's SYN-ACK, SYN or RST, 6 tries | `send.*` but the peer's window |
+//! | `SynReceived` | the connect succeeded, our SYN-ACK sent; the guest's SYN met ours | the guest's ACK or RST, 6 tries | all |
 //! | `Established` | the handshake's end | RST either way, or both FINs done | all; `recv.closed`, `send.eof` tell half-closes |
 //! | `TimeWait` | both FINs done, ours first | 10 s, or a new SYN | sequence numbers; no socket |
 //!
@@ -19,6 +19,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::pool::{Budget, Pool};
+use super::round_trip::RoundTrip;
 use super::scoreboard::Scoreboard;
 use crate::addr::MacAddr;
 use crate::engine::core::Core;
@@ -38,8 +39,6 @@ const DEFAULT_MSS: u16 = 536;
 const MIN_MSS: u16 = 88;
 /// First retransmission of a SYN (RFC 6298, 2.1).
 const SYN_RTO: Duration = Duration::from_secs(1);
-/// First retransmission of anything else: the guest is one memory copy away, and Linux's own least.
-const RTO_MIN: Duration = Duration::from_millis(200);
 /// Longest pause between retransmissions or window probes (RFC 6298, 2.5).
 const RTO_MAX: Duration = Duration::from_secs(60);
 /// Tries of a SYN.
@@ -221,6 +220,8 @@ pub(super) struct Send {
     pub(super) silent: u8,
     /// From when the pending time-out counts.
     pub(super) timer_base: Instant,
+    /// How long the guest takes to acknowledge.
+    pub(super) round_trip: RoundTrip,
 }
 
 impl Send {
@@ -251,6 +252,8 @@ pub struct Flow<S> {
     pub(super) dirty: bool,
     /// Waits for its turn to send, or for receive buffers.
     pub(super) queued: bool,
+    /// Its place in the backlog: the end its SYN went to, until the handshake is done.
+    pub(super) under_way: Option<SocketAddr>,
     pub(super) last_active: Instant,
 }
 
@@ -306,6 +309,7 @@ impl<S: HostStream> Flow<S> {
             timer: TimerSlot::default(),
             dirty: false,
             queued: false,
+            under_way: None,
             last_active: now,
         })
     }
@@ -382,10 +386,12 @@ impl<S: HostStream> Flow<S> {
                 tries: 0,
                 silent: 0,
                 timer_base: core.now,
+                round_trip: RoundTrip::default(),
             },
             timer: TimerSlot::default(),
             dirty: false,
             queued: false,
+            under_way: None,
             last_active: core.now,
         };
         flow.begin(core, origin);
@@ -400,6 +406,15 @@ impl<S: HostStream> Flow<S> {
                 self.send.syn_due = true;
                 self.send.readable = true;
             }
+        }
+    }
+
+    /// The end its SYN went to, while the handshake is not done.
+    pub(super) fn destination(&self) -> Option<SocketAddr> {
+        match self.state {
+            State::Connecting | State::SynReceived => Some(self.key.remote),
+            State::SynSent => Some(self.key.guest),
+            State::Established | State::TimeWait => None,
         }
     }
 
@@ -557,8 +572,9 @@ impl<S: HostStream> Flow<S> {
             State::Connecting => return None,
             State::SynSent | State::SynReceived => backoff(SYN_RTO, send.tries),
             State::TimeWait => TIME_WAIT,
-            State::Established if send.max != send.una => backoff(RTO_MIN, send.tries),
-            State::Established if send.probes_window() => backoff(RTO_MIN, send.tries),
+            State::Established if send.max != send.una || send.probes_window() => {
+                backoff(send.round_trip.timeout(), send.tries)
+            }
             State::Established if send.tries > 0 => KEEPALIVE_PAUSE,
             State::Established => KEEPALIVE_IDLE,
         };
@@ -641,6 +657,7 @@ impl<S: HostStream> Flow<S> {
     pub(super) fn rewind(&mut self, core: &mut Core) {
         self.send.nxt = self.send.una;
         self.send.resent = self.send.una;
+        self.send.round_trip.sent_again();
         self.send.recover = Some(self.send.max);
         core.counters.retransmits += 1;
     }

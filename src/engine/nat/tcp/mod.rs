@@ -1,8 +1,10 @@
 //! TCP flows: the table, its life cycle and the batch's end.
 
+mod backlog;
 mod flow;
 mod output;
 mod pool;
+mod round_trip;
 mod scoreboard;
 mod segment;
 mod turns;
@@ -15,6 +17,7 @@ use hashbrown::HashMap;
 use siphasher::sip::SipHasher13;
 use slab::Slab;
 
+use backlog::Backlog;
 pub use flow::{Fate, Flow, Key, Moved};
 use flow::{Origin, State};
 use output::After;
@@ -68,13 +71,14 @@ pub struct TcpTable<S> {
     turns: Turns,
     /// Flows whose SYN waits for the guest's MAC address.
     unresolved: Vec<Token>,
+    backlog: Backlog,
     isn_secret: (u64, u64),
     generation: u32,
 }
 
 impl<S: HostStream> TcpTable<S> {
-    /// An empty table; `isn_secret` keys the initial sequence numbers (RFC 6528).
-    pub fn new(isn_secret: (u64, u64)) -> TcpTable<S> {
+    /// An empty table of at most `flows_max` flows; `isn_secret` keys the initial sequence numbers (RFC 6528).
+    pub fn new(flows_max: usize, isn_secret: (u64, u64)) -> TcpTable<S> {
         TcpTable {
             flows: Slab::new(),
             by_key: HashMap::default(),
@@ -85,6 +89,7 @@ impl<S: HostStream> TcpTable<S> {
             gathering: Vec::with_capacity(BATCH_FLOWS),
             turns: Turns::default(),
             unresolved: Vec::new(),
+            backlog: Backlog::new(flows_max),
             isn_secret,
             generation: 0,
         }
@@ -140,8 +145,8 @@ impl<S: HostStream> TcpTable<S> {
         let flow = &mut self.flows[at];
         let syn_only =
             segment.header.flags.contains(Flags::SYN) && !segment.header.flags.contains(Flags::ACK);
-        if flow.state == State::TimeWait && syn_only && !segment.header.flags.contains(Flags::RST) {
-            // RFC 9293, 3.6.1: a new connection may take the place of one in TIME-WAIT.
+        let is_reset = segment.header.flags.contains(Flags::RST);
+        if flow.state == State::TimeWait && syn_only && !is_reset && flow.may_be_followed_by(&segment.header) {
             self.remove(core, at);
             return false;
         }
@@ -153,6 +158,11 @@ impl<S: HostStream> TcpTable<S> {
         }
         let was_gathering = flow.recv.queued > 0;
         let fate = flow.segment(core, &mut self.budget, &segment.header, &segment.payload);
+        if flow.state == State::Established
+            && let Some(to) = flow.under_way.take()
+        {
+            self.backlog.leave(to, flow.token);
+        }
         if !was_gathering && flow.recv.queued > 0 {
             self.gathering.push(at);
         }
@@ -226,7 +236,22 @@ impl<S: HostStream> TcpTable<S> {
         self.lru.touch(at);
         core.claim(Place::Tcp(key));
         core.counters.flows_opened += 1;
+        self.enter_backlog(core, at);
         at
+    }
+
+    /// Counts a flow whose handshake is not done among those, and lets go of one where they are too many:
+    /// without a word to the guest, as a full backlog does. A client of a published port sees RST.
+    fn enter_backlog(&mut self, core: &mut Core, at: usize) {
+        let flow = &mut self.flows[at];
+        let Some(to) = flow.destination() else { return };
+        let token = flow.token;
+        flow.under_way = Some(to);
+        self.backlog.enter(to, token);
+        if let Some(at) = self.backlog.too_many(token).and_then(|token| self.find(token)) {
+            core.counters.drop(DropReason::TableFull);
+            self.remove(core, at);
+        }
     }
 
     /// Takes a flow out, for another worker.
@@ -260,6 +285,7 @@ impl<S: HostStream> TcpTable<S> {
         let order = if self.flows[at].state == State::TimeWait { &mut self.finished } else { &mut self.lru };
         order.touch(at);
         self.mark_dirty(at);
+        self.enter_backlog(core, at);
     }
 
     /// The guest's MAC address became known, or is another one now.
@@ -507,6 +533,9 @@ impl<S: HostStream> TcpTable<S> {
     fn take_out(&mut self, at: usize) -> Flow<S> {
         let flow = self.flows.remove(at);
         self.by_key.remove(&flow.key);
+        if let Some(to) = flow.under_way {
+            self.backlog.leave(to, flow.token);
+        }
         self.lru.remove(at);
         self.finished.remove(at);
         flow

@@ -315,6 +315,11 @@ impl<S: HostStream> Flow<S> {
         if send.una == send.max {
             send.timer_base = core.now;
         }
+        if send.nxt.before(send.max) {
+            send.round_trip.sent_again();
+        } else {
+            send.round_trip.sent(core.now, send.nxt + len);
+        }
         send.nxt = send.nxt + len;
         if send.nxt.after(send.resent) {
             send.resent = send.nxt;
@@ -364,6 +369,11 @@ impl<S: HostStream> Flow<S> {
         };
         let flags = if answer { Flags::SYN | Flags::ACK } else { Flags::SYN };
         self.send_segment(core, port, flags, self.send.iss, options)?;
+        if self.send.max == self.send.iss {
+            self.send.round_trip.sent(core.now, self.send.iss + 1);
+        } else {
+            self.send.round_trip.sent_again();
+        }
         self.send.max = self.send.iss + 1;
         self.send.nxt = self.send.max;
         Ok(())

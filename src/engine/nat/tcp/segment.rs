@@ -58,18 +58,45 @@ impl<S: HostStream> Flow<S> {
             self.send.rst_due = Some(header.ack);
             return Fate::Live;
         }
-        if !acks_ours || !header.flags.contains(Flags::SYN) {
+        if !header.flags.contains(Flags::SYN) {
             return Fate::Live;
         }
         self.take_syn(core, header.seq, &header.options, header.window);
+        if !acks_ours {
+            // Both began at once (RFC 9293, 3.5, figure 8).
+            self.state = State::SynReceived;
+            self.send.syn_due = true;
+            self.send.tries = 0;
+            self.send.timer_base = core.now;
+            return Fate::Live;
+        }
         self.establish(core, header.ack);
         self.recv.ack_due = true;
         Fate::Live
     }
 
+    /// Whether it is the guest's SYN-ACK where both began at once: its SYN is known already.
+    fn crosses_our_syn(&self, header: &Header) -> bool {
+        self.state == State::SynReceived
+            && header.flags.contains(Flags::SYN | Flags::ACK)
+            && !header.flags.contains(Flags::RST)
+            && header.seq + 1 == self.recv.nxt
+            && header.ack == self.send.iss + 1
+    }
+
+    /// Whether this SYN begins a new connection in place of one in TIME-WAIT, rather than being an old
+    /// duplicate (RFC 9293, 3.6.1; RFC 6191).
+    pub(super) fn may_be_followed_by(&self, header: &Header) -> bool {
+        let newer = match (self.recv.timestamps, header.options.timestamps) {
+            (Some(known), Some((value, _))) => !known.is_old(value) && value != known.recent,
+            _ => false,
+        };
+        newer || header.seq.at_or_after(self.recv.nxt)
+    }
+
     fn segment_in_time_wait(&mut self, header: &Header) -> Fate {
         if header.flags.contains(Flags::RST) {
-            return Fate::Done;
+            return if header.seq == self.recv.nxt { Fate::Done } else { Fate::Live };
         }
         self.recv.ack_due = true;
         Fate::Live
@@ -77,6 +104,7 @@ impl<S: HostStream> Flow<S> {
 
     fn establish(&mut self, core: &mut Core, ack: SeqNumber) {
         self.state = State::Established;
+        self.send.round_trip.acknowledged(core.now, ack);
         self.send.una = ack;
         self.send.nxt = ack;
         self.send.max = ack;
@@ -102,6 +130,11 @@ impl<S: HostStream> Flow<S> {
             return fate;
         }
         let flags = header.flags;
+        if self.crosses_our_syn(header) {
+            self.establish(core, header.ack);
+            self.recv.ack_due = true;
+            return Fate::Live;
+        }
         let len = payload.len() + usize::from(flags.contains(Flags::FIN));
         if !self.acceptable(header.seq, len) {
             core.counters.drop(DropReason::OutOfWindow);
@@ -241,6 +274,7 @@ impl<S: HostStream> Flow<S> {
             }
         }
         if ack.after(send.una) {
+            send.round_trip.acknowledged(core.now, ack);
             send.una = ack;
             if send.nxt.before(ack) {
                 send.nxt = ack;
