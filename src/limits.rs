@@ -35,6 +35,10 @@ pub const TCP_SACKED_RANGES_MAX: usize = 64;
 /// a hundred of them.
 pub const TCP_BACKLOG_MAX: usize = 1024;
 
+/// Acknowledgements a second with which a flow answers what proves nothing: segments outside of the window,
+/// resets that are not exact (RFC 5961, 7). A stack that has lost the thread needs one; Linux sends two.
+pub const TCP_CHALLENGES_PER_SECOND: u8 = 10;
+
 /// Largest receive window offered to a guest: what a scale of 8 expresses (RFC 7323, 2.3) and more
 /// than the kernel's default `tcp_wmem` maximum of 4 MiB can hold.
 pub const TCP_WINDOW_BYTES_MAX: usize = 65_535 << 8;

@@ -110,6 +110,11 @@ pub trait HostStream {
     /// Any error ends the stream.
     fn shutdown_write(&mut self) -> io::Result<()>;
 
+    /// Whether host and peer agreed on explicit congestion notification (RFC 3168, 6.1.1).
+    fn uses_ecn(&self) -> bool {
+        false
+    }
+
     /// The host's address it comes from; `None` if it does not leave the process.
     fn local_ip(&self) -> Option<IpAddr> {
         None

@@ -43,7 +43,7 @@ use crate::service::dhcp::{self, LeaseChange};
 use crate::service::dns::DnsService;
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
-use crate::wire::icmpv4::{self, Message};
+use crate::wire::icmpv4::{self, Message, UnreachableCode};
 use crate::wire::ipv4::{self, Protocol};
 use crate::wire::vnet::{Checksum, GsoKind};
 use crate::wire::{arp, checksum, tcp, udp};
@@ -300,7 +300,7 @@ impl<N: HostNet> Engine<N> {
             Protocol::UDP => self.udp(port, incoming, local),
             Protocol::ICMP => self.icmp(port, incoming, local),
             _ => {
-                let code = icmpv4::UnreachableCode::Protocol;
+                let code = UnreachableCode::Protocol;
                 self.core.send_unreachable(port, incoming.from, code, incoming.packet);
                 Err(DropReason::Unsupported)
             }
@@ -396,8 +396,8 @@ impl<N: HostNet> Engine<N> {
         let message = Message::parse(incoming.head).map_err(|_| DropReason::Malformed)?;
         let (ident, seq) = match message {
             Message::EchoRequest { ident, seq } => (ident, seq),
-            Message::Unreachable { code: icmpv4::UnreachableCode::Port, .. } => {
-                return self.refused_by_guest(incoming);
+            Message::Unreachable { code, next_hop_mtu } => {
+                return self.unreachable_in_guest(port, incoming, code, next_hop_mtu);
             }
             _ => return Err(DropReason::Unsupported),
         };
@@ -427,27 +427,46 @@ impl<N: HostNet> Engine<N> {
         self.datagram(port, incoming, &datagram)
     }
 
-    /// "Port unreachable" of the guest: nobody there wants what a remote end sends. It must quote a datagram
-    /// of a live exchange (RFC 5508, REQ-5), at this worker or another.
-    fn refused_by_guest(&mut self, incoming: &Incoming<'_>) -> Result<(), DropReason> {
+    /// "Destination unreachable" of the guest. It must quote a packet of a live exchange or flow (RFC 5508,
+    /// REQ-5; RFC 5927, 4.1), at this worker or another.
+    fn unreachable_in_guest(
+        &mut self,
+        port: &mut impl GuestPort,
+        incoming: &Incoming<'_>,
+        code: UnreachableCode,
+        next_hop_mtu: u16,
+    ) -> Result<(), DropReason> {
         verify_icmp(incoming)?;
         let quote = incoming.head.get(icmpv4::HEADER_BYTES..).ok_or(DropReason::Malformed)?;
         let about = ipv4::Header::parse(quote, usize::MAX).map_err(|_| DropReason::Malformed)?;
-        let ports = udp::Header::parse(&quote[about.header_bytes..], about.payload_bytes);
-        let ports = ports.map_err(|_| DropReason::Malformed)?;
-        let is_datagram = about.protocol == Protocol::UDP && about.fragment_offset_bytes == 0;
-        if !is_datagram || (about.src, about.dst) != (incoming.ip.dst, incoming.ip.src) {
+        // Of UDP the whole header, of TCP as much: ports and sequence number.
+        let Some(head) = quote.get(about.header_bytes..about.header_bytes + 8) else {
+            return Err(DropReason::Malformed);
+        };
+        if about.fragment_offset_bytes > 0 || (about.src, about.dst) != (incoming.ip.dst, incoming.ip.src) {
             return Err(DropReason::NoFlow);
         }
-        let key = datagram::Key {
-            kind: datagram::Kind::Udp,
-            guest: SocketAddr::new(about.dst.into(), ports.dst_port),
-            remote: SocketAddr::new(about.src.into(), ports.src_port),
+        let guest = SocketAddr::new(about.dst.into(), u16::from_be_bytes([head[2], head[3]]));
+        let remote = SocketAddr::new(about.src.into(), u16::from_be_bytes([head[0], head[1]]));
+        let owner = match (about.protocol, code) {
+            (Protocol::UDP, UnreachableCode::Port) => {
+                let key = datagram::Key { kind: datagram::Kind::Udp, guest, remote };
+                if self.nat.refused_by_guest(&mut self.core, &key) {
+                    return Ok(());
+                }
+                self.nat.datagram_elsewhere(&self.core, &key)
+            }
+            (Protocol::TCP, _) => {
+                let key = nat::tcp::Key { guest, remote };
+                let seq = tcp::SeqNumber(u32::from_be_bytes([head[4], head[5], head[6], head[7]]));
+                if self.nat.unreachable_in_guest(&mut self.core, port, &key, seq, code, next_hop_mtu) {
+                    return Ok(());
+                }
+                self.core.elsewhere(&Place::Tcp(key))
+            }
+            _ => return Err(DropReason::Unsupported),
         };
-        if self.nat.refused_by_guest(&mut self.core, &key) {
-            return Ok(());
-        }
-        let owner = self.nat.datagram_elsewhere(&self.core, &key).ok_or(DropReason::NoFlow)?;
+        let owner = owner.ok_or(DropReason::NoFlow)?;
         self.send_letter(owner, Letter::Frame(incoming.to_held_frame()));
         // It is counted where it is taken.
         self.core.counters.frames_from_guest -= 1;
@@ -508,7 +527,8 @@ impl<N: HostNet> Engine<N> {
             remote: SocketAddr::new(incoming.ip.dst.into(), header.dst_port),
         };
         let payload = incoming.whole.range(header_bytes, incoming.whole.len());
-        let segment = Segment { key, from: incoming.from, header, payload };
+        let is_marked = incoming.ip.is_congestion_experienced();
+        let segment = Segment { key, from: incoming.from, header, is_marked, payload };
         // While the flow is on its way the directory names this worker already: what waits says so first.
         let place = Place::Tcp(key);
         let owner = match self.waiting.awaits(&place) {

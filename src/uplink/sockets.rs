@@ -330,6 +330,10 @@ impl HostStream for Stream {
         DetachedStream { socket: self.socket, kind: self.kind, position: self.position }
     }
 
+    fn uses_ecn(&self) -> bool {
+        self.kind == StreamKind::Tcp && sys::uses_ecn(self.socket.as_fd())
+    }
+
     fn take_error(&mut self) -> io::Result<()> {
         match self.socket.take_error()? {
             Some(error) => Err(error),

@@ -127,6 +127,11 @@ impl Header {
         })
     }
 
+    /// Whether a router marked the packet instead of dropping it (RFC 3168, 5: CE).
+    pub const fn is_congestion_experienced(&self) -> bool {
+        self.tos & 3 == 3
+    }
+
     /// Whether the packet is a fragment of a longer one.
     pub const fn is_fragment(&self) -> bool {
         self.more_fragments || self.fragment_offset_bytes != 0

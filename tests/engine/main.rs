@@ -30,6 +30,7 @@ mod published;
 #[path = "../support/random.rs"]
 mod random;
 mod rig;
+mod robust;
 mod starvation;
 mod to_guest;
 mod world;

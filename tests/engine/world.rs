@@ -116,6 +116,8 @@ pub(crate) struct World {
     pub(crate) descriptors_max: usize,
     /// Room new streams begin with.
     pub(crate) room: usize,
+    /// Streams have agreed on ECN with their peers.
+    pub(crate) ecn: bool,
     open: usize,
     lost_conns: Lost,
     lost_socks: Lost,
@@ -136,6 +138,7 @@ impl World {
             paths_asked: 0,
             descriptors_max: usize::MAX,
             room: 1 << 20,
+            ecn: false,
             open: 0,
             lost_conns: Lost::default(),
             lost_socks: Lost::default(),
@@ -343,6 +346,10 @@ impl HostNet for Net {
 
 impl HostStream for FakeStream {
     type Detached = Detached;
+
+    fn uses_ecn(&self) -> bool {
+        self.world.borrow().ecn
+    }
 
     fn local_ip(&self) -> Option<IpAddr> {
         self.world.borrow().conns[self.at].local

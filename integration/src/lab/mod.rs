@@ -25,6 +25,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use thiserror::Error;
 
+pub use crate::sys::tcp::has_ecn;
 pub use backend::{Backend, BackendOptions, GuestProcess, vunet_binary};
 pub use dhcp::Lease;
 pub use dns::{BIG_TXT_BYTES, BIG_TXT_NAME, DOMAIN};

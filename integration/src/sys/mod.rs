@@ -10,4 +10,5 @@ pub(crate) mod packet;
 pub(crate) mod process;
 pub(crate) mod signal;
 pub(crate) mod tap;
+pub(crate) mod tcp;
 pub(crate) mod udp;

@@ -9,6 +9,7 @@ mod behaviours;
 mod bench;
 mod benchmark;
 mod bounds;
+mod congestion;
 mod dns;
 mod ends;
 mod features;

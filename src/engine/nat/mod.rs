@@ -25,7 +25,7 @@ use crate::config::{IpMtu, Protocol, UdpConfig};
 use crate::frame::Payload;
 use crate::limits;
 use crate::wire::icmpv4::{Message, UnreachableCode};
-use crate::wire::tcp::Flags;
+use crate::wire::tcp::{Flags, SeqNumber};
 
 /// Port of DNS.
 pub const DNS_PORT: u16 = 53;
@@ -350,6 +350,20 @@ impl<N: HostNet> Nat<N> {
     /// The guest refuses what the remote end of an exchange sends; false if there is no such exchange here.
     pub fn refused_by_guest(&mut self, core: &mut Core, key: &datagram::Key) -> bool {
         self.datagrams.refused_by_guest(core, key)
+    }
+
+    /// The guest's "destination unreachable" about the segment at `seq` of a flow; false if this worker has no
+    /// such flow.
+    pub fn unreachable_in_guest(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        key: &tcp::Key,
+        seq: SeqNumber,
+        code: UnreachableCode,
+        next_hop_mtu: u16,
+    ) -> bool {
+        self.tcp.unreachable(core, port, key, seq, code, next_hop_mtu)
     }
 
     /// The other worker that has the socket of an exchange.

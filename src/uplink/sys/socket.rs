@@ -316,6 +316,25 @@ pub enum PeerState {
     Failed,
 }
 
+/// Whether a connected TCP socket and its peer agreed on ECN (`TCPI_OPT_ECN` of tcp(7)'s `TCP_INFO`).
+pub fn uses_ecn(fd: BorrowedFd<'_>) -> bool {
+    const TCPI_OPT_ECN: u8 = 8;
+    // The first eight bytes: state, congestion state, retransmits, probes, backoff, options, and two more.
+    let mut info = [0u8; 8];
+    let mut len = info.len() as socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into the live array.
+    let outcome = unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &mut len,
+        )
+    };
+    outcome == 0 && len as usize >= 6 && info[5] & TCPI_OPT_ECN != 0
+}
+
 /// The state of a stream's peer (poll(2)). Does not take the socket's error away.
 pub fn peer_state(fd: BorrowedFd<'_>) -> PeerState {
     let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };

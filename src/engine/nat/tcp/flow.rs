@@ -113,6 +113,21 @@ impl Timestamps {
     }
 }
 
+/// Explicit congestion notification between guest and vunet (RFC 3168, 6.1): agreed on where the host's
+/// side of the flow has it. Nothing between the two drops or marks, but a router or queue within the guest
+/// may, on the way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ecn {
+    /// Not in use.
+    Off,
+    /// The side that began asks for it.
+    Asked,
+    /// Both agreed.
+    Agreed,
+    /// A segment came marked: every acknowledgement says so until the guest slows down.
+    Echoing,
+}
+
 /// From the guest to the world.
 #[derive(Debug)]
 pub(super) struct Recv {
@@ -151,6 +166,10 @@ pub(super) struct Recv {
     pub(super) sack: bool,
     /// Timestamps, where the guest sends them.
     pub(super) timestamps: Option<Timestamps>,
+    /// Explicit congestion notification.
+    pub(super) ecn: Ecn,
+    /// Since when challenges are counted, and how many they were.
+    pub(super) challenges: (Instant, u8),
     /// The socket was asked to tell of room. Without that its readiness to write says nothing new:
     /// edge-triggered events repeat it with everything else they report.
     pub(super) wants_room: bool,
@@ -319,7 +338,8 @@ impl<S: HostStream> Flow<S> {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
     /// The guest's SYN with this sequence number, options and window.
-    Guest { irs: SeqNumber, options: Options, window: u16 },
+    /// `ecn`: it asks for explicit congestion notification.
+    Guest { irs: SeqNumber, options: Options, window: u16, ecn: bool },
     /// A client of a published port.
     World,
 }
@@ -358,6 +378,8 @@ impl<S: HostStream> Flow<S> {
                 newest_beyond: SeqNumber(0),
                 sack: false,
                 timestamps: None,
+                ecn: Ecn::Off,
+                challenges: (core.now, 0),
                 wants_room: false,
             },
             send: Send {
@@ -400,8 +422,14 @@ impl<S: HostStream> Flow<S> {
 
     fn begin(&mut self, core: &Core, origin: Origin) {
         match origin {
-            Origin::Guest { irs, options, window } => self.take_syn(core, irs, &options, window),
+            Origin::Guest { irs, options, window, ecn } => {
+                self.take_syn(core, irs, &options, window);
+                self.recv.ecn = if ecn { Ecn::Asked } else { Ecn::Off };
+            }
             Origin::World => {
+                if self.stream.as_ref().is_some_and(HostStream::uses_ecn) {
+                    self.recv.ecn = Ecn::Asked;
+                }
                 self.state = State::SynSent;
                 self.send.syn_due = true;
                 self.send.readable = true;
@@ -456,6 +484,9 @@ impl<S: HostStream> Flow<S> {
             }
             if let Err(error) = stream.take_error() {
                 return Fate::ConnectFailed(error);
+            }
+            if self.recv.ecn == Ecn::Asked {
+                self.recv.ecn = if stream.uses_ecn() { Ecn::Agreed } else { Ecn::Off };
             }
             self.state = State::SynReceived;
             self.send.syn_due = true;

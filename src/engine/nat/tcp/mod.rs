@@ -51,6 +51,8 @@ pub struct Segment<'a> {
     pub from: Neighbour,
     /// The header.
     pub header: Header,
+    /// A router in the guest marked it: congestion (RFC 3168, 5).
+    pub is_marked: bool,
     /// Payload in guest memory.
     pub payload: Payload<'a>,
 }
@@ -146,7 +148,8 @@ impl<S: HostStream> TcpTable<S> {
         let syn_only =
             segment.header.flags.contains(Flags::SYN) && !segment.header.flags.contains(Flags::ACK);
         let is_reset = segment.header.flags.contains(Flags::RST);
-        if flow.state == State::TimeWait && syn_only && !is_reset && flow.may_be_followed_by(&segment.header) {
+        if flow.state == State::TimeWait && syn_only && !is_reset && flow.may_be_followed_by(&segment.header)
+        {
             self.remove(core, at);
             return false;
         }
@@ -157,6 +160,7 @@ impl<S: HostStream> TcpTable<S> {
             self.lru.touch(at);
         }
         let was_gathering = flow.recv.queued > 0;
+        flow.note_congestion(&segment.header, segment.is_marked);
         let fate = flow.segment(core, &mut self.budget, &segment.header, &segment.payload);
         if flow.state == State::Established
             && let Some(to) = flow.under_way.take()
@@ -192,7 +196,8 @@ impl<S: HostStream> TcpTable<S> {
     /// Adds the flow the guest's SYN began, whose connect is under way on `stream`.
     pub fn insert_from_guest(&mut self, core: &mut Core, segment: &Segment<'_>, stream: S) {
         let header = &segment.header;
-        let origin = Origin::Guest { irs: header.seq, options: header.options, window: header.window };
+        let ecn = header.flags.contains(Flags::ECE | Flags::CWR);
+        let origin = Origin::Guest { irs: header.seq, options: header.options, window: header.window, ecn };
         let at = self.insert(core, segment.key, stream, origin);
         self.flows[at].guest_mac = Some(segment.from.mac);
         self.flows[at].pair = segment.from.pair;
@@ -359,6 +364,23 @@ impl<S: HostStream> TcpTable<S> {
         let fate = flow.host_ready(core, &mut self.budget, ready);
         self.mark_dirty(at);
         self.settle(core, port, at, fate);
+    }
+
+    /// The guest's "destination unreachable" about the segment at `seq`; false if there is no such flow.
+    pub fn unreachable(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        key: &Key,
+        seq: SeqNumber,
+        code: UnreachableCode,
+        next_hop_mtu: u16,
+    ) -> bool {
+        let Some(&at) = self.by_key.get(key) else { return false };
+        let fate = self.flows[at].unreachable(core, seq, code, next_hop_mtu);
+        self.mark_dirty(at);
+        self.settle(core, port, at, fate);
+        true
     }
 
     /// A deadline came up.

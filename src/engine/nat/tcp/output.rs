@@ -6,7 +6,7 @@
 
 use std::io;
 
-use super::flow::{Fate, Flow, State, TIMESTAMPS_BYTES};
+use super::flow::{Ecn, Fate, Flow, State, TIMESTAMPS_BYTES};
 use crate::engine::core::Core;
 use crate::engine::emit;
 use crate::engine::guest_port::{GuestPort, ReserveError};
@@ -336,6 +336,10 @@ impl<S: HostStream> Flow<S> {
         if let Some(timestamps) = self.recv.timestamps.filter(|_| !reset) {
             options.timestamps = Some((self.timestamp(core), timestamps.recent));
         }
+        let mut flags = flags;
+        if self.recv.ecn == Ecn::Echoing && flags.contains(Flags::ACK) && !syn && !reset {
+            flags = flags | Flags::ECE;
+        }
         if flags.contains(Flags::ACK) {
             self.recv.ack_by = None;
             self.recv.acked = self.recv.nxt;
@@ -367,7 +371,13 @@ impl<S: HostStream> Flow<S> {
             timestamps: (!answer).then(|| (self.timestamp(core), 0)),
             ..Options::default()
         };
-        let flags = if answer { Flags::SYN | Flags::ACK } else { Flags::SYN };
+        let flags = match (answer, self.recv.ecn) {
+            (true, Ecn::Agreed | Ecn::Echoing) => Flags::SYN | Flags::ACK | Flags::ECE,
+            (true, _) => Flags::SYN | Flags::ACK,
+            // One that was not answered may have been thrown away for what it asks (RFC 3168, 6.1.1.1).
+            (false, Ecn::Asked) if self.send.tries == 0 => Flags::SYN | Flags::ECE | Flags::CWR,
+            (false, _) => Flags::SYN,
+        };
         self.send_segment(core, port, flags, self.send.iss, options)?;
         if self.send.max == self.send.iss {
             self.send.round_trip.sent(core.now, self.send.iss + 1);

@@ -6,18 +6,24 @@
 use std::io;
 use std::time::Duration;
 
-use super::flow::{ACK_DELAY, Fate, Flow, State};
+use super::flow::{ACK_DELAY, Ecn, Fate, Flow, State, TIMESTAMPS_BYTES};
 use super::pool::Budget;
 use crate::engine::core::Core;
 use crate::engine::counters::DropReason;
 use crate::engine::host_net::{Close, HostStream};
 use crate::frame::Payload;
+use crate::limits;
+use crate::wire::icmpv4::UnreachableCode;
 use crate::wire::tcp::{Flags, Header, SeqNumber};
 
 /// Payload from which on a segment may be gathered with others whatever the segment size.
 const BULK_BYTES: usize = 1400;
 /// Idle time after which old timestamps prove nothing (RFC 7323, 5.5): half a circle of a clock of 1 ms.
 const PAWS_IDLE: Duration = Duration::from_secs(24 * 86_400);
+/// Least path MTU believed, in bytes (Linux's `min_pmtu`): a smaller one is a forger's.
+const PATH_MTU_MIN: u16 = 552;
+/// Path MTU of a router that does not say (RFC 1191, 5).
+const PATH_MTU_UNTOLD: u16 = 576;
 /// Duplicate acknowledgements that mean a loss (RFC 5681, 3.2).
 const DUP_ACKS: u8 = 3;
 
@@ -35,6 +41,33 @@ impl<S: HostStream> Flow<S> {
             State::SynSent => self.segment_after_our_syn(core, header),
             State::TimeWait => self.segment_in_time_wait(header),
             State::SynReceived | State::Established => self.segment_in_sync(core, budget, header, payload),
+        }
+    }
+
+    /// What a segment says of congestion: marked by a router in the guest, or that the guest slowed down.
+    pub(super) fn note_congestion(&mut self, header: &Header, is_marked: bool) {
+        if matches!(self.recv.ecn, Ecn::Off | Ecn::Asked) || header.flags.contains(Flags::SYN) {
+            return;
+        }
+        if header.flags.contains(Flags::CWR) {
+            self.recv.ecn = Ecn::Agreed;
+        }
+        if is_marked {
+            self.recv.ecn = Ecn::Echoing;
+        }
+    }
+
+    /// Answers what proves nothing with an acknowledgement, so many times a second (RFC 5961, 7).
+    fn challenge(&mut self, core: &mut Core) {
+        let (since, count) = &mut self.recv.challenges;
+        if core.now.since(*since) >= Duration::from_secs(1) {
+            (*since, *count) = (core.now, 0);
+        }
+        if *count < limits::TCP_CHALLENGES_PER_SECOND {
+            *count += 1;
+            self.recv.ack_due = true;
+        } else {
+            core.counters.drop(DropReason::RateLimited);
         }
     }
 
@@ -70,9 +103,51 @@ impl<S: HostStream> Flow<S> {
             self.send.timer_base = core.now;
             return Fate::Live;
         }
+        if self.recv.ecn == Ecn::Asked {
+            let agreed = header.flags.contains(Flags::ECE) && !header.flags.contains(Flags::CWR);
+            self.recv.ecn = if agreed { Ecn::Agreed } else { Ecn::Off };
+        }
         self.establish(core, header.ack);
         self.recv.ack_due = true;
         Fate::Live
+    }
+
+    /// The guest's "destination unreachable" about the segment at `seq`, which must be under way (RFC 5927,
+    /// 4.1).
+    pub(super) fn unreachable(
+        &mut self,
+        core: &mut Core,
+        seq: SeqNumber,
+        code: UnreachableCode,
+        next_hop_mtu: u16,
+    ) -> Fate {
+        if seq.before(self.send.una) || seq.at_or_after(self.send.max) {
+            core.counters.drop(DropReason::OutOfWindow);
+            return Fate::Live;
+        }
+        match (self.state, code) {
+            (State::Established, UnreachableCode::FragmentationNeeded) => {
+                self.take_path_mtu(core, next_hop_mtu);
+                Fate::Live
+            }
+            // A guest's firewall refuses a client of a published port (RFC 5461, 4.1).
+            (State::SynSent, code) if code != UnreachableCode::FragmentationNeeded => Fate::Reset,
+            // Of a connection that was there already it is no end (RFC 5927, 5.2).
+            _ => Fate::Live,
+        }
+    }
+
+    /// Segments of this size do not reach the guest's end, which is behind a narrower link than ours: what is
+    /// under way goes out again in smaller ones (RFC 1191, 3 and 6.4).
+    fn take_path_mtu(&mut self, core: &mut Core, next_hop_mtu: u16) {
+        let mtu = if next_hop_mtu == 0 { PATH_MTU_UNTOLD } else { next_hop_mtu.max(PATH_MTU_MIN) };
+        let options = if self.recv.timestamps.is_some() { TIMESTAMPS_BYTES as u16 } else { 0 };
+        let mss = mtu - 40 - options;
+        if mss < self.send.mss {
+            self.send.mss = mss;
+            self.rewind(core);
+            self.send.timer_base = core.now;
+        }
     }
 
     /// Whether it is the guest's SYN-ACK where both began at once: its SYN is known already.
@@ -140,8 +215,10 @@ impl<S: HostStream> Flow<S> {
             core.counters.drop(DropReason::OutOfWindow);
             if flags.contains(Flags::SYN) && self.state == State::SynReceived {
                 self.send.syn_due = true;
-            } else if !flags.contains(Flags::RST) {
+            } else if !payload.is_empty() {
                 self.recv.ack_due = true;
+            } else if !flags.contains(Flags::RST) {
+                self.challenge(core);
             }
             return Fate::Live;
         }
@@ -149,12 +226,12 @@ impl<S: HostStream> Flow<S> {
             if header.seq == self.recv.nxt {
                 return self.reset_by_guest();
             }
-            self.recv.ack_due = true;
+            self.challenge(core);
             return Fate::Live;
         }
         if flags.contains(Flags::SYN) {
-            // RFC 5961, 4.2: a challenge acknowledgement; a guest that rebooted answers with RST.
-            self.recv.ack_due = true;
+            // RFC 5961, 4.2; a guest that rebooted answers with RST.
+            self.challenge(core);
             return Fate::Live;
         }
         if !flags.contains(Flags::ACK) {
@@ -190,7 +267,7 @@ impl<S: HostStream> Flow<S> {
         let is_stale = core.now.since(timestamps.taken_at) >= PAWS_IDLE;
         if timestamps.is_old(value) && !is_stale {
             core.counters.drop(DropReason::OldTimestamp);
-            self.recv.ack_due = true;
+            self.challenge(core);
             return false;
         }
         if header.seq.at_or_before(self.recv.acked) {
@@ -253,21 +330,16 @@ impl<S: HostStream> Flow<S> {
 
     /// Takes the acknowledgement and window; false if the segment is to be let go of.
     fn acknowledge(&mut self, core: &mut Core, header: &Header, empty: bool) -> bool {
-        let (ack, send) = (header.ack, &mut self.send);
-        if ack.after(send.max) {
+        let ack = header.ack;
+        if ack.after(self.send.max) || ack.before(self.send.una - self.send.window_max as usize) {
             // RFC 5961, 5.2.
-            self.recv.ack_due = true;
+            self.challenge(core);
             core.counters.drop(DropReason::OutOfWindow);
             return false;
         }
+        let send = &mut self.send;
         send.silent = 0;
         let window = u32::from(header.window) << send.shift;
-        if ack.before(send.una - send.window_max as usize) {
-            // RFC 5961, 5.2.
-            self.recv.ack_due = true;
-            core.counters.drop(DropReason::OutOfWindow);
-            return false;
-        }
         if self.recv.sack {
             for block in header.options.sack.iter().flatten() {
                 send.sacked.insert(if ack.after(send.una) { ack } else { send.una }, send.max, *block);
