@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use hickory_proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::A;
+use hickory_proto::rr::rdata::opt::EdnsOption;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
 use vunet::config::{DnsConfig, IpMtu, Lan};
 use vunet::control::dns_forward::{DnsAnswer, DnsClient, DnsQuery, Resolver, Upstreams, channel};
@@ -556,6 +557,28 @@ fn questions_that_allow_another_size_are_no_copies_of_each_other() {
     }
     drop((forwarding.wait(), forwarding.wait()));
     assert_eq!(seen.try_iter().count(), 2);
+}
+
+#[test]
+fn what_an_asker_says_to_its_neighbour_stays_there_and_makes_no_other_question() {
+    let (seen_in, seen) = mpsc::channel();
+    let upstream = answering(move |query| {
+        seen_in.send(query.to_vec()).unwrap();
+        address_for(query)
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let plain = query_with_edns("example.com.", RecordType::A);
+    for cookie in [[1; 8], [2; 8]] {
+        let mut message = Message::from_vec(&plain).unwrap();
+        let options = message.edns.as_mut().unwrap().options_mut();
+        options.insert(EdnsOption::Unknown(10, cookie.to_vec()));
+        let answer = forwarding.ask(&message.to_vec().unwrap());
+        let answer = Message::from_vec(&answer).unwrap();
+        assert!(answer.edns.unwrap().options().as_ref().is_empty(), "no server cookie, first or later");
+    }
+    let seen: Vec<_> = seen.try_iter().collect();
+    assert_eq!(seen.len(), 1);
+    assert_eq!(seen[0][2..], plain[2..]);
 }
 
 #[test]

@@ -352,6 +352,28 @@ mod tests {
     }
 
     #[test]
+    fn whatever_an_upstream_sends_is_kept_whole_or_not_at_all() {
+        let asked = with_edns(www(), |_| {});
+        let whole = bytes(&answer(&asked, &[60, 61]));
+        for at in 0..whole.len() {
+            for bit in 0..8 {
+                let mut changed = whole.clone();
+                changed[at] ^= 1 << bit;
+                let mut cache = Cache::default();
+                cache.insert(START, &key(&asked), &changed);
+                let (query, kept) = (bytes(&asked), cache.len());
+                let got = cache.get(after(1), &key(&asked), &query);
+                assert!(
+                    kept == 0 || got.is_none_or(|got| got.len() == whole.len()),
+                    "bit {bit} of byte {at}"
+                );
+                cache.get(after(u64::from(u32::MAX)), &key(&asked), &query);
+                assert_eq!((cache.len(), cache.bytes), (0, 0));
+            }
+        }
+    }
+
+    #[test]
     fn with_and_without_edns_or_dnssec_are_different_questions() {
         let plain = www();
         let edns = with_edns(www(), |_| {});

@@ -126,16 +126,16 @@ impl Opt {
     }
 }
 
-/// `answer` without what was said between us and its sender only: options of [`HOP_OPTIONS`], and AA,
+/// `message` without what is said between neighbours only: options of [`HOP_OPTIONS`], and of an answer AA,
 /// which a copy is not. `None` if its OPT record cannot be read.
-pub(super) fn without_hop(answer: &[u8], records: &[Record]) -> Option<Vec<u8>> {
+pub(super) fn without_hop(message: &[u8], records: &[Record]) -> Option<Vec<u8>> {
     const AA: u8 = 0x04;
-    let mut bytes = answer.to_vec();
+    let mut bytes = message.to_vec();
     bytes[2] &= !AA;
     let Some(opt) = records.iter().find(|record| record.kind == OPT) else { return Some(bytes) };
-    let options = options(answer, opt.data.clone())?;
+    let options = options(message, opt.data.clone())?;
     let kept = options.into_iter().filter(|(code, _)| !HOP_OPTIONS.contains(code));
-    let kept: Vec<u8> = kept.flat_map(|(_, whole)| answer[whole].to_vec()).collect();
+    let kept: Vec<u8> = kept.flat_map(|(_, whole)| message[whole].to_vec()).collect();
     // What is left is no longer than what was.
     let len_bytes = u16::try_from(kept.len()).ok()?;
     bytes[opt.data.start - 2..opt.data.start].copy_from_slice(&len_bytes.to_be_bytes());

@@ -23,7 +23,7 @@ use crate::control::dns_forward::cache::{Cache, adopt};
 use crate::control::dns_forward::connections::Connections;
 use crate::control::dns_forward::exchange::{self, Answer, Failure};
 use crate::control::dns_forward::file_news::FileNews;
-use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end};
+use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end, records, without_hop};
 use crate::control::dns_forward::source::{Source, Upstreams};
 use crate::control::dns_forward::upstreams::{Try, UpstreamList};
 use crate::control::dns_forward::{Counters, DnsStats, count};
@@ -39,7 +39,7 @@ const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
 const SETTLE_TIME: Duration = Duration::from_millis(100);
 
 /// A question on its way, as far as its answer may differ from another's: what the cache goes by, the
-/// transport, and all of the OPT record.
+/// transport, and the OPT record as it is sent.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Flight {
     key: Key,
@@ -179,10 +179,14 @@ impl Resolver {
         }
         let generation = cache.generation();
         drop(cache);
-        let opt = question_end(&query).map_or(&[][..], |end| &query[end..]);
+        // What the asker says to us, such as its cookie (RFC 7873), is not for the upstream.
+        let end = question_end(&query);
+        let sent = end.and_then(|end| without_hop(&query, &records(&query, end)?));
+        let sent = sent.unwrap_or_else(|| query.clone());
+        let opt = end.map_or(&[][..], |end| &sent[end..]);
         let is_tcp = transport == Transport::Tcp;
         let flight = Flight { key, generation, is_tcp, opt: opt.into() };
-        let arrival = self.join(flight, &query, transport);
+        let arrival = self.join(flight, sent, transport);
         Begun::Asking(Asking { query, from: From::Shared(arrival) })
     }
 
@@ -254,7 +258,7 @@ impl Resolver {
     }
 
     /// Waits for `flight`'s answer, beginning the flight if there is none.
-    fn join(self: &Arc<Self>, flight: Flight, query: &[u8], transport: Transport) -> Arrival {
+    fn join(self: &Arc<Self>, flight: Flight, query: Vec<u8>, transport: Transport) -> Arrival {
         let mut flights = lock(&self.flights);
         if let Some(arrival) = flights.get(&flight) {
             count(&self.counters.joined);
@@ -262,7 +266,7 @@ impl Resolver {
         }
         let (landing, arrival) = watch::channel(None);
         flights.insert(flight.clone(), arrival.clone());
-        let (resolver, query) = (Arc::clone(self), query.to_vec());
+        let resolver = Arc::clone(self);
         tokio::spawn(async move {
             let landed = resolver.ask_upstreams(&query, transport).await;
             resolver.keep(&flight, &landed);
