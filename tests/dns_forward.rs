@@ -425,6 +425,36 @@ fn one_byte_of_queries_past_their_bound_is_given_back_and_the_bound_recovers() {
     forwarding.client().submit(DnsQuery { id: 1, bytes: vec![0] }).unwrap();
 }
 
+#[test]
+fn as_many_questions_as_may_be_are_on_their_way_and_the_next_waits_for_its_turn() {
+    let (seen_in, seen) = mpsc::channel();
+    let upstream = udp_upstream(move |socket, from, query| {
+        seen_in.send((socket.try_clone().unwrap(), from, query.to_vec())).unwrap();
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let count = limits::DNS_EXCHANGES_MAX + 1;
+    for id in 0..count as u64 {
+        let bytes = query(&format!("n{id}.example."), RecordType::A);
+        forwarding.client().submit(DnsQuery { id, bytes }).unwrap();
+    }
+    let mut asked: Vec<_> = (0..limits::DNS_EXCHANGES_MAX)
+        .map(|n| seen.recv_timeout(Duration::from_secs(5)).unwrap_or_else(|_| panic!("only {n} are asked")))
+        .collect();
+    // Sooner than anything is sent again.
+    assert!(seen.recv_timeout(Duration::from_millis(200)).is_err(), "one past the bound is asked");
+    let (socket, from, first) = asked.pop().unwrap();
+    socket.send_to(&answer_to(&first, 0, b"tail"), from).unwrap();
+    assert_eq!(forwarding.wait().bytes[12..], answer_to(&first, 0, b"tail")[12..]);
+    asked.push(seen.recv_timeout(Duration::from_secs(5)).expect("the one that waited"));
+    for (socket, from, query) in asked {
+        socket.send_to(&answer_to(&query, 0, &[]), from).unwrap();
+    }
+    for _ in 1..count {
+        assert_eq!(code(&forwarding.wait().bytes), ResponseCode::NoError);
+    }
+}
+
 // ---- the cache, and questions asked once ----
 
 /// `query`'s answer with one A record that lives for a minute.
@@ -979,6 +1009,44 @@ fn many_questions_at_once_share_few_connections() {
     let stats = forwarding.client().stats();
     assert_eq!((stats.over_bound, stats.errors, stats.timeouts), (0, 0, 0));
     assert!(stats.connections <= limits::DNS_CONNECTIONS_MAX as u64, "{}", stats.connections);
+}
+
+#[test]
+fn one_question_by_tcp_past_the_bound_fails_at_once_and_the_bound_recovers() {
+    let (go, stay) = mpsc::channel::<()>();
+    let stay = Arc::new(std::sync::Mutex::new(stay));
+    let upstream = tcp_upstream(move |stream| {
+        let _ = stay.lock().unwrap().recv();
+        serve_all(stream, Duration::ZERO);
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut streams = Vec::new();
+    for n in 0..limits::DNS_TCP_QUERIES_MAX / limits::DNS_STREAM_QUERIES_MAX {
+        let mut stream = connect(&mut forwarding);
+        for m in 0..limits::DNS_STREAM_QUERIES_MAX {
+            let asked = query(&format!("n{n}.m{m}.example."), RecordType::A);
+            stream.write_all(&frame(&asked)).unwrap();
+        }
+        streams.push(stream);
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while forwarding.client().stats().queries < limits::DNS_TCP_QUERIES_MAX as u64 {
+        assert!(Instant::now() < deadline, "{:?}", forwarding.client().stats());
+        thread::yield_now();
+    }
+    let mut one_more = connect(&mut forwarding);
+    let asked = query("one.more.example.", RecordType::A);
+    one_more.write_all(&frame(&asked)).unwrap();
+    assert_eq!(code(&read_frame(&mut one_more).unwrap()), ResponseCode::ServFail);
+    assert_eq!(forwarding.client().stats().over_bound, 1);
+    drop(go);
+    for stream in &mut streams {
+        for _ in 0..limits::DNS_STREAM_QUERIES_MAX {
+            assert!(read_frame(stream).unwrap().ends_with(b"tail"));
+        }
+    }
+    one_more.write_all(&frame(&asked)).unwrap();
+    assert_eq!(read_frame(&mut one_more).unwrap(), answer_to(&asked, 0, b"tail"));
 }
 
 #[test]
