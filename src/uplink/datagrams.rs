@@ -169,13 +169,16 @@ impl Run {
 
     fn send_one_by_one(&mut self, socket: &UdpSocket, to: &SockAddr) -> u64 {
         let mut refused = 0;
-        socket.alone.set(true);
         for n in 0..self.starts.len() {
             let end = self.starts.get(n + 1).copied().unwrap_or(self.segments.len());
             let segments = &mut self.segments[self.starts[n]..end];
             if socket.send(segments, to, self.fields.from).is_err() {
                 refused += 1;
             }
+        }
+        // Where each by itself is refused too, it is not for being cut that the run was.
+        if refused < self.starts.len() as u64 {
+            socket.alone.set(true);
         }
         refused
     }

@@ -208,6 +208,29 @@ fn echoes_go_out_and_come_back_under_the_guests_identifier() {
 }
 
 #[test]
+fn echoes_of_several_askers_with_one_identifier_are_kept_apart() {
+    let mut rig = Rig::new();
+    let askers = [[10, 0, 2, 2], [10, 0, 2, 77]].map(Ipv4Addr::from);
+    for asker in askers {
+        for ident in [7, 8] {
+            let message = echo_message(ident, 1, b"ping");
+            let header = crate::frames::ip(asker, WORLD, Protocol::ICMP, message.len());
+            rig.send(&crate::frames::frame(&header, &message));
+        }
+    }
+    assert_eq!(rig.world().socks.len(), 4, "the kernel tells them apart outside");
+    for n in [2, 0, 3, 1] {
+        let reply = [0, 0, 0, 0, 0x99, 0x99, 0, 1];
+        rig.sock(n).inbox.push_back((reply.to_vec(), SocketAddr::new(WORLD.into(), 0)));
+        let token = rig.sock(n).token;
+        rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+        assert_eq!(rig.port.delivered[0].frame[30..34], askers[n / 2].octets());
+        let message = Message::EchoReply { ident: 7 + n as u16 % 2, seq: 1 };
+        assert_eq!(only(rig.take()), Seen::Icmp { from: WORLD, message, payload: vec![] });
+    }
+}
+
+#[test]
 fn echo_answers_of_strangers_are_dropped() {
     let mut rig = Rig::new();
     rig.send(&echo_frame(WORLD, 7, 1, b"ping"));

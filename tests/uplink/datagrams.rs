@@ -440,3 +440,31 @@ fn a_published_port_on_all_addresses_says_which_was_used_and_answers_from_it() {
         }
     }
 }
+
+#[test]
+fn a_run_refused_for_its_datagrams_does_not_part_the_runs_after_it() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    let (mut other, ..) = pair(&mut uplink);
+    // Where the other socket is, as its far end saw it.
+    other.send_to(&[], &Payload::from_host(b"here"), far.local_addr().expect("an address")).expect("sent");
+    let to = far.recv_from(&mut [0; 10]).expect("it came").1;
+    assert_ne!(to, near);
+    let bytes = pattern(4000);
+    let iovecs = segments(&bytes, 1000);
+    // SAFETY: the segments lie in `bytes`, which outlives the view and is not touched.
+    let whole = unsafe { Payload::from_guest(&iovecs) };
+    // No socket without permission to broadcast may send there, in a run or alone.
+    let refused = SocketAddr::from(([255, 255, 255, 255], 9));
+    (0..4).for_each(|n| socket.queue_to(&whole.range(n * 1000, 1000), refused).expect("queued"));
+    assert_eq!(uplink.net.flush_datagrams(), 4);
+    socket.queue_to(&whole.range(0, 1000), refused).expect_err("it goes alone and tells why");
+    (0..4).for_each(|n| socket.queue_to(&whole.range(n * 1000, 1000), to).expect("queued"));
+    assert_eq!(uplink.net.flush_datagrams(), 0);
+    let mut lengths = Vec::new();
+    while lengths.iter().sum::<usize>() < 4000 {
+        uplink.events(Duration::from_millis(100));
+        other.recv_batch(16, &mut |arrival| lengths.push(arrival.bytes.len())).expect("no error");
+    }
+    assert_eq!(lengths, [4000], "one run, as the kernel carries it over loopback");
+}
