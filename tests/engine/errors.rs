@@ -370,7 +370,7 @@ fn a_flood_of_datagrams_too_large_asks_for_the_path_no_more_often_than_it_is_tol
 }
 
 /// The guest's "port unreachable" about a datagram from `from` to `to`, as its kernel sends it.
-fn guest_refuses(code: u8, from: SocketAddrV4, to: SocketAddrV4) -> Vec<u8> {
+pub(crate) fn guest_refuses(code: u8, from: SocketAddrV4, to: SocketAddrV4) -> Vec<u8> {
     let message = udp_message(from, to, b"answer");
     let header = ip(*from.ip(), *to.ip(), Protocol::UDP, message.len());
     let mut quote = vec![0; ipv4::HEADER_BYTES];

@@ -6,6 +6,7 @@
 mod behaviours;
 mod bounds;
 mod churn;
+mod datagram_churn;
 mod datagrams;
 #[path = "../support/detached.rs"]
 mod detached;
