@@ -203,13 +203,16 @@ fn bind_udp(local: SocketAddr) -> io::Result<Socket> {
 pub(super) fn bind_near(local: SocketAddr) -> io::Result<Socket> {
     let mut any = local;
     any.set_port(0);
-    let mut socket = match local.port() {
-        0 => bind_udp(any)?,
-        _ => bind_udp(local).or_else(|_| bind_udp(any))?,
-    };
+    if local.port() == 0 {
+        return bind_udp(any);
+    }
+    if let Ok(socket) = bind_udp(local) {
+        return Ok(socket);
+    }
+    let mut socket = bind_udp(any)?;
     for _ in 0..PARITY_TRIES {
         let port = socket.local_addr()?.as_socket().map_or(0, |bound| bound.port());
-        if local.port() == 0 || port % 2 == local.port() % 2 {
+        if port % 2 == local.port() % 2 {
             break;
         }
         socket = bind_udp(any)?;
