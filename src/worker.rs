@@ -55,6 +55,8 @@ pub struct Worker {
     postbox: Option<Postbox>,
     addresses_gone: EventFd,
     busy_poll: Duration,
+    /// Answers to names wait for receive buffers.
+    answers_wait: bool,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
     device_events: Vec<DeviceEvent>,
@@ -147,6 +149,7 @@ impl Worker {
             postbox: parts.postbox,
             addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
+            answers_wait: false,
             tx_waiting: 0,
             device_events: Vec::new(),
         })
@@ -247,6 +250,9 @@ impl Worker {
             KickKind::Rx(_) => {
                 let (_, rx) = self.queues.split();
                 self.engine.guest_has_buffers(now, rx);
+                if self.answers_wait {
+                    self.dns_answers(now);
+                }
             }
             KickKind::Control | KickKind::Idle => {}
         }
@@ -302,9 +308,17 @@ impl Worker {
         postbox.deliver()
     }
 
+    /// Takes answers while the guest has buffers for them; the rest waits where it is until it has.
     fn dns_answers(&mut self, now: Instant) {
         let mut client = self.dns.borrow_mut();
-        while let Some(answer) = client.poll_answer() {
+        client.clear_event();
+        self.answers_wait = false;
+        loop {
+            if !self.engine.guest_keeps_up() {
+                self.answers_wait = true;
+                return;
+            }
+            let Some(answer) = client.poll_answer() else { return };
             let (_, rx) = self.queues.split();
             self.engine.dns_answer(now, rx, answer.id, &answer.bytes);
         }

@@ -275,6 +275,11 @@ impl Core {
         true
     }
 
+    /// Whether every frame so far had a receive buffer.
+    pub fn guest_keeps_up(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
     /// Sends an ICMP error about `packet` (the first bytes of an IP packet of the guest), within the
     /// rate limit.
     pub fn send_icmp_error(

@@ -707,6 +707,12 @@ impl<N: HostNet> Engine<N> {
         self.gateway.next_forward()
     }
 
+    /// Whether every frame so far had a receive buffer. If not, answers had better wait: past a bound,
+    /// frames for a guest that does not receive are dropped.
+    pub fn guest_keeps_up(&self) -> bool {
+        self.core.guest_keeps_up()
+    }
+
     /// An upstream's answer.
     pub fn dns_answer(&mut self, now: Instant, port: &mut impl GuestPort, id: u64, answer: &[u8]) {
         self.begin(now);

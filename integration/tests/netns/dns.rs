@@ -1,12 +1,15 @@
 //! Names through the gateway's resolver, asked with dig.
 
+use std::collections::HashSet;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::net::{Ipv4Addr, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use vunet_integration::lab::{BIG_TXT_BYTES, BIG_TXT_NAME, BackendOptions, DOMAIN, GATEWAY, WORLD};
+use vunet_integration::lab::{
+    BIG_TXT_BYTES, BIG_TXT_NAME, BLACKHOLE, BackendOptions, DOMAIN, GATEWAY, WORLD,
+};
 use vunet_integration::world::ports;
 
 use crate::bench::{Bench, Failure, Outcome, PATIENCE, Setup, bare, ensure, fail, scenario};
@@ -288,6 +291,66 @@ fn names_are_answered_while_bulk_passes_both_ways() {
             Ok(())
         })?;
         ensure!(fewest > 0, "a transfer stood still");
+        Ok(())
+    });
+}
+
+/// Questions a crawler may ask at once.
+const CRAWL: u16 = 10_000;
+
+/// A query for the address of `qID.example.test`, with that id.
+fn crawler_query(id: u16) -> Vec<u8> {
+    let mut bytes = id.to_be_bytes().to_vec();
+    bytes.extend([1, 0, 0, 1, 0, 0, 0, 0, 0, 0]);
+    for label in [&*format!("q{id}"), "example", "test"] {
+        bytes.push(label.len() as u8);
+        bytes.extend(label.as_bytes());
+    }
+    bytes.extend([0, 0, 1, 0, 1]);
+    bytes
+}
+
+#[test]
+fn ten_thousand_questions_a_silent_resolver_has_are_all_failed_and_leave_no_mark() {
+    scenario(&Setup::new(), |bench| {
+        bench.lab.host.set_resolver(&BLACKHOLE.to_string())?;
+        let named = |line: &str| line.contains(&BLACKHOLE.to_string());
+        bench.vunet.process.wait_error(PATIENCE, "the silent resolver", named)?;
+        // So many that each one's answers fit into its queue, however late they are read.
+        let bind_all = || (0..100).map(|_| UdpSocket::bind("0.0.0.0:0")).collect::<io::Result<Vec<_>>>();
+        let sockets = bench.lab.guest.inside(bind_all)?;
+        for socket in &sockets {
+            socket.connect((GATEWAY, 53))?;
+            socket.set_nonblocking(true)?;
+        }
+        for id in 0..CRAWL {
+            sockets[usize::from(id) % sockets.len()].send(&crawler_query(id))?;
+            if id % 100 == 99 {
+                // A burst the guest's own link takes.
+                sleep(Duration::from_millis(2));
+            }
+        }
+        let (mut failed, mut answer) = (HashSet::new(), [0; 512]);
+        let deadline = Instant::now() + PATIENCE;
+        while failed.len() < usize::from(CRAWL) && Instant::now() < deadline {
+            sleep(Duration::from_millis(10));
+            for socket in &sockets {
+                while let Ok(len) = socket.recv(&mut answer) {
+                    ensure!(len > 12 && answer[3] & 0xf == 2, "not SERVFAIL: {:?}", &answer[..len]);
+                    failed.insert(u16::from_be_bytes([answer[0], answer[1]]));
+                }
+            }
+        }
+        ensure!(failed.len() == usize::from(CRAWL), "only {} of {CRAWL} are answered", failed.len());
+        let status = std::fs::read_to_string(format!("/proc/{}/status", bench.vunet.process.pid()))?;
+        let rss_kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next());
+        let rss_kib: u64 = rss_kib.and_then(|text| text.parse().ok()).unwrap_or(u64::MAX);
+        ensure!(rss_kib < 64 << 10, "{rss_kib} KiB are held");
+        bench.lab.host.set_resolver(&WORLD.to_string())?;
+        let (deadline, www) = (Instant::now() + PATIENCE, format!("www.{DOMAIN}"));
+        while dig(bench, &["+short", "A", &www])?.trim() != WORLD.to_string() {
+            ensure!(Instant::now() < deadline, "it does not recover");
+        }
         Ok(())
     });
 }

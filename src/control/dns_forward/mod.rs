@@ -249,6 +249,12 @@ impl DnsClient {
         Some(answer)
     }
 
+    /// Clears the [`event_fd`](Self::event_fd) though answers may wait: for who leaves them there.
+    pub fn clear_event(&mut self) {
+        // Nothing to clear is as good.
+        let _ = self.answers_event.read();
+    }
+
     /// Readable while answers wait. Owned by this client.
     pub fn event_fd(&self) -> RawFd {
         self.answers_event.as_raw_fd()
