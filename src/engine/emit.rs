@@ -118,12 +118,12 @@ pub fn udp(
     from: SocketAddr,
     to: SocketAddr,
     payload: &Payload<'_>,
-    ident: u16,
+    (ident, tos): (u16, u8),
     partial: bool,
 ) -> Option<Head> {
     let mut bytes = [0u8; HEAD_BYTES_MAX];
     let len = udp::HEADER_BYTES + payload.len();
-    let fields = ip_fields(Protocol::UDP, len, Some(ident));
+    let fields = ipv4::Header { tos, ..ip_fields(Protocol::UDP, len, Some(ident)) };
     let start = write_ip(&mut bytes, guest_mac, from.ip(), to.ip(), fields)?;
     let len_bytes = start + udp::HEADER_BYTES;
     let header = udp::Header { src_port: from.port(), dst_port: to.port(), len_bytes: len, checksum: 0 };
@@ -215,6 +215,8 @@ pub struct HostPacket<'a> {
     pub to: IpAddr,
     /// Its protocol.
     pub protocol: Protocol,
+    /// Differentiated services and ECN.
+    pub tos: u8,
     /// The message, checksums complete.
     pub transport: &'a [u8],
 }
@@ -229,6 +231,7 @@ impl HostPacket<'_> {
         while offset < total {
             let len = room.min(total - offset);
             let mut fields = ip_fields(self.protocol, len, Some(ident));
+            fields.tos = self.tos;
             fields.fragment_offset_bytes = offset as u16;
             fields.more_fragments = offset + len < total;
             let Some(start) = write_ip(&mut frame, self.guest_mac, self.from, self.to, fields) else {

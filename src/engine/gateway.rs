@@ -239,6 +239,6 @@ fn send_transport(
 ) {
     let (ident, mtu) = (core.next_ident(), core.ip_mtu);
     let mac = if to_ip == IpAddr::V4(Ipv4Addr::BROADCAST) { MacAddr::BROADCAST } else { to.mac };
-    let packet = emit::HostPacket { guest_mac: mac, from: from_ip, to: to_ip, protocol, transport };
+    let packet = emit::HostPacket { guest_mac: mac, from: from_ip, to: to_ip, protocol, tos: 0, transport };
     packet.for_each_frame(ident, mtu, |frame| core.send(port, to.pair, VnetHeader::default(), frame));
 }

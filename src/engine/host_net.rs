@@ -129,6 +129,8 @@ pub trait HostStream {
 pub struct PacketFields {
     /// Hops left, at least 1.
     pub ttl: u8,
+    /// Differentiated services and ECN (RFC 2474, RFC 3168).
+    pub tos: u8,
     /// Whether nobody may fragment it, this host included.
     pub dont_fragment: bool,
     /// The host's address it comes from; whichever suits the route if `None`.
@@ -137,7 +139,7 @@ pub struct PacketFields {
 
 impl Default for PacketFields {
     fn default() -> PacketFields {
-        PacketFields { ttl: 64, dont_fragment: false, from: None }
+        PacketFields { ttl: 64, tos: 0, dont_fragment: false, from: None }
     }
 }
 
@@ -199,6 +201,8 @@ pub struct Arrival<'a> {
     pub from: SocketAddr,
     /// The host's address they were sent to, where the socket has more than one and is told.
     pub to: Option<IpAddr>,
+    /// Differentiated services and ECN of their packets (RFC 2474, RFC 3168).
+    pub tos: u8,
     /// Their bytes, one after the other.
     pub bytes: &'a [u8],
     /// Length of each but the last; the whole length for a single one.

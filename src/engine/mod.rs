@@ -110,7 +110,12 @@ impl Incoming<'_> {
     /// What of the IP header goes on: vunet is one hop. What came in fragments may leave in fragments.
     fn fields(&self) -> PacketFields {
         let dont_fragment = self.ip.dont_fragment && self.frame.is_some();
-        PacketFields { ttl: self.ip.ttl.saturating_sub(1).max(1), dont_fragment, from: None }
+        PacketFields {
+            ttl: self.ip.ttl.saturating_sub(1).max(1),
+            tos: self.ip.tos,
+            dont_fragment,
+            from: None,
+        }
     }
 
     /// The whole as one frame in host memory, for another worker.

@@ -1,8 +1,8 @@
 //! Datagram sockets of the host: UDP and ICMP echo.
 //!
 //! Datagrams of one socket to one endpoint that come in one batch leave as one message (`UDP_SEGMENT`); what
-//! comes is read in batches; errors of the network are read from the socket's error queue. Hop limit and DF
-//! are options of the socket, set when a datagram needs others than the one before.
+//! comes is read in batches; errors of the network are read from the socket's error queue. Hop limit, TOS and
+//! DF are options of the socket, set when a datagram needs others than the one before.
 //!
 //! May touch: `sys`. Read first: udp(7), ip(7).
 
@@ -226,6 +226,7 @@ pub(super) fn prepare(socket: &Socket) -> io::Result<()> {
     socket.set_recv_buffer_size(UDP_RECEIVE_BYTES)?;
     // Where the kernel cannot coalesce, datagrams come one by one.
     let _ = sys::allow_coalescing(socket.as_fd());
+    sys::tell_tos(socket.as_fd())?;
     sys::keep_errors(socket.as_fd())
 }
 
@@ -261,6 +262,11 @@ impl UdpSocket {
             && let Err(error) = self.socket.set_ttl_v4(fields.ttl.into())
         {
             tracing::debug!(%error, "cannot set a datagram's hop limit");
+        }
+        if old.is_none_or(|old| old.tos != fields.tos)
+            && let Err(error) = self.socket.set_tos_v4(fields.tos.into())
+        {
+            tracing::debug!(%error, "cannot set a datagram's differentiated services");
         }
         if old.is_none_or(|old| old.dont_fragment != fields.dont_fragment)
             && let Err(error) = sys::set_dont_fragment(self.socket.as_fd(), fields.dont_fragment)

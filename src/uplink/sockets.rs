@@ -201,6 +201,7 @@ impl HostNet for HostSockets {
             IpAddr::V6(_) => (Domain::IPV6, Protocol::ICMPV6),
         };
         let socket = Socket::new(domain, Type::DGRAM.nonblocking().cloexec(), Some(protocol))?;
+        sys::tell_tos(socket.as_fd())?;
         sys::keep_errors(socket.as_fd())?;
         self.datagram(token, socket)
     }

@@ -296,6 +296,38 @@ fn vunet_is_one_hop_and_passes_on_who_may_fragment() {
 }
 
 #[test]
+fn differentiated_services_and_ecn_go_with_datagrams_both_ways() {
+    for protocol in [Protocol::UDP, Protocol::ICMP] {
+        let mut rig = Rig::new();
+        let message = match protocol {
+            Protocol::UDP => udp_message(guest(4000), world(9), b"x"),
+            _ => echo_message(7, 1, b"x"),
+        };
+        // Expedited forwarding, ECT(1), and back with a mark on the way.
+        let header = ipv4::Header { tos: 0xb9, ..ip(GUEST_IP, WORLD, protocol, message.len()) };
+        assert_eq!(rig.send(&frame(&header, &message)), []);
+        assert_eq!(rig.sock(0).sent_fields[0].tos, 0xb9);
+        let (answer, from) = match protocol {
+            Protocol::UDP => (vec![1; 3000], world(9).into()),
+            _ => (echo_reply(&[1; 3000]), SocketAddr::from((WORLD, 0))),
+        };
+        rig.sock(0).tos = 0xbb;
+        rig.sock(0).inbox.push_back((answer, from));
+        let token = rig.sock(0).token;
+        rig.engine.host_ready(rig.now, &mut rig.port, token, READABLE);
+        let tos: Vec<u8> = rig.port.delivered.iter().map(|received| received.frame[15]).collect();
+        assert_eq!(tos, [0xbb; 3], "each fragment of the answer");
+        assert_eq!(rig.take().len(), 1);
+    }
+}
+
+fn echo_reply(payload: &[u8]) -> Vec<u8> {
+    let mut message = vec![0; 8 + payload.len()];
+    Message::EchoReply { ident: 1, seq: 1 }.emit_with_payload(payload, &mut message);
+    message
+}
+
+#[test]
 fn a_datagram_to_the_host_itself_needs_no_further_hop() {
     let mut rig = Rig::with(Setup::with_host_loopback());
     let message = udp_message(guest(4000), crate::frames::gateway(9), b"x");

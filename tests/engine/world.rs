@@ -80,6 +80,8 @@ pub(crate) struct Sock {
     /// The host's address datagrams arrive at, if the socket is told.
     pub(crate) sent_to: Option<IpAddr>,
     /// What each of them had in its header.
+    /// TOS of what arrives.
+    pub(crate) tos: u8,
     pub(crate) sent_fields: Vec<PacketFields>,
     fields: PacketFields,
     /// Length of the datagrams that arrive as one, coalesced by the kernel.
@@ -220,6 +222,7 @@ impl World {
             wished_port: 0,
             inbox: VecDeque::new(),
             sent: Vec::new(),
+            tos: 0,
             sent_fields: Vec::new(),
             sent_to: None,
             fields: PacketFields::default(),
@@ -521,16 +524,17 @@ impl HostDatagram for FakeDatagram {
 
     fn recv_batch(&mut self, arrivals_max: usize, each: &mut dyn FnMut(Arrival<'_>)) -> io::Result<bool> {
         for _ in 0..arrivals_max.min(BATCH) {
-            let (bytes, from, to, coalesced) = {
+            let (bytes, from, to, tos, coalesced) = {
                 let sock = &mut self.world.borrow_mut().socks[self.at];
                 sock.receives += 1;
                 if let Some(code) = sock.receive_errors.pop_front() {
                     return Err(os(code));
                 }
                 let Some((bytes, from)) = sock.inbox.pop_front() else { return Ok(false) };
-                (bytes, from, sock.sent_to, sock.coalesced_bytes)
+                (bytes, from, sock.sent_to, sock.tos, sock.coalesced_bytes)
             };
-            each(Arrival { from, to, bytes: &bytes, segment_bytes: coalesced.unwrap_or(bytes.len()) });
+            let segment_bytes = coalesced.unwrap_or(bytes.len());
+            each(Arrival { from, to, tos, bytes: &bytes, segment_bytes });
         }
         Ok(true)
     }

@@ -354,7 +354,7 @@ impl HostDatagram for SimDatagram {
         let more = !sock.inbox.is_empty();
         drop(world);
         for (bytes, from) in &arrivals {
-            each(Arrival { from: *from, to: None, bytes, segment_bytes: bytes.len() });
+            each(Arrival { from: *from, to: None, tos: 0, bytes, segment_bytes: bytes.len() });
         }
         Ok(more)
     }

@@ -55,6 +55,43 @@ fn pair(uplink: &mut Uplink) -> (Datagram, UdpSocket, SocketAddr) {
 }
 
 #[test]
+fn differentiated_services_and_ecn_go_with_datagrams_both_ways() {
+    let mut uplink = Uplink::new(true);
+    let (mut socket, far, near) = pair(&mut uplink);
+    let far_end = far.local_addr().expect("an address");
+    let far = socket2::Socket::from(far);
+    far.set_recv_tos_v4(true).expect("an option of every kernel");
+    for tos in [0xb9, 0, 0x02] {
+        socket.set_fields(PacketFields { tos, ..PacketFields::default() });
+        socket.send_to(b"x", &Payload::from_host(b"y"), far_end).expect("sent");
+        assert_eq!(received_tos(&far), tos);
+        far.set_tos_v4(u32::from(tos)).expect("an option of every kernel");
+        far.send_to(b"answer", &near.into()).expect("sent");
+        let mut seen = None;
+        for _ in 0..1000 {
+            socket.recv_batch(1, &mut |arrival| seen = Some(arrival.tos)).expect("no error waits");
+            if seen.is_some() {
+                break;
+            }
+            uplink.events(Duration::from_millis(10));
+        }
+        assert_eq!(seen, Some(tos));
+    }
+}
+
+/// The TOS of the datagram that waits, as the kernel tells it to others.
+fn received_tos(socket: &socket2::Socket) -> u8 {
+    let mut bytes = [std::mem::MaybeUninit::new(0); 16];
+    let mut buffers = [socket2::MaybeUninitSlice::new(&mut bytes)];
+    let mut control = [std::mem::MaybeUninit::new(0u8); 64];
+    let mut message = socket2::MsgHdrMut::new().with_buffers(&mut buffers).with_control(&mut control);
+    socket.recvmsg(&mut message, 0).expect("a datagram");
+    assert!(message.control_len() > 16, "the kernel says so");
+    // SAFETY: all of it was initialised above.
+    unsafe { control[16].assume_init() }
+}
+
+#[test]
 fn datagrams_of_every_size_come_whole_with_their_sender() {
     let mut uplink = Uplink::new(true);
     let (mut socket, far, near) = pair(&mut uplink);

@@ -102,8 +102,8 @@ pub fn send_datagrams(
     check(unsafe { libc::sendmsg(fd.as_raw_fd(), &header, flags) })
 }
 
-/// Room for the control messages of one call with datagrams: two of at most 16 bytes.
-const DATAGRAM_CONTROL_BYTES: usize = 64;
+/// Room for the control messages of one call with datagrams: three of at most 16 bytes and their headers.
+const DATAGRAM_CONTROL_BYTES: usize = 96;
 /// Length of `struct in_pktinfo`, and where the host's own address stands in it.
 const PKTINFO_BYTES: usize = 12;
 const PKTINFO_LOCAL: std::ops::Range<usize> = 4..8;
@@ -123,6 +123,7 @@ pub struct DatagramReader {
 struct Message {
     from: Option<SocketAddr>,
     local: Option<Ipv4Addr>,
+    tos: u8,
     len_bytes: usize,
     segment_bytes: usize,
 }
@@ -135,7 +136,7 @@ impl std::fmt::Debug for DatagramReader {
 
 impl Default for DatagramReader {
     fn default() -> DatagramReader {
-        let none = Message { from: None, local: None, len_bytes: 0, segment_bytes: 0 };
+        let none = Message { from: None, local: None, tos: 0, len_bytes: 0, segment_bytes: 0 };
         DatagramReader {
             buffer: vec![0; MESSAGES_MAX * MESSAGE_BYTES_MAX].into_boxed_slice(),
             messages: Box::new([none; MESSAGES_MAX]),
@@ -183,6 +184,8 @@ impl DatagramReader {
             let segment = controls[n].find(len, libc::SOL_UDP, libc::UDP_GRO).and_then(length);
             message.segment_bytes = segment.filter(|len| *len > 0).unwrap_or(message.len_bytes);
             message.local = controls[n].find(len, libc::IPPROTO_IP, libc::IP_PKTINFO).and_then(local);
+            let tos = controls[n].find(len, libc::IPPROTO_IP, libc::IP_TOS);
+            message.tos = tos.and_then(|data| data.first().copied()).unwrap_or(0);
         }
         Ok(count)
     }
@@ -194,6 +197,7 @@ impl DatagramReader {
         Some(Arrival {
             from: message.from?,
             to: message.local.map(IpAddr::V4),
+            tos: message.tos,
             bytes: &self.buffer[at..at + message.len_bytes],
             segment_bytes: message.segment_bytes,
         })
@@ -218,6 +222,15 @@ fn local(data: &[u8]) -> Option<Ipv4Addr> {
 /// The kernel's.
 pub fn tell_addresses(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_option(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
+}
+
+/// Has the kernel say with each datagram what its packet had as differentiated services and ECN
+/// (`IP_RECVTOS`, ip(7)).
+///
+/// # Errors
+/// The kernel's.
+pub fn tell_tos(fd: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)
 }
 
 /// Has the kernel keep what the network says of datagrams sent (`IP_RECVERR`, ip(7)).

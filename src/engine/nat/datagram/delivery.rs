@@ -42,11 +42,13 @@ impl Delivery {
             if udp::HEADER_BYTES + bytes.len() <= room {
                 let payload = Payload::from_host(bytes);
                 let mac = self.neighbour.mac;
-                if let Some(head) = emit::udp(mac, self.remote, self.guest, &payload, ident, partial) {
+                if let Some(head) =
+                    emit::udp(mac, self.remote, self.guest, &payload, (ident, arrival.tos), partial)
+                {
                     core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), bytes);
                 }
             } else {
-                self.udp_in_fragments(core, port, ident, bytes);
+                self.udp_in_fragments(core, port, (ident, arrival.tos), bytes);
             }
             if after.is_empty() {
                 return;
@@ -60,7 +62,8 @@ impl Delivery {
         core.counters.payload_to_guest_bytes += arrival.bytes.len() as u64;
         let (ident, mac) = (core.next_ident(), self.neighbour.mac);
         let payload = Payload::from_host(arrival.bytes);
-        let Some(mut head) = emit::udp(mac, self.remote, self.guest, &payload, ident, true) else {
+        let Some(mut head) = emit::udp(mac, self.remote, self.guest, &payload, (ident, arrival.tos), true)
+        else {
             return;
         };
         head.vnet.gso = Some(Gso {
@@ -72,7 +75,13 @@ impl Delivery {
         core.send_parts(port, self.neighbour.pair, head.vnet, head.bytes(), arrival.bytes);
     }
 
-    fn udp_in_fragments(&self, core: &mut Core, port: &mut impl GuestPort, ident: u16, bytes: &[u8]) {
+    fn udp_in_fragments(
+        &self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        ident_and_tos: (u16, u8),
+        bytes: &[u8],
+    ) {
         let mut transport = vec![0u8; udp::HEADER_BYTES + bytes.len()];
         let total = transport.len();
         let header = udp::Header {
@@ -87,11 +96,11 @@ impl Delivery {
         sum.add_bytes(&transport);
         let at = udp::CHECKSUM_OFFSET;
         transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
-        self.send_transport(core, port, Protocol::UDP, ident, &transport);
+        self.send_transport(core, port, Protocol::UDP, ident_and_tos, &transport);
     }
 
     /// Hands an ICMP echo reply to the guest under the guest's own identifier.
-    pub(super) fn echo(&self, core: &mut Core, port: &mut impl GuestPort, message: &[u8]) {
+    pub(super) fn echo(&self, core: &mut Core, port: &mut impl GuestPort, message: &[u8], tos: u8) {
         let Ok(Message::EchoReply { seq, .. }) = Message::parse(message) else {
             return core.counters.drop(DropReason::Malformed);
         };
@@ -100,7 +109,7 @@ impl Delivery {
         let mut transport = vec![0u8; message.len()];
         Message::EchoReply { ident: self.guest.port(), seq }.emit_with_payload(payload, &mut transport);
         let ident = core.next_ident();
-        self.send_transport(core, port, Protocol::ICMP, ident, &transport);
+        self.send_transport(core, port, Protocol::ICMP, (ident, tos), &transport);
     }
 
     fn send_transport(
@@ -108,7 +117,7 @@ impl Delivery {
         core: &mut Core,
         port: &mut impl GuestPort,
         protocol: Protocol,
-        ident: u16,
+        (ident, tos): (u16, u8),
         transport: &[u8],
     ) {
         let packet = emit::HostPacket {
@@ -116,6 +125,7 @@ impl Delivery {
             from: self.remote.ip(),
             to: self.guest.ip(),
             protocol,
+            tos,
             transport,
         };
         packet.for_each_frame(ident, core.ip_mtu, |frame| {

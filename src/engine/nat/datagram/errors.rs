@@ -117,7 +117,7 @@ fn quote(peer: &Peer, returned: &[u8]) -> Option<Vec<u8>> {
         dst: *remote.ip(),
         protocol,
         ttl: 1,
-        tos: 0,
+        tos: peer.sent.fields.tos,
         ident: peer.sent.ident,
         dont_fragment: peer.sent.fields.dont_fragment,
         more_fragments: false,

@@ -157,7 +157,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             let delivery = Delivery { guest, remote, neighbour };
             match self.mappings[at].kind {
                 Kind::Udp => delivery.udp(core, port, &arrival),
-                Kind::Echo => delivery.echo(core, port, arrival.bytes),
+                Kind::Echo => delivery.echo(core, port, arrival.bytes, arrival.tos),
             }
         });
         if let Some(mapping) = self.mappings.get_mut(at) {
