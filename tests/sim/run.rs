@@ -30,8 +30,8 @@ use crate::world::{End, SimListener, SimStream, World};
 
 /// Virtual time after which a run counts as stalled: two keepalives' patience and more.
 const STALLED_US: u64 = 6 * 3_600_000_000;
-/// Rounds after which a run counts as spinning; usual ones take a hundredth.
-const ROUNDS_MAX: u64 = 2_000_000;
+/// Rounds after which a run counts as spinning; the longest of 10,000 seeds take a fifth.
+const ROUNDS_MAX: u64 = 500_000;
 
 /// Sockets into the world for one worker.
 pub(crate) struct SimNet {

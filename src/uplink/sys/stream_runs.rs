@@ -12,11 +12,18 @@ use crate::limits;
 const RUNS_MAX: usize = 8;
 
 /// One stream's segments.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct StreamRun {
     segments: Vec<iovec>,
     len_bytes: usize,
     in_use: bool,
+}
+
+impl Default for StreamRun {
+    fn default() -> StreamRun {
+        // Room from the start: how long a run gets depends on when its frames come.
+        StreamRun { segments: Vec::with_capacity(limits::FRAME_SEGMENTS_MAX), len_bytes: 0, in_use: false }
+    }
 }
 
 impl StreamRun {
