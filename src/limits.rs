@@ -1,5 +1,7 @@
 //! Every bound of the process, each with its reason. A bound that is met is counted, never fatal.
 
+use std::time::Duration;
+
 /// Bytes of a guest frame that are copied once into host memory before anything is judged:
 /// Ethernet (14) + IPv4 with all options (60) + TCP with all options (60), rounded up so that an
 /// IPv6 header with a fragment header (48) and TCP fit too.
@@ -100,6 +102,10 @@ pub const TX_BATCH_BYTES: usize = 4 << 20;
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;
 
+/// Turns of one datagram socket in a row in which every reading failed, until it is left alone: an error
+/// the network told of is read once, want of memory again and again.
+pub const DATAGRAM_FAILED_TURNS_MAX: u8 = 16;
+
 /// ICMP errors of the world taken from one datagram socket before the next has its turn: each is a system
 /// call, and most of a flood would be withheld from the guest anyway ([`ICMP_ERRORS_PER_SECOND`]).
 pub const DATAGRAM_ERRORS: usize = 16;
@@ -118,6 +124,10 @@ pub const PRESERVED_PORT_MIN: u16 = 1024;
 
 /// Connections taken from one listener before others have their turn.
 pub const ACCEPT_BURST: usize = 64;
+
+/// Until a listener whose clients could not be taken is tried again: descriptors and memory come back
+/// when others give theirs up, of which nobody tells.
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Addresses one process leases or remembers, offers included. A guest is one machine; a nested
 /// bridge or a container host behind it has hundreds of MAC addresses, not thousands, and each

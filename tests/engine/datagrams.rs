@@ -186,6 +186,39 @@ fn a_sockets_pending_error_costs_no_datagram() {
 }
 
 #[test]
+fn a_socket_whose_reading_keeps_failing_is_left_alone_until_there_is_news() {
+    let mut rig = Rig::new();
+    udp(&mut rig, world(9), b"ask");
+    let token = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(token);
+    rig.engine.publish_udp(socket, 53);
+    for n in 0..2 {
+        rig.sock(n).receives_fail = Some(libc::ENOMEM);
+        // The flush behind it fails the test if the engine goes on without pause.
+        assert_eq!(rig.datagram_arrives(n, b"answer", world(9).into()), []);
+        let tries = rig.sock(n).receives;
+        assert!(tries < 1000, "{tries} tries");
+        assert!(!rig.engine.nat().has_more());
+        rig.sock(n).receives_fail = None;
+        assert_eq!(rig.datagram_arrives(n, b"answer", world(9).into()).len(), 2, "both are there");
+    }
+}
+
+#[test]
+fn a_published_socket_whose_reading_fails_without_a_guest_does_not_spin() {
+    let mut rig = Rig::new();
+    let token = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(token);
+    rig.engine.publish_udp(socket, 53);
+    rig.sock(0).receives_fail = Some(libc::ENOMEM);
+    assert_eq!(rig.datagram_arrives(0, b"lost", world(9).into()), []);
+    assert!(!rig.engine.nat().has_more());
+    rig.sock(0).receives_fail = None;
+    rig.datagram_arrives(0, b"lost", world(9).into());
+    assert_eq!(rig.sock(0).inbox.len(), 0);
+}
+
+#[test]
 fn echoes_go_out_and_come_back_under_the_guests_identifier() {
     let mut rig = Rig::new();
     for size in [0, 56, 1472, 1473, 65_507] {

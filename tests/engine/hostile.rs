@@ -20,7 +20,7 @@ use crate::frames::{
     GATEWAY, GUEST_IP, Seen, Seg, WORLD, echo_message, fragments, frame, ip, udp_frame, udp_message,
 };
 use crate::random::Rng;
-use crate::rig::{Rig, Setup, pattern};
+use crate::rig::{Rig, Setup, pattern, secs};
 use crate::world::Complaint;
 
 /// Runs by default.
@@ -96,6 +96,10 @@ impl Chaos {
         self.rig.engine.guest_reset();
         assert!(self.rig.engine.nat().is_empty());
         assert_eq!(self.rig.engine.nat().held_bytes(), 0);
+        // Clients that no descriptor was left for are taken now, and reset: there is no guest.
+        self.rig.world().descriptors_max = usize::MAX;
+        self.rig.pass(secs(1));
+        assert!(self.rig.world().backlogs[0].is_empty(), "a client was forgotten");
         assert_eq!(self.rig.engine.next_deadline(), None);
         assert_eq!(self.rig.world().open(), 1, "the published socket only");
         counters

@@ -227,6 +227,64 @@ fn more_clients_than_one_turn_are_all_taken() {
 }
 
 #[test]
+fn a_client_that_cannot_be_taken_waits_without_a_spin_and_is_taken_later() {
+    for code in [libc::ENOBUFS, libc::ENOMEM, libc::EMFILE, libc::ENFILE] {
+        let (mut rig, listener) = rig();
+        rig.world().accept_error = Some(code);
+        // The flush behind it fails the test if the engine goes on without pause.
+        assert_eq!(arrives(&mut rig, listener, client(999)), [], "errno {code}");
+        assert_eq!(rig.pass(secs(60)), [], "errno {code}");
+        assert!(rig.world().accepts < 1000, "errno {code}: tried {} times a minute", rig.world().accepts);
+        rig.world().accept_error = None;
+        // Nobody else comes: the socket tells of one client once.
+        let syn = only(rig.pass(secs(1))).tcp();
+        answer(&mut rig, &syn);
+        assert!(rig.wakeups(secs(3600)) <= 2, "the pause is over");
+    }
+}
+
+#[test]
+fn a_client_no_descriptor_comes_free_for_costs_one_flow_a_try_at_most() {
+    // Of the process's own one is given up; those of the host others would take, so none is.
+    for (code, cost) in [(libc::EMFILE, 1), (libc::ENFILE, 0)] {
+        let (mut rig, listener) = rig();
+        for n in 0..50 {
+            crate::rig::connected(&mut rig, Peer::new(guest(4000 + n), crate::frames::world(80)));
+        }
+        rig.world().accept_error = Some(code);
+        assert_eq!(arrives(&mut rig, listener, client(999)).len(), cost);
+        assert_eq!(rig.engine.nat().len(), 50 - cost);
+    }
+}
+
+#[test]
+fn datagrams_of_two_clients_are_answered_each_to_its_own_however_they_alternate() {
+    let (mut rig, _) = rig();
+    let loopback = |n: u8| SocketAddr::from(([127, 0, 0, n], 999));
+    // Two seen as themselves and two hidden behind the gateway, all from one port.
+    let clients = [client(999), SocketAddr::from(([198, 51, 100, 10], 999)), loopback(1), loopback(2)];
+    let mut first = Vec::new();
+    for round in 0..5 {
+        let mut seen = Vec::new();
+        for from in clients {
+            let Seen::Udp { from, .. } = only(rig.datagram_arrives(0, b"ask", from)) else {
+                panic!("not UDP")
+            };
+            seen.push(from);
+        }
+        if round == 0 {
+            first.clone_from(&seen);
+        }
+        assert_eq!(seen, first, "a client keeps its address and port towards the guest");
+        for (n, from) in seen.into_iter().enumerate().rev() {
+            rig.send(&udp_frame(guest(53), v4(from), &[n as u8]));
+            assert_eq!(rig.sock(0).sent.pop(), Some((vec![n as u8], clients[n])));
+        }
+        rig.pass(secs(20));
+    }
+}
+
+#[test]
 fn a_client_that_left_before_the_guest_answered_ends_as_reset() {
     let (mut rig, listener) = rig();
     let syn = only(arrives(&mut rig, listener, client(999))).tcp();

@@ -89,6 +89,8 @@ pub(crate) struct Sock {
     pub(crate) send_error: Option<i32>,
     /// Errors to report before any datagram.
     pub(crate) receive_errors: VecDeque<i32>,
+    /// What every further reading fails with.
+    pub(crate) receives_fail: Option<i32>,
     pub(crate) complaints: VecDeque<Complaint>,
     pub(crate) receives: usize,
     pub(crate) is_open: bool,
@@ -104,6 +106,8 @@ pub(crate) struct World {
     pub(crate) socks: Vec<Sock>,
     /// Clients waiting at each published TCP port.
     pub(crate) backlogs: Vec<VecDeque<SocketAddr>>,
+    /// What every accept fails with.
+    pub(crate) accept_error: Option<i32>,
     pub(crate) accepts: usize,
     /// Queued datagrams refused since the last flush.
     pub(crate) refused: u64,
@@ -131,6 +135,7 @@ impl World {
             conns: Vec::new(),
             socks: Vec::new(),
             backlogs: Vec::new(),
+            accept_error: None,
             accepts: 0,
             refused: 0,
             own: HashSet::new(),
@@ -229,6 +234,7 @@ impl World {
             coalesced_bytes: None,
             send_error: None,
             receive_errors: VecDeque::new(),
+            receives_fail: None,
             complaints: VecDeque::new(),
             receives: 0,
             is_open: true,
@@ -527,7 +533,7 @@ impl HostDatagram for FakeDatagram {
             let (bytes, from, to, tos, coalesced) = {
                 let sock = &mut self.world.borrow_mut().socks[self.at];
                 sock.receives += 1;
-                if let Some(code) = sock.receive_errors.pop_front() {
+                if let Some(code) = sock.receive_errors.pop_front().or(sock.receives_fail) {
                     return Err(os(code));
                 }
                 let Some((bytes, from)) = sock.inbox.pop_front() else { return Ok(false) };
@@ -566,6 +572,9 @@ impl HostListener for FakeListener {
         world.accepts += 1;
         if world.backlogs[self.at].is_empty() {
             return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if let Some(code) = world.accept_error {
+            return Err(os(code));
         }
         world.take_descriptor()?;
         let client = world.backlogs[self.at].pop_front().expect("a client waits");

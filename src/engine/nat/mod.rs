@@ -21,6 +21,7 @@ use super::counters::DropReason;
 use super::guest_port::GuestPort;
 use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
+use super::timers::TimerSlot;
 use crate::config::{IpMtu, Protocol, UdpConfig};
 use crate::frame::Payload;
 use crate::limits;
@@ -87,6 +88,8 @@ pub enum Elsewhere {
 struct Published<L> {
     listener: L,
     guest_port: u16,
+    /// When clients that could not be taken are tried again: the socket tells of each once.
+    again: TimerSlot,
 }
 
 /// All flows of an engine.
@@ -173,7 +176,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Publishes a listening socket to `guest_port`.
     pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
-        self.listeners.insert(Published { listener, guest_port });
+        self.listeners.insert(Published { listener, guest_port, again: TimerSlot::default() });
     }
 
     /// The token the next datagram socket will have.
@@ -508,6 +511,7 @@ impl<N: HostNet> Nat<N> {
     /// Takes the waiting clients of a published port.
     fn accept(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
         let at = TokenKind::index(token);
+        let (mut taken, mut made_room) = (0, false);
         for _ in 0..limits::ACCEPT_BURST {
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
@@ -515,23 +519,44 @@ impl<N: HostNet> Nat<N> {
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
-                    let before = self.len();
-                    self.evict(core, port);
-                    if self.len() == before {
-                        return;
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EMFILE) if !made_room && !self.is_empty() => {
+                        self.evict(core, port);
+                        made_room = true;
+                        continue;
                     }
-                    continue;
-                }
-                // A client that left before it was taken (ECONNABORTED) and the like.
-                Err(_) => continue,
+                    // The client waits on, and nothing of ours would make room for sure.
+                    Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
+                        return self.accept_later(core, token);
+                    }
+                    // A client that left before it was taken (ECONNABORTED) and the like.
+                    _ => continue,
+                },
             };
+            (taken, made_room) = (taken + 1, false);
             self.begin_published(core, port, stream, client, guest_port);
             // Only now that there is a client; the newest is never the longest idle.
             self.keep_within(core, port, self.flows_max);
         }
+        if taken == 0 {
+            return self.accept_later(core, token);
+        }
         if !self.accept_again.contains(&at) {
             self.accept_again.push(at);
+        }
+    }
+
+    fn accept_later(&mut self, core: &mut Core, token: Token) {
+        if let Some(published) = self.listeners.get_mut(TokenKind::index(token)) {
+            core.timers.set(&mut published.again, token, core.now + limits::ACCEPT_PAUSE);
+        }
+    }
+
+    /// The pause of a listener may be over.
+    fn accept_timeout(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+        let Some(published) = self.listeners.get_mut(TokenKind::index(token)) else { return };
+        if core.timers.expired(&mut published.again, token, core.now) {
+            self.accept(core, port, token);
         }
     }
 
@@ -590,6 +615,7 @@ impl<N: HostNet> Nat<N> {
             match TokenKind::of(token) {
                 Some(TokenKind::Tcp) => self.tcp.timeout(core, port, token),
                 Some(TokenKind::Peer) => self.datagrams.timeout(core, token),
+                Some(TokenKind::Listener) => self.accept_timeout(core, port, token),
                 _ => {}
             }
         }

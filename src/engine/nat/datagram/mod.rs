@@ -118,6 +118,8 @@ struct Mapping<D> {
     again: bool,
     /// The network may have said something about what it sent.
     failed: bool,
+    /// Turns in a row in which every reading failed.
+    failed_turns: u8,
     last_active: Instant,
 }
 
@@ -322,6 +324,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             starved: false,
             again: false,
             failed: false,
+            failed_turns: 0,
             last_active: core.now,
         })
     }

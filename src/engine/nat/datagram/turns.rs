@@ -20,6 +20,8 @@ enum Pumped {
     Empty,
     More,
     Starved,
+    /// Reading failed; the socket may have more.
+    Failed,
 }
 
 impl<D: HostDatagram> DatagramTable<D> {
@@ -38,9 +40,17 @@ impl<D: HostDatagram> DatagramTable<D> {
         let pumped = self.pump(core, port, token);
         let Some(at) = self.find(token) else { return };
         let mapping = &mut self.mappings[at];
+        mapping.failed_turns = match pumped {
+            Pumped::Failed => mapping.failed_turns.saturating_add(1),
+            _ => 0,
+        };
         match pumped {
             Pumped::Empty if !mapping.failed => {}
-            Pumped::Empty | Pumped::More => {
+            // Its next event, or the guest's next buffers, are reason to look again.
+            Pumped::Failed if mapping.failed_turns >= limits::DATAGRAM_FAILED_TURNS_MAX => {
+                mapping.failed_turns = 0;
+            }
+            Pumped::Empty | Pumped::More | Pumped::Failed => {
                 mapping.again = true;
                 self.again.push(token);
             }
@@ -105,13 +115,15 @@ impl<D: HostDatagram> DatagramTable<D> {
                 return self.drain_unwanted(core, at);
             }
         }
+        let mut turn = Pumped::Failed;
         for _ in 0..limits::DATAGRAM_BATCHES {
             match self.pump_batch(core, port, at) {
-                Pumped::More => {}
+                Pumped::Failed => {}
+                Pumped::More => turn = Pumped::More,
                 other => return other,
             }
         }
-        Pumped::More
+        turn
     }
 
     /// Throws away what comes for a guest that is not there.
@@ -119,14 +131,16 @@ impl<D: HostDatagram> DatagramTable<D> {
         let Some(socket) = self.mappings[at].socket.as_mut() else {
             return Pumped::Empty;
         };
+        let mut turn = Pumped::Failed;
         for _ in 0..limits::DATAGRAM_BATCHES {
             let counters = &mut core.counters;
-            let outcome = socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow));
-            if matches!(outcome, Ok(false)) {
-                return Pumped::Empty;
+            match socket.recv_batch(usize::MAX, &mut |_| counters.drop(DropReason::NoFlow)) {
+                Ok(false) => return Pumped::Empty,
+                Ok(true) => turn = Pumped::More,
+                Err(_) => {}
             }
         }
-        Pumped::More
+        turn
     }
 
     /// Moves one batch of datagrams of socket `at` to the guest.
@@ -168,7 +182,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
         match outcome {
             Ok(false) => Pumped::Empty,
-            Ok(true) | Err(_) => Pumped::More,
+            Ok(true) => Pumped::More,
+            Err(_) => Pumped::Failed,
         }
     }
 }
