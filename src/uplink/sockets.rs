@@ -446,6 +446,12 @@ impl HostStream for Stream {
     }
 }
 
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
 /// A published TCP port.
 #[derive(Debug)]
 pub struct Listener {

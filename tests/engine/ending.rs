@@ -56,6 +56,43 @@ fn a_world_that_ends_first_still_takes_bytes() {
     assert_eq!(rig.conn(0).end, End::Clean);
 }
 
+/// Lets a day pass; the guest answers when asked whether it lives.
+fn a_day(rig: &mut Rig, peer: &Peer) {
+    let mut asked = 0;
+    for _ in 0..24 * 60 {
+        for question in rig.pass(secs(60)) {
+            assert_eq!(question.tcp().header.flags, Flags::ACK);
+            assert_eq!(peer.acknowledge(rig), []);
+            asked += 1;
+        }
+    }
+    assert!((1..=12).contains(&asked), "asked {asked} times a day");
+    assert_eq!(rig.conn(0).end, End::Open);
+}
+
+#[test]
+fn a_half_closed_flow_lives_for_days_whichever_half_was_closed() {
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    peer.data(&mut rig, Flags::FIN, b"upload");
+    a_day(&mut rig, &peer);
+    rig.conn(0).queue.extend(b"answer");
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(peer.take(seen), b"answer");
+    peer.acknowledge(&mut rig);
+    a_day(&mut rig, &peer);
+
+    let mut rig = Rig::new();
+    let mut peer = flow(&mut rig);
+    let seen = world_ends(&mut rig);
+    peer.take(seen);
+    peer.acknowledge(&mut rig);
+    a_day(&mut rig, &peer);
+    peer.data(&mut rig, Flags::PSH, b"answer");
+    assert_eq!(rig.conn(0).taken, b"answer");
+    a_day(&mut rig, &peer);
+}
+
 #[test]
 fn both_ends_at_once_is_clean_too() {
     let mut rig = Rig::new();

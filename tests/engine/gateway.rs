@@ -180,6 +180,61 @@ fn every_prefix_of_a_good_frame_is_dropped_without_harm() {
     assert!(!rig.world().touched());
 }
 
+/// A frame as a driver pads it, with bytes that are not zero.
+fn padded(mut frame: Vec<u8>) -> Vec<u8> {
+    let len = frame.len().max(60) + 4;
+    frame.resize(len, 0xee);
+    frame
+}
+
+#[test]
+fn bytes_behind_a_short_packet_are_nobodys_payload() {
+    let mut rig = Rig::new();
+    let Seen::Arp(reply) = only(rig.send(&padded(arp_request(GUEST_IP, GATEWAY)))) else { panic!("not ARP") };
+    assert_eq!(reply.sender_ip, GATEWAY);
+    let message = Message::EchoReply { ident: 7, seq: 9 };
+    let expected = Seen::Icmp { from: GATEWAY, message, payload: b"x".to_vec() };
+    assert_eq!(only(rig.send(&padded(echo_frame(GATEWAY, 7, 9, b"x")))), expected);
+    rig.send(&padded(udp_frame(guest(4000), world(9), b"")));
+    rig.send(&padded(udp_frame(guest(4000), world(9), b"x")));
+    let sent: Vec<_> = rig.sock(0).sent.iter().map(|(bytes, _)| bytes.clone()).collect();
+    assert_eq!(sent, [b"".to_vec(), b"x".to_vec()]);
+    let mut peer = Peer::new(guest(4000), world(80));
+    assert_eq!(rig.send(&padded(peer.seg(Flags::SYN, &[]).frame())), []);
+    peer.seq += 1;
+    peer.ack = only(rig.stream_ready(0, crate::rig::WRITABLE)).tcp().header.seq.0.wrapping_add(1);
+    assert_eq!(rig.send(&padded(peer.seg(Flags::ACK, &[]).frame())), []);
+    assert_eq!(rig.conn(0).taken, b"");
+    rig.send(&padded(peer.seg(Flags::ACK | Flags::PSH, b"yz").frame()));
+    assert_eq!(rig.conn(0).taken, b"yz");
+    let message = udp_message(guest(4001), world(9), &pattern(3001));
+    for fragment in fragments(WORLD, Protocol::UDP, &message, 1, 1500) {
+        rig.send(&padded(fragment));
+    }
+    assert_eq!(rig.sock(1).sent[0].0, pattern(3001));
+}
+
+#[test]
+fn what_is_neither_arp_nor_ipv4_is_dropped_counted_and_not_answered() {
+    let mut rig = Rig::new();
+    let ipv4 = echo_frame(GATEWAY, 7, 9, b"x");
+    // A length (802.3), 802.1Q around IPv4, IPv6, link-layer discovery, and IPv6 that calls itself IPv4.
+    for (n, kind) in [[0, 46], [0x81, 0], [0x86, 0xdd], [0x88, 0xcc]].into_iter().enumerate() {
+        for dst in [MacAddr::GATEWAY, MacAddr::BROADCAST, MacAddr([0x33, 0x33, 0, 0, 0, 2])] {
+            let mut frame = ipv4.clone();
+            frame[..6].copy_from_slice(&dst.0);
+            frame[12..14].copy_from_slice(&kind);
+            assert_eq!(rig.send(&frame), [], "{kind:02x?} to {dst}");
+        }
+        assert_eq!(rig.dropped(DropReason::Unsupported), 3 * (n as u64 + 1));
+    }
+    let mut six = ipv4.clone();
+    six[ethernet::HEADER_BYTES] = 0x60;
+    assert_eq!(rig.send(&six), []);
+    assert_eq!(rig.dropped(DropReason::Malformed), 1);
+    assert!(!rig.world().touched());
+}
+
 #[test]
 fn unknown_transports_are_answered_with_protocol_unreachable() {
     let mut rig = Rig::new();

@@ -110,6 +110,70 @@ fn an_unreachable_destination_is_an_icmp_error_about_the_syn() {
 }
 
 #[test]
+fn a_host_without_ports_or_memory_left_says_nothing_and_the_repeated_syn_connects() {
+    for code in [libc::EADDRNOTAVAIL, libc::ENOBUFS, libc::ENOMEM] {
+        for immediate in [true, false] {
+            let mut rig = Rig::new();
+            let mut peer = Peer::new(guest(4000), world(80));
+            rig.world().connect_error = immediate.then_some(code);
+            assert_eq!(peer.syn(&mut rig), []);
+            if !immediate {
+                rig.conn(0).connect_error = Some(code);
+                assert_eq!(rig.stream_ready(0, FAILED), [], "a reset would end what may yet begin");
+            }
+            assert_eq!(rig.dropped(DropReason::TableFull), 1);
+            rig.assert_empty();
+            rig.world().connect_error = None;
+            connected(&mut rig, peer);
+        }
+    }
+}
+
+/// The number vunet begins a flow of these ends with.
+fn initial_number(rig: &mut Rig, from: u16, to: u16) -> u32 {
+    let mut peer = Peer::new(guest(from), world(to));
+    assert_eq!(peer.syn(rig), []);
+    let n = rig.world().conns.len() - 1;
+    let syn_ack = only(rig.stream_ready(n, WRITABLE)).tcp();
+    let reset = Peer { seq: 1001, ack: syn_ack.header.seq.0.wrapping_add(1), ..peer };
+    assert_eq!(rig.send(&reset.seg(Flags::RST | Flags::ACK, &[]).frame()), []);
+    rig.assert_empty();
+    syn_ack.header.seq.0
+}
+
+#[test]
+fn initial_numbers_of_other_ends_or_with_another_secret_tell_nothing() {
+    let numbers = |secret| {
+        let mut rig = Rig::with(Setup { secret, ..Setup::default() });
+        let ends = (0..100u16).map(|n| (4000 + n, 80)).chain((0..100).map(|n| (4000, 81 + n)));
+        ends.map(|(from, to)| initial_number(&mut rig, from, to)).collect::<Vec<u32>>()
+    };
+    let secrets = [(1, 2), (1, 3), (2, 2)];
+    let all: Vec<u32> = secrets.into_iter().flat_map(numbers).collect();
+    // 600 numbers drawn from the whole circle at one time: what lies next to another is chance.
+    let steps: std::collections::HashSet<u32> =
+        all.windows(2).map(|two| two[1].wrapping_sub(two[0])).collect();
+    assert!(steps.len() >= all.len() - 2, "{} different steps of {}", steps.len(), all.len());
+    let mut quarters = [0; 4];
+    for number in &all {
+        quarters[(number >> 30) as usize] += 1;
+    }
+    assert!(quarters.iter().all(|count| *count > all.len() / 8), "{quarters:?}");
+}
+
+#[test]
+fn initial_numbers_of_the_same_ends_go_up_by_a_quarter_of_the_microseconds() {
+    let mut rig = Rig::new();
+    let mut before = initial_number(&mut rig, 4000, 80);
+    for seconds in [1, 60, 3600] {
+        rig.pass(secs(seconds));
+        let number = initial_number(&mut rig, 4000, 80);
+        assert_eq!(number.wrapping_sub(before), (seconds * 250_000) as u32, "RFC 6528, 3");
+        before = number;
+    }
+}
+
+#[test]
 fn a_connect_nobody_answered_ends_in_silence() {
     let mut rig = Rig::new();
     connecting(&mut rig);

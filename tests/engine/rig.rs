@@ -43,6 +43,8 @@ pub(crate) struct Setup {
     pub(crate) offloads: GuestOffloads,
     pub(crate) guest: Option<std::net::Ipv4Addr>,
     pub(crate) dns: bool,
+    /// Keys the initial sequence numbers.
+    pub(crate) secret: (u64, u64),
     /// Its place among other workers.
     pub(crate) home: Option<Home>,
 }
@@ -56,6 +58,7 @@ impl Default for Setup {
             offloads: GuestOffloads::default(),
             guest: None,
             dns: true,
+            secret: (1, 2),
             home: None,
         }
     }
@@ -105,7 +108,7 @@ impl Rig {
             mode: setup.mode,
             mac: None,
             flows_max: setup.flows_max,
-            isn_secret: (1, 2),
+            isn_secret: setup.secret,
             home: setup.home,
         };
         let world = Rc::new(RefCell::new(World::new()));

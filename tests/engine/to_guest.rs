@@ -430,6 +430,46 @@ fn an_idle_flow_wakes_nobody_in_between() {
 }
 
 #[test]
+fn a_process_that_stood_still_for_hours_asks_each_flow_once_and_ends_none() {
+    let mut rig = Rig::new();
+    let mut peers: Vec<Peer> =
+        (0..300).map(|n| connected(&mut rig, Peer::new(guest(4000 + n), world(80)))).collect();
+    // A third with bytes in flight, a third with bytes the guest has no window for.
+    for (n, peer) in peers.iter_mut().enumerate() {
+        if n % 3 == 1 {
+            peer.window = 0;
+            peer.acknowledge(&mut rig);
+        }
+        if n % 3 > 0 {
+            rig.conn(n).queue.extend(b"bytes");
+            rig.stream_ready(n, READABLE);
+        }
+    }
+    // Stopped, or the whole host asleep on a clock that went on: all deadlines are hours past.
+    rig.now = rig.now + secs(9 * 3600);
+    rig.engine.run_timers(rig.now, &mut rig.port);
+    let seen = rig.flush();
+    assert_eq!(seen.len(), peers.len(), "one question or repetition a flow");
+    assert!(rig.engine.next_deadline().is_some_and(|at| at > rig.now), "nothing is due again at once");
+    for (n, peer) in peers.iter_mut().enumerate() {
+        if n % 3 == 2 {
+            peer.ack = peer.ack.wrapping_add(5);
+        }
+        peer.window = 0xffff;
+        let seen = peer.acknowledge(&mut rig);
+        assert_eq!(peer.take(seen), if n % 3 == 1 { &b"bytes"[..] } else { b"" });
+        peer.acknowledge(&mut rig);
+        peer.data(&mut rig, Flags::PSH, b"alive");
+        let conn = rig.conn(n);
+        assert_eq!((&conn.taken[..], conn.end), (&b"alive"[..], End::Open));
+    }
+    // What is left to acknowledge, and then nothing.
+    assert!(rig.pass(secs(1)).into_iter().all(|seen| seen.tcp().header.ack.0 == peers[0].seq));
+    assert_eq!(rig.pass(secs(600)), []);
+    assert_eq!(rig.engine.nat().len(), peers.len());
+}
+
+#[test]
 fn flows_take_turns() {
     let mut rig = Rig::new();
     let mut first = connected(&mut rig, Peer { shift: Some(7), ..Peer::new(guest(4000), world(80)) });

@@ -351,6 +351,26 @@ fn urgent_bytes_are_announced_and_lie_in_the_stream_where_they_were_sent() {
 }
 
 #[test]
+fn small_writes_wait_for_no_acknowledgement_and_a_dead_world_is_asked_for() {
+    both_ways(|mut uplink| {
+        let (stream, far) = uplink.connected(TOKEN);
+        let bound = bind_published(Type::STREAM, loopback(0)).expect("bound");
+        let address = bound.local_addr().expect("an address").as_socket().expect("an address");
+        let mut listener = uplink.net.listener(Token(1), bound).expect("a listener");
+        let client = TcpStream::connect(address).expect("a client");
+        uplink.await_event(Token(1), |ready| ready.readable);
+        let (published, _) = listener.accept(Token(2)).expect("a client");
+        for stream in [stream, published] {
+            let socket = SockRef::from(&stream);
+            // The guest's own Nagle has held back what it wanted to; a second one costs a round trip.
+            assert!(socket.tcp_nodelay().expect("an option"));
+            assert!(socket.keepalive().expect("an option"));
+        }
+        drop((far, client));
+    });
+}
+
+#[test]
 fn streams_of_a_published_port_end_like_any_other() {
     both_ways(|uplink| {
         let bound = bind_published(Type::STREAM, loopback(0)).expect("bound");
