@@ -1,9 +1,10 @@
 //! Limits are met in order, never by failing.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
+use socket2::SockRef;
 use vunet_integration::lab::{GATEWAY, WORLD};
 use vunet_integration::world::ports;
 
@@ -162,4 +163,37 @@ fn switches(bench: &Bench) -> Result<u64, Failure> {
         sum += line.split_whitespace().last().and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
     }
     Ok(sum)
+}
+
+/// A host with ten ports for all its connections to one place.
+const PORTS_FEW: usize = 10;
+
+#[test]
+fn a_host_without_a_port_left_mixes_up_no_connections_and_goes_on_once_it_has_one() {
+    scenario(&Setup::new(), |bench| {
+        bench.lab.host.sysctl("net.ipv4.ip_local_port_range", "41000 41009")?;
+        let mut streams = Vec::new();
+        for index in 0..PORTS_FEW {
+            let mut stream = bench.connect_world(ports::ECHO)?;
+            ensure!(exchange(&mut stream, &format!("connection {index}\n"))?, "connection {index} differs");
+            streams.push(stream);
+        }
+        let world = SocketAddr::from((WORLD, ports::ECHO));
+        let short = Duration::from_secs(1);
+        let eleventh = bench.lab.guest.inside(|| TcpStream::connect_timeout(&world, short));
+        ensure!(
+            eleventh.as_ref().is_err_and(|error| error.kind() == ErrorKind::TimedOut),
+            "one connection too many: {eleventh:?}"
+        );
+        for (index, stream) in streams.iter_mut().enumerate() {
+            ensure!(exchange(stream, &format!("again {index}\n"))?, "connection {index} differs by now");
+        }
+        // Reset, or the world's TIME-WAIT would keep the ports.
+        for stream in streams.drain(..) {
+            SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
+        }
+        let mut stream = bench.connect_world(ports::ECHO)?;
+        ensure!(exchange(&mut stream, "at last\n")?, "the next connection differs");
+        Ok(())
+    });
 }
