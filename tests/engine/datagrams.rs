@@ -90,6 +90,17 @@ fn checksums_towards_the_guest_are_partial_only_where_it_accepts_that() {
 }
 
 #[test]
+fn a_checksum_that_comes_out_as_zero_is_sent_as_ones() {
+    let mut rig = Rig::new();
+    udp(&mut rig, world(9), b"ask");
+    // Of all two bytes one pair makes it zero, which would mean "none"; the reader refuses that.
+    for bytes in 0..=u16::MAX {
+        let seen = rig.datagram_arrives(0, &bytes.to_be_bytes(), world(9).into());
+        assert!(matches!(only(seen), Seen::Udp { .. }));
+    }
+}
+
+#[test]
 fn a_refused_datagram_in_fragments_is_answered_like_any_other() {
     let mut rig = Rig::with(Setup::isolated());
     let message = udp_message(guest(4000), world(9), &pattern(3000));

@@ -228,7 +228,7 @@ fn what_is_neither_arp_nor_ipv4_is_dropped_counted_and_not_answered() {
         }
         assert_eq!(rig.dropped(DropReason::Unsupported), 3 * (n as u64 + 1));
     }
-    let mut six = ipv4.clone();
+    let mut six = ipv4;
     six[ethernet::HEADER_BYTES] = 0x60;
     assert_eq!(rig.send(&six), []);
     assert_eq!(rig.dropped(DropReason::Malformed), 1);

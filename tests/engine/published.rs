@@ -285,6 +285,37 @@ fn datagrams_of_two_clients_are_answered_each_to_its_own_however_they_alternate(
 }
 
 #[test]
+fn either_end_of_a_published_connection_may_stop_sending_and_go_on_reading() {
+    for guest_first in [true, false] {
+        let (mut rig, listener) = rig();
+        let syn = only(arrives(&mut rig, listener, client(999))).tcp();
+        let mut peer = answer(&mut rig, &syn);
+        if guest_first {
+            peer.data(&mut rig, Flags::FIN, b"all");
+            assert!(rig.conn(0).fin_from_guest);
+            rig.pass(secs(600));
+            rig.conn(0).queue.extend(b"more");
+            let seen = rig.stream_ready(0, READABLE);
+            assert_eq!(peer.take(seen), b"more");
+            peer.acknowledge(&mut rig);
+        }
+        rig.conn(0).fin_from_world = true;
+        let seen = rig.stream_ready(0, crate::rig::WORLD_FIN);
+        assert!(only(seen.clone()).tcp().has(Flags::FIN));
+        peer.take(seen);
+        peer.acknowledge(&mut rig);
+        if !guest_first {
+            rig.pass(secs(600));
+            peer.data(&mut rig, Flags::PSH, b"more");
+            assert_eq!(rig.conn(0).taken, b"more");
+            assert!(!rig.conn(0).fin_from_guest);
+            peer.data(&mut rig, Flags::FIN, &[]);
+        }
+        assert_eq!(rig.conn(0).end, End::Clean);
+    }
+}
+
+#[test]
 fn a_client_that_left_before_the_guest_answered_ends_as_reset() {
     let (mut rig, listener) = rig();
     let syn = only(arrives(&mut rig, listener, client(999))).tcp();

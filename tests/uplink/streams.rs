@@ -10,7 +10,7 @@ use vunet::engine::host_net::{Close, HostListener, HostNet, HostStream, Token};
 use vunet::frame::PayloadMut;
 use vunet::uplink::sockets::bind_published;
 
-use crate::{both_ways, loopback, pattern, peek, peek_when_there, read_to_end, send};
+use crate::{Uplink, both_ways, loopback, pattern, peek, peek_when_there, read_to_end, send};
 
 const TOKEN: Token = Token(7);
 
@@ -371,6 +371,26 @@ fn small_writes_wait_for_no_acknowledgement_and_a_dead_world_is_asked_for() {
 }
 
 #[test]
+fn a_published_port_is_had_again_at_once_though_its_connections_linger() {
+    let mut address = loopback(0);
+    for _ in 0..3 {
+        let uplink = Uplink::new(true);
+        let bound = bind_published(Type::STREAM, address).expect("bound again");
+        address = bound.local_addr().expect("an address").as_socket().expect("an address");
+        let mut listener = uplink.net.listener(Token(1), bound).expect("a listener");
+        let mut client = TcpStream::connect(address).expect("a client");
+        uplink.await_event(Token(1), |ready| ready.readable);
+        let (mut stream, _) = listener.accept(Token(2)).expect("a client");
+        // Who ends first keeps the connection in TIME-WAIT.
+        stream.shutdown_write().expect("FIN");
+        assert_eq!(client.read(&mut [0; 1]).expect("an end"), 0);
+        client.shutdown(Shutdown::Write).expect("FIN");
+        uplink.await_event(Token(2), |ready| ready.peer_closed);
+        stream.close(Close::Clean);
+    }
+}
+
+#[test]
 fn streams_of_a_published_port_end_like_any_other() {
     both_ways(|uplink| {
         let bound = bind_published(Type::STREAM, loopback(0)).expect("bound");
@@ -436,7 +456,7 @@ fn a_stream_to_the_dns_service_is_peeked_discarded_and_ended_like_tcp() {
 
 #[test]
 fn a_full_stream_to_the_dns_service_tells_of_room() {
-    let mut uplink = crate::Uplink::new(true);
+    let mut uplink = Uplink::new(true);
     let mut stream = uplink.net.connect_dns(TOKEN).expect("a stream");
     let mut far = uplink.dns.borrow_mut().pop().expect("the far end");
     let chunk = pattern(10_000);

@@ -5,7 +5,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use socket2::SockRef;
-use vunet_integration::lab::{GATEWAY, WORLD};
+use vunet_integration::lab::{BackendOptions, GATEWAY, WORLD};
 use vunet_integration::world::ports;
 
 use crate::bench::{
@@ -194,6 +194,23 @@ fn a_host_without_a_port_left_mixes_up_no_connections_and_goes_on_once_it_has_on
         }
         let mut stream = bench.connect_world(ports::ECHO)?;
         ensure!(exchange(&mut stream, "at last\n")?, "the next connection differs");
+        Ok(())
+    });
+}
+
+#[test]
+fn as_many_published_ports_as_may_be_cost_little_memory() {
+    if let Err(failure) = allow_files(16_384) {
+        panic!("{failure:?}");
+    }
+    let mut setup = Setup::new();
+    setup.vunet = BackendOptions::args(&["--publish", "20001-24096:20001-24096"]);
+    scenario(&setup, |bench| {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", bench.vunet.process.pid()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap_or_default();
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
+        println!("{kib} KiB with 4,096 ports");
+        ensure!(kib < 16 << 10, "{kib} KiB");
         Ok(())
     });
 }
