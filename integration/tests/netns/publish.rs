@@ -1,10 +1,10 @@
 //! Published ports: the world reaches servers in the guest.
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
-use vunet_integration::lab::{GATEWAY, GUEST, HOST, Netns, Process, SHORT, WORLD};
+use vunet_integration::lab::{GATEWAY, GUEST, HOST, Netns, Process, SHORT, WORLD, run};
 use vunet_integration::world::pattern;
 
 use crate::bench::{
@@ -146,6 +146,32 @@ fn what_the_guest_sends_from_a_published_port_leaves_from_there() {
             let (_, from) = world.recv_from(&mut [0; 10])?;
             ensure!(from == SocketAddr::from((HOST, 8006)), "it came from {from}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_client_no_descriptor_is_left_for_is_served_once_there_is_one() {
+    scenario(&Setup::new().tools(&["prlimit"]).vunet(&PUBLISH), |bench| {
+        let _server = serve_in_guest(bench)?;
+        let pid = bench.vunet.process.pid().to_string();
+        let files = |limit: &str| run(&["prlimit", "--pid", &pid, &format!("--nofile={limit}")], PATIENCE);
+        // Those it has stay; no further one is to be had.
+        files("3:")?;
+        let mut stream = connect(&bench.lab.world, (HOST, 8006))?;
+        stream.set_read_timeout(Some(Duration::from_millis(500)))?;
+        let early = stream.read(&mut [0; 1]);
+        ensure!(
+            early.as_ref().is_err_and(|error| error.kind() == ErrorKind::WouldBlock),
+            "served without a descriptor, or not kept waiting: {early:?}"
+        );
+        files("1024:")?;
+        // Nobody else comes who could wake it.
+        stream.set_read_timeout(Some(PATIENCE))?;
+        let mut text = String::new();
+        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+        let peer: SocketAddr = text.trim().parse()?;
+        ensure!(peer.ip() == WORLD, "the guest saw {peer} for a client at {WORLD}");
         Ok(())
     });
 }
