@@ -1086,6 +1086,62 @@ fn a_connection_that_falls_silent_makes_way_for_the_next() {
     assert_eq!((stats.connections, stats.timeouts), (2, 1));
 }
 
+/// Waits until `count` says that nothing is left.
+fn wait_for_none(count: impl Fn() -> usize) {
+    let deadline = Instant::now() + Duration::from_secs(12);
+    while count() > 0 {
+        assert!(Instant::now() < deadline, "{} left", count());
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[test]
+fn a_connection_on_which_an_upstream_trickles_for_ever_ends_once_nobody_waits_on_it() {
+    let open = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&open);
+    let upstream = tcp_upstream(move |mut stream| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        // The beginning of a message that never ends.
+        while stream.write_all(&[0xff]).is_ok() {
+            thread::sleep(Duration::from_millis(20));
+        }
+        counted.fetch_sub(1, Ordering::Relaxed);
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    stream.write_all(&frame(&query("example.com.", RecordType::A))).unwrap();
+    assert_eq!(code(&read_frame(&mut stream).unwrap()), ResponseCode::ServFail);
+    wait_for_none(|| open.load(Ordering::Relaxed));
+}
+
+/// Sockets of this host with a SYN on its way to `addr` (state 02 of `/proc/net/tcp`).
+fn connecting_to(addr: SocketAddr) -> usize {
+    let remote = format!(":{:04X}", addr.port());
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    let columns = table.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    columns.filter(|columns| columns[2].ends_with(&remote) && columns[3] == "02").count()
+}
+
+#[test]
+fn a_connection_to_an_upstream_that_answers_no_syn_is_given_up_with_its_questions() {
+    let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    listener.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    listener.listen(0).unwrap();
+    let upstream = listener.local_addr().unwrap().as_socket().unwrap();
+    // With its backlog full the kernel lets SYNs go by.
+    let _first = TcpStream::connect(upstream).unwrap();
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut stream = connect(&mut forwarding);
+    stream.write_all(&frame(&query("example.com.", RecordType::A))).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while connecting_to(upstream) == 0 {
+        assert!(Instant::now() < deadline, "no SYN goes by");
+        thread::yield_now();
+    }
+    assert_eq!(code(&read_frame(&mut stream).unwrap()), ResponseCode::ServFail);
+    wait_for_none(|| connecting_to(upstream));
+}
+
 #[test]
 fn answers_of_another_question_on_a_shared_connection_are_ignored() {
     let upstream = tcp_upstream(|mut stream| {

@@ -3,7 +3,8 @@
 //! A question takes a connection that is idle; else a new one, up to [`limits::DNS_CONNECTIONS_MAX`] to an
 //! upstream; else the one with the fewest questions on it, behind or before which its answer comes, as the
 //! upstream likes (RFC 7766, 6.2.1.1). An upstream may close whenever it likes (6.2.3): what it left
-//! unanswered is asked again on another connection (6.2.4), unless it never answered anything.
+//! unanswered is asked again on another connection (6.2.4), unless it never answered anything. A connection
+//! that takes no new questions lives as long as one of those on it may take, whatever the upstream does.
 //!
 //! Each connection is a task of its own, and nothing but that task touches its socket.
 //!
@@ -20,7 +21,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::control::dns_forward::exchange::{Answer, framed};
 use crate::control::dns_forward::{Counters, count};
@@ -96,18 +97,18 @@ impl Connections {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Asks `upstream`, which has `timeout` to answer; the caller bounds the time.
+    /// Asks `upstream`, which has `silence_max` to answer; the caller bounds the time.
     pub(super) async fn ask(
         &self,
         upstream: SocketAddr,
         query: &[u8],
-        timeout: Duration,
+        silence_max: Duration,
     ) -> io::Result<Answer> {
         // Each turn but the last lost a connection that had answered somebody.
         for _ in 0..limits::DNS_TCP_QUERIES_MAX {
-            let mut place = self.pick(upstream);
+            let mut place = self.pick(upstream, silence_max);
             let (reply, answer) = oneshot::channel();
-            let request = Request { query: query.to_vec(), silence_max: timeout, reply };
+            let request = Request { query: query.to_vec(), silence_max, reply };
             if place.connection.requests.send(request).await.is_err() {
                 continue;
             }
@@ -128,7 +129,7 @@ impl Connections {
         self.lock().by_upstream.clear();
     }
 
-    fn pick(&self, upstream: SocketAddr) -> Place<'_> {
+    fn pick(&self, upstream: SocketAddr, silence_max: Duration) -> Place<'_> {
         let mut table = self.lock();
         let open = table.by_upstream.entry(upstream).or_default();
         let load = |connection: &&Connection| connection.load.load(Ordering::Relaxed);
@@ -138,13 +139,13 @@ impl Connections {
             .filter(|connection| load(connection) == 0 || open.len() >= limits::DNS_CONNECTIONS_MAX);
         let connection = match least {
             Some(least) => least.clone(),
-            None => self.open(&mut table, upstream),
+            None => self.open(&mut table, upstream, silence_max),
         };
         connection.load.fetch_add(1, Ordering::Relaxed);
         Place { connections: self, upstream, connection, heard: false }
     }
 
-    fn open(&self, table: &mut Table, upstream: SocketAddr) -> Connection {
+    fn open(&self, table: &mut Table, upstream: SocketAddr, silence_max: Duration) -> Connection {
         let (requests, taken) = mpsc::channel(1);
         table.next_number += 1;
         let number = table.next_number;
@@ -154,7 +155,12 @@ impl Connections {
         let connections = self.clone();
         tokio::spawn(async move {
             let mut talk = Talk { requests: taken, pending: HashMap::new(), answered: 0 };
-            let outcome = talk.run(upstream, &connections.counters).await;
+            let outcome = match timeout(silence_max, TcpStream::connect(upstream)).await {
+                Ok(Ok(stream)) => talk.run(stream, &connections.counters).await,
+                Ok(Err(error)) => Err(error),
+                // The kernel itself goes on for two minutes.
+                Err(_) => Err(io::ErrorKind::TimedOut.into()),
+            };
             connections.remove(upstream, number);
             talk.give_up(&outcome.err().unwrap_or(io::ErrorKind::TimedOut.into()));
         });
@@ -181,29 +187,34 @@ struct Talk {
 }
 
 impl Talk {
-    async fn run(&mut self, upstream: SocketAddr, counters: &Counters) -> io::Result<()> {
-        let mut stream = TcpStream::connect(upstream).await?;
+    async fn run(&mut self, mut stream: TcpStream, counters: &Counters) -> io::Result<()> {
         // A question is one write; waiting to fill a segment would only delay it.
         stream.set_nodelay(true)?;
         let (mut reader, mut writer) = stream.split();
         let (mut inbox, mut outbox) = (Vec::new(), Vec::new());
         let (mut spoken, mut silence_max) = (Instant::now(), IDLE_TIMEOUT);
-        let mut is_wanted = true;
-        while is_wanted || !self.pending.is_empty() {
+        // Once no new questions come: when the time of the last one on it is up.
+        let mut ends: Option<Instant> = None;
+        while ends.is_none() || !self.pending.is_empty() {
             let is_idle = self.pending.is_empty();
             let has_room = self.pending.len() < limits::DNS_TCP_QUERIES_MAX && outbox.len() < OUTBOX_BYTES;
-            let deadline = spoken + if is_idle { IDLE_TIMEOUT } else { silence_max };
+            if ends.is_none() && self.requests.is_closed() && self.requests.is_empty() {
+                ends = Some(Instant::now() + silence_max);
+                continue;
+            }
+            let silent = spoken + if is_idle { IDLE_TIMEOUT } else { silence_max };
+            let deadline = ends.map_or(silent, |ends| ends.min(silent));
             tokio::select! {
-                request = self.requests.recv(), if is_wanted && has_room => match request {
-                    Some(request) => {
+                request = self.requests.recv(), if ends.is_none() && has_room => {
+                    // None: there will be no more, which the next turn sees.
+                    if let Some(request) = request {
                         if is_idle {
                             spoken = Instant::now();
                         }
                         silence_max = request.silence_max;
                         self.take(request, &mut outbox)?;
                     }
-                    None => is_wanted = false,
-                },
+                }
                 written = writer.write(&outbox), if !outbox.is_empty() => {
                     outbox.drain(..written?);
                 }
