@@ -1143,6 +1143,35 @@ fn a_connection_to_an_upstream_that_answers_no_syn_is_given_up_with_its_question
 }
 
 #[test]
+fn questions_by_tcp_whose_askers_left_still_count_while_they_are_on_their_way() {
+    let upstream = tcp_upstream(|mut stream| {
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let mut asked = 0;
+    while asked < limits::DNS_TCP_QUERIES_MAX {
+        let mut stream = connect(&mut forwarding);
+        let burst = (limits::DNS_STREAM_QUERIES_MAX - 1).min(limits::DNS_TCP_QUERIES_MAX - asked);
+        for n in asked..asked + burst {
+            stream.write_all(&frame(&query(&format!("n{n}.example."), RecordType::A))).unwrap();
+        }
+        asked += burst;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while forwarding.client().stats().queries < asked as u64 {
+            assert!(Instant::now() < deadline, "{:?}", forwarding.client().stats());
+            thread::yield_now();
+        }
+        // No length of a query: the connection is closed at once.
+        stream.write_all(&[0, 0]).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    }
+    let mut one_more = connect(&mut forwarding);
+    one_more.write_all(&frame(&query("one.more.example.", RecordType::A))).unwrap();
+    assert_eq!(code(&read_frame(&mut one_more).unwrap()), ResponseCode::ServFail);
+    assert_eq!(forwarding.client().stats().over_bound, 1);
+}
+
+#[test]
 fn answers_of_another_question_on_a_shared_connection_are_ignored() {
     let upstream = tcp_upstream(|mut stream| {
         while let Ok(query) = read_frame(&mut stream) {

@@ -44,7 +44,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::control::dns_forward::resolver::Begun;
 use crate::limits;
-use crate::service::dns::{DnsService, Transport};
+use crate::service::dns::DnsService;
 
 pub use crate::control::dns_forward::resolver::Resolver;
 pub use crate::control::dns_forward::source::Upstreams;
@@ -387,7 +387,7 @@ fn start_query(
     answers: &mut Answers,
 ) {
     let DnsQuery { id, bytes } = query;
-    match resolver.begin(bytes, Transport::Udp) {
+    match resolver.begin(bytes) {
         Begun::Known(query, answer) => answers.give(query.len(), DnsAnswer { id, bytes: answer }),
         Begun::Asking(asking) => {
             tasks.spawn(async move {

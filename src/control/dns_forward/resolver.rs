@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hashbrown::HashMap;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{sleep, timeout};
 
 use crate::control::dns_forward::cache::{Cache, adopt};
@@ -49,6 +49,10 @@ struct Flight {
     opt: Box<[u8]>,
 }
 
+/// A place among the questions that connections have on their way: the asker's, and the question's own,
+/// which may go on without it.
+type TcpPlace = Arc<OwnedSemaphorePermit>;
+
 /// An answer that comes.
 type Arrival = watch::Receiver<Option<Arc<[u8]>>>;
 
@@ -61,7 +65,7 @@ pub struct Resolver {
     cache: Mutex<Cache>,
     flights: Mutex<HashMap<Flight, Arrival, foldhash::quality::RandomState>>,
     exchanges: Semaphore,
-    tcp_queries: Semaphore,
+    tcp_queries: Arc<Semaphore>,
     search: watch::Sender<Vec<String>>,
     /// How often the way to the upstreams became another.
     ways: watch::Sender<u64>,
@@ -147,7 +151,7 @@ impl Resolver {
             cache: Mutex::default(),
             flights: Mutex::default(),
             exchanges: Semaphore::new(limits::DNS_EXCHANGES_MAX),
-            tcp_queries: Semaphore::new(limits::DNS_TCP_QUERIES_MAX),
+            tcp_queries: Arc::new(Semaphore::new(limits::DNS_TCP_QUERIES_MAX)),
             search: watch::Sender::new(Vec::new()),
             ways: watch::Sender::new(0),
             failing: AtomicBool::new(false),
@@ -165,8 +169,14 @@ impl Resolver {
         &self.counters
     }
 
-    /// Begins to answer `query`. Needs a tokio runtime.
-    pub(super) fn begin(self: &Arc<Self>, query: Vec<u8>, transport: Transport) -> Begun {
+    /// Begins to answer `query`, which came over UDP. Needs a tokio runtime.
+    pub(super) fn begin(self: &Arc<Self>, query: Vec<u8>) -> Begun {
+        self.begin_at(query, None)
+    }
+
+    /// The same of a query from a connection, which has a place.
+    fn begin_at(self: &Arc<Self>, query: Vec<u8>, place: Option<&TcpPlace>) -> Begun {
+        let transport = if place.is_some() { Transport::Tcp } else { Transport::Udp };
         count(&self.counters.queries);
         self.look();
         let Some(key) = Key::of(&query) else {
@@ -184,9 +194,9 @@ impl Resolver {
         let sent = end.and_then(|end| without_hop(&query, &records(&query, end)?));
         let sent = sent.unwrap_or_else(|| query.clone());
         let opt = end.map_or(&[][..], |end| &sent[end..]);
-        let is_tcp = transport == Transport::Tcp;
+        let is_tcp = place.is_some();
         let flight = Flight { key, generation, is_tcp, opt: opt.into() };
-        let arrival = self.join(flight, sent, transport);
+        let arrival = self.join(flight, sent, place.cloned());
         Begun::Asking(Asking { query, from: From::Shared(arrival) })
     }
 
@@ -258,7 +268,7 @@ impl Resolver {
     }
 
     /// Waits for `flight`'s answer, beginning the flight if there is none.
-    fn join(self: &Arc<Self>, flight: Flight, query: Vec<u8>, transport: Transport) -> Arrival {
+    fn join(self: &Arc<Self>, flight: Flight, query: Vec<u8>, place: Option<TcpPlace>) -> Arrival {
         let mut flights = lock(&self.flights);
         if let Some(arrival) = flights.get(&flight) {
             count(&self.counters.joined);
@@ -268,11 +278,13 @@ impl Resolver {
         flights.insert(flight.clone(), arrival.clone());
         let resolver = Arc::clone(self);
         tokio::spawn(async move {
+            let transport = if flight.is_tcp { Transport::Tcp } else { Transport::Udp };
             let landed = resolver.ask_upstreams(&query, transport).await;
             resolver.keep(&flight, &landed);
             lock(&resolver.flights).remove(&flight);
             // Nobody may be waiting any more.
             let _ = landing.send(Some(landed.bytes.into()));
+            drop(place);
         });
         arrival
     }
@@ -291,11 +303,13 @@ impl Resolver {
 
     /// As [`begin`](Self::begin) to the end, for queries from connections, within their bound.
     pub(super) async fn resolve_tcp(self: &Arc<Self>, query: Vec<u8>) -> Vec<u8> {
-        let Ok(_permit) = self.tcp_queries.try_acquire() else {
+        let Ok(permit) = Arc::clone(&self.tcp_queries).try_acquire_owned() else {
             count(&self.counters.over_bound);
             return servfail(&query);
         };
-        match self.begin(query, Transport::Tcp) {
+        // Held until the answer is there.
+        let place = Arc::new(permit);
+        match self.begin_at(query, Some(&place)) {
             Begun::Known(_, answer) => answer,
             Begun::Asking(asking) => asking.wait().await.1,
         }
