@@ -301,6 +301,29 @@ fn a_guest_reset_while_nothing_is_received_leaves_nothing_waiting() {
 }
 
 #[test]
+fn those_that_ended_while_they_waited_are_not_remembered_without_bound() {
+    const FLOWS_MAX: usize = 64;
+    for is_tcp in [true, false] {
+        let mut rig = Rig::with(crate::rig::Setup { flows_max: FLOWS_MAX, ..crate::rig::Setup::default() });
+        begin(&mut rig, Lack::Buffers);
+        for n in 0..2000 {
+            let own = guest(4000 + n as u16);
+            if is_tcp {
+                Peer::new(own, world(80)).syn(&mut rig);
+                rig.stream_ready(n, WRITABLE);
+            } else {
+                rig.send(&udp_frame(own, world(9), b"ask"));
+                rig.datagram_arrives(n, b"answer", world(9).into());
+            }
+        }
+        let waiting = rig.engine.nat().waiting_len();
+        assert!((1..=4 * FLOWS_MAX).contains(&waiting), "{waiting}");
+        assert!(!end(&mut rig, Lack::Buffers).is_empty());
+        assert_eq!(rig.engine.nat().waiting_len(), 0);
+    }
+}
+
+#[test]
 fn buffers_too_small_for_a_full_datagram_still_take_small_ones() {
     // A driver without mergeable buffers that knows nothing of the larger MTU.
     let mut rig = Rig::with(crate::rig::Setup { ip_mtu: 9000, ..crate::rig::Setup::default() });

@@ -164,6 +164,11 @@ impl<N: HostNet> Nat<N> {
         self.tcp.held_bytes()
     }
 
+    /// Places in line for receive buffers, some of them of flows and sockets that are gone.
+    pub fn waiting_len(&self) -> usize {
+        self.tcp.waiting_len() + self.datagrams.waiting_len()
+    }
+
     /// The host's side, for what a test has to see of it.
     pub fn net(&mut self) -> &mut N {
         &mut self.net

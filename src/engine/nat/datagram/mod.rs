@@ -309,6 +309,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     fn insert(&mut self, core: &Core, kind: Kind, socket: D) -> usize {
+        self.forget_gone_turns();
         let token = self.next_token();
         self.generation = self.generation.wrapping_add(1);
         self.mappings.insert(Mapping {

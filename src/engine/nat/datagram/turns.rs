@@ -72,6 +72,21 @@ impl<D: HostDatagram> DatagramTable<D> {
         !self.starved.is_empty()
     }
 
+    /// Sockets that are closed while they wait for receive buffers keep their place until some come: they are
+    /// forgotten once they are the most.
+    pub(super) fn forget_gone_turns(&mut self) {
+        if self.starved.len() > 2 * self.mappings.len() + 1 {
+            let mut starved = std::mem::take(&mut self.starved);
+            starved.retain(|token| self.find(*token).is_some());
+            self.starved = starved;
+        }
+    }
+
+    /// Places in line for receive buffers, some of them of sockets that are gone.
+    pub fn waiting_len(&self) -> usize {
+        self.starved.len()
+    }
+
     /// Sockets that used their turn up have another.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
         // Those that use this turn up too go to the end of the list: each has one turn a batch.

@@ -232,7 +232,18 @@ impl<S: HostStream> TcpTable<S> {
         self.unresolved.push(token);
     }
 
+    /// Flows that end while they wait for their turn keep their place until it comes, which is never with a
+    /// guest that posts no buffers: they are forgotten once they are the most.
+    fn forget_gone_turns(&mut self) {
+        if self.turns.len() > 2 * self.flows.len() + BATCH_FLOWS {
+            let mut turns = std::mem::take(&mut self.turns);
+            turns.retain(|token| self.find(token).is_some());
+            self.turns = turns;
+        }
+    }
+
     fn insert(&mut self, core: &mut Core, key: Key, stream: S, origin: Origin) -> usize {
+        self.forget_gone_turns();
         let token = self.next_token();
         self.generation = self.generation.wrapping_add(1);
         let iss = self.initial_seq(core.now, &key);
@@ -284,6 +295,7 @@ impl<S: HostStream> TcpTable<S> {
             Err(_) => return core.release(&Place::Tcp(key)),
         };
         flow.recv.pool.enter(&mut self.budget);
+        self.forget_gone_turns();
         let at = self.flows.insert(flow);
         self.by_key.insert(key, at);
         self.flows[at].pair = core.first_pair();
@@ -423,6 +435,11 @@ impl<S: HostStream> TcpTable<S> {
     /// Whether flows wait for receive buffers.
     pub fn is_starved(&self) -> bool {
         self.turns.has_blocked()
+    }
+
+    /// Places in line for a turn, some of them of flows that are gone.
+    pub fn waiting_len(&self) -> usize {
+        self.turns.len()
     }
 
     /// The end of a batch: every flow touched sends what it owes, those with data in turns.

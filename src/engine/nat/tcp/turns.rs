@@ -87,6 +87,18 @@ impl Turns {
         self.queues.iter().any(|queue| queue.blocked && !queue.waiting.is_empty())
     }
 
+    /// Places in all queues.
+    pub(super) fn len(&self) -> usize {
+        self.queues.iter().map(|queue| queue.waiting.len()).sum()
+    }
+
+    /// Takes those out who are not to stay.
+    pub(super) fn retain(&mut self, stays: impl Fn(Token) -> bool) {
+        for queue in &mut self.queues {
+            queue.waiting.retain(|token| stays(*token));
+        }
+    }
+
     /// Nobody waits any more.
     pub(super) fn clear(&mut self) {
         self.queues.clear();
