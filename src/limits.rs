@@ -249,7 +249,8 @@ pub const RESOLV_CONF_BYTES_MAX: u64 = 65_536;
 /// wake-up; a guest that spreads one flow over its queues on purpose loses frames, not memory.
 pub const AWAITING_FRAMES_MAX: usize = 256;
 
-/// Letters under way from one worker to another.
+/// Letters under way from one worker to another; those that wait for room there; those a worker reads before
+/// frames and sockets have their turn. Past it frames for another worker are dropped.
 pub const LETTERS_MAX: usize = 1024;
 
 /// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at

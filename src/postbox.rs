@@ -28,6 +28,8 @@ struct Outbox {
 #[derive(Debug)]
 pub struct Postbox {
     inboxes: Vec<Consumer<HostLetter>>,
+    /// The inbox whose turn is next.
+    turn: usize,
     /// By worker; none for its own.
     outboxes: Vec<Option<Outbox>>,
     event: Arc<EventFd>,
@@ -47,6 +49,7 @@ pub fn postboxes(workers: usize) -> io::Result<Vec<Postbox>> {
         .iter()
         .map(|event| Postbox {
             inboxes: Vec::new(),
+            turn: 0,
             outboxes: Vec::new(),
             event: Arc::clone(event),
             undelivered: VecDeque::new(),
@@ -77,15 +80,45 @@ impl Postbox {
         let _ = self.event.read();
     }
 
-    /// The next letter that waits.
+    /// The next letter that waits; other workers take turns.
     pub fn take(&mut self) -> Option<HostLetter> {
-        self.inboxes.iter_mut().find_map(|inbox| inbox.pop().ok())
+        for _ in 0..self.inboxes.len() {
+            self.turn = (self.turn + 1) % self.inboxes.len();
+            if let Ok(letter) = self.inboxes[self.turn].pop() {
+                return Some(letter);
+            }
+        }
+        None
+    }
+
+    /// Hands the letters that wait to `each`, at most [`limits::LETTERS_MAX`]: with more the event stays set.
+    pub fn take_turn(&mut self, mut each: impl FnMut(HostLetter)) {
+        self.clear_event();
+        for _ in 0..limits::LETTERS_MAX {
+            let Some(letter) = self.take() else { return };
+            each(letter);
+        }
+        // Fails only if the counter is full, and then it is set.
+        let _ = self.event.write(1);
     }
 
     /// Sends a letter. One whose ring is full waits here, in order.
     pub fn send(&mut self, to: WorkerId, letter: HostLetter) {
         self.undelivered.push_back((to, letter));
         self.deliver();
+    }
+
+    /// Sends what `next` gives, until that is nothing or [`limits::LETTERS_MAX`] wait here: what is left is
+    /// its giver's to bound. Returns whether all of it is gone.
+    pub fn send_all(&mut self, mut next: impl FnMut() -> Option<(WorkerId, HostLetter)>) -> bool {
+        loop {
+            let is_gone = self.deliver();
+            if self.undelivered.len() >= limits::LETTERS_MAX {
+                return false;
+            }
+            let Some(letter) = next() else { return is_gone };
+            self.undelivered.push_back(letter);
+        }
     }
 
     /// Sends what waits. Returns whether all of it is gone.
@@ -135,6 +168,38 @@ mod tests {
             assert_eq!(number(boxes[2].take()), Some(n));
         }
         assert!(boxes[2].take().is_none());
+    }
+
+    #[test]
+    fn a_worker_that_does_not_read_is_sent_so_many_letters_and_no_more() {
+        let mut boxes = postboxes(2).unwrap();
+        let mut given = 0;
+        let mut give = || {
+            given += 1;
+            (given <= 5 * limits::LETTERS_MAX).then(|| (WorkerId(1), primary(1)))
+        };
+        for _ in 0..3 {
+            assert!(!boxes[0].send_all(&mut give));
+        }
+        assert_eq!(given, 2 * limits::LETTERS_MAX, "a full ring, and as many that wait");
+    }
+
+    #[test]
+    fn letters_without_end_leave_a_worker_time_and_other_workers_theirs() {
+        let mut boxes = postboxes(3).unwrap();
+        let mut own = boxes.remove(2);
+        for _ in 0..limits::LETTERS_MAX {
+            boxes[0].send(WorkerId(2), primary(1));
+        }
+        boxes[1].send(WorkerId(2), primary(2));
+        let mut seen = Vec::new();
+        own.take_turn(|letter| {
+            seen.push(number(Some(letter)));
+            boxes[0].send(WorkerId(2), primary(1));
+        });
+        assert_eq!(seen.len(), limits::LETTERS_MAX);
+        assert!(seen[..2].contains(&Some(2)), "the other worker's turn");
+        assert!(own.event.read().is_ok(), "it is woken for the rest");
     }
 
     #[test]

@@ -292,20 +292,17 @@ impl Worker {
 
     fn letters(&mut self, now: Instant) {
         let Some(postbox) = &mut self.postbox else { return };
-        postbox.clear_event();
-        while let Some(letter) = postbox.take() {
-            let (_, rx) = self.queues.split();
-            self.engine.letter(now, rx, letter);
-        }
+        let (engine, queues) = (&mut self.engine, &mut self.queues);
+        postbox.take_turn(|letter| {
+            let (_, rx) = queues.split();
+            engine.letter(now, rx, letter);
+        });
     }
 
     /// Sends what the engine has for other workers. Returns whether all of it is gone.
     fn send_letters(&mut self) -> bool {
         let Some(postbox) = &mut self.postbox else { return true };
-        while let Some((to, letter)) = self.engine.next_letter() {
-            postbox.send(to, letter);
-        }
-        postbox.deliver()
+        postbox.send_all(|| self.engine.next_letter())
     }
 
     /// Takes answers while the guest has buffers for them; the rest waits where it is until it has.

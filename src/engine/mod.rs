@@ -554,7 +554,12 @@ impl<N: HostNet> Engine<N> {
     }
 
     fn send_letter(&mut self, to: WorkerId, letter: LetterOf<N>) {
-        if self.letters.len() < limits::LETTERS_MAX {
+        // What workers tell of the guest is not lost for the many frames another is too slow for.
+        let max = match letter {
+            Letter::Frame(_) => limits::LETTERS_MAX,
+            _ => 2 * limits::LETTERS_MAX,
+        };
+        if self.letters.len() < max {
             self.post(to, letter);
         } else {
             self.core.counters.drop(DropReason::TableFull);
