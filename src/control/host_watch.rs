@@ -2,7 +2,7 @@
 //!
 //! A change comes in dozens of messages within a moment (link, addresses, routes, rules), so it is told of
 //! when there was silence for a while. An address that went may come back (a lease renewed, a cable moved),
-//! so what depends on it is given a grace.
+//! so what depends on it is given a grace; a link that flaps puts both off, but not for ever.
 
 use std::convert::Infallible;
 use std::io;
@@ -18,8 +18,10 @@ use crate::uplink::sys::readable::Readable;
 const SETTLE_TIME: Duration = Duration::from_millis(200);
 /// ... and the longest it is waited for.
 const SETTLE_TIME_MAX: Duration = Duration::from_secs(2);
-/// How long an address may be gone before its connections are given up.
+/// How long an address may be gone before its connections are given up ...
 const ADDRESS_GRACE: Duration = Duration::from_secs(5);
+/// ... and the longest that addresses which go one after the other put that off.
+const ADDRESS_GRACE_MAX: Duration = Duration::from_secs(20);
 
 /// What is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,10 +41,10 @@ pub async fn follow(tell: impl FnMut(HostChange)) {
 async fn listen(mut tell: impl FnMut(HostChange)) -> io::Result<Infallible> {
     let mut news = HostNews::new()?;
     let readable = Readable::of(news.as_fd())?;
-    let mut way = Settling::default();
-    let mut gone_at: Option<Instant> = None;
+    let mut way = Settling::of(SETTLE_TIME, SETTLE_TIME_MAX);
+    let mut gone = Settling::of(ADDRESS_GRACE, ADDRESS_GRACE_MAX);
     loop {
-        let (settled_at, given_up_at) = (way.until, gone_at);
+        let (settled_at, given_up_at) = (way.until, gone.until);
         tokio::select! {
             change = readable.read(|| news.read()) => {
                 let (change, now) = (change?, Instant::now());
@@ -50,15 +52,15 @@ async fn listen(mut tell: impl FnMut(HostChange)) -> io::Result<Infallible> {
                     way.go_on(now);
                 }
                 if change.address_gone {
-                    gone_at = Some(now + ADDRESS_GRACE);
+                    gone.go_on(now);
                 }
             }
             () = sleep_to(settled_at), if settled_at.is_some() => {
-                way = Settling::default();
+                way.end();
                 tell(HostChange::Way);
             }
             () = sleep_to(given_up_at), if given_up_at.is_some() => {
-                gone_at = None;
+                gone.end();
                 tell(HostChange::AddressesGone);
             }
         }
@@ -71,9 +73,12 @@ async fn sleep_to(at: Option<Instant>) {
     }
 }
 
-/// A change under way.
-#[derive(Debug, Default)]
+/// A change under way: told after silence, or at the latest.
+#[derive(Debug)]
 struct Settling {
+    /// Silence after which it is told, and the longest it is waited for.
+    silence: Duration,
+    silence_max: Duration,
     /// When it is told at the latest.
     at_latest: Option<Instant>,
     /// When it is told.
@@ -81,9 +86,17 @@ struct Settling {
 }
 
 impl Settling {
+    fn of(silence: Duration, silence_max: Duration) -> Settling {
+        Settling { silence, silence_max, at_latest: None, until: None }
+    }
+
     fn go_on(&mut self, now: Instant) {
-        let at_latest = *self.at_latest.get_or_insert(now + SETTLE_TIME_MAX);
-        self.until = Some(at_latest.min(now + SETTLE_TIME));
+        let at_latest = *self.at_latest.get_or_insert(now + self.silence_max);
+        self.until = Some(at_latest.min(now + self.silence));
+    }
+
+    fn end(&mut self) {
+        (self.at_latest, self.until) = (None, None);
     }
 }
 
@@ -95,7 +108,7 @@ mod tests {
     fn a_change_is_told_after_silence_or_after_two_seconds() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let mut way = Settling::default();
+        let mut way = Settling::of(SETTLE_TIME, SETTLE_TIME_MAX);
         way.go_on(at(0));
         assert_eq!(way.until, Some(at(200)));
         way.go_on(at(150));
@@ -104,5 +117,21 @@ mod tests {
             way.go_on(at(ms));
         }
         assert_eq!(way.until, Some(at(2_000)));
+        way.end();
+        way.go_on(at(2_100));
+        assert_eq!(way.until, Some(at(2_300)));
+    }
+
+    #[test]
+    fn an_interface_that_flaps_puts_the_end_of_what_is_lost_off_for_so_long_only() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut gone = Settling::of(ADDRESS_GRACE, ADDRESS_GRACE_MAX);
+        for s in (0..18).step_by(3) {
+            gone.go_on(at(s));
+            assert_eq!(gone.until, Some(at((s + 5).min(20))));
+        }
+        gone.go_on(at(18));
+        assert_eq!(gone.until, Some(at(20)));
     }
 }
