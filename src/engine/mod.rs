@@ -684,7 +684,7 @@ impl<N: HostNet> Engine<N> {
 
     /// Addresses of the host went and did not come back.
     pub fn addresses_gone(&mut self, now: Instant, port: &mut impl GuestPort) {
-        self.core.now = now;
+        self.begin(now);
         self.nat.addresses_gone(&mut self.core, port);
     }
 

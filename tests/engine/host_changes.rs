@@ -34,6 +34,18 @@ fn a_flow_from_an_address_that_went_is_reset_and_others_live() {
 }
 
 #[test]
+fn a_guest_that_began_anew_hears_nothing_of_what_the_one_before_it_lost() {
+    let mut rigs = Rig::workers(2);
+    connected(&mut rigs[1], Peer::new(guest(4000), world(80)));
+    rigs[1].conn(0).local = Some(OLD);
+    rigs[0].engine.guest_reset();
+    let rig = &mut rigs[1];
+    rig.engine.addresses_gone(rig.now, &mut rig.port);
+    assert_eq!(rig.flush(), []);
+    assert_eq!(rig.conn(0).end, End::Reset);
+}
+
+#[test]
 fn a_connect_under_way_from_an_address_that_went_is_refused() {
     let mut rig = Rig::new();
     let mut peer = Peer::new(guest(4000), world(80));
