@@ -44,6 +44,28 @@ fn complain(
     rig.ready(token, COMPLAINT)
 }
 
+#[test]
+fn an_error_quotes_the_guests_packet_though_the_socket_moved_since() {
+    let mut rigs = Rig::workers(2);
+    let probe = udp_frame(guest(4000), world(9), b"probe");
+    let mut expected = Vec::new();
+    for moves in [false, true] {
+        rigs[0].send(&probe);
+        if moves {
+            for _ in 0..=limits::SENT_ON_FRAMES {
+                rigs[1].send(&udp_frame(guest(4000), world(10), b"other"));
+                exchange(&mut rigs);
+            }
+            assert_eq!(rigs[0].engine.nat().len(), 0);
+        }
+        let port = Message::Unreachable { code: UnreachableCode::Port, next_hop_mtu: 0 };
+        let rig = &mut rigs[usize::from(moves)];
+        expected.push(complain(rig, 0, world(9).into(), WORLD, port, b"pro"));
+    }
+    assert_eq!(expected[0].len(), 1);
+    assert_eq!(expected[0], expected[1]);
+}
+
 /// A rig whose guest sent `payload` from port 4000 to the world's port 9.
 fn asked(payload: &[u8]) -> Rig {
     let mut rig = Rig::new();

@@ -88,6 +88,7 @@ struct MovedPeer {
     answered: bool,
     spoken: bool,
     stranger: bool,
+    sent: Sent,
 }
 
 impl<D> Moved<D> {
@@ -380,8 +381,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mut peers = Vec::new();
         let mut next = self.mappings[at].newest_peer;
         while let Some(peer) = next.map(|peer| &self.peers[peer]) {
-            let Peer { key, real, answered, spoken, stranger, older, .. } = *peer;
-            peers.push(MovedPeer { key, real, answered, spoken, stranger });
+            let Peer { key, real, answered, spoken, stranger, sent, older, .. } = *peer;
+            peers.push(MovedPeer { key, real, answered, spoken, stranger, sent });
             if peers.len() > limits::MOVED_PEERS_MAX {
                 return None;
             }
@@ -415,10 +416,10 @@ impl<D: HostDatagram> DatagramTable<D> {
         let at = self.insert(core, end.kind, socket);
         self.serve(at, end);
         self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
-        for MovedPeer { key, real, answered, spoken, stranger } in peers {
-            let peer = self.add_peer(core, at, key, real, stranger);
-            self.peers[peer].answered = answered;
-            self.peers[peer].spoken = spoken;
+        for MovedPeer { key, real, answered, spoken, stranger, sent } in peers {
+            let at = self.add_peer(core, at, key, real, stranger);
+            let peer = &mut self.peers[at];
+            (peer.answered, peer.spoken, peer.sent) = (answered, spoken, sent);
         }
     }
 
