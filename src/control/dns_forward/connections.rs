@@ -252,13 +252,11 @@ impl Talk {
 
     /// Takes the whole messages out of `inbox`, and gives each to who asked for it.
     fn answer(&mut self, inbox: &mut Vec<u8>, counters: &Counters) {
-        while let Some(len) = inbox.first_chunk::<LEN_BYTES>() {
-            let end = LEN_BYTES + usize::from(u16::from_be_bytes(*len));
-            if inbox.len() < end {
-                return;
-            }
-            let message = inbox[LEN_BYTES..end].to_vec();
-            inbox.drain(..end);
+        let mut taken = 0;
+        while let Some((len, rest)) = inbox[taken..].split_first_chunk::<LEN_BYTES>() {
+            let len_bytes = usize::from(u16::from_be_bytes(*len));
+            let Some(message) = rest.get(..len_bytes).map(<[u8]>::to_vec) else { break };
+            taken += LEN_BYTES + len_bytes;
             let id = message.first_chunk().map(|id| u16::from_be_bytes(*id));
             let asked = id.and_then(|id| self.pending.get(&id));
             match asked.and_then(|request| Answer::accept(&request.query, message)) {
@@ -272,6 +270,8 @@ impl Talk {
                 None => count(&counters.mismatched),
             }
         }
+        // Once for all: an upstream may send tens of thousands of empty messages at a time.
+        inbox.drain(..taken);
     }
 
     /// Tells those who wait that no answer comes.
