@@ -127,7 +127,8 @@ impl Opt {
 }
 
 /// `message` without what is said between neighbours only: options of [`HOP_OPTIONS`], and of an answer AA,
-/// which a copy is not. `None` if its OPT record cannot be read.
+/// which a copy is not. `None` if its OPT record cannot be read, or if records behind it would move, whose
+/// names others may point to.
 pub(super) fn without_hop(message: &[u8], records: &[Record]) -> Option<Vec<u8>> {
     const AA: u8 = 0x04;
     let mut bytes = message.to_vec();
@@ -136,6 +137,9 @@ pub(super) fn without_hop(message: &[u8], records: &[Record]) -> Option<Vec<u8>>
     let options = options(message, opt.data.clone())?;
     let kept = options.into_iter().filter(|(code, _)| !HOP_OPTIONS.contains(code));
     let kept: Vec<u8> = kept.flat_map(|(_, whole)| message[whole].to_vec()).collect();
+    if kept.len() < opt.data.len() && opt.data.end < message.len() {
+        return None;
+    }
     // What is left is no longer than what was.
     let len_bytes = u16::try_from(kept.len()).ok()?;
     bytes[opt.data.start - 2..opt.data.start].copy_from_slice(&len_bytes.to_be_bytes());
@@ -371,6 +375,24 @@ pub(super) mod tests {
                 read(&changed);
             }
         }
+    }
+
+    #[test]
+    fn an_answer_whose_names_would_point_elsewhere_is_not_changed() {
+        let asked = with_edns(query("www.example.", RecordType::A), |edns| {
+            edns.options_mut().insert(EdnsOption::Unknown(10, vec![1; 16]));
+        });
+        let mut bytes = answer(&asked, &[60]).to_vec().unwrap();
+        let records_of = |bytes: &[u8]| records(bytes, question_end(bytes).unwrap()).unwrap();
+        assert!(without_hop(&bytes, &records_of(&bytes)).is_some());
+        // Behind the OPT record two more, the second with the first one's name.
+        let first_at = u16::try_from(bytes.len()).unwrap();
+        let fixed = [0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 9];
+        bytes.extend([&[1, b'x', 0][..], &fixed].concat());
+        bytes.extend([&(0xc000 | first_at).to_be_bytes()[..], &fixed].concat());
+        bytes[11] += 2;
+        assert_eq!(Message::from_vec(&bytes).unwrap().additionals.len(), 2);
+        assert_eq!(without_hop(&bytes, &records_of(&bytes)), None);
     }
 
     #[test]
