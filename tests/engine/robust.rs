@@ -94,6 +94,23 @@ fn a_guest_that_takes_its_time_is_not_sent_everything_twice() {
 }
 
 #[test]
+fn a_guest_that_was_paused_does_not_make_later_losses_long() {
+    let mut rig = Rig::new();
+    let mut peer = connected(&mut rig, Peer { window: 2000, ..Peer::new(guest(4000), world(80)) });
+    rig.conn(0).queue.extend(pattern(1000));
+    // Nothing is sent again to a guest that posts no buffers, and no time runs against it.
+    rig.port.free = 1;
+    let seen = rig.stream_ready(0, READABLE);
+    peer.take(seen);
+    rig.now = rig.now + secs(60);
+    peer.acknowledge(&mut rig);
+    rig.port.free = 100;
+    rig.conn(0).queue.extend(pattern(1000));
+    rig.stream_ready(0, READABLE);
+    assert_eq!(rig.pass(secs(4)).len(), 1, "a loss is noticed in seconds");
+}
+
+#[test]
 fn what_was_sent_twice_is_not_timed() {
     let mut rig = Rig::new();
     let mut peer = connected(&mut rig, Peer::new(guest(4000), world(80)));

@@ -16,6 +16,11 @@ const UNKNOWN: Duration = Duration::from_secs(1);
 /// 200 ms) is what counts. Linux has the same.
 const MARGIN_MIN: Duration = Duration::from_millis(200);
 
+/// Longest time-out an estimate makes. A guest that was paused has one round trip of a minute; what is lost
+/// afterwards must not wait for that long. RFC 6298, 2.5 asks for a bound no lower than a minute, on paths
+/// longer than a memory copy.
+const TIMEOUT_MAX: Duration = Duration::from_secs(3);
+
 /// The estimate of one flow.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct RoundTrip {
@@ -53,7 +58,7 @@ impl RoundTrip {
     pub(super) fn timeout(&self) -> Duration {
         match self.known {
             None => UNKNOWN,
-            Some((smoothed, variation)) => smoothed + (variation * 4).max(MARGIN_MIN),
+            Some((smoothed, variation)) => (smoothed + (variation * 4).max(MARGIN_MIN)).min(TIMEOUT_MAX),
         }
     }
 }
