@@ -280,6 +280,22 @@ fn mark(bytes: &mut [u8]) {
 }
 
 #[test]
+fn a_guest_that_begins_anew_while_connecting_is_answered_for_what_it_asks_now() {
+    for (first, then) in [(true, false), (false, true)] {
+        let mut rig = Rig::new();
+        rig.world().ecn = true;
+        let mut peer = Peer::new(guest(4000), world(80));
+        let asks = |ecn: bool| if ecn { Flags::SYN | Flags::ECE | Flags::CWR } else { Flags::SYN };
+        rig.send(&peer.seg(asks(first), &[]).frame());
+        peer.seq += 5000;
+        rig.send(&peer.seg(asks(then), &[]).frame());
+        let answer = only(rig.stream_ready(0, WRITABLE)).tcp();
+        assert_eq!(answer.header.ack.0, peer.seq + 1);
+        assert_eq!(answer.has(Flags::ECE), then);
+    }
+}
+
+#[test]
 fn the_guest_is_asked_for_ecn_once_where_a_client_has_it() {
     let (mut rig, listener) = published(Rig::new());
     rig.world().ecn = true;

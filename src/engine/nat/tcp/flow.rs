@@ -29,7 +29,7 @@ use crate::engine::timers::TimerSlot;
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::time::Instant;
-use crate::wire::tcp::{Options, SeqNumber};
+use crate::wire::tcp::{Flags, Options, SeqNumber};
 
 /// Window scale offered to the guest (RFC 7323, 2.3), see [`limits::TCP_WINDOW_BYTES_MAX`].
 pub(super) const WINDOW_SCALE: u8 = 8;
@@ -126,6 +126,13 @@ pub(super) enum Ecn {
     Agreed,
     /// A segment came marked: every acknowledgement says so until the guest slows down.
     Echoing,
+}
+
+impl Ecn {
+    /// What a guest's SYN with `flags` asks for (RFC 3168, 6.1.1).
+    pub(super) fn asked_by(flags: Flags) -> Ecn {
+        if flags.contains(Flags::ECE | Flags::CWR) { Ecn::Asked } else { Ecn::Off }
+    }
 }
 
 /// From the guest to the world.
@@ -338,8 +345,8 @@ impl<S: HostStream> Flow<S> {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Origin {
     /// The guest's SYN with this sequence number, options and window.
-    /// `ecn`: it asks for explicit congestion notification.
-    Guest { irs: SeqNumber, options: Options, window: u16, ecn: bool },
+    /// `ecn`: whether it asks for explicit congestion notification.
+    Guest { irs: SeqNumber, options: Options, window: u16, ecn: Ecn },
     /// A client of a published port.
     World,
 }
@@ -424,7 +431,7 @@ impl<S: HostStream> Flow<S> {
         match origin {
             Origin::Guest { irs, options, window, ecn } => {
                 self.take_syn(core, irs, &options, window);
-                self.recv.ecn = if ecn { Ecn::Asked } else { Ecn::Off };
+                self.recv.ecn = ecn;
             }
             Origin::World => {
                 if self.stream.as_ref().is_some_and(HostStream::uses_ecn) {

@@ -18,8 +18,8 @@ use siphasher::sip::SipHasher13;
 use slab::Slab;
 
 use backlog::Backlog;
+use flow::{Ecn, Origin, State};
 pub use flow::{Fate, Flow, Key, Moved};
-use flow::{Origin, State};
 use output::After;
 use pool::Budget;
 use turns::Turns;
@@ -196,7 +196,7 @@ impl<S: HostStream> TcpTable<S> {
     /// Adds the flow the guest's SYN began, whose connect is under way on `stream`.
     pub fn insert_from_guest(&mut self, core: &mut Core, segment: &Segment<'_>, stream: S) {
         let header = &segment.header;
-        let ecn = header.flags.contains(Flags::ECE | Flags::CWR);
+        let ecn = Ecn::asked_by(header.flags);
         let origin = Origin::Guest { irs: header.seq, options: header.options, window: header.window, ecn };
         let at = self.insert(core, segment.key, stream, origin);
         self.flows[at].guest_mac = Some(segment.from.mac);

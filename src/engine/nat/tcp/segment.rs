@@ -78,6 +78,7 @@ impl<S: HostStream> Flow<S> {
         if header.flags.contains(Flags::SYN) && header.seq + 1 != self.recv.nxt {
             // The guest gave up and began anew with the same ports; the connect under way serves both.
             self.take_syn(core, header.seq, &header.options, header.window);
+            self.recv.ecn = Ecn::asked_by(header.flags);
         }
         Fate::Live
     }
