@@ -148,9 +148,8 @@ impl SeqShift {
 /// row says a window one smaller, which to smoltcp is no duplicate, and the count begins again.
 #[derive(Debug, Default)]
 pub(crate) struct DuplicateAcks {
-    /// By the guest's and the remote port: the last segment's number and acknowledgement, and how many
-    /// were alike in a row.
-    rows: std::collections::HashMap<(u16, u16), (u32, u32, u32)>,
+    /// By the guest's and the remote port: the last acknowledgement, and how often it came in a row.
+    rows: std::collections::HashMap<(u16, u16), (u32, u32)>,
 }
 
 impl DuplicateAcks {
@@ -159,15 +158,15 @@ impl DuplicateAcks {
         let Some(bytes) = tcp(&mut frame.bytes) else { return };
         let payload_at = TCP + usize::from(bytes[TCP + 12] >> 4) * 4;
         let is_bare = usize::from(port(bytes, IP + 2)) == payload_at - IP && bytes[TCP + 13] == 16;
-        let (seq, ack) = (number(bytes, TCP + 4), number(bytes, TCP + 8));
+        let ack = number(bytes, TCP + 8);
         let row = self.rows.entry((port(bytes, TCP + 2), port(bytes, TCP))).or_default();
-        if !is_bare || (row.0, row.1) != (seq, ack) {
-            *row = (seq, ack, 0);
+        if !is_bare || row.0 != ack {
+            *row = (ack, 0);
             return;
         }
-        row.2 += 1;
+        row.1 += 1;
         let window_at = TCP + 14;
-        if row.2.is_multiple_of(8) && port(bytes, window_at) > 0 {
+        if row.1.is_multiple_of(8) && port(bytes, window_at) > 0 {
             let smaller = number(bytes, window_at) - (1 << 16);
             set_number(bytes, window_at, smaller, false);
         }

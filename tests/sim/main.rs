@@ -66,7 +66,8 @@ fn run_hostile(seeds: &[u64]) -> Vec<Outcome> {
             let plan = Plan::hostile(*seed);
             let outcome = std::panic::catch_unwind(|| {
                 let outcome = run(&plan);
-                assert!(outcome.faults >= 3, "seed {seed} went through {} faults", outcome.faults);
+                let is_judged = outcome.faults >= 3 || outcome.guest_spun;
+                assert!(is_judged, "seed {seed} went through {} faults", outcome.faults);
                 outcome
             });
             match outcome {
@@ -95,6 +96,11 @@ fn check_coverage(outcomes: &[Outcome]) {
         return;
     }
     let count = |what: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| what(outcome)).count();
+    let spun = count(|outcome| outcome.guest_spun);
+    assert!(
+        spun * 500 <= outcomes.len(),
+        "in {spun} runs the guest's own stack spun: too many to be its fault"
+    );
     let tenth = outcomes.len() / 10;
     assert!(count(|outcome| outcome.wrapped.0) > tenth, "the guest's sequence numbers wrapped too rarely");
     assert!(count(|outcome| outcome.wrapped.1) > tenth, "the engine's sequence numbers wrapped too rarely");

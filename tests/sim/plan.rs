@@ -357,7 +357,7 @@ impl Plan {
             }
         }
         // Whatever rare faults a seed is left with, a few frames come twice.
-        (self.up.repeat, self.down.repeat) = (0.005, 0.005);
+        (self.up.repeat, self.down.repeat) = (0.008, 0.008);
         for kind in kinds {
             let mut up_to = |max: f64| (0.1 + 0.9 * rng.below(1000) as f64 / 1000.0) * max;
             match kind {

@@ -21,7 +21,7 @@ use vunet::wire::vnet::{Checksum, VnetHeader};
 
 use crate::datagrams::{Datagrams, SimDatagram};
 use crate::detached::Detached;
-use crate::guest::{Guest, MAC};
+use crate::guest::{Guest, MAC, RING_FRAMES};
 use crate::link::{DuplicateAcks, Frame, Link, SeqShift, fin_apart};
 use crate::plan::{DatagramKind, Ending, FlowPlan, Plan};
 use crate::port::{SimPort, plain_frames};
@@ -32,6 +32,10 @@ use crate::world::{End, SimListener, SimStream, World};
 const STALLED_US: u64 = 6 * 3_600_000_000;
 /// Rounds after which a run counts as spinning; the longest of 10,000 seeds take a fifth.
 const ROUNDS_MAX: u64 = 500_000;
+
+/// Rounds in a row in which the guest filled its ring before it counts as spinning: smoltcp 0.14 can get into
+/// a state in which it repeats one acknowledgement for ever.
+const FULL_RINGS_MAX: usize = 100;
 
 /// Sockets into the world for one worker.
 pub(crate) struct SimNet {
@@ -90,6 +94,8 @@ pub(crate) struct Outcome {
     pub(crate) letters: u64,
     pub(crate) datagrams: usize,
     pub(crate) rounds: u64,
+    /// The guest's stack sent without end; nothing was checked but the bytes so far.
+    pub(crate) guest_spun: bool,
 }
 
 /// The engine's settings, but for its mode.
@@ -151,6 +157,7 @@ struct Run<'a> {
     /// When this guest's first frame came.
     known_us: Option<u64>,
     is_traced: bool,
+    full_rings: usize,
     outcome: Outcome,
 }
 
@@ -158,6 +165,9 @@ struct Run<'a> {
 pub(crate) fn run(plan: &Plan) -> Outcome {
     let mut run = Run::new(plan);
     while !run.is_done() {
+        if run.full_rings >= FULL_RINGS_MAX {
+            return Outcome { guest_spun: true, ..run.outcome };
+        }
         let stalled = run.now_us > STALLED_US || run.outcome.rounds > ROUNDS_MAX;
         assert!(!stalled, "stalled: {}", run.state());
         run.step();
@@ -225,6 +235,7 @@ impl Run<'_> {
             last_ack: [0; 2],
             known_us: None,
             is_traced: std::env::var_os("VUNET_SIM_TRACE").is_some(),
+            full_rings: 0,
             outcome: Outcome::default(),
             world,
         };
@@ -303,6 +314,7 @@ impl Run<'_> {
         self.frames_to_guest();
         self.guest.step(self.now_us);
         let frames: Vec<_> = self.guest.link.outbound.drain(..).collect();
+        self.full_rings = if frames.len() >= RING_FRAMES { self.full_rings + 1 } else { 0 };
         for bytes in frames {
             let is_tcp = bytes[12..14] == [8, 0] && bytes[23] == 6;
             let mut frame = Frame { bytes, partial: self.plan.partial && is_tcp };
@@ -611,7 +623,7 @@ impl Run<'_> {
             // from before a reboot the engine was not told of may be served by the new guest, and the one
             // after it then finds nobody; and a SYN that comes again after its flow began another.
             let served = ends.iter().rfind(|conn| conn.read == flow.bytes);
-            check_flow(flow, served.or(ends.last()), app);
+            check_flow(self.plan, flow, served.or(ends.last()), app);
         }
         let calm = self.plan.workers == 1 && self.plan.reboot.is_none();
         if calm {
@@ -633,14 +645,17 @@ impl Run<'_> {
 }
 
 /// What must have become of one flow, at both ends.
-fn check_flow(flow: &FlowPlan, last: Option<&&crate::world::Conn>, app: &crate::guest::App) {
+fn check_flow(plan: &Plan, flow: &FlowPlan, last: Option<&&crate::world::Conn>, app: &crate::guest::App) {
     let (bytes, name) = (flow.bytes, flow.remote);
     let conn = last.expect("the world saw the flow");
     match flow.ending {
         Ending::Full => {
             assert_eq!((conn.read, app.received), (bytes, bytes), "{name}: every byte both ways");
             assert!(conn.fin_taken && conn.fin_given, "{name}: both half-closes");
-            assert_eq!(conn.end, End::Clean, "{name}: no reset for the world");
+            // A guest may be gone from TIME-WAIT before its ring starts again and brings it the FIN once
+            // more: that all of it had come nobody can know then.
+            let may_be_forgotten = plan.ring_stops > 0.0 && conn.end == End::Reset;
+            assert!(conn.end == End::Clean || may_be_forgotten, "{name}: no reset for the world");
             assert!(!app.was_reset, "{name}: no reset for the guest");
             assert_eq!(app.peer(), flow.peer());
         }
