@@ -183,6 +183,32 @@ pub(super) struct Recv {
 }
 
 impl Recv {
+    /// Of a flow that begins at `now`.
+    fn new(now: Instant) -> Recv {
+        Recv {
+            nxt: SeqNumber(0),
+            edge: SeqNumber(0),
+            shift: 0,
+            fin: None,
+            closed: false,
+            pool: Pool::default(),
+            queued: 0,
+            acked: SeqNumber(0),
+            ack_due: false,
+            ack_by: None,
+            bytes_at: now,
+            quick_answers: QUICK_ANSWERS,
+            window_asked: 0,
+            beyond_hole: 0,
+            newest_beyond: SeqNumber(0),
+            sack: false,
+            timestamps: None,
+            ecn: Ecn::Off,
+            challenges: (now, 0),
+            wants_room: false,
+        }
+    }
+
     /// Whether the flow is question and answer, and the answers are quick: then an acknowledgement may
     /// wait for the answer that can carry it.
     pub(super) fn is_dialogue(&self) -> bool {
@@ -251,6 +277,38 @@ pub(super) struct Send {
 }
 
 impl Send {
+    /// Of a flow that begins at `now`, with its first sequence number.
+    fn new(iss: SeqNumber, now: Instant) -> Send {
+        Send {
+            iss,
+            una: iss,
+            nxt: iss,
+            max: iss,
+            consumed: iss + 1,
+            window: 0,
+            window_max: 0,
+            wl1: SeqNumber(0),
+            wl2: SeqNumber(0),
+            shift: 0,
+            mss: DEFAULT_MSS,
+            eof: None,
+            readable: false,
+            peer_closed: false,
+            urgent: false,
+            syn_due: false,
+            probe_due: false,
+            rst_due: None,
+            dup_acks: 0,
+            sacked: Scoreboard::default(),
+            resent: iss,
+            recover: None,
+            tries: 0,
+            silent: 0,
+            timer_base: now,
+            round_trip: RoundTrip::default(),
+        }
+    }
+
     /// Whether bytes may wait for the guest to open its window.
     pub(super) fn probes_window(&self) -> bool {
         self.window == 0 && self.readable
@@ -367,56 +425,8 @@ impl<S: HostStream> Flow<S> {
             pair: QueuePair::default(),
             stream: Some(stream),
             state: State::Connecting,
-            recv: Recv {
-                nxt: SeqNumber(0),
-                edge: SeqNumber(0),
-                shift: 0,
-                fin: None,
-                closed: false,
-                pool: Pool::default(),
-                queued: 0,
-                acked: SeqNumber(0),
-                ack_due: false,
-                ack_by: None,
-                bytes_at: core.now,
-                quick_answers: QUICK_ANSWERS,
-                window_asked: 0,
-                beyond_hole: 0,
-                newest_beyond: SeqNumber(0),
-                sack: false,
-                timestamps: None,
-                ecn: Ecn::Off,
-                challenges: (core.now, 0),
-                wants_room: false,
-            },
-            send: Send {
-                iss,
-                una: iss,
-                nxt: iss,
-                max: iss,
-                consumed: iss + 1,
-                window: 0,
-                window_max: 0,
-                wl1: SeqNumber(0),
-                wl2: SeqNumber(0),
-                shift: 0,
-                mss: DEFAULT_MSS,
-                eof: None,
-                readable: false,
-                peer_closed: false,
-                urgent: false,
-                syn_due: false,
-                probe_due: false,
-                rst_due: None,
-                dup_acks: 0,
-                sacked: Scoreboard::default(),
-                resent: iss,
-                recover: None,
-                tries: 0,
-                silent: 0,
-                timer_base: core.now,
-                round_trip: RoundTrip::default(),
-            },
+            recv: Recv::new(core.now),
+            send: Send::new(iss, core.now),
             timer: TimerSlot::default(),
             dirty: false,
             queued: false,
