@@ -3,7 +3,7 @@
 //!
 //! [`Line`] is one direction, without I/O or clock. [`run`] moves frames: one thread that sleeps in epoll
 //! until a TAP has a frame or a timer says that one is due. TCP crosses in frames of up to 64 KiB, as the
-//! TAPs' owners send them, but every decision is made for each segment ([`segments`]).
+//! TAPs' owners send them, but every decision is made for each segment (`segments.rs`).
 //!
 //! Read first: the kernel's `Documentation/networking/tuntap.rst`, virtio 1.3 section 5.1.6, `timerfd_create(2)`.
 
