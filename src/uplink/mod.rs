@@ -5,5 +5,6 @@
 mod datagrams;
 pub mod host_news;
 mod own_addresses;
+mod receive_window;
 pub mod sockets;
 pub mod sys;

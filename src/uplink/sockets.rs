@@ -4,7 +4,7 @@
 //! TCP sockets linger for zero seconds until they are closed cleanly, so that the death of guest,
 //! front-end or this process reaches the world as RST and never as FIN: a truncated upload cannot
 //! look complete. Their buffers are left to the kernel's autotuning, which a fixed size would switch
-//! off and cap.
+//! off and cap; `receive_window` helps it.
 
 use std::cell::RefCell;
 use std::io;
@@ -19,6 +19,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::datagrams::{self, Runs, UdpSocket};
 use super::own_addresses::OwnAddresses;
+use super::receive_window::ReceiveWindow;
 use super::sys::error_queue::ErrorReader;
 use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
@@ -125,6 +126,7 @@ impl HostSockets {
             token,
             kind,
             position,
+            window: ReceiveWindow::default(),
             run: None,
         })
     }
@@ -176,9 +178,9 @@ impl HostNet for HostSockets {
     }
 
     fn attach(&mut self, token: Token, detached: DetachedStream) -> io::Result<Stream> {
-        let DetachedStream { socket, kind, position } = detached;
+        let DetachedStream { socket, kind, position, window } = detached;
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
-        Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position, run: None })
+        Ok(Stream { shared: Rc::clone(&self.shared), socket, token, kind, position, window, run: None })
     }
 
     fn attach_datagram(&mut self, token: Token, detached: DetachedDatagram) -> io::Result<Datagram> {
@@ -239,6 +241,7 @@ pub struct Stream {
     kind: StreamKind,
     /// Where the kernel peeks next, if it keeps an offset.
     position: Option<usize>,
+    window: ReceiveWindow,
     /// What was gathered of this batch.
     run: Option<RunHandle>,
 }
@@ -310,6 +313,7 @@ pub struct DetachedStream {
     socket: Socket,
     kind: StreamKind,
     position: Option<usize>,
+    window: ReceiveWindow,
 }
 
 /// Appends `len` bytes of `scratch`, over and over, to be skipped by a peek.
@@ -328,7 +332,7 @@ impl HostStream for Stream {
 
     fn detach(self) -> DetachedStream {
         self.shared.poll.unwatch(self.socket.as_raw_fd());
-        DetachedStream { socket: self.socket, kind: self.kind, position: self.position }
+        DetachedStream { socket: self.socket, kind: self.kind, position: self.position, window: self.window }
     }
 
     fn uses_ecn(&self) -> bool {
@@ -403,6 +407,9 @@ impl HostStream for Stream {
             }
             left -= done;
         }
+        if self.kind == StreamKind::Tcp {
+            self.window.taken(self.socket.as_fd(), len_bytes);
+        }
         // The kernel moves its offset back by what left the queue.
         self.position = self.position.map(|at| at.saturating_sub(len_bytes));
         Ok(())
@@ -474,7 +481,8 @@ impl HostListener for Listener {
         self.shared.poll.watch_socket(socket.as_fd(), token)?;
         let position = peek_offset.then_some(0);
         let shared = Rc::clone(&self.shared);
-        Ok((Stream { shared, socket, token, kind: StreamKind::Tcp, position, run: None }, client))
+        let window = ReceiveWindow::default();
+        Ok((Stream { shared, socket, token, kind: StreamKind::Tcp, position, window, run: None }, client))
     }
 }
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use socket2::{SockRef, Type};
 use vunet::engine::host_net::{Close, HostListener, HostNet, HostStream, Token};
 use vunet::frame::PayloadMut;
-use vunet::uplink::sockets::bind_published;
+use vunet::uplink::sockets::{Stream, bind_published};
 
 use crate::{Uplink, both_ways, loopback, pattern, peek, peek_when_there, read_to_end, send};
 
@@ -38,6 +38,33 @@ fn bytes_are_peeked_in_order_again_and_again_until_discarded() {
         far.write_all(b"ab").expect("sent");
         assert_eq!(peek_when_there(&mut stream, 0, 4).expect("bytes"), b"ab");
     });
+}
+
+#[test]
+fn a_streams_receive_window_grows_though_bytes_stay_in_its_queue() {
+    let mut uplink = Uplink::new(true);
+    let (mut stream, mut far) = uplink.connected(TOKEN);
+    let room = |stream: &Stream| SockRef::from(stream).recv_buffer_size().expect("a size");
+    let first = room(&stream);
+    far.set_nonblocking(true).expect("an option");
+    let bytes = pattern(8 << 10);
+    // All that the window takes; what the kernel judges by is then in the queue, and stays there.
+    while far.write(&bytes).is_ok() {}
+    uplink.await_event(TOKEN, |ready| ready.readable);
+    for _ in 0..6 {
+        peek_when_there(&mut stream, 0, 8 << 10).expect("bytes");
+        stream.discard(8 << 10).expect("discarded");
+    }
+    // A quarter of 64 KiB was taken, and one of 128 KiB.
+    assert!(room(&stream) >= 256 << 10, "{first} to {}", room(&stream));
+    // Any byte wakes as before.
+    let mut left = 0;
+    while let Ok(part) = peek(&mut stream, left, 64 << 10) {
+        left += part.len();
+    }
+    stream.discard(left).expect("discarded");
+    while far.write(b"x").is_err() {}
+    uplink.await_event(TOKEN, |ready| ready.readable);
 }
 
 #[test]

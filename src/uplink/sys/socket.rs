@@ -298,6 +298,16 @@ fn set_option(fd: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io
     check(result as isize).map(|_| ())
 }
 
+/// How many bytes a stream socket waits for before it is readable (`SO_RCVLOWAT`, socket(7)); its receive
+/// buffer grows to hold them (Linux 4.18).
+///
+/// # Errors
+/// The kernel's.
+pub fn set_low_water(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    let bytes = c_int::try_from(bytes).map_err(|_| io::ErrorKind::InvalidInput)?;
+    set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes)
+}
+
 /// What lies in the send queue (`SO_MEMINFO`, since Linux 4.12). `None` where it is not known.
 pub fn send_memory(fd: BorrowedFd<'_>) -> Option<SendMemory> {
     // include/uapi/linux/sock_diag.h: rmem_alloc, rcvbuf, wmem_alloc, sndbuf, fwd_alloc,
