@@ -165,8 +165,7 @@ fn the_guests_new_start_ends_its_flows_at_every_worker() {
     exchange(&mut rigs);
     rigs[0].engine.guest_reset();
     exchange(&mut rigs);
-    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
-    assert_eq!(ends, [End::Reset, End::Reset]);
+    assert_eq!(ends(&rigs), [End::Reset, End::Reset]);
     assert!(rigs.iter_mut().all(|rig| rig.engine.nat().is_empty()));
 }
 
@@ -184,25 +183,35 @@ fn deliver(rigs: &mut [Rig], letters: Vec<Sent>) {
     }
 }
 
-#[test]
-fn a_flow_on_its_way_when_the_guest_begins_anew_ends_and_takes_nothing_of_the_new_guest_with_it() {
+/// Two workers, and the letter with a flow of guest port 4000 from the first to the second that was
+/// under way when the guest began anew.
+fn flow_on_its_way_past_a_new_start() -> (Vec<Rig>, Vec<Sent>) {
     let mut rigs = Rig::workers(2);
-    let peer = Peer::new(guest(4000), world(80));
-    let mut old = connected(&mut rigs[0], peer);
+    let mut old = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
     exchange(&mut rigs);
     old.data(&mut rigs[1], Flags::PSH, b"moves");
     let asks = letters(&mut rigs[1]);
     deliver(&mut rigs, asks);
     let flow = letters(&mut rigs[0]);
     rigs[0].engine.guest_reset();
+    (rigs, flow)
+}
+
+/// How each stream ended, oldest first.
+fn ends(rigs: &[Rig]) -> Vec<End> {
+    rigs[0].world().conns.iter().map(|conn| conn.end).collect()
+}
+
+#[test]
+fn a_flow_on_its_way_when_the_guest_begins_anew_ends_and_takes_nothing_of_the_new_guest_with_it() {
+    let (mut rigs, flow) = flow_on_its_way_past_a_new_start();
     let told = letters(&mut rigs[0]);
     // The new guest uses the same port, at the worker the old flow is on its way to.
     connected(&mut rigs[1], Peer::new(guest(4000), world(80)));
     deliver(&mut rigs, flow);
     deliver(&mut rigs, told);
     exchange(&mut rigs);
-    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
-    assert_eq!(ends, [End::Reset, End::Open]);
+    assert_eq!(ends(&rigs), [End::Reset, End::Open]);
     assert_eq!(rigs[1].engine.nat().len(), 1);
 }
 
@@ -230,20 +239,12 @@ fn a_client_whose_port_a_flow_of_another_worker_has_comes_from_another_port() {
 
 #[test]
 fn a_flow_that_came_too_late_leaves_its_place_free() {
-    let mut rigs = Rig::workers(2);
-    let mut old = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
-    exchange(&mut rigs);
-    old.data(&mut rigs[1], Flags::PSH, b"moves");
-    let asks = letters(&mut rigs[1]);
-    deliver(&mut rigs, asks);
-    let flow = letters(&mut rigs[0]);
-    rigs[0].engine.guest_reset();
+    let (mut rigs, flow) = flow_on_its_way_past_a_new_start();
     deliver(&mut rigs, flow);
     exchange(&mut rigs);
     // Were the directory still to name the other worker, this one would wait for it.
     connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
-    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
-    assert_eq!(ends, [End::Reset, End::Open]);
+    assert_eq!(ends(&rigs), [End::Reset, End::Open]);
 }
 
 #[test]
@@ -254,8 +255,7 @@ fn a_worker_forgets_the_guest_before_the_letter_that_says_it_began_anew() {
     rigs[0].engine.guest_reset();
     connected(&mut rigs[1], Peer::new(guest(4001), world(80)));
     exchange(&mut rigs);
-    let ends: Vec<End> = rigs[0].world().conns.iter().map(|conn| conn.end).collect();
-    assert_eq!(ends, [End::Reset, End::Open]);
+    assert_eq!(ends(&rigs), [End::Reset, End::Open]);
 }
 
 #[test]

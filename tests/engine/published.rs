@@ -14,7 +14,7 @@ use crate::frames::{GATEWAY, GUEST_IP, GUEST_MAC, Seen, echo_frame, guest, udp_f
 use crate::rig::{FAILED, Peer, READABLE, Rig, Setup, only, pattern, secs};
 use crate::world::End;
 
-fn client(port: u16) -> SocketAddr {
+pub(crate) fn client(port: u16) -> SocketAddr {
     SocketAddr::from(([198, 51, 100, 9], port))
 }
 
@@ -37,22 +37,26 @@ fn publish(rig: &mut Rig) -> (Token, Token) {
 }
 
 /// A rig whose guest is known.
-fn rig() -> (Rig, Token) {
+pub(crate) fn rig() -> (Rig, Token) {
     let mut rig = Rig::new();
     let (tcp, _) = publish(&mut rig);
     rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
     (rig, tcp)
 }
 
-fn arrives(rig: &mut Rig, listener: Token, client: SocketAddr) -> Vec<Seen> {
+pub(crate) fn arrives(rig: &mut Rig, listener: Token, client: SocketAddr) -> Vec<Seen> {
     rig.world().backlogs[0].push_back(client);
     rig.ready(listener, READABLE)
 }
 
+/// The guest's end of what the world's `syn` begins.
+pub(crate) fn peer_of(syn: &crate::frames::TcpSeen) -> Peer {
+    Peer { ack: syn.header.seq.0.wrapping_add(1), ..Peer::new(v4(syn.to), v4(syn.from)) }
+}
+
 /// The guest's answer to a SYN of the world.
 fn answer(rig: &mut Rig, syn: &crate::frames::TcpSeen) -> Peer {
-    let mut peer = Peer::new(v4(syn.to), v4(syn.from));
-    peer.ack = syn.header.seq.0.wrapping_add(1);
+    let mut peer = peer_of(syn);
     let options = Options { mss: Some(1460), window_scale: Some(7), ..Options::default() };
     let seg = crate::frames::Seg { options, ..peer.seg(Flags::SYN | Flags::ACK, &[]) };
     let acknowledged = only(rig.send(&seg.frame())).tcp();
@@ -321,7 +325,7 @@ fn a_client_that_left_before_the_guest_answered_ends_as_reset() {
     let syn = only(arrives(&mut rig, listener, client(999))).tcp();
     rig.conn(0).error = Some(libc::ECONNRESET);
     rig.stream_ready(0, FAILED);
-    let peer = Peer { ack: syn.header.seq.0.wrapping_add(1), ..Peer::new(v4(syn.to), v4(syn.from)) };
+    let peer = peer_of(&syn);
     let seen = rig.send(&peer.seg(Flags::SYN | Flags::ACK, &[]).frame());
     assert!(seen.last().expect("an answer").clone().tcp().has(Flags::RST));
     assert!(rig.engine.nat().is_empty());

@@ -10,32 +10,14 @@ use vunet::wire::icmpv4::{Message, UnreachableCode};
 use vunet::wire::ipv4::Protocol;
 use vunet::wire::tcp::{Flags, Options};
 
-use crate::frames::{GATEWAY, Seen, Seg, TcpSeen, echo_frame, frame, guest, ip, world};
+use crate::frames::{Seen, Seg, TcpSeen, frame, guest, ip, world};
+use crate::published::{arrives, client, peer_of, rig};
 use crate::rig::{Peer, READABLE, Rig, WORLD_FIN, WRITABLE, connected, ms, only, pattern, secs};
 use crate::world::End;
 
-fn client(port: u16) -> SocketAddrV4 {
-    SocketAddrV4::new(Ipv4Addr::new(198, 51, 100, 9), port)
-}
-
-/// A rig whose guest is known, with port 22 published.
-fn published(mut rig: Rig) -> (Rig, Token) {
-    let listener = rig.engine.nat().next_listener_token();
-    let socket = rig.engine.nat().net().listener();
-    rig.engine.nat().publish_tcp(socket, 22);
-    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
-    (rig, listener)
-}
-
-fn arrives(rig: &mut Rig, listener: Token, client: SocketAddrV4) -> TcpSeen {
-    rig.world().backlogs[0].push_back(client.into());
-    only(rig.ready(listener, READABLE)).tcp()
-}
-
-/// The guest's end of what the world's `syn` begins.
-fn peer_of(syn: &TcpSeen) -> Peer {
-    let (SocketAddr::V4(from), SocketAddr::V4(to)) = (syn.to, syn.from) else { panic!("IPv4") };
-    Peer { ack: syn.header.seq.0.wrapping_add(1), ..Peer::new(from, to) }
+/// The SYN that a client of the published port has the guest receive.
+fn syn_of(rig: &mut Rig, listener: Token, client: SocketAddr) -> TcpSeen {
+    only(arrives(rig, listener, client)).tcp()
 }
 
 /// The guest's "destination unreachable" about the segment of `peer`'s flow at `seq`.
@@ -52,8 +34,8 @@ fn unreachable(peer: &Peer, seq: u32, code: UnreachableCode, next_hop_mtu: u16) 
 
 #[test]
 fn both_ends_that_begin_at_once_meet() {
-    let (mut rig, listener) = published(Rig::new());
-    let syn = arrives(&mut rig, listener, client(999));
+    let (mut rig, listener) = rig();
+    let syn = syn_of(&mut rig, listener, client(999));
     let mut peer = peer_of(&syn);
     let answer = only(rig.send(&peer.seg(Flags::SYN, &[]).frame())).tcp();
     assert_eq!(answer.header.flags, Flags::SYN | Flags::ACK);
@@ -173,14 +155,14 @@ fn connections_that_end_before_they_began_leave_the_backlog() {
 
 #[test]
 fn a_flood_of_clients_of_one_published_port_spares_another() {
-    let (mut rig, listener) = published(Rig::new());
+    let (mut rig, listener) = rig();
     let other = rig.engine.nat().next_listener_token();
     let socket = rig.engine.nat().net().listener();
     rig.engine.nat().publish_tcp(socket, 23);
-    rig.world().backlogs[1].push_back(client(1).into());
+    rig.world().backlogs[1].push_back(client(1));
     only(rig.ready(other, READABLE));
     for n in 0..limits::TCP_BACKLOG_MAX as u16 {
-        arrives(&mut rig, listener, client(1000 + n));
+        syn_of(&mut rig, listener, client(1000 + n));
     }
     let ends: Vec<End> = rig.world().conns.iter().map(|conn| conn.end).collect();
     assert_eq!((ends[0], ends[1], ends[2]), (End::Open, End::Reset, End::Open));
@@ -297,9 +279,9 @@ fn a_guest_that_begins_anew_while_connecting_is_answered_for_what_it_asks_now() 
 
 #[test]
 fn the_guest_is_asked_for_ecn_once_where_a_client_has_it() {
-    let (mut rig, listener) = published(Rig::new());
+    let (mut rig, listener) = rig();
     rig.world().ecn = true;
-    let syn = arrives(&mut rig, listener, client(999));
+    let syn = syn_of(&mut rig, listener, client(999));
     assert_eq!(syn.header.flags, Flags::SYN | Flags::ECE | Flags::CWR);
     let again = only(rig.pass(secs(1))).tcp();
     assert_eq!(again.header.flags, Flags::SYN, "a guest that throws such away gets a plain one");
@@ -338,8 +320,8 @@ fn a_narrower_link_within_the_guest_gets_smaller_segments() {
 
 #[test]
 fn a_guests_firewall_that_rejects_a_client_ends_its_wait() {
-    let (mut rig, listener) = published(Rig::new());
-    let syn = arrives(&mut rig, listener, client(999));
+    let (mut rig, listener) = rig();
+    let syn = syn_of(&mut rig, listener, client(999));
     let peer = peer_of(&syn);
     rig.send(&unreachable(&peer, syn.header.seq.0, UnreachableCode::Port, 0));
     assert_eq!(rig.conn(0).end, End::Reset);
