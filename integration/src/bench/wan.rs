@@ -2,7 +2,7 @@
 //!
 //! The link ([`crate::link`]) is between host and world, so that guest, back-end and server are where they
 //! are in every other scenario. The bound is the host's own TCP over the same link: iperf3 where a back-end
-//! would stand. Each repetition has a seed of its own, the same for all back-ends.
+//! would stand. Each repetition of each scenario has a seed of its own, the same for all back-ends.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -20,6 +20,8 @@ use crate::sys::lock;
 pub(super) const RATE_MBIT: u32 = 1000;
 /// What waits for it at most: 32 ms.
 const QUEUE_MB: u32 = 4;
+/// An odd number, by which cells differ in all bits of their seeds.
+const SEED_SPREAD: u32 = 0x9e37_79b1;
 /// Time iperf3 gets besides its load: a connection that loses its SYN at 1 % and 300 ms takes seconds.
 const PATIENCE: Duration = Duration::from_secs(40);
 
@@ -27,8 +29,12 @@ const PATIENCE: Duration = Duration::from_secs(40);
 const LOCK_FILE: &str = "/tmp/vunet-congestion-control.lock";
 
 impl Wan {
-    /// Arguments of `vunet-integration link`.
-    pub(super) fn link_args(&self, seed: u32) -> Vec<String> {
+    /// Arguments of `vunet-integration link` for the `repetition`th run. No two scenarios share a seed, lest
+    /// one order of losses that happens to be kind decides a whole row.
+    pub(super) fn link_args(&self, repetition: u32) -> Vec<String> {
+        let Wan { to_guest, rtt_ms, lost_per_mille, flows } = *self;
+        let cell = (u32::from(rtt_ms) << 16) | (u32::from(lost_per_mille) << 8) | (u32::from(flows) << 1);
+        let seed = (cell | u32::from(to_guest)).wrapping_mul(SEED_SPREAD).wrapping_add(repetition);
         let delay_us = u32::from(self.rtt_ms) * 500;
         let loss = f64::from(self.lost_per_mille) / 10.0;
         let way = format!("delay={delay_us}us,loss={loss}%,rate={RATE_MBIT}mbit,queue={QUEUE_MB}MB");
@@ -45,7 +51,7 @@ pub(super) fn conditions(congestion: Option<&str>) -> String {
     };
     let congestion = congestion.map_or_else(|| read("tcp_congestion_control"), str::to_owned);
     format!(
-        "Link: {RATE_MBIT} Mbit/s each way, a queue of {QUEUE_MB} MB, losses both ways, repetition N with seed N; \
+        "Link: {RATE_MBIT} Mbit/s each way, a queue of {QUEUE_MB} MB, losses both ways, a seed for each repetition of each scenario; \
          guest, host and world: {congestion}, tcp_rmem {}, tcp_wmem {}.",
         read("tcp_rmem"),
         read("tcp_wmem"),
