@@ -274,3 +274,10 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
+
+/// Processes that use one rootless network at a time: a subnet of /24 has 253 addresses for guests, and each
+/// process costs the holder a descriptor.
+pub const NETWORK_USERS_MAX: usize = 256;
+
+/// How long a holder may take to let a process into its network: it has only two descriptors to send.
+pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
