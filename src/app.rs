@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use socket2::Type;
 use thiserror::Error;
-use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::signals::Signals;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -105,7 +105,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         let counters = thread.join().map_err(|_| Error::Thread("worker"))?;
         total.add(&counters.map_err(starting("the worker"))?);
     }
-    log_counters(&total);
+    total.log();
     log_dns(&resolver.stats());
     outcome
 }
@@ -159,7 +159,7 @@ fn prepare(
                 dns: config.dns.clone(),
                 mode: mode.clone(),
                 mac: config.mac,
-                flows_max: flows_max(open_files, nat.publish.len(), workers),
+                flows_max: limits::flows_max(open_files, nat.publish.len(), workers),
                 isn_secret,
                 home: several.then_some(home),
             },
@@ -212,26 +212,6 @@ async fn supervise(
     }
 }
 
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Signals> {
-        let terminate = signal(SignalKind::terminate())?;
-        let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Signals { terminate, interrupt })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
-
 type Bound = Vec<(socket2::Socket, u16)>;
 
 /// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
@@ -252,33 +232,9 @@ fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
     Ok((tcp, udp))
 }
 
-/// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
-/// the published ports.
-fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
-    let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
-    let reserved = limits::RESERVED_FDS_DNS + limits::RESERVED_FDS_WORKER * workers + published;
-    (open_files.saturating_sub(reserved) / workers).clamp(16, limits::FLOWS_MAX)
-}
-
 fn random_pair() -> Result<(u64, u64), Error> {
     let random = || getrandom::u64().map_err(|error| starting("random bytes")(io::Error::other(error)));
     Ok((random()?, random()?))
-}
-
-fn log_counters(counters: &Counters) {
-    tracing::info!(
-        frames_from_guest = counters.frames_from_guest,
-        frames_to_guest = counters.frames_to_guest,
-        payload_from_guest_bytes = counters.payload_from_guest_bytes,
-        payload_to_guest_bytes = counters.payload_to_guest_bytes,
-        flows_opened = counters.flows_opened,
-        flows_evicted = counters.flows_evicted,
-        flows_stranded = counters.flows_stranded,
-        retransmits = counters.retransmits,
-        dropped = counters.dropped_total(),
-        reasons = %counters.drops_text(),
-        "ended"
-    );
 }
 
 fn log_dns(stats: &DnsStats) {
@@ -300,18 +256,4 @@ fn log_dns(stats: &DnsStats) {
         evicted = stats.evicted,
         "names forwarded"
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024, 0, 1), 640);
-        assert_eq!(flows_max(1024, 100, 1), 540);
-        assert_eq!(flows_max(1024, 0, 4), 112);
-        assert_eq!(flows_max(64, 4096, 1), 16);
-        assert_eq!(flows_max(u64::MAX, 4096, 2), limits::FLOWS_MAX);
-    }
 }

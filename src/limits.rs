@@ -281,3 +281,25 @@ pub const NETWORK_USERS_MAX: usize = 256;
 
 /// How long a holder may take to let a process into its network: it has only two descriptors to send.
 pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
+
+/// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
+/// the published ports.
+pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
+    let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
+    let reserved = RESERVED_FDS_DNS + RESERVED_FDS_WORKER * workers + published;
+    (open_files.saturating_sub(reserved) / workers).clamp(16, FLOWS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flow_bound_leaves_descriptors_for_everything_else() {
+        assert_eq!(flows_max(1024, 0, 1), 640);
+        assert_eq!(flows_max(1024, 100, 1), 540);
+        assert_eq!(flows_max(1024, 0, 4), 112);
+        assert_eq!(flows_max(64, 4096, 1), 16);
+        assert_eq!(flows_max(u64::MAX, 4096, 2), FLOWS_MAX);
+    }
+}

@@ -9,3 +9,4 @@
 pub mod dependents;
 pub mod dns_forward;
 pub mod host_watch;
+pub mod signals;

@@ -83,6 +83,23 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Says in the log what was counted, at the end.
+    pub fn log(&self) {
+        tracing::info!(
+            frames_from_guest = self.frames_from_guest,
+            frames_to_guest = self.frames_to_guest,
+            payload_from_guest_bytes = self.payload_from_guest_bytes,
+            payload_to_guest_bytes = self.payload_to_guest_bytes,
+            flows_opened = self.flows_opened,
+            flows_evicted = self.flows_evicted,
+            flows_stranded = self.flows_stranded,
+            retransmits = self.retransmits,
+            dropped = self.dropped_total(),
+            reasons = %self.drops_text(),
+            "ended"
+        );
+    }
+
     /// Counts one drop.
     pub fn drop(&mut self, reason: DropReason) {
         self.drops[reason as usize] += 1;

@@ -15,5 +15,166 @@
 //! May touch: `engine`, `uplink`, `control`, `service`, `sandbox`.
 
 pub mod door;
+mod links;
 pub mod tap_port;
 pub mod worker;
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::net::UnixListener;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::worker::{HolderParts, HolderWorker};
+use crate::config::{DnsConfig, Lan, Mode, NatConfig};
+use crate::control::dependents::Dependents;
+use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
+use crate::control::signals::Signals;
+use crate::engine::EngineConfig;
+use crate::limits;
+use crate::sandbox::namespaces::{NamespaceError, Namespaces};
+use crate::service::dhcp::DhcpServer;
+use crate::service::dns::DnsService;
+use crate::uplink::sys::socket::raise_open_files_limit;
+
+/// What a holder is told at its start.
+#[derive(Debug)]
+pub struct HolderConfig {
+    /// The guests' network.
+    pub lan: Lan,
+    /// DNS as they meet it.
+    pub dns: DnsConfig,
+    /// Translation to the world.
+    pub nat: NatConfig,
+    /// Keys the initial sequence numbers (RFC 6528).
+    pub isn_secret: (u64, u64),
+    /// Where the door's socket is to be.
+    pub door: PathBuf,
+    /// How long the network is kept without users.
+    pub idle: Duration,
+}
+
+/// Why there is no holder, or why it had to end.
+#[derive(Debug, Error)]
+pub enum Error {
+    /// No namespaces, or what belongs into them could not be made there.
+    #[error("the network's namespaces")]
+    Namespaces(#[from] NamespaceError),
+    /// A descriptor, thread, socket or random bytes could not be had.
+    #[error("cannot start: {what}")]
+    Start {
+        /// What was to be made.
+        what: &'static str,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
+    /// The worker ended by itself.
+    #[error("the worker thread ended unexpectedly")]
+    Worker,
+}
+
+fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Start { what, source }
+}
+
+/// Holds a network until nobody has used it for the configured time, or a signal. Calls `ready` once
+/// processes can join.
+///
+/// Must be called while the process has one thread.
+///
+/// # Errors
+/// [`enum@Error`], whose chain says what to do.
+pub fn run(config: &HolderConfig, ready: impl FnOnce()) -> Result<(), Error> {
+    let ip_mtu = config.lan.ip_mtu;
+    let (namespaces, tap) = Namespaces::make(|| links::make(ip_mtu))?;
+    let open_files = raise_open_files_limit();
+    let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(starting("the control runtime"))?;
+    let Prepared { parts, forwarder, resolver } = prepare(config, open_files, tap, &stop)?;
+    let dns = Arc::clone(&parts.dns);
+    let host = Dependents {
+        resolver: config.dns.enabled.then_some(resolver),
+        dhcp: Arc::clone(&parts.dhcp),
+        workers: vec![parts.addresses_gone.try_clone().map_err(starting("an eventfd"))?],
+        subnet: config.lan.subnet,
+    };
+    let worker = thread::Builder::new()
+        .name("worker".to_owned())
+        .spawn(move || HolderWorker::new(parts)?.run())
+        .map_err(starting("a worker thread"))?;
+    let outcome = runtime.block_on(async {
+        let listener = open_door(&config.door)?;
+        let signals = Signals::new().map_err(starting("signal handlers"))?;
+        tokio::spawn(forwarder.run(dns));
+        host.follow();
+        ready();
+        hold(listener, namespaces, config.idle, signals).await;
+        // The next holder makes its own door; a process that knocks meanwhile finds none and waits for it.
+        let _ = fs::remove_file(&config.door);
+        Ok(())
+    });
+    let _ = stop.write(1);
+    let counters = worker.join().map_err(|_| Error::Worker)?.map_err(starting("the worker"))?;
+    counters.log();
+    outcome
+}
+
+struct Prepared {
+    parts: HolderParts,
+    forwarder: DnsForwarder,
+    resolver: Arc<Resolver>,
+}
+
+fn prepare(config: &HolderConfig, open_files: u64, tap: OwnedFd, stop: &EventFd) -> Result<Prepared, Error> {
+    let resolver = Resolver::new(Upstreams::of(&config.nat));
+    let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
+    let parts = HolderParts {
+        tap,
+        engine: EngineConfig {
+            lan: config.lan,
+            dns: config.dns.clone(),
+            mode: Mode::Nat(config.nat.clone()),
+            mac: None,
+            flows_max: limits::flows_max(open_files, limits::NETWORK_USERS_MAX, 1),
+            isn_secret: config.isn_secret,
+            home: None,
+        },
+        dns: Arc::new(DnsService::new(&config.dns, &config.lan, true)),
+        dns_client,
+        dhcp: Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns))),
+        stop: stop.try_clone().map_err(starting("an eventfd"))?,
+        addresses_gone: EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?,
+    };
+    Ok(Prepared { parts, forwarder, resolver })
+}
+
+/// Binds the door's socket, this user's only. Whoever calls holds the network's lock, so a socket that is
+/// there already is a dead holder's.
+fn open_door(path: &Path) -> Result<UnixListener, Error> {
+    let doing = "the socket where processes join";
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(starting(doing)(error)),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).map_err(starting(doing))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(starting(doing))?;
+    Ok(listener)
+}
+
+/// Serves the door until nobody has used it for `idle`, or a signal.
+async fn hold(listener: UnixListener, namespaces: Namespaces, idle: Duration, mut signals: Signals) {
+    tokio::select! {
+        () = door::serve(listener, namespaces, idle) => tracing::info!("nobody uses the network; ending"),
+        name = signals.next() => tracing::info!(signal = name, "ending"),
+    }
+}
