@@ -275,6 +275,13 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
 
+/// Frames taken from one TAP queue before the guest's own frames have their turn.
+pub const LINK_BATCH_FRAMES: usize = 64;
+
+/// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
+/// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
+pub const LINK_HEAD_BYTES: usize = 128;
+
 /// Processes that use one rootless network at a time: a subnet of /24 has 253 addresses for guests, and each
 /// process costs the holder a descriptor.
 pub const NETWORK_USERS_MAX: usize = 256;

@@ -9,3 +9,4 @@ mod own_addresses;
 mod receive_window;
 pub mod sockets;
 pub mod sys;
+pub mod tap;
