@@ -1,7 +1,10 @@
 //! The networks a process serves: who holds which address.
 //!
 //! [`leases`] is the pool of one process, in memory. It opens no file and reads no clock; time is
-//! an argument.
+//! an argument. [`state_dir`] is where named networks, which several processes share, keep what they know;
+//! [`name`] is what they are called.
 #![forbid(unsafe_code)]
 
 pub mod leases;
+pub mod name;
+pub mod state_dir;
