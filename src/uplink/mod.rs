@@ -1,9 +1,10 @@
-//! Where frames leave: host sockets.
+//! Where frames leave: host sockets; and the links of the host.
 //!
 //! What only Linux knows sits in [`sys`].
 
 mod datagrams;
 pub mod host_news;
+pub mod links;
 mod own_addresses;
 mod receive_window;
 pub mod sockets;
