@@ -274,3 +274,16 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
+
+/// Bytes of a named network's definition that are read; it has a dozen short lines.
+pub const NETWORK_FILE_BYTES_MAX: u64 = 65_536;
+
+/// Bytes of what a process notes about itself in a network's run folder: 4,096 published ports of 60 bytes.
+pub const NETWORK_USER_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Processes that use one named network: each has a port of its bridge, and Linux gives a bridge 1,023.
+pub const NETWORK_USERS_MAX: usize = 1023;
+
+/// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
+/// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
+pub const FORWARDING_ENTRIES_MAX: usize = 256;
