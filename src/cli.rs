@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+pub mod network;
 mod subnet;
 mod values;
 
@@ -42,6 +43,8 @@ pub enum Command {
     PrintCapabilities,
     /// Run a backend.
     Run(Box<Args>),
+    /// Make, list, show or remove named networks.
+    Network(network::NetworkCommand, Option<PathBuf>),
 }
 
 /// Why the command line is refused.
@@ -90,7 +93,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    Ok(Command::Run(Box::new(Args::try_parse_from(args)?)))
+    let mut args = Args::try_parse_from(args)?;
+    match args.subcommand.take() {
+        Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        None => Ok(Command::Run(Box::new(args))),
+    }
+}
+
+/// What else the program does than run a backend.
+#[derive(Debug, clap::Subcommand)]
+enum Subcommand {
+    /// Named networks, shared by several VMs
+    #[command(subcommand)]
+    Network(network::NetworkCommand),
 }
 
 /// What a guest may reach.
@@ -169,8 +184,21 @@ pub enum LogFormatArg {
 
 /// A network for one virtual machine over vhost-user: NAT without privilege, DHCP and DNS
 #[derive(Debug, Parser)]
-#[command(name = "vunet", version, max_term_width = 100, after_long_help = EXAMPLES)]
+#[command(
+    name = "vunet",
+    version,
+    max_term_width = 100,
+    after_long_help = EXAMPLES,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Args {
+    #[command(subcommand)]
+    subcommand: Option<Subcommand>,
+    // Before or behind a subcommand.
+    /// Where named networks are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
+    /// ~/.local/state/vunet]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
+    state_dir: Option<PathBuf>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,

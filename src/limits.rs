@@ -275,6 +275,19 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
 
+/// Bytes of a named network's definition that are read; it has a dozen short lines.
+pub const NETWORK_FILE_BYTES_MAX: u64 = 65_536;
+
+/// Bytes of what a process notes about itself in a network's run folder: 4,096 published ports of 60 bytes.
+pub const NETWORK_USER_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Processes that use one named network: each has a port of its bridge, and Linux gives a bridge 1,023.
+pub const NETWORK_USERS_MAX: usize = 1023;
+
+/// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
+/// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
+pub const FORWARDING_ENTRIES_MAX: usize = 256;
+
 /// Frames taken from one TAP queue before the guest's own frames have their turn.
 pub const LINK_BATCH_FRAMES: usize = 64;
 
@@ -284,7 +297,7 @@ pub const LINK_HEAD_BYTES: usize = 128;
 
 /// Processes that use one rootless network at a time: a subnet of /24 has 253 addresses for guests, and each
 /// process costs the holder a descriptor.
-pub const NETWORK_USERS_MAX: usize = 256;
+pub const HOLDER_USERS_MAX: usize = 256;
 
 /// How long a holder may take to let a process into its network: it has only two descriptors to send.
 pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);

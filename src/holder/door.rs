@@ -40,9 +40,9 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Duratio
                 tracing::warn!(%error, "a process could not join the network");
                 tokio::time::sleep(PAUSE).await;
             }
-            Ok(Some(Ok((stream, _)))) if *count.borrow() >= limits::NETWORK_USERS_MAX => {
+            Ok(Some(Ok((stream, _)))) if *count.borrow() >= limits::HOLDER_USERS_MAX => {
                 tracing::warn!(
-                    max = limits::NETWORK_USERS_MAX,
+                    max = limits::HOLDER_USERS_MAX,
                     "too many processes use the network; one is refused"
                 );
                 drop(stream);

@@ -145,7 +145,7 @@ fn prepare(config: &HolderConfig, open_files: u64, tap: OwnedFd, stop: &EventFd)
             dns: config.dns.clone(),
             mode: Mode::Nat(config.nat.clone()),
             mac: None,
-            flows_max: limits::flows_max(open_files, limits::NETWORK_USERS_MAX, 1),
+            flows_max: limits::flows_max(open_files, limits::HOLDER_USERS_MAX, 1),
             isn_secret: config.isn_secret,
             home: None,
         },

@@ -3,10 +3,14 @@
 //! What only Linux knows sits in [`sys`].
 
 mod datagrams;
+pub mod firewall;
+pub mod forwarding;
 pub mod host_news;
 pub mod links;
 mod own_addresses;
+pub mod own_bridge;
 mod receive_window;
 pub mod sockets;
 pub mod sys;
+pub mod sysctl;
 pub mod tap;
