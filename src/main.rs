@@ -33,7 +33,9 @@ fn print_capabilities() -> ExitCode {
 }
 
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
-    start_log(&LogConfig { level: "warn".to_owned(), json: false });
+    // Who holds a network is a daemon; the others print their answer.
+    let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
+    start_log(&LogConfig { level: level.to_owned(), json: false });
     match command.run(state_dir, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,

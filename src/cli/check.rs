@@ -21,11 +21,6 @@ use crate::uplink::sys::inherited::{self, InheritedError};
 use crate::uplink::sys::routes::HostRoute;
 use crate::uplink::sys::tap::InheritedTapError;
 
-/// Names that answer with the gateway whatever the domain, because people's tools ask for them.
-const GATEWAY_ALIASES: [&str; 2] = ["host.docker.internal", "gateway.docker.internal"];
-/// The gateway's own label under the domain.
-const GATEWAY_LABEL: &str = "host";
-
 /// Why flags do not go together, or not on this host.
 #[derive(Debug, Error)]
 pub enum UsageError {
@@ -447,10 +442,10 @@ fn dns(args: &Args, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
             hosts.push(entry);
         }
     }
-    let own = values::under(GATEWAY_LABEL, &domain)
+    let own = values::under(DnsConfig::GATEWAY_LABEL, &domain)
         .map_err(|reason| UsageError::Name { flag: "--dns-domain", reason })?;
     let given = hosts.len();
-    for name in [own].into_iter().chain(GATEWAY_ALIASES.map(str::to_owned)) {
+    for name in [own].into_iter().chain(DnsConfig::GATEWAY_ALIASES.map(str::to_owned)) {
         // A name the user gave an address keeps that one alone.
         if hosts[..given].iter().all(|(taken, _)| *taken != name) {
             hosts.push((name, IpAddr::V4(gateway)));

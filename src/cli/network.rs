@@ -1,7 +1,7 @@
 //! `vunet network`: named networks made, listed, shown and removed.
 
 use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
@@ -12,10 +12,12 @@ use thiserror::Error;
 use super::subnet;
 use super::values;
 use crate::addr::Ipv4Subnet;
-use crate::config::{DnsConfig, IpMtu};
+use crate::config::{DnsConfig, IpMtu, Lan, NatConfig};
+use crate::holder::{self, HolderConfig};
 use crate::network::definition::{Definition, Kind, NetworkId, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
+use crate::network::rootless::{self, JoinError};
 use crate::network::state_dir::{self, StateDir};
 use crate::network::users::User;
 use crate::uplink::links::is_link_name;
@@ -35,6 +37,14 @@ pub enum NetworkCommand {
         /// As a JSON object
         #[arg(long)]
         json: bool,
+    },
+    /// Hold a rootless network, in the foreground, for a service manager; without it VMs start one by themselves
+    Hold {
+        /// Name of the network
+        name: NetworkName,
+        /// Do not end when no VM has used the network for a minute
+        #[arg(long)]
+        keep: bool,
     },
     /// Remove a network that no VM uses, with its leases
     Remove {
@@ -70,6 +80,9 @@ pub struct CreateArgs {
     /// With --mode nat: let its guests open connections to this host itself
     #[arg(long)]
     allow_host: bool,
+    /// Without privilege: its bridge lies in namespaces of this user, and a small process holds them
+    #[arg(long)]
+    rootless: bool,
     /// With --mode bridge: the bridge of this host that its guests are on
     #[arg(long, value_name = "NAME")]
     bridge: Option<String>,
@@ -128,6 +141,38 @@ pub enum CommandError {
         "networks have all of 10.0.0.0/24 and 10.0.2.0/24 to 10.0.254.0/24: give --subnet, or remove one"
     )]
     NoneLeft,
+    /// A network without a holder.
+    #[error("network {name} is of mode {mode}, which needs no holder: only networks made with --rootless do")]
+    NotRootless {
+        /// Its name.
+        name: NetworkName,
+        /// Its mode.
+        mode: &'static str,
+    },
+    /// The holder of a rootless network.
+    #[error("network {name}")]
+    Join {
+        /// Its name.
+        name: NetworkName,
+        /// What failed.
+        source: JoinError,
+    },
+    /// This process is the holder, and has to end.
+    #[error("network {name}")]
+    Holder {
+        /// Its name.
+        name: NetworkName,
+        /// Why.
+        source: holder::Error,
+    },
+    /// The lock of a holder.
+    #[error("cannot lock network {name}")]
+    Lock {
+        /// Its name.
+        name: NetworkName,
+        /// The system's refusal.
+        source: io::Error,
+    },
     /// No random bytes.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),
@@ -141,7 +186,11 @@ impl CommandError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CommandError::Network(NetworkError::Unknown { .. } | NetworkError::Exists(_)) => 2,
-            CommandError::Network(_) | CommandError::Random(_) => 1,
+            CommandError::Network(_)
+            | CommandError::Random(_)
+            | CommandError::Join { .. }
+            | CommandError::Holder { .. }
+            | CommandError::Lock { .. } => 1,
             _ => 2,
         }
     }
@@ -170,6 +219,7 @@ impl NetworkCommand {
             NetworkCommand::Create(args) => create(&networks, &args, routes),
             NetworkCommand::List => list(&networks),
             NetworkCommand::Inspect { name, json } => inspect(&networks, &name, json),
+            NetworkCommand::Hold { name, keep } => hold(&networks, &name, keep),
             NetworkCommand::Remove { name } => {
                 networks.sweep(Some(&name));
                 let removed = networks.remove(&name)?;
@@ -193,7 +243,38 @@ fn create(
         let id = NetworkId::random().map_err(CommandError::Random)?;
         Ok::<_, CommandError>(Definition { name: args.name.clone(), id, kind })
     })?;
+    if made.is_rootless() {
+        // So that whatever forbids it is told now, and the first VM need not wait.
+        let joined = networks.holder(&made.name).knock();
+        joined.map_err(|source| CommandError::Join { name: made.name.clone(), source })?;
+    }
     Ok(format!("created network {}: {}\n", made.name, summary(&made)))
+}
+
+/// Is the holder of a rootless network until nobody uses it.
+fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, CommandError> {
+    let network = networks.find(name)?;
+    let Kind::Rootless { lan } = &network.kind else {
+        return Err(CommandError::NotRootless { name: name.clone(), mode: network.kind.mode() });
+    };
+    let place = networks.holder(name);
+    let lock = place.hold().map_err(|source| CommandError::Lock { name: name.clone(), source })?;
+    let Some(_lock) = lock else { return Ok(format!("{}\n", rootless::HELD)) };
+    let random = || getrandom::u64().map_err(io::Error::other);
+    let config = HolderConfig {
+        lan: Lan { subnet: lan.subnet, gateway: lan.gateway, guest: None, ip_mtu: lan.ip_mtu, dhcp: true },
+        dns: DnsConfig::of_gateway(&lan.dns_domain, lan.gateway),
+        nat: NatConfig::default(),
+        isn_secret: random().and_then(|one| Ok((one, random()?))).map_err(CommandError::Random)?,
+        door: place.door(),
+        idle: (!keep).then_some(holder::door::IDLE),
+    };
+    let ready = || {
+        // Whoever started it may be gone.
+        let _ = writeln!(io::stdout(), "{}", rootless::READY);
+    };
+    holder::run(&config, ready).map_err(|source| CommandError::Holder { name: name.clone(), source })?;
+    Ok(String::new())
 }
 
 impl CreateArgs {
@@ -202,7 +283,10 @@ impl CreateArgs {
         match self.mode {
             NetworkModeArg::Nat => {
                 let lan = self.lan(subnet::nat_default(), others, routes)?;
-                Ok(Kind::Nat { lan, allow_host: self.allow_host })
+                match self.rootless {
+                    true => Ok(Kind::Rootless { lan }),
+                    false => Ok(Kind::Nat { lan, allow_host: self.allow_host }),
+                }
             }
             NetworkModeArg::HostOnly => {
                 Ok(Kind::HostOnly { lan: self.lan(subnet::isolated_default(), others, routes)? })
@@ -226,6 +310,15 @@ impl CreateArgs {
             NetworkModeArg::Bridge if self.dns_domain.is_some() => refuse("bridge", "--dns-domain", of_lan),
             NetworkModeArg::Bridge if self.allow_host => {
                 refuse("bridge", "--allow-host", "the host's own firewall decides there")
+            }
+            NetworkModeArg::Bridge if self.rootless => {
+                refuse("bridge", "--rootless", "a port of a bridge of this host needs privilege")
+            }
+            NetworkModeArg::HostOnly if self.rootless => {
+                refuse("host-only", "--rootless", "this host has no address in a namespace of its own")
+            }
+            NetworkModeArg::Nat if self.rootless && self.allow_host => {
+                refuse("nat, rootless", "--allow-host", "its gateway does not reach this host")
             }
             NetworkModeArg::HostOnly if self.allow_host => {
                 refuse("host-only", "--allow-host", "its guests reach the host anyway")

@@ -100,6 +100,18 @@ pub struct DnsConfig {
 impl DnsConfig {
     /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
     pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
+    /// Names that answer with the gateway whatever the domain, because people's tools ask for them.
+    pub const GATEWAY_ALIASES: [&'static str; 2] = ["host.docker.internal", "gateway.docker.internal"];
+    /// The gateway's own label under the domain.
+    pub const GATEWAY_LABEL: &'static str = "host";
+
+    /// DNS with the gateway's own names only.
+    pub fn of_gateway(domain: &str, gateway: Ipv4Addr) -> DnsConfig {
+        let own = format!("{}.{domain}", Self::GATEWAY_LABEL);
+        let names = [own].into_iter().chain(Self::GATEWAY_ALIASES.map(str::to_owned));
+        let hosts = names.map(|name| (name, IpAddr::V4(gateway))).collect();
+        DnsConfig { enabled: true, domain: domain.to_owned(), hosts }
+    }
 }
 
 /// What lies beyond the gateway.

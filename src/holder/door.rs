@@ -3,13 +3,16 @@
 //! An open connection is a use of the network: the kernel closes it whatever way the process ends, so none
 //! is counted twice and none is forgotten.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 use crate::limits;
@@ -17,42 +20,48 @@ use crate::sandbox::namespaces::Namespaces;
 
 /// How long a network without users is kept: its next user need not wait for another holder.
 pub const IDLE: Duration = Duration::from_secs(60);
+/// What a process says that wants the holder to end.
+const END: u8 = b'E';
 /// How long a failing socket is left alone: there may be no descriptor just now.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves the door until nobody has used it for `idle`.
-pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Duration) {
+/// Serves the door until nobody has used it for `idle` (for ever without), or a user says that it shall end.
+pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<Duration>) {
     let namespaces = Arc::new(namespaces);
     let (count, mut users) = watch::channel(0usize);
+    let end = Arc::new(Notify::new());
     loop {
         // A new user, or a change of their number, begins the wait anew.
-        let wait = if *users.borrow_and_update() == 0 { idle } else { Duration::MAX };
+        let wait = idle.filter(|_| *users.borrow_and_update() == 0).unwrap_or(Duration::MAX);
         let news = async {
             tokio::select! {
-                accepted = listener.accept() => Some(accepted),
-                _ = users.changed() => None,
+                accepted = listener.accept() => Ok(Some(accepted)),
+                _ = users.changed() => Ok(None),
+                () = end.notified() => Err(()),
             }
         };
         match timeout(wait, news).await {
-            Err(_) => return,
-            Ok(None) => {}
-            Ok(Some(Err(error))) => {
+            Err(_) | Ok(Err(())) => return,
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(Err(error)))) => {
                 tracing::warn!(%error, "a process could not join the network");
                 tokio::time::sleep(PAUSE).await;
             }
-            Ok(Some(Ok((stream, _)))) if *count.borrow() >= limits::HOLDER_USERS_MAX => {
+            Ok(Ok(Some(Ok((stream, _))))) if *count.borrow() >= limits::HOLDER_USERS_MAX => {
                 tracing::warn!(
                     max = limits::HOLDER_USERS_MAX,
                     "too many processes use the network; one is refused"
                 );
                 drop(stream);
             }
-            Ok(Some(Ok((stream, _)))) => {
-                let (count, namespaces) = (count.clone(), Arc::clone(&namespaces));
+            Ok(Ok(Some(Ok((stream, _))))) => {
+                let (count, namespaces, end) = (count.clone(), Arc::clone(&namespaces), Arc::clone(&end));
                 count.send_modify(|users| *users += 1);
                 tokio::spawn(async move {
-                    if let Err(error) = attend(stream, &namespaces).await {
-                        tracing::warn!(%error, "a process could not join the network");
+                    match attend(stream, &namespaces).await {
+                        Ok(true) => end.notify_one(),
+                        Ok(false) => {}
+                        Err(error) => tracing::warn!(%error, "a process could not join the network"),
                     }
                     count.send_modify(|users| *users -= 1);
                 });
@@ -61,8 +70,8 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Duratio
     }
 }
 
-/// Gives one process the namespaces and waits for its end.
-async fn attend(stream: tokio::net::UnixStream, namespaces: &Namespaces) -> io::Result<()> {
+/// Gives one process the namespaces and waits for its end. Whether it asked the holder to end.
+async fn attend(stream: tokio::net::UnixStream, namespaces: &Namespaces) -> io::Result<bool> {
     let peer = stream.peer_cred()?;
     tracing::info!(pid = peer.pid(), "joins the network");
     let stream = stream.into_std()?;
@@ -70,37 +79,73 @@ async fn attend(stream: tokio::net::UnixStream, namespaces: &Namespaces) -> io::
     let stream = tokio::net::UnixStream::from_std(stream)?;
     loop {
         stream.readable().await?;
-        match stream.try_read(&mut [0; 64]) {
+        let mut said = [0; 64];
+        match stream.try_read(&mut said) {
             Ok(0) => break,
+            Ok(_) if said[0] == END => return Ok(true),
+            Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
-            // A process that says something is not asked what.
-            outcome => drop(outcome?),
+            Err(error) => return Err(error),
         }
     }
     tracing::info!(pid = peer.pid(), "left the network");
-    Ok(())
+    Ok(false)
 }
 
 /// A process's use of the network, until it is dropped.
 #[derive(Debug)]
-pub struct Use(#[expect(dead_code, reason = "its being open is what counts")] UnixStream);
+pub struct Use(UnixStream);
+
+impl Use {
+    /// Asks the holder to end.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub fn end(&self) -> io::Result<()> {
+        (&self.0).write_all(&[END])
+    }
+
+    /// Waits for the holder's end, whatever ends it. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// The socket's.
+    pub async fn holder_ended(self) -> io::Result<()> {
+        self.0.set_nonblocking(true)?;
+        let stream = tokio::net::UnixStream::from_std(self.0)?;
+        loop {
+            stream.readable().await?;
+            match stream.try_read(&mut [0; 64]) {
+                Ok(0) => return Ok(()),
+                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return Ok(()),
+                _ => {}
+            }
+        }
+    }
+}
 
 /// Knocks at the door: the namespaces, and the use of them that lasts until the process ends.
 ///
 /// # Errors
 /// Nobody is behind it ([`io::ErrorKind::NotFound`], [`io::ErrorKind::ConnectionRefused`]), or it is not a
 /// holder's.
-pub fn knock(path: &std::path::Path) -> io::Result<(Namespaces, Use)> {
-    let stream = UnixStream::connect(path)?;
+pub fn knock(path: &Path) -> io::Result<(Namespaces, Use)> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|name| name.to_str())) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let stream = UnixStream::connect(short_path(&File::open(folder)?, name))?;
     stream.set_read_timeout(Some(limits::HOLDER_ANSWER))?;
     let namespaces = Namespaces::take(&stream)?;
     Ok((namespaces, Use(stream)))
 }
 
+/// `name` in the open `folder`, by a path that any socket address has room for.
+pub(super) fn short_path(folder: &File, name: &str) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::os::fd::OwnedFd;
 
     use super::*;
@@ -115,7 +160,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("door");
         let idle = Duration::from_millis(50);
-        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), idle));
+        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), Some(idle)));
         let knock_at = path.clone();
         let users =
             tokio::task::spawn_blocking(move || [knock(&knock_at).unwrap(), knock(&knock_at).unwrap()]);
@@ -127,6 +172,20 @@ mod tests {
         assert!(!served.is_finished(), "one still uses it");
         drop(second);
         timeout(Duration::from_secs(10), served).await.expect("nobody uses it").unwrap();
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_user_may_end_the_holder_and_the_others_hear_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("door");
+        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), None));
+        let knock_at = path.clone();
+        let users =
+            tokio::task::spawn_blocking(move || [knock(&knock_at).unwrap(), knock(&knock_at).unwrap()]);
+        let [(_, first), (_, second)] = users.await.unwrap();
+        first.end().unwrap();
+        timeout(Duration::from_secs(10), served).await.expect("it was asked to").unwrap();
+        timeout(Duration::from_secs(10), second.holder_ended()).await.expect("it ended").unwrap();
     }
 
     #[test]

@@ -17,7 +17,7 @@ const TAP: &str = "vn-gateway";
 
 /// What the engine takes: everything, so that the kernel need not cut.
 const OFFLOADS: GuestOffloads =
-    GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: true, uso4: false };
+    GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: true, uso4: false, uso6: false };
 
 /// Makes the bridge and the TAP in the namespace this process is in; the TAP's descriptor.
 ///
@@ -29,7 +29,7 @@ pub(super) fn make(ip_mtu: IpMtu) -> Result<OwnedFd, String> {
     let tap = TapQueue::open(TAP, false).map_err(|error| refused("open /dev/net/tun", &error))?;
     tap.set_offloads(OFFLOADS).map_err(|error| refused("set the offloads of the TAP", &error))?;
     runtime.block_on(join(ip_mtu)).map_err(|error| said(&error))?;
-    Ok(tap.into())
+    Ok(tap.into_fd())
 }
 
 async fn join(ip_mtu: IpMtu) -> Result<(), LinkError> {

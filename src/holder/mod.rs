@@ -19,7 +19,10 @@ mod links;
 pub mod tap_port;
 pub mod worker;
 
-use std::fs;
+pub use links::BRIDGE;
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
@@ -57,8 +60,8 @@ pub struct HolderConfig {
     pub isn_secret: (u64, u64),
     /// Where the door's socket is to be.
     pub door: PathBuf,
-    /// How long the network is kept without users.
-    pub idle: Duration,
+    /// How long the network is kept without users; for ever without.
+    pub idle: Option<Duration>,
 }
 
 /// Why there is no holder, or why it had to end.
@@ -166,15 +169,18 @@ fn open_door(path: &Path) -> Result<UnixListener, Error> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(starting(doing)(error)),
         _ => {}
     }
-    let listener = UnixListener::bind(path).map_err(starting(doing))?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    let folder = File::open(folder).map_err(starting(doing))?;
+    let listener = UnixListener::bind(door::short_path(&folder, name)).map_err(starting(doing))?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(starting(doing))?;
     Ok(listener)
 }
 
 /// Serves the door until nobody has used it for `idle`, or a signal.
-async fn hold(listener: UnixListener, namespaces: Namespaces, idle: Duration, mut signals: Signals) {
+async fn hold(listener: UnixListener, namespaces: Namespaces, idle: Option<Duration>, mut signals: Signals) {
     tokio::select! {
-        () = door::serve(listener, namespaces, idle) => tracing::info!("nobody uses the network; ending"),
+        () = door::serve(listener, namespaces, idle) => tracing::info!("nobody uses the network, or it is to be removed; ending"),
         name = signals.next() => tracing::info!(signal = name, "ending"),
     }
 }

@@ -84,7 +84,7 @@ impl TapSource {
 impl GuestPort for TapPort {
     fn offloads(&self) -> GuestOffloads {
         // The kernel cuts and sums for whoever cannot.
-        GuestOffloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: true }
+        GuestOffloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true }
     }
 
     fn reserve(

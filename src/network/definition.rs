@@ -95,6 +95,12 @@ pub enum Kind {
         /// Its addresses.
         lan: OwnLan,
     },
+    /// Each other and the world, without privilege: the bridge is in namespaces of this user's, and a holder's
+    /// sockets lead to the world.
+    Rootless {
+        /// Its addresses.
+        lan: OwnLan,
+    },
     /// Whatever an existing bridge of the host leads to.
     Bridge {
         /// The bridge's name.
@@ -107,11 +113,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// As the command line says it: `nat`, `host-only` or `bridge`.
+    /// In a word: `nat`, `host-only`, `rootless` or `bridge`.
     pub fn mode(&self) -> &'static str {
         match self {
             Kind::Nat { .. } => "nat",
             Kind::HostOnly { .. } => "host-only",
+            Kind::Rootless { .. } => "rootless",
             Kind::Bridge { .. } => "bridge",
         }
     }
@@ -119,7 +126,7 @@ impl Kind {
     /// The addresses, where they are the network's own.
     pub fn lan(&self) -> Option<&OwnLan> {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } => Some(lan),
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => Some(lan),
             Kind::Bridge { .. } => None,
         }
     }
@@ -127,7 +134,7 @@ impl Kind {
     /// Whether guests are kept from each other.
     pub fn isolate(&self) -> bool {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } => lan.isolate,
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => lan.isolate,
             Kind::Bridge { isolate, .. } => *isolate,
         }
     }
@@ -135,7 +142,7 @@ impl Kind {
     /// IP MTU of the guests' links.
     pub fn ip_mtu(&self) -> IpMtu {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } => lan.ip_mtu,
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => lan.ip_mtu,
             Kind::Bridge { ip_mtu, .. } => *ip_mtu,
         }
     }
@@ -157,8 +164,15 @@ impl Definition {
     pub fn bridge(&self) -> String {
         match &self.kind {
             Kind::Nat { .. } | Kind::HostOnly { .. } => self.id.bridge(),
+            // In a namespace that has no other.
+            Kind::Rootless { .. } => crate::holder::BRIDGE.to_owned(),
             Kind::Bridge { bridge, .. } => bridge.clone(),
         }
+    }
+
+    /// Whether it is of namespaces that a holder keeps.
+    pub fn is_rootless(&self) -> bool {
+        matches!(self.kind, Kind::Rootless { .. })
     }
 
     /// Alias of the links made for it, which marks them as ours.
@@ -250,6 +264,7 @@ impl OnDisk {
                 lan: self.lan(ip_mtu)?,
             },
             "host-only" => Kind::HostOnly { lan: self.lan(ip_mtu)? },
+            "rootless" => Kind::Rootless { lan: self.lan(ip_mtu)? },
             "bridge" => {
                 let bridge = self.bridge.ok_or("bridge is missing")?;
                 Kind::Bridge { bridge, ip_mtu, isolate: self.isolate }
@@ -339,6 +354,7 @@ mod tests {
         for kind in [
             Kind::Nat { lan: lan(false), allow_host: true },
             Kind::HostOnly { lan: lan(true) },
+            Kind::Rootless { lan: lan(false) },
             Kind::Bridge { bridge: "br0".to_owned(), ip_mtu: IpMtu::DEFAULT, isolate: false },
         ] {
             let definition = definition(kind);

@@ -99,8 +99,9 @@ fn with_forwarding<T>(
     Ok(work(&mut Forwarding::open(&state_dir.join(FORWARDING_NAME))?)?)
 }
 
+/// What a network has on the host itself: nothing, if a holder has it in namespaces of its own.
 fn own_bridge(definition: &Definition) -> Option<OwnBridge> {
-    let lan = definition.kind.lan()?;
+    let lan = definition.kind.lan().filter(|_| !definition.is_rootless())?;
     Some(OwnBridge {
         name: definition.bridge(),
         alias: definition.alias(),
@@ -118,7 +119,7 @@ fn own_bridge(definition: &Definition) -> Option<OwnBridge> {
 /// [`LifeError`]; what was made stays for [`lower`].
 pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Result<bool, LifeError> {
     let Some(bridge) = own_bridge(definition) else {
-        return find_bridge(definition).map(|()| false);
+        return if definition.is_rootless() { Ok(false) } else { find_bridge(definition).map(|()| false) };
     };
     // The firewall comes first: no guest and no forwarding without it.
     let uplinks = uplinks(definition)?;
@@ -164,7 +165,7 @@ pub fn lower(state_dir: &Path, definition: &Definition) -> Result<bool, LifeErro
 fn uplinks(definition: &Definition) -> Result<Vec<String>, LifeError> {
     match definition.kind {
         Kind::Nat { .. } => routes::default_interfaces().map_err(host("read this host's routes")),
-        Kind::HostOnly { .. } | Kind::Bridge { .. } => Ok(Vec::new()),
+        Kind::HostOnly { .. } | Kind::Rootless { .. } | Kind::Bridge { .. } => Ok(Vec::new()),
     }
 }
 
@@ -187,7 +188,7 @@ fn ruleset(
             let redirects = users.iter().flat_map(redirects).collect();
             Beyond::World { allow_host: *allow_host, uplinks: uplinks.to_vec(), guarded, redirects }
         }
-        Kind::HostOnly { .. } | Kind::Bridge { .. } => Beyond::Host,
+        Kind::HostOnly { .. } | Kind::Rootless { .. } | Kind::Bridge { .. } => Beyond::Host,
     };
     Ok(Some(Ruleset {
         table: definition.id.table(),

@@ -14,6 +14,7 @@ use thiserror::Error;
 use super::definition::{self, Definition, DefinitionError};
 use super::life::{self, LifeError};
 use super::name::NetworkName;
+use super::rootless::Place;
 use super::state_dir::{StateDir, StateDirError};
 use super::users::{Membership, RunFolder, User};
 
@@ -106,6 +107,13 @@ impl Networks {
         self.state.network(name)
     }
 
+    /// Where the holder of a rootless network is found.
+    pub fn holder(&self, name: &NetworkName) -> Place {
+        let state = self.state.path().display().to_string();
+        let arguments = ["network", "hold", name.as_str(), "--state-dir", &state];
+        Place { folder: self.folder(name), arguments: arguments.map(str::to_owned).to_vec() }
+    }
+
     /// All networks, in order of their names.
     ///
     /// # Errors
@@ -171,6 +179,9 @@ impl Networks {
             return Err(NetworkError::InUse { name: name.clone(), users });
         }
         self.lower(&definition)?;
+        if definition.is_rootless() {
+            self.holder(name).end().map_err(self.file_error("end the holder that has", name))?;
+        }
         let _alone = self.lock(CREATE_LOCK_NAME)?;
         let folder = self.folder(name);
         let path = folder.join(definition::FILE_NAME);

@@ -11,5 +11,6 @@ pub mod leases;
 pub mod life;
 pub mod manager;
 pub mod name;
+pub mod rootless;
 pub mod state_dir;
 pub mod users;

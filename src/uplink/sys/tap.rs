@@ -182,6 +182,11 @@ impl TapQueue {
         Ok(self)
     }
 
+    /// Its descriptor alone: the queue, for whoever reads and writes it otherwise.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     /// The interface's name.
     pub fn name(&self) -> &str {
         &self.name
