@@ -266,6 +266,7 @@ fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, C
         dns: DnsConfig::of_gateway(&lan.dns_domain, lan.gateway),
         nat: NatConfig::default(),
         isn_secret: random().and_then(|one| Ok((one, random()?))).map_err(CommandError::Random)?,
+        survivors: networks.users(name)?.iter().map(|user| user.pid).collect(),
         door: place.door(),
         idle: (!keep).then_some(holder::door::IDLE),
     };

@@ -12,6 +12,8 @@ use crate::uplink::sys::tap::TapQueue;
 
 /// The network's bridge. The names are taken from nobody: the namespace has no other links.
 pub const BRIDGE: &str = "vn-lan";
+/// Its own MAC address, which is nobody's: the engine behind the TAP is the gateway.
+const BRIDGE_MAC: MacAddr = MacAddr([0x02, 0xab, 0xcd, 0, 0, 0x02]);
 /// The holder's own port of it.
 const TAP: &str = "vn-gateway";
 
@@ -19,7 +21,7 @@ const TAP: &str = "vn-gateway";
 const OFFLOADS: GuestOffloads =
     GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: true, uso4: false, uso6: false };
 
-/// Makes the bridge and the TAP in the namespace this process is in; the TAP's descriptor.
+/// Makes the bridge, if there is none, and the TAP in the namespace this process is in; the TAP's descriptor.
 ///
 /// # Errors
 /// What could not be made and why, in words.
@@ -34,8 +36,11 @@ pub(super) fn make(ip_mtu: IpMtu) -> Result<OwnedFd, String> {
 
 async fn join(ip_mtu: IpMtu) -> Result<(), LinkError> {
     let links = Links::open().map_err(|source| absent("open the way to", "links", source))?;
-    // Its own MAC address is nobody's: the engine behind the TAP is the gateway.
-    let bridge = links.add_bridge(BRIDGE, MacAddr([0x02, 0xab, 0xcd, 0, 0, 0x02])).await?;
+    let bridge = match links.find(BRIDGE).await? {
+        // Of a holder that was killed.
+        Some(bridge) => bridge,
+        None => links.add_bridge(BRIDGE, BRIDGE_MAC).await?,
+    };
     let tap = find(&links, TAP).await?;
     links.set_master(&tap, bridge.index).await?;
     for link in [&find(&links, "lo").await?, &tap, &bridge] {

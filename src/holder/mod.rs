@@ -58,6 +58,8 @@ pub struct HolderConfig {
     pub nat: NatConfig,
     /// Keys the initial sequence numbers (RFC 6528).
     pub isn_secret: (u64, u64),
+    /// Processes that use the network already, whose holder ended.
+    pub survivors: Vec<u32>,
     /// Where the door's socket is to be.
     pub door: PathBuf,
     /// How long the network is kept without users; for ever without.
@@ -96,7 +98,15 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// [`enum@Error`], whose chain says what to do.
 pub fn run(config: &HolderConfig, ready: impl FnOnce()) -> Result<(), Error> {
     let ip_mtu = config.lan.ip_mtu;
-    let (namespaces, tap) = Namespaces::make(|| links::make(ip_mtu))?;
+    let mut survivors = config.survivors.iter().filter_map(|pid| Namespaces::of_process(*pid).ok().flatten());
+    let (namespaces, tap) = match survivors.next() {
+        Some(namespaces) => {
+            tracing::info!("the network is still there; taking it over from a holder that ended");
+            let tap = namespaces.reach(|| links::make(ip_mtu))?;
+            (namespaces, tap)
+        }
+        None => Namespaces::make(|| links::make(ip_mtu))?,
+    };
     let open_files = raise_open_files_limit();
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use super::users::RUN_FOLDER;
 use crate::holder::door::{self, Use};
-use crate::sandbox::namespaces::{NamespaceError, Namespaces};
+use crate::sandbox::namespaces::{NamespaceError, Namespaces, keep_from_children};
 
 /// Names of the holder's files: lock and door in the network's run folder, log in the network's folder.
 const LOCK_NAME: &str = "holder.lock";
@@ -31,6 +31,8 @@ pub const HELD: &str = "held by another process";
 const KNOCKS: usize = 50;
 /// Between knocks where another process is starting the holder.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Between knocks at the door of a holder that is to come.
+const RETURN_PAUSE: Duration = Duration::from_secs(1);
 /// Bytes of a failed holder's log that are shown.
 const LOG_BYTES_SHOWN: usize = 2000;
 
@@ -124,6 +126,25 @@ impl Place {
         Err(JoinError::Silent { door: self.door(), source: last })
     }
 
+    /// Stays one who uses the network: should its holder end, knocks at the next one's door. For as long as it is
+    /// polled; needs a tokio runtime.
+    pub async fn stay(self, mut used: Use) {
+        loop {
+            used.holder_ended().await;
+            tracing::warn!(
+                "the network's holder ended: guests reach each other, but the world only once another is \
+                 started (`vunet network hold NAME`, or the start of a further VM)"
+            );
+            used = loop {
+                tokio::time::sleep(RETURN_PAUSE).await;
+                if let Ok((_, used)) = door::knock(&self.door()) {
+                    break used;
+                }
+            };
+            tracing::info!("the network has a holder again");
+        }
+    }
+
     /// Ends the holder, if there is one, which nobody uses.
     ///
     /// # Errors
@@ -147,6 +168,7 @@ impl Place {
         let starting = |what| move |source| JoinError::Start { what, source };
         let log = self.folder.join(LOG_NAME);
         let errors = File::create(&log).map_err(starting("its log cannot be written"))?;
+        keep_from_children().map_err(starting("what is open here cannot be kept from it"))?;
         let mut child = Command::new("/proc/self/exe")
             .arg0("vunet")
             .args(&self.arguments)

@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -69,12 +70,27 @@ impl Namespaces {
     pub fn make(
         inside: impl FnOnce() -> Result<OwnedFd, String>,
     ) -> Result<(Namespaces, OwnedFd), NamespaceError> {
-        let (here, there) = UnixStream::pair().map_err(failed("make a socket pair"))?;
-        let child = sys::in_child(move || report(&there, unshare().and_then(|()| open_all(inside))))
-            .map_err(failed("start a child process"))?;
-        let outcome = receive(&here);
-        child.wait().map_err(failed("wait for the child process"))?;
-        outcome
+        in_child(|| unshare().and_then(|()| open_all(inside)))
+    }
+
+    /// Those of the process `pid`, if it has others than this one.
+    ///
+    /// # Errors
+    /// It is gone, or not this user's.
+    pub fn of_process(pid: u32) -> io::Result<Option<Namespaces>> {
+        let open = |kind: &str| File::open(format!("/proc/{pid}/ns/{kind}"));
+        let (user, net) = (open("user")?, open("net")?);
+        let own = fs::metadata("/proc/self/ns/net")?;
+        let is_own = net.metadata()?.ino() == own.ino();
+        Ok((!is_own).then(|| Namespaces { user: user.into(), net: net.into() }))
+    }
+
+    /// Runs `inside` in these namespaces, in a child process; the descriptor it returns comes back.
+    ///
+    /// # Errors
+    /// [`NamespaceError`].
+    pub fn reach(&self, inside: impl FnOnce() -> Result<OwnedFd, String>) -> Result<OwnedFd, NamespaceError> {
+        in_child(|| self.enter().and_then(|()| open_all(inside))).map(|(_, opened)| opened)
     }
 
     /// Moves this process into the namespaces. It must have one thread.
@@ -102,6 +118,27 @@ impl Namespaces {
     pub fn take(stream: &UnixStream) -> io::Result<Namespaces> {
         Ok(Namespaces { user: receive_fd(stream, USER)?, net: receive_fd(stream, NET)? })
     }
+}
+
+/// Keeps what this process has open from programs it starts: an inherited socket is its own only.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn keep_from_children() -> io::Result<()> {
+    sys::keep_from_children()
+}
+
+/// Runs `work` in a child process; what it opens comes back.
+fn in_child(
+    work: impl FnOnce() -> Result<(Namespaces, OwnedFd), NamespaceError>,
+) -> Result<(Namespaces, OwnedFd), NamespaceError> {
+    let (here, there) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+    let child = sys::in_child(|| report(&there, work())).map_err(failed("start a child process"))?;
+    // Only the child's end is left: that it ended is seen.
+    drop(there);
+    let outcome = receive(&here);
+    child.wait().map_err(failed("wait for the child process"))?;
+    outcome
 }
 
 fn unshare() -> Result<(), NamespaceError> {
@@ -201,10 +238,7 @@ mod tests {
         let own = Namespaces { user: open("/proc/self/ns/user"), net: open("/proc/self/ns/net") };
         own.send(&here).unwrap();
         let taken = Namespaces::take(&there).unwrap();
-        let inode = |fd: &OwnedFd| {
-            use std::os::unix::fs::MetadataExt;
-            File::from(fd.try_clone().unwrap()).metadata().unwrap().ino()
-        };
+        let inode = |fd: &OwnedFd| File::from(fd.try_clone().unwrap()).metadata().unwrap().ino();
         assert_eq!(inode(&taken.user), inode(&own.user));
         assert_eq!(inode(&taken.net), inode(&own.net));
         (&here).write_all(b"uu").unwrap();
