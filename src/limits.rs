@@ -287,3 +287,11 @@ pub const NETWORK_USERS_MAX: usize = 1023;
 /// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
 /// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
 pub const FORWARDING_ENTRIES_MAX: usize = 256;
+
+/// Connections at one time, and senders of datagrams, that one process relays from a published port to its guest on a
+/// named network. Only the host's own go this way, the world's are redirected by the kernel. One past it waits,
+/// a datagram past it is dropped.
+pub const RELAYED_MAX: usize = 256;
+
+/// Bytes of the largest datagram: UDP over IPv4 less both headers (RFC 768, RFC 791).
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;

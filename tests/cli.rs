@@ -145,10 +145,7 @@ fn networks_are_made_listed_shown_and_removed() {
     let run = |line: &str| network(place.path(), line);
     let (code, out, err) = run("create lab --subnet 10.77.1.0/24 --ip-mtu 1400 --isolate");
     assert_eq!((code, &*err), (0, ""));
-    assert_eq!(
-        out,
-        "created network lab: nat, subnet 10.77.1.0/24, gateway 10.77.1.1, guests isolated\n"
-    );
+    assert_eq!(out, "created network lab: nat, subnet 10.77.1.0/24, gateway 10.77.1.1, guests isolated\n");
     assert_eq!(run("create alone --mode host-only --subnet 10.77.2.0/24 --gateway 10.77.2.9").0, 0);
     assert_eq!(run("create wire --mode bridge --bridge br0").0, 0);
     let (code, out, _) = run("list");
@@ -185,7 +182,10 @@ fn errors_about_networks_name_what_is_wrong_and_what_to_do() {
         ("create web --subnet 10.78.0.0/24 --gateway 10.79.0.1", &["--gateway 10.79.0.1", "10.78.0.0/24"]),
         ("create web --mode bridge", &["--mode bridge needs --bridge NAME"]),
         ("create web --mode bridge --bridge a/b", &["--bridge \"a/b\"", "15 characters"]),
-        ("create web --mode bridge --bridge br0 --subnet 10.78.0.0/24", &["--subnet", "--mode bridge", "drop it"]),
+        (
+            "create web --mode bridge --bridge br0 --subnet 10.78.0.0/24",
+            &["--subnet", "--mode bridge", "drop it"],
+        ),
         ("create web --bridge br0", &["--bridge", "--mode nat", "its own"]),
         ("create web --mode host-only --allow-host", &["--allow-host", "host-only", "drop it"]),
         ("create web --dns-domain x.local", &["--dns-domain", ".local"]),
