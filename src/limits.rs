@@ -295,3 +295,10 @@ pub const RELAYED_MAX: usize = 256;
 
 /// Bytes of the largest datagram: UDP over IPv4 less both headers (RFC 768, RFC 791).
 pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+
+/// Frames taken from one TAP queue before the guest's own frames have their turn.
+pub const LINK_BATCH_FRAMES: usize = 64;
+
+/// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
+/// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
+pub const LINK_HEAD_BYTES: usize = 128;

@@ -78,7 +78,7 @@ fn version_is_the_packages() {
 
 #[test]
 fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
-    let cases: [(&[&str], &[&str]); 16] = [
+    let cases: [(&[&str], &[&str]); 18] = [
         (&[], &["--socket-path", "--fd", "give"]),
         (&["--socket-path", "s", "extra"], &["'extra'"]),
         (&["--socket-path"], &["--socket-path <PATH>", "value is required"]),
@@ -90,8 +90,10 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
             &["--socket-path", "s", "--publish", "[::1]:80:80"],
             &["--publish", "[::1]:80:80", "IPv6 is not offered"],
         ),
-        (&["--socket-path", "s", "--mode", "bridge"], &["--mode", "'bridge'", "host-only"]),
-        (&["--socket-path", "s", "--uplink", "tap"], &["--uplink", "'tap'", "sockets"]),
+        (&["--socket-path", "s", "--mode", "routed"], &["--mode", "'routed'", "host-only"]),
+        (&["--socket-path", "s", "--mode", "bridge"], &["--mode bridge", "--uplink bridge=BRIDGE"]),
+        (&["--socket-path", "s", "--uplink", "veth"], &["--uplink", "'veth'", "sockets", "bridge=BRIDGE"]),
+        (&["--socket-path", "s", "--uplink", "tap"], &["--uplink tap", "--mode bridge", "drop"]),
         (&["--socket-path", "s", "--mode", "none", "--publish", "1:1"], &["--publish", "none", "--mode nat"]),
         (&["--socket-path", "s", "--log-level", "loud"], &["--log-level", "'loud'", "debug"]),
         (

@@ -10,7 +10,10 @@ use std::io;
 use std::net::IpAddr;
 
 use futures_util::{Stream, StreamExt};
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, MacVtapMode};
+use rtnetlink::packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    MacVtapMode,
+};
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMacVtap, LinkUnspec};
 use thiserror::Error;
 
@@ -137,13 +140,13 @@ impl Links {
         self.made(name).await
     }
 
-    /// Makes a macvtap in bridge mode on the link `lower`, up, with this MAC address.
+    /// Makes a macvtap in bridge mode on the link `lower`, down, with this MAC address.
     ///
     /// # Errors
     /// The kernel's refusal; `AlreadyExists` if the name is taken.
     pub async fn add_macvtap(&self, name: &str, lower: u32, mac: MacAddr) -> Result<Link, LinkError> {
         let link = LinkMacVtap::new(name, lower, MacVtapMode::Bridge);
-        let message = link.address(mac.0.to_vec()).up().build();
+        let message = link.address(mac.0.to_vec()).build();
         self.0.link().add(message).execute().await.map_err(failed("make macvtap", name))?;
         self.made(name).await
     }
@@ -209,6 +212,20 @@ impl Links {
         let attribute = LinkAttribute::IfAlias(alias.to_owned());
         let message = LinkUnspec::new_with_index(link.index).append_extra_attribute(attribute).build();
         self.change(link, "set the alias of", message).await
+    }
+
+    /// Keeps the host from giving `link` an IPv6 address by itself, and from speaking there for it.
+    ///
+    /// # Errors
+    /// The kernel's refusal; a host without IPv6 is silent already.
+    pub async fn set_silent(&self, link: &Link) -> Result<(), LinkError> {
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        let attribute = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])]);
+        let message = LinkUnspec::new_with_index(link.index).append_extra_attribute(attribute).build();
+        match self.change(link, "keep IPv6 addresses from", message).await {
+            Err(error) if error.source.raw_os_error() == Some(libc::EAFNOSUPPORT) => Ok(()),
+            outcome => outcome,
+        }
     }
 
     async fn change(&self, link: &Link, what: &'static str, message: LinkMessage) -> Result<(), LinkError> {

@@ -14,3 +14,4 @@ mod receive_window;
 pub mod sockets;
 pub mod sys;
 pub mod sysctl;
+pub mod tap;

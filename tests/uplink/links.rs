@@ -68,6 +68,9 @@ async fn inside() {
     let macvtap = links.add_macvtap("mt", two.index, mac).await.unwrap();
     assert_eq!((&macvtap.kind, macvtap.lower, macvtap.mac), (&LinkKind::MacVtap, Some(two.index), Some(mac)));
     shown("mt", &["macvtap", "mode bridge"]);
+    links.set_silent(&macvtap).await.unwrap();
+    let text = ip("-d link show dev mt");
+    assert!(text.contains("addrgenmode none"), "{text}");
     ip("tuntap add dev tt mode tap");
     assert_eq!(links.find("tt").await.unwrap().unwrap().kind, LinkKind::Tun);
 }
