@@ -14,6 +14,8 @@ mod message;
 
 use std::net::Ipv4Addr;
 
+use tokio::sync::watch;
+
 use dhcproto::v4::MessageType;
 
 use crate::addr::MacAddr;
@@ -112,6 +114,8 @@ pub struct DhcpServer {
     lan: Lan,
     leases: LeaseTable,
     writer: ReplyWriter,
+    /// The address last bound, while it is.
+    bound: watch::Sender<Option<Ipv4Addr>>,
 }
 
 impl DhcpServer {
@@ -123,7 +127,31 @@ impl DhcpServer {
             lan: *lan,
             leases: LeaseTable::new(lan.subnet, lan.gateway, lan.guest),
             writer: ReplyWriter::new(lan, dns),
+            bound: watch::Sender::new(None),
         }
+    }
+
+    /// The address of the guest that was bound last; none after it was given back.
+    pub fn bound(&self) -> watch::Receiver<Option<Ipv4Addr>> {
+        self.bound.subscribe()
+    }
+
+    fn note(&self, outcome: &Outcome) {
+        let event = match outcome {
+            Outcome::Reply(reply) => reply.lease,
+            Outcome::Silent(Silence::Released(event) | Silence::Declined(event)) => Some(*event),
+            Outcome::Silent(_) => None,
+        };
+        let Some(LeaseEvent { ip, change, .. }) = event else { return };
+        self.bound.send_if_modified(|bound| {
+            let before = *bound;
+            match change {
+                LeaseChange::Bound | LeaseChange::Renewed => *bound = Some(ip),
+                LeaseChange::Released | LeaseChange::Declined if before == Some(ip) => *bound = None,
+                LeaseChange::Offered | LeaseChange::Released | LeaseChange::Declined => {}
+            }
+            *bound != before
+        });
     }
 
     /// Changes the MTU offered from now on.
@@ -150,14 +178,16 @@ impl DhcpServer {
         if relay != Ipv4Addr::UNSPECIFIED && (!self.lan.subnet.is_host(relay) || relay == self.lan.gateway) {
             return Outcome::Silent(Silence::ForeignRelay);
         }
-        match request.message_type {
+        let outcome = match request.message_type {
             MessageType::Discover => self.discover(now, link_src, &request),
             MessageType::Request => self.request(now, link_src, &request),
             MessageType::Decline => self.decline(now, &request),
             MessageType::Release => self.release(now, &request),
             MessageType::Inform => self.inform(link_src, &request),
             _ => Outcome::Silent(Silence::NotForServers),
-        }
+        };
+        self.note(&outcome);
+        outcome
     }
 
     /// What is known of the client with this hardware address: offered, leased or remembered.
