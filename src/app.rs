@@ -16,11 +16,18 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_keeping;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::gateway::SharedDhcp;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
+use crate::network::clock::{HostClock, SystemClock};
+use crate::network::state_dir::StateDirError;
+use crate::network::store::keeper::Keeper;
+use crate::network::store::live_names::LiveNames;
+use crate::network::store::{LeaseStore, Pool, StoreError};
 use crate::postbox;
 use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
@@ -53,6 +60,12 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// No place for the state of named networks.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The leases of the named network could not be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A thread ended by itself.
     #[error("the {0} thread ended unexpectedly")]
     Thread(&'static str),
@@ -78,7 +91,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let Prepared { parts, forwarders, dns, resolver, host } = prepare(&config, open_files, queues, &stop)?;
+    let prepared = prepare(&config, open_files, queues, &stop)?;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper } = prepared;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -95,6 +109,9 @@ pub fn run(config: Config) -> Result<(), Error> {
         }
         if let Some(host) = host {
             host.follow();
+        }
+        if let Some(keeper) = keeper {
+            tokio::task::spawn(lease_keeping::keep(keeper));
         }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
@@ -117,6 +134,8 @@ struct Prepared {
     resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
+    /// Of the named network's leases.
+    keeper: Option<Keeper>,
 }
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
@@ -136,8 +155,7 @@ fn prepare(
     let mut published = Some((tcp, udp));
     let world = matches!(config.mode, Mode::Nat(_));
     let mode = if world { Mode::Nat(nat.clone()) } else { Mode::Isolated };
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
-    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    let Services { dns, dhcp, keeper } = services(config, world)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -180,7 +198,37 @@ fn prepare(
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper })
+}
+
+struct Services {
+    dns: Arc<DnsService>,
+    dhcp: SharedDhcp,
+    keeper: Option<Keeper>,
+}
+
+/// DHCP and local names: of this guest alone, or over the leases of a named network.
+fn services(config: &Config, world: bool) -> Result<Services, Error> {
+    let dns = DnsService::new(&config.dns, &config.lan, world);
+    let Some(network) = &config.network else {
+        let dhcp = DhcpServer::new(&config.lan, &config.dns);
+        return Ok(Services { dns: Arc::new(dns), dhcp: Arc::new(Mutex::new(dhcp)), keeper: None });
+    };
+    let folder = network.state.make_network(&network.name)?;
+    let clock: Arc<dyn HostClock> =
+        Arc::new(SystemClock::new().map_err(starting("the number of this boot"))?);
+    let mut pool = Pool::new(config.lan.subnet, config.lan.gateway);
+    pool.first = config.lan.guest;
+    pool.names_taken = config.dns.labels().map(str::to_owned).collect();
+    let (holder, _) = random_pair()?;
+    let leases = LeaseStore::open(&folder, pool, Arc::clone(&clock), holder)?;
+    let guests = Arc::new(LiveNames::open(&folder, clock)?);
+    let dhcp = DhcpServer::over(Box::new(leases), &config.lan, &config.dns).shared(network.trust_guest);
+    Ok(Services {
+        dns: Arc::new(dns.with_guests(guests, &config.lan)),
+        dhcp: Arc::new(Mutex::new(dhcp)),
+        keeper: Some(Keeper::open(&folder)?),
+    })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;

@@ -156,6 +156,7 @@ pub(super) fn into_config(
         lan,
         dns,
         mode,
+        network: None,
         workers: WorkersConfig {
             queue_pairs: args.queues,
             cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),

@@ -9,6 +9,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::network::name::NetworkName;
+use crate::network::state_dir::StateDir;
 
 /// How the front-end is met.
 #[derive(Debug)]
@@ -99,6 +101,14 @@ pub struct DnsConfig {
 impl DnsConfig {
     /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
     pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
+
+    /// First labels of the local names that are directly under the domain.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().filter_map(|(name, _)| {
+            let (label, domain) = name.split_once('.')?;
+            (domain == self.domain).then_some(label)
+        })
+    }
 }
 
 /// What lies beyond the gateway.
@@ -155,6 +165,25 @@ pub struct NatConfig {
     pub dns_servers: Vec<SocketAddr>,
 }
 
+/// A named network that the guest shares with others: its leases are kept in a store all its processes use, and
+/// its guests find each other by name. Its addresses are those of [`Lan`], its domain that of [`DnsConfig`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Its name.
+    pub name: NetworkName,
+    /// Where its folder is.
+    pub state: StateDir,
+    /// Whether the guest may speak for others (`--trust-guest`): it bridges or relays.
+    pub trust_guest: bool,
+}
+
+impl NetworkConfig {
+    /// The domain of the network's guests unless the definition says another: `NAME.vunet.internal`.
+    pub fn default_domain(name: &NetworkName) -> String {
+        format!("{name}.{}", DnsConfig::DEFAULT_DOMAIN)
+    }
+}
+
 /// Verbosity and form of the log on standard error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogConfig {
@@ -190,6 +219,8 @@ pub struct Config {
     pub dns: DnsConfig,
     /// What lies beyond.
     pub mode: Mode,
+    /// The named network it is a guest of; none for a network of its own.
+    pub network: Option<NetworkConfig>,
     /// The workers.
     pub workers: WorkersConfig,
     /// The log.

@@ -38,9 +38,13 @@ pub enum DropReason {
     Filtered,
     /// DHCP or DNS that deserves no answer.
     ServiceSilent,
+    /// DHCP without an answer because no address is free, or the guest holds as many as one may.
+    PoolExhausted,
+    /// DHCP without an answer because the network's leases cannot be read or written.
+    LeaseStore,
 }
 
-const REASONS: [(DropReason, &str); 17] = [
+const REASONS: [(DropReason, &str); 19] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -58,6 +62,8 @@ const REASONS: [(DropReason, &str); 17] = [
     (DropReason::RateLimited, "rate_limited"),
     (DropReason::Filtered, "filtered"),
     (DropReason::ServiceSilent, "service_silent"),
+    (DropReason::PoolExhausted, "pool_exhausted"),
+    (DropReason::LeaseStore, "lease_store"),
 ];
 
 /// Counters of one engine; plain numbers, owned by its worker.

@@ -1,10 +1,14 @@
 //! The networks a process serves: who holds which address.
 //!
-//! [`leases`] is the pool of one process, in memory. It opens no file and reads no clock; time is
-//! an argument. [`state_dir`] is where named networks, which several processes share, keep what they know;
-//! [`name`] is what they are called.
+//! [`allocator`] says what is asked of a pool; [`leases`] keeps it in the memory of one process, [`store`] in a
+//! file that all processes of a named network share. [`state_dir`] is where that file lives, [`name`] what the
+//! network is called, [`clock`] the time that processes and boots agree on, [`guest_names`] what DNS asks.
 #![forbid(unsafe_code)]
 
+pub mod allocator;
+pub mod clock;
+pub mod guest_names;
 pub mod leases;
 pub mod name;
 pub mod state_dir;
+pub mod store;
