@@ -74,7 +74,14 @@ fn cycles() {
     loop {
         let n = number * CLIENTS + random.below(CLIENTS.into()) as u32;
         let who = client(n);
-        let outcome = store.offer(at(0), &who, None).and_then(|offer| store.bind(at(0), &who, offer.ip));
+        // As a client that is new, that would like an address, and that believes to have one (INIT-REBOOT).
+        let liked = ip(2 + random.below(13) as u8);
+        let offered = match random.below(3) {
+            0 => Ok(liked),
+            1 => store.offer(at(0), &who, Some(liked)).map(|offer| offer.ip),
+            _ => store.offer(at(0), &who, None).map(|offer| offer.ip),
+        };
+        let outcome = offered.and_then(|offered| store.bind(at(0), &who, offered));
         let ip = match outcome {
             Ok((_, grant)) => grant.ip,
             Err(Refusal::Exhausted | Refusal::NotBound(_) | Refusal::Store(StoreError::Locked(_))) => {
