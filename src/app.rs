@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
+use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::lease_keeping;
@@ -34,7 +34,8 @@ use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
-use crate::worker::{Worker, WorkerParts};
+use crate::uplink::tap::{self, OpenLink};
+use crate::worker::{LinkParts, Worker, WorkerParts};
 
 /// Why the process could not start or had to end.
 #[derive(Debug, Error)]
@@ -49,6 +50,9 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// The link of `--uplink` could not be had.
+    #[error(transparent)]
+    Link(#[from] tap::OpenError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -79,7 +83,38 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(starting("the control runtime"))?;
+    // Handlers stand before anything can be seen from outside, so no signal is lost.
+    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let link = config.link.take();
+    let vlan = link.as_ref().and_then(|link| link.vlan);
+    let mut open = runtime.block_on(open_link(link, &config))?;
+    let links = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
+    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu: config.lan.ip_mtu }).collect();
+    let outcome = run_on(config, links, &runtime, signals);
+    if let Some(open) = open {
+        runtime.block_on(open.close());
+    }
+    outcome
+}
+
+async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {
+    let Some(link) = link else { return Ok(None) };
+    let queues = usize::from(config.workers.queue_pairs);
+    Ok(Some(tap::open(link.source, queues, config.lan.ip_mtu, config.mac).await?))
+}
+
+/// The same, with the link open.
+fn run_on(
+    config: Config,
+    links: Vec<LinkParts>,
+    runtime: &tokio::runtime::Runtime,
+    signals: Signals,
+) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let workers = usize::from(config.workers.queue_pairs.max(1));
     let device = DeviceConfig {
@@ -91,14 +126,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let prepared = prepare(&config, open_files, queues, &stop)?;
+    let prepared = prepare(&config, open_files, queues, links, &stop)?;
     let Prepared { parts, forwarders, dns, resolver, host, keeper } = prepared;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(starting("the control runtime"))?;
-    // Handlers stand before anything can be seen from outside, so no signal is lost.
-    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
@@ -144,6 +173,7 @@ fn prepare(
     config: &Config,
     open_files: u64,
     queues: Vec<DeviceQueues>,
+    links: Vec<LinkParts>,
     stop: &EventFd,
 ) -> Result<Prepared, Error> {
     let mut nat = match &config.mode {
@@ -162,6 +192,7 @@ fn prepare(
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut links = links.into_iter();
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
@@ -182,6 +213,7 @@ fn prepare(
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
+            link: links.next(),
             dns_client,
             tcp,
             udp,

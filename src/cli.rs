@@ -7,11 +7,14 @@
 //! Read first: the vhost-user back-end program conventions (QEMU, `docs/interop/vhost-user.rst`), which
 //! fix `--socket-path`, `--fd` and `--print-capabilities`.
 
+mod bridge;
 mod check;
+pub mod network;
 mod subnet;
 mod values;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
@@ -20,7 +23,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use thiserror::Error;
 
-use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{Config, DnsConfig, IpMtu};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::uplink::sys::routes::HostRoute;
@@ -40,6 +43,8 @@ pub enum Command {
     PrintCapabilities,
     /// Run a backend.
     Run(Box<Args>),
+    /// Make, list, show or remove named networks.
+    Network(network::NetworkCommand, Option<PathBuf>),
 }
 
 /// Why the command line is refused.
@@ -88,7 +93,19 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    Ok(Command::Run(Box::new(Args::try_parse_from(args)?)))
+    let mut args = Args::try_parse_from(args)?;
+    match args.subcommand.take() {
+        Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        None => Ok(Command::Run(Box::new(args))),
+    }
+}
+
+/// What else the program does than run a backend.
+#[derive(Debug, clap::Subcommand)]
+enum Subcommand {
+    /// Named networks, shared by several VMs
+    #[command(subcommand)]
+    Network(network::NetworkCommand),
 }
 
 /// What a guest may reach.
@@ -100,13 +117,40 @@ pub enum ModeArg {
     HostOnly,
     /// The same as host-only, for a VM that is to be alone
     None,
+    /// The network of --uplink, as a station of its own: its DHCP, its router, its addresses
+    Bridge,
 }
 
-/// Where frames leave for the world.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// Where frames leave.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UplinkArg {
-    /// Ordinary sockets of this host; needs no privilege
+    /// Ordinary sockets of this host; needs no privilege.
     Sockets,
+    /// A TAP, by name or not.
+    Tap(Option<String>),
+    /// TAP queues inherited from the parent.
+    TapFd(Vec<RawFd>),
+    /// A TAP of our own on a bridge.
+    Bridge(String),
+    /// A macvtap of our own on an interface.
+    MacVtap(String),
+}
+
+/// The flag's value, as it is written.
+impl fmt::Display for UplinkArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            UplinkArg::Sockets => f.write_str("sockets"),
+            UplinkArg::Tap(None) => f.write_str("tap"),
+            UplinkArg::Tap(Some(name)) => write!(f, "tap={name}"),
+            UplinkArg::TapFd(fds) => {
+                let numbers: Vec<String> = fds.iter().map(RawFd::to_string).collect();
+                write!(f, "tap-fd={}", numbers.join(","))
+            }
+            UplinkArg::Bridge(name) => write!(f, "bridge={name}"),
+            UplinkArg::MacVtap(name) => write!(f, "macvtap={name}"),
+        }
+    }
 }
 
 /// Which datagrams of one port of the guest share a port of the host (RFC 4787, 4.1).
@@ -140,8 +184,21 @@ pub enum LogFormatArg {
 
 /// A network for one virtual machine over vhost-user: NAT without privilege, DHCP and DNS
 #[derive(Debug, Parser)]
-#[command(name = "vunet", version, max_term_width = 100, after_long_help = EXAMPLES)]
+#[command(
+    name = "vunet",
+    version,
+    max_term_width = 100,
+    after_long_help = EXAMPLES,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Args {
+    #[command(subcommand)]
+    subcommand: Option<Subcommand>,
+    // Before or behind a subcommand.
+    /// Where named networks are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
+    /// ~/.local/state/vunet]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
+    state_dir: Option<PathBuf>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -162,9 +219,16 @@ pub struct Args {
     /// What the guest may reach
     #[arg(long, value_enum, default_value = "nat", help_heading = "Network")]
     mode: ModeArg,
-    /// Where frames leave for the world [default with --mode nat: sockets]
-    #[arg(long, value_enum, help_heading = "Network")]
+    /// Where frames leave: sockets of this host [default with --mode nat], or with --mode bridge a TAP on
+    /// the bridge BRIDGE, a TAP (made if there is none of this name), TAP queues inherited as descriptors N,
+    /// or a macvtap on IFNAME
+    #[arg(long, value_name = "sockets|bridge=BRIDGE|tap[=IFNAME]|tap-fd=N[,N…]|macvtap=IFNAME",
+          value_parser = values::uplink, help_heading = "Network")]
     uplink: Option<UplinkArg>,
+    /// With --mode bridge: the VLAN the guest is in, 1 to 4094. The 802.1Q tag is added and removed here;
+    /// the bridge needs no support for it
+    #[arg(long, value_name = "N", value_parser = values::vlan, help_heading = "Network")]
+    vlan: Option<VlanId>,
     /// MAC address offered to a VMM that asks for one (QEMU sets its own: -device …,mac=)
     #[arg(long, value_name = "MAC", value_parser = values::guest_mac, help_heading = "Network")]
     mac: Option<MacAddr>,
@@ -292,6 +356,9 @@ Examples:
     vunet --socket-path vm1.sock --mac 52:54:00:12:34:56
     cloud-hypervisor --memory size=1G,shared=on \\
       --net vhost_user=true,socket=vm1.sock,mac=52:54:00:12:34:56 …
+
+  A station on the bridge br0, with the LAN's own DHCP:
+    vunet --socket-path vm1.sock --mode bridge --uplink bridge=br0
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9

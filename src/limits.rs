@@ -305,3 +305,31 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
+
+/// Bytes of a named network's definition that are read; it has a dozen short lines.
+pub const NETWORK_FILE_BYTES_MAX: u64 = 65_536;
+
+/// Bytes of what a process notes about itself in a network's run folder: 4,096 published ports of 60 bytes.
+pub const NETWORK_USER_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Processes that use one named network: each has a port of its bridge, and Linux gives a bridge 1,023.
+pub const NETWORK_USERS_MAX: usize = 1023;
+
+/// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
+/// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
+pub const FORWARDING_ENTRIES_MAX: usize = 256;
+
+/// Connections at one time, and senders of datagrams, that one process relays from a published port to its guest on a
+/// named network. Only the host's own go this way, the world's are redirected by the kernel. One past it waits,
+/// a datagram past it is dropped.
+pub const RELAYED_MAX: usize = 256;
+
+/// Bytes of the largest datagram: UDP over IPv4 less both headers (RFC 768, RFC 791).
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+
+/// Frames taken from one TAP queue before the guest's own frames have their turn.
+pub const LINK_BATCH_FRAMES: usize = 64;
+
+/// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
+/// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
+pub const LINK_HEAD_BYTES: usize = 128;

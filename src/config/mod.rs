@@ -8,9 +8,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::network::name::NetworkName;
 use crate::network::state_dir::StateDir;
+use crate::uplink::sys::tap::TapQueue;
 
 /// How the front-end is met.
 #[derive(Debug)]
@@ -177,11 +178,26 @@ pub struct NetworkConfig {
     pub trust_guest: bool,
 }
 
-impl NetworkConfig {
-    /// The domain of the network's guests unless the definition says another: `NAME.vunet.internal`.
-    pub fn default_domain(name: &NetworkName) -> String {
-        format!("{name}.{}", DnsConfig::DEFAULT_DOMAIN)
-    }
+/// Which link of the host the guest's frames leave by.
+#[derive(Debug)]
+pub enum LinkSource {
+    /// A TAP of this name, made if there is none; of a name that is free if none is given.
+    Tap(Option<String>),
+    /// TAP queues inherited from the parent, as many as there are queue pairs.
+    Inherited(Vec<TapQueue>),
+    /// A TAP of our own on this bridge.
+    Bridge(String),
+    /// A macvtap of our own on this interface.
+    MacVtap(String),
+}
+
+/// A link of the host on which the guest is a station of its own.
+#[derive(Debug)]
+pub struct LinkConfig {
+    /// Which.
+    pub source: LinkSource,
+    /// The VLAN the guest is in, unknown to it.
+    pub vlan: Option<VlanId>,
 }
 
 /// Verbosity and form of the log on standard error.
@@ -217,8 +233,10 @@ pub struct Config {
     pub lan: Lan,
     /// DNS as the guest meets it.
     pub dns: DnsConfig,
-    /// What lies beyond.
+    /// What lies beyond the gateway.
     pub mode: Mode,
+    /// The link the guest is on besides; there is no gateway of ours on it.
+    pub link: Option<LinkConfig>,
     /// The named network it is a guest of; none for a network of its own.
     pub network: Option<NetworkConfig>,
     /// The workers.

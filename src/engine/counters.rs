@@ -42,9 +42,19 @@ pub enum DropReason {
     PoolExhausted,
     /// DHCP without an answer because the network's leases cannot be read or written.
     LeaseStore,
+    /// An 802.1Q tag that is not the network's, or none where there is to be one.
+    VlanTag,
+    /// What only a router or DHCP server may say, said by the guest.
+    RogueServer,
+    /// Longer than the link's MTU, and not to be segmented.
+    TooLong,
+    /// An offload the guest did not accept.
+    NotNegotiated,
+    /// The TAP interface would not take it.
+    LinkRefused,
 }
 
-const REASONS: [(DropReason, &str); 19] = [
+const REASONS: [(DropReason, &str); 24] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -64,6 +74,11 @@ const REASONS: [(DropReason, &str); 19] = [
     (DropReason::ServiceSilent, "service_silent"),
     (DropReason::PoolExhausted, "pool_exhausted"),
     (DropReason::LeaseStore, "lease_store"),
+    (DropReason::VlanTag, "vlan_tag"),
+    (DropReason::RogueServer, "rogue_server"),
+    (DropReason::TooLong, "too_long"),
+    (DropReason::NotNegotiated, "not_negotiated"),
+    (DropReason::LinkRefused, "link_refused"),
 ];
 
 /// Counters of one engine; plain numbers, owned by its worker.
@@ -73,9 +88,9 @@ pub struct Counters {
     pub frames_from_guest: u64,
     /// Frames placed in the guest's receive buffers.
     pub frames_to_guest: u64,
-    /// Payload bytes moved from the guest into sockets.
+    /// Payload bytes moved from the guest into sockets; of frames that leave by a link, all bytes.
     pub payload_from_guest_bytes: u64,
-    /// Payload bytes moved from sockets into guest memory.
+    /// Payload bytes moved from sockets into guest memory; of frames that come by a link, all bytes.
     pub payload_to_guest_bytes: u64,
     /// Flows begun.
     pub flows_opened: u64,

@@ -16,6 +16,7 @@ pub mod emit;
 pub mod gateway;
 pub mod guest_port;
 pub mod host_net;
+pub mod lan;
 pub mod lru;
 pub mod nat;
 pub mod placement;

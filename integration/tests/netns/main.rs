@@ -16,6 +16,7 @@ mod features;
 mod host_changes;
 mod hostile;
 mod icmp;
+mod lan;
 mod lease;
 mod link;
 mod policy;

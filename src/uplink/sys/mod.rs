@@ -10,3 +10,4 @@ pub mod readable;
 pub mod routes;
 pub mod socket;
 pub mod stream_runs;
+pub mod tap;
