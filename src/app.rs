@@ -242,7 +242,9 @@ struct Services {
 /// DHCP and local names: of this guest alone, or over the leases of a named network.
 fn services(config: &Config, world: bool) -> Result<Services, Error> {
     let dns = DnsService::new(&config.dns, &config.lan, world);
-    let Some(network) = &config.network else {
+    // On a bridge of the host's both are its own network's.
+    let ours = config.lan.dhcp || config.dns.enabled;
+    let Some(network) = config.network.as_ref().filter(|_| ours) else {
         let dhcp = DhcpServer::new(&config.lan, &config.dns);
         return Ok(Services { dns: Arc::new(dns), dhcp: Arc::new(Mutex::new(dhcp)), keeper: None });
     };
