@@ -20,13 +20,20 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::gateway::SharedDhcp;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
+use crate::network::clock::{HostClock, SystemClock};
 use crate::network::manager::NetworkError;
+use crate::network::state_dir::StateDirError;
+use crate::network::store::keeper::Keeper;
+use crate::network::store::live_names::LiveNames;
+use crate::network::store::{LeaseStore, Pool, StoreError};
 use crate::postbox;
 use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
@@ -66,6 +73,12 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// No place for the state of named networks.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The leases of the named network could not be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A thread ended by itself.
     #[error("the {0} thread ended unexpectedly")]
     Thread(&'static str),
@@ -133,7 +146,7 @@ fn run_on(
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let prepared = prepare(&config, open_files, queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host, ports, guest } = prepared;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
     if let Some(joined) = joined {
         let _inside = runtime.enter();
         membership::serve(joined, &ports.publish, ports.bound, guest)?;
@@ -148,6 +161,9 @@ fn run_on(
         }
         if let Some(host) = host {
             host.follow();
+        }
+        if let Some(keeper) = keeper {
+            tokio::task::spawn(lease_keeping::keep(keeper));
         }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
@@ -170,6 +186,8 @@ struct Prepared {
     resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
+    /// Of the named network's leases.
+    keeper: Option<Keeper>,
     /// Published ports that no worker serves, because the kernel translates.
     ports: Ports,
     /// The guest's address as DHCP gives it.
@@ -205,8 +223,7 @@ fn prepare(
         true => (None, Ports { publish: nat.publish.clone(), bound }),
         false => (Some(bound), Ports::default()),
     };
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
-    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    let Services { dns, dhcp, keeper } = services(config, world)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -252,7 +269,39 @@ fn prepare(
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host, ports, guest })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
+}
+
+struct Services {
+    dns: Arc<DnsService>,
+    dhcp: SharedDhcp,
+    keeper: Option<Keeper>,
+}
+
+/// DHCP and local names: of this guest alone, or over the leases of a named network.
+fn services(config: &Config, world: bool) -> Result<Services, Error> {
+    let dns = DnsService::new(&config.dns, &config.lan, world);
+    // On a bridge of the host's both are its own network's.
+    let ours = config.lan.dhcp || config.dns.enabled;
+    let Some(network) = config.network.as_ref().filter(|_| ours) else {
+        let dhcp = DhcpServer::new(&config.lan, &config.dns);
+        return Ok(Services { dns: Arc::new(dns), dhcp: Arc::new(Mutex::new(dhcp)), keeper: None });
+    };
+    let folder = network.state.make_network(&network.name)?;
+    let clock: Arc<dyn HostClock> =
+        Arc::new(SystemClock::new().map_err(starting("the number of this boot"))?);
+    let mut pool = Pool::new(config.lan.subnet, config.lan.gateway);
+    pool.first = config.lan.guest;
+    pool.names_taken = config.dns.labels().map(str::to_owned).collect();
+    let (holder, _) = random_pair()?;
+    let leases = LeaseStore::open(&folder, pool, Arc::clone(&clock), holder)?;
+    let guests = Arc::new(LiveNames::open(&folder, clock)?);
+    let dhcp = DhcpServer::over(Box::new(leases), &config.lan, &config.dns).shared(network.trust_guest);
+    Ok(Services {
+        dns: Arc::new(dns.with_guests(guests, &config.lan)),
+        dhcp: Arc::new(Mutex::new(dhcp)),
+        keeper: Some(Keeper::open(&folder)?),
+    })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;

@@ -102,6 +102,14 @@ pub struct DnsConfig {
 impl DnsConfig {
     /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
     pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
+
+    /// First labels of the local names that are directly under the domain.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().filter_map(|(name, _)| {
+            let (label, domain) = name.split_once('.')?;
+            (domain == self.domain).then_some(label)
+        })
+    }
 }
 
 /// What lies beyond the gateway.
