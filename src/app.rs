@@ -3,26 +3,42 @@
 //! The main thread runs the control side (tokio, current-thread): signals and upstream DNS. The
 //! worker and the vhost-user session have threads of their own.
 
+mod hold;
+mod membership;
+mod services;
+
+pub use hold::hold;
+
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use socket2::Type;
 use thiserror::Error;
+use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_keeping;
+use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
 use crate::engine::placement::{Directory, Home, WorkerId};
+use crate::holder::{self, Services};
 use crate::limits;
+use crate::network::manager::NetworkError;
+use crate::network::name::NetworkName;
+use crate::network::rootless::JoinError;
+use crate::network::state_dir::StateDirError;
+use crate::network::store::StoreError;
+use crate::network::store::keeper::Keeper;
 use crate::postbox;
-use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
@@ -46,6 +62,9 @@ pub enum Error {
     /// The link of `--uplink` could not be had.
     #[error(transparent)]
     Link(#[from] tap::OpenError),
+    /// The named network could not be joined.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -57,6 +76,28 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// No place for the state of named networks.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The holder of a rootless network could not be met.
+    #[error("network {name}")]
+    Join {
+        /// The network.
+        name: NetworkName,
+        /// Why.
+        source: JoinError,
+    },
+    /// This process is a holder, and has to end.
+    #[error("network {name}")]
+    Holder {
+        /// The network.
+        name: NetworkName,
+        /// Why.
+        source: holder::Error,
+    },
+    /// The leases of the named network could not be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A thread ended by itself.
     #[error("the {0} thread ended unexpectedly")]
     Thread(&'static str),
@@ -77,15 +118,29 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         .map_err(starting("the control runtime"))?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let joined = membership::join(&config)?;
+    // While this is the only thread.
+    let used = membership::enter(joined.as_ref())?;
     let link = config.link.take();
-    let vlan = link.as_ref().and_then(|link| link.vlan);
+    let (vlan, gateway) = link.as_ref().map_or((None, None), |link| (link.vlan, link.gateway));
     let mut open = runtime.block_on(open_link(link, &config))?;
     let links = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
-    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu: config.lan.ip_mtu }).collect();
-    let outcome = run_on(config, links, &runtime, signals);
+    if let (Some(joined), Some(first)) = (&joined, links.first()) {
+        let tap = first.name().to_owned();
+        membership::update(joined, |user| user.tap = Some(tap))?;
+    }
+    let ip_mtu = config.lan.ip_mtu;
+    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu, gateway }).collect();
+    if let Some((place, used)) = used {
+        runtime.spawn(place.stay(used));
+    }
+    let outcome = run_on(config, links, &runtime, signals, joined.as_ref());
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
+    // Its tasks look after the network; with them gone this is the last that uses it, and leaves it.
+    drop(runtime);
+    drop(joined);
     outcome
 }
 
@@ -101,6 +156,7 @@ fn run_on(
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
     signals: Signals,
+    joined: Option<&SharedJoined>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let workers = usize::from(config.workers.queue_pairs.max(1));
@@ -114,7 +170,11 @@ fn run_on(
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let prepared = prepare(&config, open_files, queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host } = prepared;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
+    if let Some(joined) = joined {
+        let _inside = runtime.enter();
+        membership::serve(joined, &ports.publish, ports.bound, guest)?;
+    }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
@@ -125,6 +185,9 @@ fn run_on(
         }
         if let Some(host) = host {
             host.follow();
+        }
+        if let Some(keeper) = keeper {
+            tokio::task::spawn(lease_keeping::keep(keeper));
         }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
@@ -147,6 +210,18 @@ struct Prepared {
     resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
+    /// Of the named network's leases.
+    keeper: Option<Keeper>,
+    /// Published ports that no worker serves, because the kernel translates.
+    ports: Ports,
+    /// The guest's address as DHCP gives it.
+    guest: watch::Receiver<Option<Ipv4Addr>>,
+}
+
+#[derive(Default)]
+struct Ports {
+    publish: Vec<Publish>,
+    bound: (Bound, Bound),
 }
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
@@ -163,12 +238,16 @@ fn prepare(
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let (tcp, udp) = bind_all(&mut nat.publish)?;
-    let mut published = Some((tcp, udp));
+    let bound = bind_all(&mut nat.publish)?;
     let world = matches!(config.mode, Mode::Nat(_));
-    let mode = if world { Mode::Nat(nat.clone()) } else { Mode::Isolated };
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
-    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    // On a named network the kernel translates, and names are all that is asked of the world here.
+    let is_shared = config.network.is_some();
+    let mode = if world && !is_shared { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let (mut published, ports) = match is_shared {
+        true => (None, Ports { publish: nat.publish.clone(), bound }),
+        false => (Some(bound), Ports::default()),
+    };
+    let Services { dns, dhcp, keeper } = services::of(config, world)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -210,10 +289,11 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
+    let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;

@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+mod member;
 pub mod network;
 mod subnet;
 mod values;
@@ -20,12 +21,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{Config, DnsConfig, IpMtu};
 use crate::limits::QUEUE_PAIRS_MAX;
+use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
@@ -93,7 +96,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let mut args = Args::try_parse_from(args)?;
+    let matches = Args::command().try_get_matches_from(args)?;
+    let mut args = Args::from_arg_matches(&matches)?;
+    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
     match args.subcommand.take() {
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
         None => Ok(Command::Run(Box::new(args))),
@@ -216,9 +222,18 @@ pub struct Args {
     #[arg(long, help_heading = "Attachment")]
     print_capabilities: bool,
 
+    /// Join the network made with `vunet network create NAME`, with all VMs that do so; mode, subnet, gateway,
+    /// domain and MTU are the network's. Needs CAP_NET_ADMIN
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    network: Option<NetworkName>,
     /// What the guest may reach
     #[arg(long, value_enum, default_value = "nat", help_heading = "Network")]
     mode: ModeArg,
+    // Whether the flags with a default were given.
+    #[arg(skip)]
+    mode_given: bool,
+    #[arg(skip)]
+    ip_mtu_given: bool,
     /// Where frames leave: sockets of this host [default with --mode nat], or with --mode bridge a TAP on
     /// the bridge BRIDGE, a TAP (made if there is none of this name), TAP queues inherited as descriptors N,
     /// or a macvtap on IFNAME
@@ -359,6 +374,11 @@ Examples:
 
   A station on the bridge br0, with the LAN's own DHCP:
     vunet --socket-path vm1.sock --mode bridge --uplink bridge=br0
+
+  Two VMs that find each other by name, on a network of the host:
+    vunet network create lab --mode nat
+    vunet --socket-path vm1.sock --network lab
+    vunet --socket-path vm2.sock --network lab
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9

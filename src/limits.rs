@@ -138,6 +138,37 @@ pub const LEASES_MAX: usize = 1024;
 /// early, so that a client that declines everything cannot hold more than this of a large pool.
 pub const LEASES_DECLINED_MAX: usize = 256;
 
+/// Addresses of a named network leased, offered or remembered at one time: more guests than a host runs. A
+/// newcomer's address costs a walk past all of them.
+pub const NETWORK_LEASES_MAX: usize = 4096;
+
+/// Addresses of a named network one guest holds: a machine with a few cards or containers bridged to it.
+/// More would let one hostile guest take the usual pool of 253 from the others.
+pub const LEASES_PER_GUEST_MAX: usize = 16;
+
+/// Addresses of a named network that rest because one guest declined them; see [`LEASES_PER_GUEST_MAX`].
+pub const DECLINED_PER_GUEST_MAX: usize = 8;
+
+/// DHCP messages a guest of a named network may send: burst, and sustained rate per second. Each takes the
+/// store from all other processes for a tenth of a millisecond and adds some 12 KiB to its log.
+pub const DHCP_MESSAGES_BURST: u32 = 64;
+/// See [`DHCP_MESSAGES_BURST`].
+pub const DHCP_MESSAGES_PER_SECOND: u32 = 20;
+
+/// How long a worker waits for other processes' transactions: some thousand of them, far more than when 50
+/// guests start at once on a busy host. Past it the message is not answered, and the client repeats it. Who
+/// asks has no address yet, and so no flow that this would hold up, or renews one twice a day.
+pub const STORE_WAIT: Duration = Duration::from_millis(200);
+
+/// The same after a wait that was in vain: whoever holds the store is stopped, not slow.
+pub const STORE_WAIT_AFTER_LOCKED: Duration = Duration::from_millis(2);
+
+/// Bytes of the store's log from which on it is written back, which waits for the disk (and is no worker's).
+pub const STORE_LOG_BYTES: u64 = 256 << 10;
+
+/// How often it is looked at. At the bound of all messages, one guest adds 7 MiB meanwhile.
+pub const STORE_LOG_LOOK: Duration = Duration::from_secs(30);
+
 /// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
 /// than an Ethernet frame.
 pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
@@ -287,6 +318,14 @@ pub const NETWORK_USERS_MAX: usize = 1023;
 /// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
 /// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
 pub const FORWARDING_ENTRIES_MAX: usize = 256;
+
+/// Connections at one time, and senders of datagrams, that one process relays from a published port to its guest on a
+/// named network. Only the host's own go this way, the world's are redirected by the kernel. One past it waits,
+/// a datagram past it is dropped.
+pub const RELAYED_MAX: usize = 256;
+
+/// Bytes of the largest datagram: UDP over IPv4 less both headers (RFC 768, RFC 791).
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;
 
 /// Frames taken from one TAP queue before the guest's own frames have their turn.
 pub const LINK_BATCH_FRAMES: usize = 64;

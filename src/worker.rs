@@ -58,7 +58,7 @@ pub struct Worker {
     poll: Poll,
     queues: DeviceQueues,
     engine: Engine<HostSockets>,
-    /// On a link, the guest's frames go there and not to the engine.
+    /// On a link, the guest's frames go there and not to the engine, but for those to services of ours.
     link: Option<LinkEnd>,
     dns: Rc<RefCell<DnsClient>>,
     clock: Clock,
@@ -411,12 +411,12 @@ impl Worker {
         let (tx, rx) = self.queues.split();
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
-                (TxEvent::Frame(frame), Some(link)) => {
+                (TxEvent::Frame(frame), Some(link)) if !link.is_for_us(&frame) => {
                     if link.forward(&frame) == Left::Full {
                         return Taken::NotNow;
                     }
                 }
-                (TxEvent::Frame(frame), None) => engine.from_guest(now, rx, &frame),
+                (TxEvent::Frame(frame), _) => engine.from_guest(now, rx, &frame),
                 (TxEvent::BatchEnd, _) => engine.end_of_frames(rx),
             }
             Taken::Yes

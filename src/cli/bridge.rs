@@ -23,7 +23,7 @@ pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
         }
         Some(UplinkArg::MacVtap(name)) => LinkSource::MacVtap(name.clone()),
     };
-    Ok(Some(LinkConfig { source, vlan: args.vlan }))
+    Ok(Some(LinkConfig { source, vlan: args.vlan, gateway: None }))
 }
 
 fn inherited(fds: &[i32], queues: u8) -> Result<Vec<TapQueue>, UsageError> {
@@ -57,7 +57,7 @@ pub(super) fn no_gateway(args: &Args) -> (Lan, DnsConfig) {
     (lan, DnsConfig { enabled: false, domain: DnsConfig::DEFAULT_DOMAIN.to_owned(), hosts: Vec::new() })
 }
 
-fn refuse_within(args: &Args) -> Result<(), UsageError> {
+pub(super) fn refuse_within(args: &Args) -> Result<(), UsageError> {
     let addresses = "that network's DHCP or the guest itself decides its addresses";
     let names = "that network's DHCP tells the guest its resolvers, and vunet answers no names there";
     let udp = "nothing is translated, so no datagram has a port of this host";

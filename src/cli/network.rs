@@ -12,8 +12,8 @@ use thiserror::Error;
 use super::subnet;
 use super::values;
 use crate::addr::Ipv4Subnet;
-use crate::config::{DnsConfig, IpMtu, Lan, NatConfig};
-use crate::holder::{self, HolderConfig};
+use crate::app;
+use crate::config::{DnsConfig, IpMtu};
 use crate::network::definition::{Definition, Kind, NetworkId, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
@@ -158,21 +158,8 @@ pub enum CommandError {
         source: JoinError,
     },
     /// This process is the holder, and has to end.
-    #[error("network {name}")]
-    Holder {
-        /// Its name.
-        name: NetworkName,
-        /// Why.
-        source: holder::Error,
-    },
-    /// The lock of a holder.
-    #[error("cannot lock network {name}")]
-    Lock {
-        /// Its name.
-        name: NetworkName,
-        /// The system's refusal.
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Hold(#[from] app::Error),
     /// No random bytes.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),
@@ -189,8 +176,7 @@ impl CommandError {
             CommandError::Network(_)
             | CommandError::Random(_)
             | CommandError::Join { .. }
-            | CommandError::Holder { .. }
-            | CommandError::Lock { .. } => 1,
+            | CommandError::Hold(_) => 1,
             _ => 2,
         }
     }
@@ -257,25 +243,14 @@ fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, C
     let Kind::Rootless { lan } = &network.kind else {
         return Err(CommandError::NotRootless { name: name.clone(), mode: network.kind.mode() });
     };
-    let place = networks.holder(name);
-    let lock = place.hold().map_err(|source| CommandError::Lock { name: name.clone(), source })?;
-    let Some(_lock) = lock else { return Ok(format!("{}\n", rootless::HELD)) };
-    let random = || getrandom::u64().map_err(io::Error::other);
-    let config = HolderConfig {
-        lan: Lan { subnet: lan.subnet, gateway: lan.gateway, guest: None, ip_mtu: lan.ip_mtu, dhcp: true },
-        dns: DnsConfig::of_gateway(&lan.dns_domain, lan.gateway),
-        nat: NatConfig::default(),
-        isn_secret: random().and_then(|one| Ok((one, random()?))).map_err(CommandError::Random)?,
-        survivors: networks.users(name)?.iter().map(|user| user.pid).collect(),
-        door: place.door(),
-        idle: (!keep).then_some(holder::door::IDLE),
-    };
     let ready = || {
         // Whoever started it may be gone.
         let _ = writeln!(io::stdout(), "{}", rootless::READY);
     };
-    holder::run(&config, ready).map_err(|source| CommandError::Holder { name: name.clone(), source })?;
-    Ok(String::new())
+    match app::hold(networks, name, lan, keep, ready)? {
+        true => Ok(String::new()),
+        false => Ok(format!("{}\n", rootless::HELD)),
+    }
 }
 
 impl CreateArgs {

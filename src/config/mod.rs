@@ -9,6 +9,8 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
+use crate::network::name::NetworkName;
+use crate::network::state_dir::StateDir;
 use crate::uplink::sys::tap::TapQueue;
 
 /// How the front-end is met.
@@ -112,6 +114,14 @@ impl DnsConfig {
         let hosts = names.map(|name| (name, IpAddr::V4(gateway))).collect();
         DnsConfig { enabled: true, domain: domain.to_owned(), hosts }
     }
+
+    /// First labels of the local names that are directly under the domain.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().filter_map(|(name, _)| {
+            let (label, domain) = name.split_once('.')?;
+            (domain == self.domain).then_some(label)
+        })
+    }
 }
 
 /// What lies beyond the gateway.
@@ -168,6 +178,18 @@ pub struct NatConfig {
     pub dns_servers: Vec<SocketAddr>,
 }
 
+/// A named network that the guest shares with others: its leases are kept in a store all its processes use, and
+/// its guests find each other by name. Its addresses are those of [`Lan`], its domain that of [`DnsConfig`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Its name.
+    pub name: NetworkName,
+    /// Where its folder is.
+    pub state: StateDir,
+    /// Whether the guest may speak for others (`--trust-guest`): it bridges or relays.
+    pub trust_guest: bool,
+}
+
 /// Which link of the host the guest's frames leave by.
 #[derive(Debug)]
 pub enum LinkSource {
@@ -188,6 +210,8 @@ pub struct LinkConfig {
     pub source: LinkSource,
     /// The VLAN the guest is in, unknown to it.
     pub vlan: Option<VlanId>,
+    /// On a named network: the address at which DHCP and DNS there are ours.
+    pub gateway: Option<Ipv4Addr>,
 }
 
 /// Verbosity and form of the log on standard error.
@@ -225,8 +249,10 @@ pub struct Config {
     pub dns: DnsConfig,
     /// What lies beyond the gateway.
     pub mode: Mode,
-    /// The link the guest is on besides; there is no gateway of ours on it.
+    /// The link the guest is on besides; but for a named network there is no gateway of ours on it.
     pub link: Option<LinkConfig>,
+    /// The named network it is a guest of; none for a network of its own.
+    pub network: Option<NetworkConfig>,
     /// The workers.
     pub workers: WorkersConfig,
     /// The log.

@@ -38,6 +38,10 @@ pub enum DropReason {
     Filtered,
     /// DHCP or DNS that deserves no answer.
     ServiceSilent,
+    /// DHCP without an answer because no address is free, or the guest holds as many as one may.
+    PoolExhausted,
+    /// DHCP without an answer because the network's leases cannot be read or written.
+    LeaseStore,
     /// An 802.1Q tag that is not the network's, or none where there is to be one.
     VlanTag,
     /// What only a router or DHCP server may say, said by the guest.
@@ -50,7 +54,7 @@ pub enum DropReason {
     LinkRefused,
 }
 
-const REASONS: [(DropReason, &str); 22] = [
+const REASONS: [(DropReason, &str); 24] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -68,6 +72,8 @@ const REASONS: [(DropReason, &str); 22] = [
     (DropReason::RateLimited, "rate_limited"),
     (DropReason::Filtered, "filtered"),
     (DropReason::ServiceSilent, "service_silent"),
+    (DropReason::PoolExhausted, "pool_exhausted"),
+    (DropReason::LeaseStore, "lease_store"),
     (DropReason::VlanTag, "vlan_tag"),
     (DropReason::RogueServer, "rogue_server"),
     (DropReason::TooLong, "too_long"),

@@ -25,22 +25,23 @@ const OFFLOADS: GuestOffloads =
 ///
 /// # Errors
 /// What could not be made and why, in words.
-pub(super) fn make(ip_mtu: IpMtu) -> Result<OwnedFd, String> {
+pub(super) fn make(ip_mtu: IpMtu, alias: &str) -> Result<OwnedFd, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start a runtime: {error}"))?;
     let tap = TapQueue::open(TAP, false).map_err(|error| refused("open /dev/net/tun", &error))?;
     tap.set_offloads(OFFLOADS).map_err(|error| refused("set the offloads of the TAP", &error))?;
-    runtime.block_on(join(ip_mtu)).map_err(|error| said(&error))?;
+    runtime.block_on(join(ip_mtu, alias)).map_err(|error| said(&error))?;
     Ok(tap.into_fd())
 }
 
-async fn join(ip_mtu: IpMtu) -> Result<(), LinkError> {
+async fn join(ip_mtu: IpMtu, alias: &str) -> Result<(), LinkError> {
     let links = Links::open().map_err(|source| absent("open the way to", "links", source))?;
     let bridge = match links.find(BRIDGE).await? {
         // Of a holder that was killed.
         Some(bridge) => bridge,
         None => links.add_bridge(BRIDGE, BRIDGE_MAC).await?,
     };
+    links.set_alias(&bridge, alias).await?;
     let tap = find(&links, TAP).await?;
     links.set_master(&tap, bridge.index).await?;
     for link in [&find(&links, "lo").await?, &tap, &bridge] {

@@ -27,7 +27,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -39,11 +39,13 @@ use self::worker::{HolderParts, HolderWorker};
 use crate::config::{DnsConfig, Lan, Mode, NatConfig};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
+use crate::control::lease_keeping;
 use crate::control::signals::Signals;
 use crate::engine::EngineConfig;
+use crate::engine::gateway::SharedDhcp;
 use crate::limits;
+use crate::network::store::keeper::Keeper;
 use crate::sandbox::namespaces::{NamespaceError, Namespaces};
-use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
 use crate::uplink::sys::socket::raise_open_files_limit;
 
@@ -54,16 +56,27 @@ pub struct HolderConfig {
     pub lan: Lan,
     /// DNS as they meet it.
     pub dns: DnsConfig,
-    /// Translation to the world.
-    pub nat: NatConfig,
     /// Keys the initial sequence numbers (RFC 6528).
     pub isn_secret: (u64, u64),
+    /// Alias of the bridge, which marks it as this network's.
+    pub alias: String,
     /// Processes that use the network already, whose holder ended.
     pub survivors: Vec<u32>,
     /// Where the door's socket is to be.
     pub door: PathBuf,
     /// How long the network is kept without users; for ever without.
     pub idle: Option<Duration>,
+}
+
+/// The network's services, over its leases.
+#[derive(Debug)]
+pub struct Services {
+    /// Local names.
+    pub dns: Arc<DnsService>,
+    /// Addresses.
+    pub dhcp: SharedDhcp,
+    /// What keeps the store of leases small and current.
+    pub keeper: Option<Keeper>,
 }
 
 /// Why there is no holder, or why it had to end.
@@ -96,16 +109,16 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(config: &HolderConfig, ready: impl FnOnce()) -> Result<(), Error> {
+pub fn run(config: &HolderConfig, services: Services, ready: impl FnOnce()) -> Result<(), Error> {
     let ip_mtu = config.lan.ip_mtu;
     let mut survivors = config.survivors.iter().filter_map(|pid| Namespaces::of_process(*pid).ok().flatten());
     let (namespaces, tap) = match survivors.next() {
         Some(namespaces) => {
             tracing::info!("the network is still there; taking it over from a holder that ended");
-            let tap = namespaces.reach(|| links::make(ip_mtu))?;
+            let tap = namespaces.reach(|| links::make(ip_mtu, &config.alias))?;
             (namespaces, tap)
         }
-        None => Namespaces::make(|| links::make(ip_mtu))?,
+        None => Namespaces::make(|| links::make(ip_mtu, &config.alias))?,
     };
     let open_files = raise_open_files_limit();
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
@@ -113,7 +126,9 @@ pub fn run(config: &HolderConfig, ready: impl FnOnce()) -> Result<(), Error> {
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
-    let Prepared { parts, forwarder, resolver } = prepare(config, open_files, tap, &stop)?;
+    let keeper = services.keeper;
+    let services = (services.dns, services.dhcp);
+    let Prepared { parts, forwarder, resolver } = prepare(config, open_files, tap, &stop, services)?;
     let dns = Arc::clone(&parts.dns);
     let host = Dependents {
         resolver: config.dns.enabled.then_some(resolver),
@@ -130,6 +145,9 @@ pub fn run(config: &HolderConfig, ready: impl FnOnce()) -> Result<(), Error> {
         let signals = Signals::new().map_err(starting("signal handlers"))?;
         tokio::spawn(forwarder.run(dns));
         host.follow();
+        if let Some(keeper) = keeper {
+            tokio::spawn(lease_keeping::keep(keeper));
+        }
         ready();
         hold(listener, namespaces, config.idle, signals).await;
         // The next holder makes its own door; a process that knocks meanwhile finds none and waits for it.
@@ -148,23 +166,30 @@ struct Prepared {
     resolver: Arc<Resolver>,
 }
 
-fn prepare(config: &HolderConfig, open_files: u64, tap: OwnedFd, stop: &EventFd) -> Result<Prepared, Error> {
-    let resolver = Resolver::new(Upstreams::of(&config.nat));
+fn prepare(
+    config: &HolderConfig,
+    open_files: u64,
+    tap: OwnedFd,
+    stop: &EventFd,
+    (dns, dhcp): (Arc<DnsService>, SharedDhcp),
+) -> Result<Prepared, Error> {
+    let nat = NatConfig::default();
+    let resolver = Resolver::new(Upstreams::of(&nat));
     let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
     let parts = HolderParts {
         tap,
         engine: EngineConfig {
             lan: config.lan,
             dns: config.dns.clone(),
-            mode: Mode::Nat(config.nat.clone()),
+            mode: Mode::Nat(nat),
             mac: None,
             flows_max: limits::flows_max(open_files, limits::HOLDER_USERS_MAX, 1),
             isn_secret: config.isn_secret,
             home: None,
         },
-        dns: Arc::new(DnsService::new(&config.dns, &config.lan, true)),
+        dns,
         dns_client,
-        dhcp: Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns))),
+        dhcp,
         stop: stop.try_clone().map_err(starting("an eventfd"))?,
         addresses_gone: EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?,
     };

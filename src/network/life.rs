@@ -22,7 +22,7 @@ use super::definition::{Definition, Kind};
 use super::users::User;
 use crate::uplink::firewall::{self, Beyond, FirewallError, Redirect, Ruleset};
 use crate::uplink::forwarding::{Forwarding, ForwardingError};
-use crate::uplink::links::{LinkError, LinkKind, Links};
+use crate::uplink::links::{Link, LinkError, LinkKind, Links};
 use crate::uplink::own_bridge::{BridgeError, OwnBridge};
 use crate::uplink::sys::routes;
 use crate::uplink::sysctl::{self, SysctlError};
@@ -119,7 +119,13 @@ fn own_bridge(definition: &Definition) -> Option<OwnBridge> {
 /// [`LifeError`]; what was made stays for [`lower`].
 pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Result<bool, LifeError> {
     let Some(bridge) = own_bridge(definition) else {
-        return if definition.is_rootless() { Ok(false) } else { find_bridge(definition).map(|()| false) };
+        if definition.is_rootless() {
+            return raise_inside(definition, users).map(|()| false);
+        }
+        return with_links(async |links| {
+            let bridge = find_bridge(links, definition).await?;
+            put_on(links, &bridge, users, definition.kind.isolate()).await.map(|()| false)
+        });
     };
     // The firewall comes first: no guest and no forwarding without it.
     let uplinks = uplinks(definition)?;
@@ -127,7 +133,10 @@ pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Resul
         Some(ruleset) => firewall::apply(&ruleset)?,
         None => false,
     };
-    with_links(async |links| Ok(bridge.ensure(links).await.map(drop)?))?;
+    with_links(async |links| {
+        let bridge = bridge.ensure(links).await?;
+        put_on(links, &bridge, users, definition.kind.isolate()).await
+    })?;
     if let Kind::Nat { .. } = definition.kind {
         let holder = definition.id.to_string();
         let switched = with_forwarding(state_dir, |forwarding| {
@@ -212,15 +221,40 @@ fn redirects(user: &User) -> Vec<Redirect> {
     user.published.iter().filter(|port| !port.host.ip().is_loopback()).map(redirect).collect()
 }
 
-/// The bridge of a bridge network must be there before anything is made.
-fn find_bridge(definition: &Definition) -> Result<(), LifeError> {
+/// The bridge of a bridge network, which must be there before anything is made.
+/// Puts TAPs on the bridge of a rootless network. Before this process has moved into the namespaces nothing of
+/// the network is to be seen, and nothing to be done.
+fn raise_inside(definition: &Definition, users: &[User]) -> Result<(), LifeError> {
+    with_links(async |links| match links.find(&definition.bridge()).await? {
+        Some(bridge) if bridge.alias.as_deref() == Some(&*definition.alias()) => {
+            put_on(links, &bridge, users, definition.kind.isolate()).await
+        }
+        _ => Ok(()),
+    })
+}
+
+async fn find_bridge(links: &Links, definition: &Definition) -> Result<Link, LifeError> {
     let name = definition.bridge();
-    let wrong =
-        |why| Err(LifeError::Bridge { name: name.clone(), network: definition.name.to_string(), why });
-    match with_links(async |links| Ok(links.find(&name).await?))? {
-        None => wrong("there is no such link"),
-        Some(link) if link.kind != LinkKind::Bridge => wrong("it is no bridge"),
-        Some(link) if !link.up => wrong("it is down"),
-        Some(_) => Ok(()),
+    let why = match links.find(&name).await? {
+        None => "there is no such link",
+        Some(link) if link.kind != LinkKind::Bridge => "it is no bridge",
+        Some(link) if !link.up => "it is down",
+        Some(link) => return Ok(link),
+    };
+    Err(LifeError::Bridge { name, network: definition.name.to_string(), why })
+}
+
+/// Makes the users' TAPs ports of the bridge. One that is not there is of a process that is just ending.
+async fn put_on(links: &Links, bridge: &Link, users: &[User], isolate: bool) -> Result<(), LifeError> {
+    for name in users.iter().filter_map(|user| user.tap.as_deref()) {
+        let Some(tap) = links.find(name).await? else { continue };
+        if tap.master == Some(bridge.index) {
+            continue;
+        }
+        links.set_master(&tap, bridge.index).await?;
+        if isolate {
+            links.set_isolated(&tap).await?;
+        }
     }
+    Ok(())
 }

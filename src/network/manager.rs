@@ -102,6 +102,11 @@ impl Networks {
         Networks { state }
     }
 
+    /// The state directory.
+    pub fn state(&self) -> &StateDir {
+        &self.state
+    }
+
     /// Where a network keeps its files.
     pub fn folder(&self, name: &NetworkName) -> PathBuf {
         self.state.network(name)
@@ -313,6 +318,11 @@ impl Joined {
     /// The network.
     pub fn definition(&self) -> &Definition {
         &self.definition
+    }
+
+    /// Where the network's holder is found, if it is rootless.
+    pub fn holder(&self) -> Place {
+        self.networks.holder(&self.definition.name)
     }
 
     /// The folder of this network's locks, in which files of users come and go.

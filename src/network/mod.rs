@@ -1,16 +1,21 @@
 //! The networks a process serves: who holds which address.
 //!
-//! [`leases`] is the pool of one process, in memory. It opens no file and reads no clock; time is
-//! an argument. [`state_dir`] is where named networks, which several processes share, keep what they know;
-//! [`name`] is what they are called, [`definition`] what they are, [`users`] who uses them, [`manager`] makes, lists
-//! and removes them, and [`life`] is what they are on the host.
+//! [`allocator`] says what is asked of a pool; [`leases`] keeps it in the memory of one process, [`store`] in a
+//! file that all processes of a named network share. [`state_dir`] is where that file lives and what else
+//! such a network has to remember; [`name`] is what it is called, [`definition`] what it is, [`users`] who uses it,
+//! [`manager`] makes, lists and removes it, and [`life`] is what it is on the host. [`clock`] is the time that
+//! processes and boots agree on, [`guest_names`] what DNS asks.
 #![forbid(unsafe_code)]
 
+pub mod allocator;
+pub mod clock;
 pub mod definition;
+pub mod guest_names;
 pub mod leases;
 pub mod life;
 pub mod manager;
 pub mod name;
 pub mod rootless;
 pub mod state_dir;
+pub mod store;
 pub mod users;

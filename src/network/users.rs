@@ -24,6 +24,11 @@ const LOCK_NAME: &str = "lock";
 /// Beginning of the names of users' files; the process id and random digits follow.
 const USER_PREFIX: &str = "user-";
 
+/// Whether a file of the run folder is a user's, by its name.
+pub fn is_user_file(name: &str) -> bool {
+    name.starts_with(USER_PREFIX)
+}
+
 /// A port of the host that leads to a process's guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishedPort {
@@ -136,7 +141,7 @@ impl RunFolder {
         let mut files = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
-            if entry.file_name().to_str().is_some_and(|name| name.starts_with(USER_PREFIX)) {
+            if entry.file_name().to_str().is_some_and(is_user_file) {
                 files.push(entry.path());
             }
         }

@@ -14,7 +14,7 @@ use rtnetlink::packet_route::link::{
     AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
     MacVtapMode,
 };
-use rtnetlink::{Handle, LinkBridge, LinkMacVtap, LinkUnspec};
+use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMacVtap, LinkUnspec};
 use thiserror::Error;
 
 use crate::addr::MacAddr;
@@ -167,6 +167,16 @@ impl Links {
             LinkUnspec::new_with_index(link.index).controller(bridge).build(),
         )
         .await
+    }
+
+    /// Keeps `link`, a port of a bridge, from the bridge's other ports that are kept so too.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub async fn set_isolated(&self, link: &Link) -> Result<(), LinkError> {
+        let message = LinkBridgePort::new(link.index).isolated(true).build();
+        let outcome = self.0.link().set_port(message).execute().await;
+        outcome.map_err(failed("keep from other ports", &link.name))
     }
 
     /// Brings `link` up.

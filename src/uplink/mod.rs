@@ -7,6 +7,7 @@ pub mod firewall;
 pub mod forwarding;
 pub mod host_news;
 pub mod links;
+pub mod network_news;
 mod own_addresses;
 pub mod own_bridge;
 mod receive_window;

@@ -14,12 +14,13 @@
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
 use std::io;
+use std::net::Ipv4Addr;
 
 use crate::addr::VlanId;
 use crate::config::IpMtu;
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
-use crate::engine::lan::{self, vlan};
+use crate::engine::lan::{self, services, vlan};
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
 use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES};
 use crate::uplink::sys::tap::{Segments, TapQueue};
@@ -35,6 +36,8 @@ pub struct LinkParts {
     pub vlan: Option<VlanId>,
     /// The guest's IP MTU; a front-end can make it smaller.
     pub ip_mtu: IpMtu,
+    /// The address at which DHCP and DNS are ours, on a named network.
+    pub gateway: Option<Ipv4Addr>,
 }
 
 /// What became of a frame of the guest.
@@ -180,6 +183,12 @@ impl LinkEnd {
     /// The guest posted receive buffers after a lack of them.
     pub(super) fn guest_has_buffers(&mut self) {
         self.starved = false;
+    }
+
+    /// Whether a frame of the guest is for a service of ours, and not for the link.
+    pub(super) fn is_for_us(&self, frame: &TxFrame<'_>) -> bool {
+        let is_ours = |gateway| services::is_ours(frame.head, frame.whole.len(), gateway);
+        self.parts.gateway.is_some_and(is_ours)
     }
 
     /// Sends one frame of the guest.
@@ -456,7 +465,8 @@ mod tests {
             let (near, far) = UnixDatagram::pair().unwrap();
             far.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
             let vlan = vlan.map(|id| VlanId::new(id).unwrap());
-            let parts = LinkParts { queue: TapQueue::of_socket(near), vlan, ip_mtu: IpMtu::DEFAULT };
+            let parts =
+                LinkParts { queue: TapQueue::of_socket(near), vlan, ip_mtu: IpMtu::DEFAULT, gateway: None };
             let mut end = LinkEnd::new(parts);
             end.guest_has_buffers();
             Rig { end, far, port: Port::new(1 << 20) }

@@ -1,8 +1,11 @@
 //! What a network is on the host, from the first that joins to the last that leaves.
 
 use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use vunet::config::IpMtu;
+use vunet::control::network_watch;
 use vunet::network::definition::{Definition, Kind, NetworkId, OwnLan};
 use vunet::network::manager::{Joined, NetworkError, Networks};
 use vunet::network::name::NetworkName;
@@ -250,5 +253,78 @@ fn ports_of_a_user_lead_to_its_guest_once_it_has_an_address() {
         drop(one);
         let shown = table();
         assert!(!shown.contains("10.0.2.9") && shown.contains("10.0.2.10"), "{shown}");
+    });
+}
+
+#[test]
+fn a_process_that_lives_puts_back_what_others_take_and_follows_the_default_route() {
+    on_a_host("life::a_process_that_lives_puts_back_what_others_take_and_follows_the_default_route", || {
+        let (_place, state) = state_dir();
+        let networks = Networks::new(state);
+        let lab = create(&networks, "lab", nat());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let joined = Arc::new(Mutex::new(join(&networks, "lab")));
+        runtime.spawn(network_watch::follow(Arc::clone(&joined)));
+        let until = |what: &str, holds: &dyn Fn() -> bool| {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while !holds() {
+                assert!(Instant::now() < deadline, "{what}: {}", rules());
+                runtime.block_on(async { tokio::time::sleep(Duration::from_millis(20)).await });
+            }
+        };
+        let table = lab.id.table();
+        for _ in 0..3 {
+            nft("flush ruleset");
+            until("the table comes back", &|| rules().contains(&table));
+        }
+        nft(
+            "add table ip filter; add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }",
+        );
+        until("accepts where a policy drops", &|| rules().contains(&lab.id.rule_comment()));
+        run("ip", "route replace default via 198.51.100.2");
+        until("the new uplink forwards", &|| forwarding("up1") == "1" && forwarding("up0") == "0");
+        until("the new uplink is in the rules", &|| rules().contains("oifname \"up1\" accept"));
+        set_sysctl("ipv4/ip_forward", "0");
+        until("forwarding is switched on again", &|| forwarding("up1") == "1");
+        run("ip", "tuntap add dev vt-9 mode tap");
+        joined.lock().unwrap().update(|user| user.tap = Some("vt-9".to_owned())).unwrap();
+        has(&run("ip", "link show dev vt-9"), &[&format!("master {}", lab.bridge())]);
+        run("ip", &format!("link del {}", lab.bridge()));
+        let tap = || run("ip", "link show dev vt-9");
+        until("bridge and port come back", &|| tap().contains(&format!("master {}", lab.bridge())));
+        has(&run("ip", &format!("addr show dev {}", lab.bridge())), &["10.0.2.1/24", "UP"]);
+        run("ip", "link del vt-9");
+        drop(runtime);
+        drop(joined);
+        assert!(!rules().contains(&table));
+    });
+}
+
+#[test]
+fn ports_of_an_isolated_network_are_kept_from_each_other() {
+    on_a_host("life::ports_of_an_isolated_network_are_kept_from_each_other", || {
+        let (_place, state) = state_dir();
+        let networks = Networks::new(state);
+        run("ip", "link add br0 type bridge");
+        run("ip", "link set br0 up");
+        let on_br0 = |isolate| Kind::Bridge { bridge: "br0".to_owned(), ip_mtu: IpMtu::DEFAULT, isolate };
+        create(&networks, "apart", Kind::HostOnly { lan: lan(0, true) });
+        create(&networks, "wire", on_br0(true));
+        create(&networks, "open", on_br0(false));
+        for (name, isolated) in [("apart", "isolated on"), ("wire", "isolated on"), ("open", "isolated off")]
+        {
+            run("ip", "tuntap add dev vt-9 mode tap");
+            let mut joined = join(&networks, name);
+            joined.update(|user| user.tap = Some("vt-9".to_owned())).unwrap();
+            let bridge = joined.definition().bridge();
+            has(&run("ip", "-d link show dev vt-9"), &[isolated, &format!("master {bridge}")]);
+            drop(joined);
+            run("ip", "link del vt-9");
+        }
+        has(&run("ip", "link show dev br0"), &["br0", "UP"]);
+        run("ip", "link del br0");
+        let gone = networks.join(&"wire".parse().unwrap(), User::this_process().unwrap()).unwrap_err();
+        let cause = std::error::Error::source(&gone).unwrap().to_string();
+        has(&cause, &["bridge br0 of network wire", "no such link", "--bridge"]);
     });
 }

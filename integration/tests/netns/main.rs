@@ -19,6 +19,7 @@ mod icmp;
 mod lan;
 mod lease;
 mod link;
+mod networks;
 mod policy;
 mod programs;
 mod publish;

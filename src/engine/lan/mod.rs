@@ -2,10 +2,12 @@
 //!
 //! Pure judgement on the host's copy of a frame's first bytes; the worker moves the frames. Towards the
 //! link: [`vlan`] adds the network's 802.1Q tag. Towards the guest: the tag is taken away, and what the
-//! guest's driver did not accept, or could not receive, is refused.
+//! guest's driver did not accept, or could not receive, is refused. On a named network, [`services`] says which frames are for DHCP and DNS of
+//! ours.
 //!
 //! May touch: `wire`, `addr`, `limits`. Read first: IEEE 802.1Q, 9; virtio 1.3, 5.1.6.
 
+pub mod services;
 pub mod vlan;
 
 use crate::engine::counters::DropReason;
