@@ -13,12 +13,14 @@ use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::addr::VlanId;
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::lan::guard::{Guard, SharedTable};
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
 use crate::postbox;
@@ -27,6 +29,7 @@ use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
+use crate::uplink::sys::tap::TapQueue;
 use crate::uplink::tap::{self, OpenLink};
 use crate::worker::{LinkParts, Worker, WorkerParts};
 
@@ -78,15 +81,29 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let link = config.link.take();
-    let vlan = link.as_ref().and_then(|link| link.vlan);
+    let judge = link.as_ref().map(|link| (link.vlan, link.guard));
     let mut open = runtime.block_on(open_link(link, &config))?;
-    let links = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
-    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu: config.lan.ip_mtu }).collect();
+    let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
+    let (vlan, guard) = judge.unwrap_or_default();
+    let links = link_ends(queues, config.lan.ip_mtu, vlan, guard);
     let outcome = run_on(config, links, &runtime, signals);
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
     outcome
+}
+
+/// Each worker's end of the link.
+fn link_ends(
+    queues: Vec<TapQueue>,
+    ip_mtu: IpMtu,
+    vlan: Option<VlanId>,
+    guard: Option<GuardConfig>,
+) -> Vec<LinkParts> {
+    let table = Arc::new(SharedTable::default());
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let ends = queues.into_iter().zip(0u8..);
+    ends.map(|(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu }).collect()
 }
 
 async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {

@@ -176,6 +176,17 @@ pub struct LinkConfig {
     pub source: LinkSource,
     /// The VLAN the guest is in, unknown to it.
     pub vlan: Option<VlanId>,
+    /// What the guest may send from; anything if `None`.
+    pub guard: Option<GuardConfig>,
+}
+
+/// Addresses the guest of a link may send from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardConfig {
+    /// Its MAC address; the first one seen if `None`.
+    pub mac: Option<MacAddr>,
+    /// Its one IPv4 address; those that DHCP leases if `None`.
+    pub ipv4: Option<Ipv4Addr>,
 }
 
 /// Verbosity and form of the log on standard error.
