@@ -20,7 +20,8 @@ use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::addr::VlanId;
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::lease_keeping;
@@ -29,6 +30,7 @@ use crate::control::signals::Signals;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::lan::guard::{Guard, SharedTable};
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::holder::{self, Services};
 use crate::limits;
@@ -43,6 +45,7 @@ use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
+use crate::uplink::sys::tap::TapQueue;
 use crate::uplink::tap::{self, OpenLink};
 use crate::worker::{LinkParts, Worker, WorkerParts};
 
@@ -122,15 +125,14 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     // While this is the only thread.
     let used = membership::enter(joined.as_ref())?;
     let link = config.link.take();
-    let (vlan, gateway) = link.as_ref().map_or((None, None), |link| (link.vlan, link.gateway));
+    let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
     let mut open = runtime.block_on(open_link(link, &config))?;
-    let links = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
-    if let (Some(joined), Some(first)) = (&joined, links.first()) {
+    let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
+    if let (Some(joined), Some(first)) = (&joined, queues.first()) {
         let tap = first.name().to_owned();
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
-    let ip_mtu = config.lan.ip_mtu;
-    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu, gateway }).collect();
+    let links = link_ends(queues, config.lan.ip_mtu, judge.unwrap_or_default());
     if let Some((place, used)) = used {
         runtime.spawn(place.stay(used));
     }
@@ -142,6 +144,24 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     drop(runtime);
     drop(joined);
     outcome
+}
+
+/// Each worker's end of the link.
+/// What the workers' ends of a link are told of it.
+#[derive(Default)]
+struct Judge {
+    vlan: Option<VlanId>,
+    guard: Option<GuardConfig>,
+    gateway: Option<Ipv4Addr>,
+}
+
+fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: Judge) -> Vec<LinkParts> {
+    let Judge { vlan, guard, gateway } = judge;
+    let table = Arc::new(SharedTable::default());
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let ends = queues.into_iter().zip(0u8..);
+    let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
+    ends.map(end).collect()
 }
 
 async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {
@@ -275,7 +295,7 @@ fn prepare(
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
-            link: links.next(),
+            link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
             dns_client,
             tcp,
             udp,

@@ -244,6 +244,11 @@ pub struct Args {
     /// the bridge needs no support for it
     #[arg(long, value_name = "N", value_parser = values::vlan, help_heading = "Network")]
     vlan: Option<VlanId>,
+    /// With --mode bridge: let the guest send from any address, and what routers and DHCP servers say.
+    /// Without it, it sends from one MAC address (that of --mac, else its first), from IPv4 addresses
+    /// that DHCP leased it (or that of --guest-ip), and from IPv6 addresses nobody else has
+    #[arg(long, help_heading = "Network")]
+    trust_guest: bool,
     /// MAC address offered to a VMM that asks for one (QEMU sets its own: -device …,mac=)
     #[arg(long, value_name = "MAC", value_parser = values::guest_mac, help_heading = "Network")]
     mac: Option<MacAddr>,
@@ -258,7 +263,7 @@ pub struct Args {
     /// Address of router, DHCP and DNS server [default: the subnet's first]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     gateway: Option<Ipv4Addr>,
-    /// Address of the guest [default: the first free one]
+    /// Address of the guest [default: the first free one; with --mode bridge what DHCP leases it]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     guest_ip: Option<Ipv4Addr>,
     /// Do not answer DHCP; the guest configures itself

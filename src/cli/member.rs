@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::check::{Parts, UsageError, dns, nat};
 use super::{Args, bridge};
-use crate::config::{DnsConfig, Lan, LinkConfig, LinkSource, Mode, NetworkConfig};
+use crate::config::{DnsConfig, GuardConfig, Lan, LinkConfig, LinkSource, Mode, NetworkConfig};
 use crate::network::definition::{Definition, Kind, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
@@ -15,24 +15,25 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
     refuse_defined(args, name)?;
     let failed = |error| UsageError::Network(Box::new(error));
     let (state, definition) = find(args.state_dir.as_deref(), name).map_err(failed)?;
-    let config = NetworkConfig { name: name.clone(), state, trust_guest: false };
+    let config = NetworkConfig { name: name.clone(), state, trust_guest: args.trust_guest };
+    let guard = (!args.trust_guest).then_some(GuardConfig { mac: args.mac, ipv4: args.guest_ip });
     match &definition.kind {
-        Kind::Nat { lan, .. } => own(args, lan, Mode::Nat(nat(args)?), config),
+        Kind::Nat { lan, .. } => own(args, lan, Mode::Nat(nat(args)?), guard, config),
         Kind::HostOnly { lan } => {
             refuse_host_only(args, name)?;
-            own(args, lan, Mode::Isolated, config)
+            own(args, lan, Mode::Isolated, guard, config)
         }
         Kind::Rootless { lan } => {
             refuse_rootless(args, name)?;
             let (none, dns) = bridge::no_gateway(args);
-            let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, gateway: None };
+            let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, guard, gateway: None };
             let lan = Lan { ip_mtu: lan.ip_mtu, ..none };
             Ok(Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(config) })
         }
         Kind::Bridge { ip_mtu, .. } => {
             bridge::refuse_within(args)?;
             let (lan, dns) = bridge::no_gateway(args);
-            let link = LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, gateway: None };
+            let link = LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None };
             let lan = Lan { ip_mtu: *ip_mtu, ..lan };
             Ok(Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(config) })
         }
@@ -46,7 +47,17 @@ fn find(state_dir: Option<&Path>, name: &NetworkName) -> Result<(StateDir, Defin
 }
 
 /// A network with a bridge of its own, whose DHCP and DNS are ours.
-fn own(args: &Args, own: &OwnLan, mode: Mode, network: NetworkConfig) -> Result<Parts, UsageError> {
+fn own(
+    args: &Args,
+    own: &OwnLan,
+    mode: Mode,
+    guard: Option<GuardConfig>,
+    network: NetworkConfig,
+) -> Result<Parts, UsageError> {
+    if args.no_dhcp && args.guest_ip.is_none() && !args.trust_guest {
+        let why = "nothing says which address the guest may send from: add --guest-ip IP or --trust-guest";
+        return Err(UsageError::NotWithNetwork { flag: "--no-dhcp", network: network.name, why });
+    }
     if args.vlan.is_some() {
         let why = "its bridge carries one network";
         return Err(UsageError::NotWithNetwork { flag: "--vlan", network: network.name, why });
@@ -64,7 +75,7 @@ fn own(args: &Args, own: &OwnLan, mode: Mode, network: NetworkConfig) -> Result<
     }
     let lan = Lan { subnet, gateway, guest: args.guest_ip, ip_mtu, dhcp: !args.no_dhcp };
     let dns: DnsConfig = dns(args, &own.dns_domain, gateway)?;
-    let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, gateway: Some(gateway) };
+    let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, guard, gateway: Some(gateway) };
     Ok(Parts { lan, dns, mode, link: Some(link), network: Some(network) })
 }
 

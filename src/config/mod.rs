@@ -212,6 +212,17 @@ pub struct LinkConfig {
     pub vlan: Option<VlanId>,
     /// On a named network: the address at which DHCP and DNS there are ours.
     pub gateway: Option<Ipv4Addr>,
+    /// What the guest may send from; anything if `None`.
+    pub guard: Option<GuardConfig>,
+}
+
+/// Addresses the guest of a link may send from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardConfig {
+    /// Its MAC address; the first one seen if `None`.
+    pub mac: Option<MacAddr>,
+    /// Its one IPv4 address; those that DHCP leases if `None`.
+    pub ipv4: Option<Ipv4Addr>,
 }
 
 /// Verbosity and form of the log on standard error.

@@ -17,6 +17,8 @@ mod host_changes;
 mod hostile;
 mod icmp;
 mod lan;
+mod lan_guard;
+mod lan_uplinks;
 mod lease;
 mod link;
 mod networks;

@@ -14,24 +14,34 @@ use crate::wire::ipv4::{self, Protocol};
 /// The port of DNS (RFC 1035, 4.2).
 const DNS_PORT: u16 = 53;
 
-/// Whether the frame whose first bytes are `head` and that is `len_bytes` long is for a service of ours at `gateway`.
+/// A service of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Service {
+    /// DHCP.
+    Dhcp,
+    /// DNS.
+    Dns,
+}
+
+/// Whether the frame whose first bytes are `head` and that is `len_bytes` long is for a service of ours at `gateway`, and which.
 /// Later fragments are not: they name no port, and none of these services takes messages that long.
-pub fn is_ours(head: &[u8], len_bytes: usize, gateway: Ipv4Addr) -> bool {
-    let Ok(frame) = ethernet::Header::parse(head) else { return false };
+pub fn is_ours(head: &[u8], len_bytes: usize, gateway: Ipv4Addr) -> Option<Service> {
+    let frame = ethernet::Header::parse(head).ok()?;
     if frame.ethertype != EtherType::IPV4 {
-        return false;
+        return None;
     }
     let packet = &head[ethernet::HEADER_BYTES..];
-    let Ok(header) = ipv4::Header::parse(packet, len_bytes.saturating_sub(ethernet::HEADER_BYTES)) else {
-        return false;
-    };
-    let port = packet.get(header.header_bytes + 2..header.header_bytes + 4);
-    let (Some(&[high, low]), 0) = (port, header.fragment_offset_bytes) else { return false };
-    let port = u16::from_be_bytes([high, low]);
+    let header = ipv4::Header::parse(packet, len_bytes.saturating_sub(ethernet::HEADER_BYTES)).ok()?;
+    let port = packet.get(header.header_bytes + 2..header.header_bytes + 4)?;
+    let port = u16::from_be_bytes([port[0], port[1]]);
+    let to_gateway = header.dst == gateway;
     match header.protocol {
-        Protocol::UDP if port == DHCP_PORT => header.dst == gateway || header.dst.is_broadcast(),
-        Protocol::UDP | Protocol::TCP => port == DNS_PORT && header.dst == gateway,
-        _ => false,
+        _ if header.fragment_offset_bytes > 0 => None,
+        Protocol::UDP if port == DHCP_PORT && (to_gateway || header.dst.is_broadcast()) => {
+            Some(Service::Dhcp)
+        }
+        Protocol::UDP | Protocol::TCP if port == DNS_PORT && to_gateway => Some(Service::Dns),
+        _ => None,
     }
 }
 
@@ -69,17 +79,17 @@ mod tests {
     fn dhcp_and_dns_at_the_gateway_are_ours_and_nothing_else_is() {
         let other = Ipv4Addr::new(10, 0, 2, 9);
         for (dst, protocol, port, offset, expected) in [
-            (GATEWAY, Protocol::UDP, 67, 0, true),
-            (Ipv4Addr::BROADCAST, Protocol::UDP, 67, 0, true),
-            (other, Protocol::UDP, 67, 0, false),
-            (GATEWAY, Protocol::TCP, 67, 0, false),
-            (GATEWAY, Protocol::UDP, 53, 0, true),
-            (GATEWAY, Protocol::TCP, 53, 0, true),
-            (Ipv4Addr::BROADCAST, Protocol::UDP, 53, 0, false),
-            (other, Protocol::TCP, 53, 0, false),
-            (GATEWAY, Protocol::TCP, 80, 0, false),
-            (GATEWAY, Protocol::ICMP, 53, 0, false),
-            (GATEWAY, Protocol::UDP, 53, 8, false),
+            (GATEWAY, Protocol::UDP, 67, 0, Some(Service::Dhcp)),
+            (Ipv4Addr::BROADCAST, Protocol::UDP, 67, 0, Some(Service::Dhcp)),
+            (other, Protocol::UDP, 67, 0, None),
+            (GATEWAY, Protocol::TCP, 67, 0, None),
+            (GATEWAY, Protocol::UDP, 53, 0, Some(Service::Dns)),
+            (GATEWAY, Protocol::TCP, 53, 0, Some(Service::Dns)),
+            (Ipv4Addr::BROADCAST, Protocol::UDP, 53, 0, None),
+            (other, Protocol::TCP, 53, 0, None),
+            (GATEWAY, Protocol::TCP, 80, 0, None),
+            (GATEWAY, Protocol::ICMP, 53, 0, None),
+            (GATEWAY, Protocol::UDP, 53, 8, None),
         ] {
             let frame = frame(dst, protocol, port, offset);
             let seen = is_ours(&frame, frame.len(), GATEWAY);
@@ -91,10 +101,10 @@ mod tests {
     fn what_is_cut_or_of_another_kind_is_not_ours() {
         let frame = frame(GATEWAY, Protocol::UDP, 53, 0);
         for len in 0..ethernet::HEADER_BYTES + ipv4::HEADER_BYTES + 4 {
-            assert!(!is_ours(&frame[..len], frame.len(), GATEWAY), "{len}");
+            assert_eq!(is_ours(&frame[..len], frame.len(), GATEWAY), None, "{len}");
         }
         let mut arp = frame;
         arp[12..14].copy_from_slice(&EtherType::ARP.0.to_be_bytes());
-        assert!(!is_ours(&arp, arp.len(), GATEWAY));
+        assert_eq!(is_ours(&arp, arp.len(), GATEWAY), None);
     }
 }
