@@ -148,7 +148,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
 
 /// Each worker's end of the link.
 /// What the workers' ends of a link are told of it.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Judge {
     vlan: Option<VlanId>,
     guard: Option<GuardConfig>,

@@ -15,7 +15,7 @@ fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() 
         site.network("create lab")?;
         let before = site.host_state()?;
         let one = site.vm("lab", "vm1", &[])?;
-        let two = site.vm("lab", "vm2", &["--guest-ip", "10.0.2.7"])?;
+        let two = site.vm("lab", "vm2", &[])?;
         ensure!(one.ip != two.ip, "both have {}", one.ip);
         for (from, to) in [(&one, &two), (&two, &one)] {
             ensure!(from.pings(to.ip)?, "{} does not reach {}", from.ip, to.ip);
@@ -28,6 +28,8 @@ fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() 
             let name = from.run(&format!("dig +tcp +short @10.0.2.1 www.{DOMAIN}"))?;
             ensure!(name.trim() == WORLD.to_string(), "over TCP: {name:?}");
         }
+        let name = one.run("dig +short @10.0.2.1 vm2.lab.vunet.internal")?;
+        ensure!(name.trim() == two.ip.to_string(), "the other guest's name: {name:?}");
         let _server = site.serve(&two.netns)?;
         let peer = seen(&one.netns, (two.ip, ports::PEER))?;
         ensure!(peer.ip() == one.ip, "among guests nothing is translated, yet {peer}");
@@ -72,7 +74,7 @@ fn published_ports_lead_to_their_guest_from_the_world_the_host_and_other_guests(
     on_a_site(&[], |site| {
         site.network("create lab")?;
         let one = site.vm("lab", "vm1", &PUBLISH)?;
-        let two = site.vm("lab", "vm2", &["--guest-ip", "10.0.2.7"])?;
+        let two = site.vm("lab", "vm2", &[])?;
         let _server = site.serve(&one.netns)?;
         let gateway = Ipv4Addr::new(10, 0, 2, 1);
         let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
@@ -129,11 +131,11 @@ fn isolated_guests_reach_the_world_and_not_each_other_whatever_they_send() {
     on_a_site(&[], |site| {
         site.network("create lab --isolate")?;
         let one = site.vm("lab", "vm1", &[])?;
-        let two = site.vm("lab", "vm2", &["--guest-ip", "10.0.2.7"])?;
+        let two = site.vm("lab", "vm2", &[])?;
         ensure!(one.pings(WORLD)? && two.pings(WORLD)?, "the world is out of reach");
         ensure!(!one.pings_soon(two.ip)?, "the other guest is in reach");
         // By way of the host, which knows where the other one is.
-        one.run("ip route add 10.0.2.7/32 via 10.0.2.1")?;
+        one.run(&format!("ip route add {}/32 via 10.0.2.1", two.ip))?;
         one.run("ip neigh replace 10.0.2.1 lladdr 02:ab:cd:00:00:01 dev eth0")?;
         ensure!(!one.pings_soon(two.ip)?, "the other guest is in reach through the host");
         one.stop()?;
@@ -165,7 +167,7 @@ fn a_policy_of_drop_like_dockers_is_lived_with_before_and_after_its_rules_are_fl
         site.network("create lab")?;
         let before = site.host_state()?;
         let one = site.vm("lab", "vm1", &PUBLISH)?;
-        let two = site.vm("lab", "vm2", &["--guest-ip", "10.0.2.7"])?;
+        let two = site.vm("lab", "vm2", &[])?;
         let _server = site.serve(&one.netns)?;
         let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
         until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
@@ -214,5 +216,19 @@ fn another_default_route_is_followed() {
         site.lab.ip(&site.lab.host, &format!("addr add {HOST}/24 dev p0"))?;
         site.lab.ip(&site.lab.host, &format!("route replace default via {WORLD}"))?;
         ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn a_guest_goes_on_with_its_address_when_its_vunet_was_killed_and_started_anew() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let mut vm = site.vm("lab", "vm1", &["--publish", "8006:9006"])?;
+        let _server = site.serve(&vm.netns)?;
+        site.revive(&mut vm, "lab", &["--publish", "8006:9006"])?;
+        // The guest's stack noticed nothing and asks for no lease.
+        ensure!(vm.pings(WORLD)?, "the world is out of reach");
+        ensure!(seen(&vm.netns, (WORLD, ports::PEER))?.ip() == HOST, "it leaves otherwise");
+        vm.stop()
     });
 }

@@ -106,6 +106,21 @@ impl Site {
         Ok(Vm { guest: Some(guest), vunet, netns, ip: Ipv4Addr::UNSPECIFIED, socket })
     }
 
+    /// Kills the vunet of `vm`, starts another in its place and attaches the guest anew, as its VMM would.
+    pub(super) fn revive(&self, vm: &mut Vm, network: &str, args: &[&str]) -> Outcome {
+        // A front-end that reconnects keeps the guest's interface; this one makes it anew, so that it gets back
+        // what the guest's stack still knows.
+        let mac = vm.run("cat /sys/class/net/eth0/address")?.trim().to_owned();
+        vm.vunet.kill();
+        vm.guest = None;
+        std::fs::remove_file(&vm.socket)?;
+        vm.vunet = self.start(network, &vm.socket, args)?;
+        until("vunet's socket", || vm.socket.exists() || !vm.vunet.is_running())?;
+        vm.guest = Some(self.lab.attach_in(&vm.netns, &vm.socket, &["--mac", &mac])?);
+        vm.run(&format!("ip addr replace {}/24 dev eth0", vm.ip))?;
+        vm.run("ip route replace default via 10.0.2.1").map(drop)
+    }
+
     /// All a network could leave on the host: links, addresses, routes, rules, forwarding, files.
     pub(super) fn host_state(&self) -> Result<String, Failure> {
         let host = |words: &[&str]| self.lab.host.run(words, SHORT).map(|output| output.stdout);
