@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+mod leases;
 pub mod network;
 mod subnet;
 mod values;
