@@ -3,27 +3,35 @@
 //! The main thread runs the control side (tokio, current-thread): signals and upstream DNS. The
 //! worker and the vhost-user session have threads of their own.
 
+mod membership;
+
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use socket2::Type;
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{Config, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::addr::VlanId;
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::lease_keeping;
+use crate::control::network_watch::SharedJoined;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
+use crate::engine::lan::guard::{Guard, SharedTable};
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::limits;
 use crate::network::clock::{HostClock, SystemClock};
+use crate::network::manager::NetworkError;
 use crate::network::state_dir::StateDirError;
 use crate::network::store::keeper::Keeper;
 use crate::network::store::live_names::LiveNames;
@@ -34,6 +42,7 @@ use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
+use crate::uplink::sys::tap::TapQueue;
 use crate::uplink::tap::{self, OpenLink};
 use crate::worker::{LinkParts, Worker, WorkerParts};
 
@@ -53,6 +62,9 @@ pub enum Error {
     /// The link of `--uplink` could not be had.
     #[error(transparent)]
     Link(#[from] tap::OpenError),
+    /// The named network could not be joined.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -90,16 +102,42 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         .map_err(starting("the control runtime"))?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let joined = membership::join(&config)?;
     let link = config.link.take();
-    let vlan = link.as_ref().and_then(|link| link.vlan);
+    let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
     let mut open = runtime.block_on(open_link(link, &config))?;
-    let links = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
-    let links = links.into_iter().map(|queue| LinkParts { queue, vlan, ip_mtu: config.lan.ip_mtu }).collect();
-    let outcome = run_on(config, links, &runtime, signals);
+    let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
+    if let (Some(joined), Some(first)) = (&joined, queues.first()) {
+        let tap = first.name().to_owned();
+        membership::update(joined, |user| user.tap = Some(tap))?;
+    }
+    let links = link_ends(queues, config.lan.ip_mtu, judge.unwrap_or_default());
+    let outcome = run_on(config, links, &runtime, signals, joined.as_ref());
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
+    // Its tasks look after the network; with them gone this is the last that uses it, and leaves it.
+    drop(runtime);
+    drop(joined);
     outcome
+}
+
+/// Each worker's end of the link.
+/// What the workers' ends of a link are told of it.
+#[derive(Default)]
+struct Judge {
+    vlan: Option<VlanId>,
+    guard: Option<GuardConfig>,
+    gateway: Option<Ipv4Addr>,
+}
+
+fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: Judge) -> Vec<LinkParts> {
+    let Judge { vlan, guard, gateway } = judge;
+    let table = Arc::new(SharedTable::default());
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let ends = queues.into_iter().zip(0u8..);
+    let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
+    ends.map(end).collect()
 }
 
 async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {
@@ -114,6 +152,7 @@ fn run_on(
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
     signals: Signals,
+    joined: Option<&SharedJoined>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let workers = usize::from(config.workers.queue_pairs.max(1));
@@ -127,7 +166,11 @@ fn run_on(
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let prepared = prepare(&config, open_files, queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host, keeper } = prepared;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
+    if let Some(joined) = joined {
+        let _inside = runtime.enter();
+        membership::serve(joined, &ports.publish, ports.bound, guest)?;
+    }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
@@ -165,6 +208,16 @@ struct Prepared {
     host: Option<Dependents>,
     /// Of the named network's leases.
     keeper: Option<Keeper>,
+    /// Published ports that no worker serves, because the kernel translates.
+    ports: Ports,
+    /// The guest's address as DHCP gives it.
+    guest: watch::Receiver<Option<Ipv4Addr>>,
+}
+
+#[derive(Default)]
+struct Ports {
+    publish: Vec<Publish>,
+    bound: (Bound, Bound),
 }
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
@@ -181,10 +234,15 @@ fn prepare(
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let (tcp, udp) = bind_all(&mut nat.publish)?;
-    let mut published = Some((tcp, udp));
+    let bound = bind_all(&mut nat.publish)?;
     let world = matches!(config.mode, Mode::Nat(_));
-    let mode = if world { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    // On a named network the kernel translates, and names are all that is asked of the world here.
+    let is_shared = config.network.is_some();
+    let mode = if world && !is_shared { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let (mut published, ports) = match is_shared {
+        true => (None, Ports { publish: nat.publish.clone(), bound }),
+        false => (Some(bound), Ports::default()),
+    };
     let Services { dns, dhcp, keeper } = services(config, world)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
@@ -213,7 +271,7 @@ fn prepare(
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
-            link: links.next(),
+            link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
             dns_client,
             tcp,
             udp,
@@ -227,10 +285,11 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
+    let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
 }
 
 struct Services {

@@ -10,6 +10,7 @@
 mod bridge;
 mod check;
 mod leases;
+mod member;
 pub mod network;
 mod subnet;
 mod values;
@@ -21,12 +22,14 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{Config, DnsConfig, IpMtu};
 use crate::limits::QUEUE_PAIRS_MAX;
+use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
@@ -94,7 +97,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let mut args = Args::try_parse_from(args)?;
+    let matches = Args::command().try_get_matches_from(args)?;
+    let mut args = Args::from_arg_matches(&matches)?;
+    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
     match args.subcommand.take() {
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
         None => Ok(Command::Run(Box::new(args))),
@@ -217,9 +223,18 @@ pub struct Args {
     #[arg(long, help_heading = "Attachment")]
     print_capabilities: bool,
 
+    /// Join the network made with `vunet network create NAME`, with all VMs that do so; mode, subnet, gateway,
+    /// domain and MTU are the network's. Needs CAP_NET_ADMIN
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    network: Option<NetworkName>,
     /// What the guest may reach
     #[arg(long, value_enum, default_value = "nat", help_heading = "Network")]
     mode: ModeArg,
+    // Whether the flags with a default were given.
+    #[arg(skip)]
+    mode_given: bool,
+    #[arg(skip)]
+    ip_mtu_given: bool,
     /// Where frames leave: sockets of this host [default with --mode nat], or with --mode bridge a TAP on
     /// the bridge BRIDGE, a TAP (made if there is none of this name), TAP queues inherited as descriptors N,
     /// or a macvtap on IFNAME
@@ -230,6 +245,11 @@ pub struct Args {
     /// the bridge needs no support for it
     #[arg(long, value_name = "N", value_parser = values::vlan, help_heading = "Network")]
     vlan: Option<VlanId>,
+    /// With --mode bridge: let the guest send from any address, and what routers and DHCP servers say.
+    /// Without it, it sends from one MAC address (that of --mac, else its first), from IPv4 addresses
+    /// that DHCP leased it (or that of --guest-ip), and from IPv6 addresses nobody else has
+    #[arg(long, help_heading = "Network")]
+    trust_guest: bool,
     /// MAC address offered to a VMM that asks for one (QEMU sets its own: -device …,mac=)
     #[arg(long, value_name = "MAC", value_parser = values::guest_mac, help_heading = "Network")]
     mac: Option<MacAddr>,
@@ -244,7 +264,7 @@ pub struct Args {
     /// Address of router, DHCP and DNS server [default: the subnet's first]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     gateway: Option<Ipv4Addr>,
-    /// Address of the guest [default: the first free one]
+    /// Address of the guest [default: the first free one; with --mode bridge what DHCP leases it]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     guest_ip: Option<Ipv4Addr>,
     /// Do not answer DHCP; the guest configures itself
@@ -360,6 +380,11 @@ Examples:
 
   A station on the bridge br0, with the LAN's own DHCP:
     vunet --socket-path vm1.sock --mode bridge --uplink bridge=br0
+
+  Two VMs that find each other by name, on a network of the host:
+    vunet network create lab --mode nat
+    vunet --socket-path vm1.sock --network lab
+    vunet --socket-path vm2.sock --network lab
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9

@@ -333,3 +333,17 @@ pub const LINK_BATCH_FRAMES: usize = 64;
 /// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
 /// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
 pub const LINK_HEAD_BYTES: usize = 128;
+
+/// The same while the guest waits for an answer of the LAN's DHCP server, whose options may fill an Ethernet
+/// frame.
+pub const LINK_LONG_HEAD_BYTES: usize = 1514;
+
+/// IPv4 addresses of one guest on a link: containers with leases of their own behind one MAC address.
+pub const GUARD_IPV4_MAX: usize = 64;
+
+/// IPv6 addresses of one guest on a link: link-local, and for each of a few prefixes a stable one and a week
+/// of temporary ones (RFC 8981), twice over.
+pub const GUARD_IPV6_MAX: usize = 64;
+
+/// Questions of the guest to a DHCP server that may still have an answer.
+pub const GUARD_QUESTIONS_MAX: usize = 8;

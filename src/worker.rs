@@ -58,7 +58,7 @@ pub struct Worker {
     poll: Poll,
     queues: DeviceQueues,
     engine: Engine<HostSockets>,
-    /// On a link, the guest's frames go there and not to the engine.
+    /// On a link, the guest's frames go there and not to the engine, but for those to services of ours.
     link: Option<LinkEnd>,
     dns: Rc<RefCell<DnsClient>>,
     clock: Clock,
@@ -317,7 +317,7 @@ impl Worker {
         let mut events = std::mem::take(&mut self.device_events);
         self.queues.handle_commands(&mut Kicks(&self.poll), &mut events);
         for event in events.drain(..) {
-            self.tell_link(event);
+            self.tell_link(now, event);
             match event {
                 DeviceEvent::Attached | DeviceEvent::RingsDown => {}
                 DeviceEvent::Detached => {
@@ -336,19 +336,21 @@ impl Worker {
         self.device_events = events;
     }
 
-    fn tell_link(&mut self, event: DeviceEvent) {
+    fn tell_link(&mut self, now: Instant, event: DeviceEvent) {
         let Some(link) = &mut self.link else { return };
         let (_, rx) = self.queues.split();
         match event {
-            DeviceEvent::RingsUp => link.rings_up(rx.offloads()),
+            DeviceEvent::RingsUp => link.rings_up(now, rx.offloads()),
             DeviceEvent::Ready(_) => link.rings_ready(rx.offloads()),
-            DeviceEvent::RingsDown => link.rings_down(),
+            DeviceEvent::RingsDown => link.rings_down(now),
             DeviceEvent::IpMtu(bytes) => link.limit_ip_mtu(IpMtu::new(bytes)),
             DeviceEvent::Detached => {
                 link.limit_ip_mtu(None);
+                link.forget_guest();
                 self.tx_blocked = 0;
             }
-            DeviceEvent::Attached | DeviceEvent::GuestReset => {}
+            DeviceEvent::GuestReset => link.forget_guest(),
+            DeviceEvent::Attached => {}
         }
     }
 
@@ -400,7 +402,7 @@ impl Worker {
         let more = self.engine.flush(rx);
         self.forward_dns(now);
         let all_sent = self.send_letters();
-        let link_more = self.link_to_guest();
+        let link_more = self.link_to_guest(now);
         self.queues.publish();
         more || link_more || self.tx_waiting != 0 || !all_sent
     }
@@ -412,7 +414,9 @@ impl Worker {
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
                 (TxEvent::Frame(frame), Some(link)) => {
-                    if link.forward(&frame) == Left::Full {
+                    if link.is_for_us(&frame) {
+                        engine.from_guest(now, rx, &frame);
+                    } else if link.forward(now, &frame) == Left::Full {
                         return Taken::NotNow;
                     }
                 }
@@ -424,10 +428,10 @@ impl Worker {
     }
 
     /// Takes a batch of the link's frames to the guest. Returns whether more may wait.
-    fn link_to_guest(&mut self) -> bool {
+    fn link_to_guest(&mut self, now: Instant) -> bool {
         let Some(link) = &mut self.link else { return false };
         let (_, rx) = self.queues.split();
-        rx.first_running().is_some_and(|pair| link.deliver(rx, pair))
+        rx.first_running().is_some_and(|pair| link.deliver(now, rx, pair))
     }
 
     fn forward_dns(&mut self, now: Instant) {

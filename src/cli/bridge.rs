@@ -3,7 +3,7 @@
 
 use super::check::UsageError;
 use super::{Args, ModeArg, UplinkArg, subnet};
-use crate::config::{DnsConfig, Lan, LinkConfig, LinkSource};
+use crate::config::{DnsConfig, GuardConfig, Lan, LinkConfig, LinkSource};
 use crate::uplink::sys::tap::{InheritedTapError, TapQueue};
 
 /// The link of `--uplink` in bridge mode; `None` in others. Descriptors of `tap-fd` are taken.
@@ -23,7 +23,9 @@ pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
         }
         Some(UplinkArg::MacVtap(name)) => LinkSource::MacVtap(name.clone()),
     };
-    Ok(Some(LinkConfig { source, vlan: args.vlan }))
+    let guard = GuardConfig { mac: args.mac, ipv4: args.guest_ip };
+    let guard = (!args.trust_guest).then_some(guard);
+    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None }))
 }
 
 fn inherited(fds: &[i32], queues: u8) -> Result<Vec<TapQueue>, UsageError> {
@@ -57,7 +59,7 @@ pub(super) fn no_gateway(args: &Args) -> (Lan, DnsConfig) {
     (lan, DnsConfig { enabled: false, domain: DnsConfig::DEFAULT_DOMAIN.to_owned(), hosts: Vec::new() })
 }
 
-fn refuse_within(args: &Args) -> Result<(), UsageError> {
+pub(super) fn refuse_within(args: &Args) -> Result<(), UsageError> {
     let addresses = "that network's DHCP or the guest itself decides its addresses";
     let names = "that network's DHCP tells the guest its resolvers, and vunet answers no names there";
     let udp = "nothing is translated, so no datagram has a port of this host";
@@ -73,7 +75,11 @@ fn refuse_within(args: &Args) -> Result<(), UsageError> {
         (args.no_dns, "--no-dns", "vunet answers no names there"),
         (args.udp_mapping.is_some(), "--udp-mapping", udp),
         (args.udp_filtering.is_some(), "--udp-filtering", udp),
-        (args.guest_ip.is_some(), "--guest-ip", addresses),
+        (
+            args.guest_ip.is_some() && args.trust_guest,
+            "--guest-ip",
+            "it says what address the guest may send from, and --trust-guest lets it send from any",
+        ),
     ];
     match given.into_iter().find(|(given, ..)| *given) {
         Some((_, flag, why)) => Err(UsageError::NotWithBridge { flag: flag.to_owned(), why }),
@@ -85,6 +91,13 @@ fn refuse_outside(args: &Args) -> Result<(), UsageError> {
     if let Some(vlan) = args.vlan {
         let flag = format!("--vlan {}", vlan.get());
         return Err(UsageError::NeedsBridge { flag, why: "no other mode sends frames to a network" });
+    }
+    if args.trust_guest {
+        let flag = "--trust-guest".to_owned();
+        return Err(UsageError::NeedsBridge {
+            flag,
+            why: "in other modes, but on a named network, the guest meets nobody it could deceive",
+        });
     }
     let why = match args.mode {
         ModeArg::Nat => "translation of packets onto a link is not built yet, only onto sockets",
@@ -137,6 +150,21 @@ mod tests {
     }
 
     #[test]
+    fn the_guard_is_on_unless_the_guest_is_trusted() {
+        let guard = |line: &str| {
+            let line = format!("--mode bridge --uplink bridge=br0 {line}");
+            args(&line).into_config(Ok(Vec::new())).unwrap().0.link.unwrap().guard
+        };
+        assert_eq!(guard(""), Some(GuardConfig::default()));
+        let told = guard("--mac 52:54:00:00:00:09 --guest-ip 203.0.113.7").unwrap();
+        assert_eq!(told.mac.unwrap().to_string(), "52:54:00:00:00:09");
+        assert_eq!(told.ipv4.unwrap().to_string(), "203.0.113.7");
+        assert_eq!(guard("--trust-guest"), None);
+        let line = "--mode bridge --uplink bridge=br0 --trust-guest --guest-ip 203.0.113.7";
+        assert_says(line, &["--guest-ip", "--trust-guest"]);
+    }
+
+    #[test]
     fn a_network_is_named_and_can_carry_frames() {
         assert_says("--mode bridge", &["--uplink bridge=BRIDGE", "tap-fd=N"]);
         assert_says("--mode bridge --uplink sockets", &["--uplink sockets", "carry no frames"]);
@@ -179,6 +207,7 @@ mod tests {
                 assert_says(&line, &[&format!("--uplink {uplink} needs --mode bridge"), "drop --uplink"]);
             }
             assert_says(&format!("--mode {mode} --vlan 7"), &["--vlan 7 needs --mode bridge"]);
+            assert_says(&format!("--mode {mode} --trust-guest"), &["--trust-guest needs --mode bridge"]);
         }
     }
 

@@ -8,15 +8,18 @@ use std::path::PathBuf;
 use thiserror::Error;
 
 use super::bridge;
+use super::member;
 use super::subnet::{self, Notice};
 use super::values::{self, PublishRange, ValueError};
 use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish, UdpConfig, UdpFiltering,
-    UdpMapping, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
+    UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
+use crate::network::manager::NetworkError;
+use crate::network::name::NetworkName;
 use crate::uplink::sys::inherited::{self, InheritedError};
 use crate::uplink::sys::routes::HostRoute;
 use crate::uplink::sys::tap::InheritedTapError;
@@ -158,6 +161,19 @@ pub enum UsageError {
         /// Why.
         reason: InheritedTapError,
     },
+    /// A flag whose meaning is the named network's.
+    #[error("{flag} does not go with --network {network}: {why}; drop it")]
+    NotWithNetwork {
+        /// The flag.
+        flag: &'static str,
+        /// The network.
+        network: NetworkName,
+        /// Why it would do nothing.
+        why: &'static str,
+    },
+    /// The named network.
+    #[error("--network: {}", chain(.0))]
+    Network(#[source] Box<NetworkError>),
     /// A flag of DNS together with `--no-dns`.
     #[error("{flag} and --no-dns contradict each other: nothing answers DNS then; drop one of them")]
     NeedsDns {
@@ -230,14 +246,9 @@ pub(super) fn into_config(
     routes: io::Result<Vec<HostRoute>>,
 ) -> Result<(Config, Vec<Notice>), UsageError> {
     let mut notices = Vec::new();
-    let mode = mode(&args)?;
-    let link = bridge::link(&args)?;
-    let (lan, dns) = match &link {
-        Some(_) => bridge::no_gateway(&args),
-        None => {
-            let lan = lan(&args, routes, &mut notices)?;
-            (lan, dns(&args, lan.gateway)?)
-        }
+    let Parts { lan, dns, mode, link, network } = match &args.network {
+        Some(name) => member::parts(&args, name)?,
+        None => alone(&args, routes, &mut notices)?,
     };
     let config = Config {
         one_off: args.one_off,
@@ -245,8 +256,8 @@ pub(super) fn into_config(
         lan,
         dns,
         mode,
-        network: None,
         link,
+        network,
         workers: WorkersConfig {
             queue_pairs: args.queues,
             cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
@@ -258,6 +269,33 @@ pub(super) fn into_config(
         attach: attach(args)?,
     };
     Ok((config, notices))
+}
+
+/// The guest's network, as far as it depends on whether it is shared.
+pub(super) struct Parts {
+    pub(super) lan: Lan,
+    pub(super) dns: DnsConfig,
+    pub(super) mode: Mode,
+    pub(super) link: Option<LinkConfig>,
+    pub(super) network: Option<NetworkConfig>,
+}
+
+/// A network of the guest's own.
+fn alone(
+    args: &Args,
+    routes: io::Result<Vec<HostRoute>>,
+    notices: &mut Vec<Notice>,
+) -> Result<Parts, UsageError> {
+    let mode = mode(args)?;
+    let link = bridge::link(args)?;
+    let (lan, dns) = match &link {
+        Some(_) => bridge::no_gateway(args),
+        None => {
+            let lan = lan(args, routes, notices)?;
+            (lan, dns(args, args.domain(), lan.gateway)?)
+        }
+    };
+    Ok(Parts { lan, dns, mode, link, network: None })
 }
 
 fn attach(args: Args) -> Result<Attach, UsageError> {
@@ -312,7 +350,7 @@ fn mode(args: &Args) -> Result<Mode, UsageError> {
     Ok(Mode::Isolated)
 }
 
-fn nat(args: &Args) -> Result<NatConfig, UsageError> {
+pub(super) fn nat(args: &Args) -> Result<NatConfig, UsageError> {
     bound("--dns-server", "resolvers", args.dns_server.len(), limits::DNS_SERVERS_MAX)?;
     let mut dns_servers = Vec::new();
     for server in &args.dns_server {
@@ -424,8 +462,8 @@ fn nat_subnet(args: &Args, routes: io::Result<Vec<HostRoute>>, notices: &mut Vec
     subnet
 }
 
-fn dns(args: &Args, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
-    let domain = args.domain().to_owned();
+pub(super) fn dns(args: &Args, domain: &str, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
+    let domain = domain.to_owned();
     if args.no_dns {
         let flag = if let Some(server) = args.dns_server.first() {
             format!("--dns-server {server}")

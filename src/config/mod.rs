@@ -198,6 +198,19 @@ pub struct LinkConfig {
     pub source: LinkSource,
     /// The VLAN the guest is in, unknown to it.
     pub vlan: Option<VlanId>,
+    /// On a named network: the address at which DHCP and DNS there are ours.
+    pub gateway: Option<Ipv4Addr>,
+    /// What the guest may send from; anything if `None`.
+    pub guard: Option<GuardConfig>,
+}
+
+/// Addresses the guest of a link may send from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardConfig {
+    /// Its MAC address; the first one seen if `None`.
+    pub mac: Option<MacAddr>,
+    /// Its one IPv4 address; those that DHCP leases if `None`.
+    pub ipv4: Option<Ipv4Addr>,
 }
 
 /// Verbosity and form of the log on standard error.
@@ -235,7 +248,7 @@ pub struct Config {
     pub dns: DnsConfig,
     /// What lies beyond the gateway.
     pub mode: Mode,
-    /// The link the guest is on besides; there is no gateway of ours on it.
+    /// The link the guest is on besides; but for a named network there is no gateway of ours on it.
     pub link: Option<LinkConfig>,
     /// The named network it is a guest of; none for a network of its own.
     pub network: Option<NetworkConfig>,

@@ -248,13 +248,17 @@ fn refuse_foreign(path: &Path) -> Result<(), StateDirError> {
 /// Writes as much as must be free and takes it back. Blocks are set aside as bytes are written, so no
 /// waiting for the disk is needed to know.
 fn refuse_full(path: &Path) -> Result<(), StateDirError> {
-    let probe = path.join(format!(".room-{}", std::process::id()));
-    // Left by a process of the same number that was killed right here.
-    let _ = fs::remove_file(&probe);
-    let file = File::create_new(&probe).map_err(|error| told(path, "write to it", error))?;
-    let written = fill(file);
-    let removed = fs::remove_file(&probe);
-    written.and(removed).map_err(|error| told(path, "write to it", error))
+    // Without a name while it is written, so that a process killed meanwhile leaves nothing of it; killed
+    // before that it leaves an empty file, which the next one takes away.
+    let probe = path.join(".room");
+    let file = File::create(&probe).map_err(|error| told(path, "write to it", error))?;
+    match fs::remove_file(&probe) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(told(path, "write to it", error));
+        }
+        _ => {}
+    }
+    fill(file).map_err(|error| told(path, "write to it", error))
 }
 
 fn fill(mut file: impl Write) -> io::Result<()> {

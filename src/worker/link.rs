@@ -14,17 +14,27 @@
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
 use std::io;
+use std::net::Ipv4Addr;
+use std::sync::PoisonError;
+use std::time::Duration;
 
 use crate::addr::VlanId;
 use crate::config::IpMtu;
 use crate::engine::counters::{Counters, DropReason};
+use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
+use crate::engine::lan::guard::{Guard, Verdict};
+use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES};
+use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES};
+use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
-use crate::wire::ethernet;
+use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
+
+/// Pause between look-ups of the guest's lease: a flood from addresses that are not its own costs ten a second.
+const LEASE_LOOK_UP_PAUSE: Duration = Duration::from_millis(100);
 
 /// What a worker's end of a link is made of.
 #[derive(Debug)]
@@ -33,8 +43,14 @@ pub struct LinkParts {
     pub queue: TapQueue,
     /// The VLAN the guest is in, unknown to it.
     pub vlan: Option<VlanId>,
+    /// What the guest may send from; anything if `None`.
+    pub guard: Option<Guard>,
     /// The guest's IP MTU; a front-end can make it smaller.
     pub ip_mtu: IpMtu,
+    /// The address at which DHCP and DNS are ours, on a named network.
+    pub gateway: Option<Ipv4Addr>,
+    /// The DHCP that is ours there: it knows which address is the guest's.
+    pub dhcp: Option<SharedDhcp>,
 }
 
 /// What became of a frame of the guest.
@@ -80,17 +96,24 @@ pub(super) struct LinkEnd {
     /// The frame before was longer than the MTU.
     large: bool,
     held: Option<Held>,
+    /// The first bytes of the frame under way.
+    head: Box<[u8]>,
     /// A frame that did not fit what was reserved, whole.
     whole: Box<[u8]>,
     /// What of a frame lies beyond the guest's buffers.
     spare: Box<[u8]>,
     complained: bool,
+    /// Reasons of drops that were told.
+    told: Vec<DropReason>,
+    /// When the guest's lease was last looked up.
+    looked_up: Option<Instant>,
     counters: Counters,
 }
 
 impl LinkEnd {
+    /// An end whose queue gets no frames before a receive ring runs, if others can have them.
     pub(super) fn new(parts: LinkParts) -> LinkEnd {
-        LinkEnd {
+        let mut end = LinkEnd {
             ip_mtu: parts.ip_mtu.get(),
             parts,
             offloads: None,
@@ -100,11 +123,16 @@ impl LinkEnd {
             starved: true,
             large: false,
             held: None,
+            head: vec![0; LINK_LONG_HEAD_BYTES + vlan::TAG_BYTES].into(),
             whole: vec![0; FRAME_BYTES_MAX].into(),
             spare: vec![0; FRAME_BYTES_MAX + vlan::TAG_BYTES].into(),
             complained: false,
+            looked_up: None,
+            told: Vec::new(),
             counters: Counters::default(),
-        }
+        };
+        end.set_attached(false);
+        end
     }
 
     pub(super) fn queue(&self) -> &TapQueue {
@@ -116,10 +144,11 @@ impl LinkEnd {
     }
 
     /// A receive ring runs: frames may be read, with the offloads of the guest that is there now.
-    pub(super) fn rings_up(&mut self, offloads: GuestOffloads) {
+    pub(super) fn rings_up(&mut self, now: Instant, offloads: GuestOffloads) {
         self.set_attached(true);
         self.rings_ready(offloads);
         self.readable = true;
+        self.set_starved(now, true);
         self.guest_has_buffers();
     }
 
@@ -137,11 +166,27 @@ impl LinkEnd {
     }
 
     /// No receive ring runs: what comes for the guest is lost.
-    pub(super) fn rings_down(&mut self) {
+    pub(super) fn rings_down(&mut self, now: Instant) {
         self.set_attached(false);
         self.starved = true;
+        // Other queues get the frames of one that is detached.
+        self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
         self.held = None;
         self.offloads = None;
+    }
+
+    /// Tells the guard whether the queue is read.
+    fn set_starved(&mut self, now: Instant, starved: bool) {
+        if let Some(guard) = &mut self.parts.guard {
+            guard.set_stalled(now, starved);
+        }
+    }
+
+    /// The guest is gone or began anew.
+    pub(super) fn forget_guest(&mut self) {
+        if let Some(guard) = &mut self.parts.guard {
+            guard.forget_guest();
+        }
     }
 
     fn set_attached(&mut self, attached: bool) {
@@ -182,48 +227,138 @@ impl LinkEnd {
         self.starved = false;
     }
 
+    /// Whether a frame of the guest is for a service of ours, and not for the link. One from a MAC address that
+    /// is not its own is for nobody: the guard drops it on its way to the link.
+    pub(super) fn is_for_us(&mut self, frame: &TxFrame<'_>) -> bool {
+        let Some(gateway) = self.parts.gateway else { return false };
+        let Some(service) = services::is_ours(frame.head, frame.whole.len(), gateway) else { return false };
+        if let Some(guard) = &mut self.parts.guard {
+            if !guard.is_from_own_mac(frame.head) {
+                return false;
+            }
+            if service == Service::Dhcp {
+                // Whatever becomes of its address, it is looked up anew.
+                guard.forget_leases();
+                self.looked_up = None;
+            }
+        }
+        true
+    }
+
+    /// Looks up whether the IPv4 address that a frame of the guest was refused for is leased to it by our own
+    /// DHCP, as after a start of this process in the guest's lifetime. Whether anything was learnt.
+    fn look_up_lease(&mut self, now: Instant, head: &[u8]) -> bool {
+        let (Some(guard), Some(dhcp), Some(_)) =
+            (&mut self.parts.guard, &self.parts.dhcp, self.parts.gateway)
+        else {
+            return false;
+        };
+        let Ok(header) = ethernet::Header::parse(head) else { return false };
+        let is_due = self.looked_up.is_none_or(|at| now.since(at) >= LEASE_LOOK_UP_PAUSE);
+        if !is_due || !matches!(header.ethertype, EtherType::IPV4 | EtherType::ARP) {
+            return false;
+        }
+        self.looked_up = Some(now);
+        let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).lease_of(now, header.src);
+        match lease {
+            Ok(Some(lease)) if lease.is_active(now) => {
+                guard.leased(now, lease.ip, lease.until.map(|until| until.since(now)));
+                true
+            }
+            // What the store cannot say it said itself, where DHCP needs it.
+            _ => false,
+        }
+    }
+
     /// Sends one frame of the guest.
-    pub(super) fn forward(&mut self, frame: &TxFrame<'_>) -> Left {
-        match self.send(frame) {
-            Ok(left) => left,
+    pub(super) fn forward(&mut self, now: Instant, frame: &TxFrame<'_>) -> Left {
+        let outcome = self.judge_own(now, frame).and_then(|()| {
+            let rest = frame.whole.range(frame.head.len(), frame.whole.len());
+            self.send(frame.vnet, frame.head, &rest)
+        });
+        match outcome {
+            Ok(Left::Yes) => {
+                self.counters.frames_from_guest += 1;
+                self.counters.payload_from_guest_bytes += frame.whole.len() as u64;
+                Left::Yes
+            }
+            Ok(Left::Full) => Left::Full,
             Err(reason) => {
                 self.counters.drop(reason);
+                self.tell(reason, frame.head);
                 Left::Yes
             }
         }
     }
 
-    fn send(&mut self, frame: &TxFrame<'_>) -> Result<Left, DropReason> {
-        lan::check_length(&frame.vnet, frame.whole.len(), self.ip_mtu)?;
-        let (addresses, behind) = frame.head.split_at(vlan::TAG_AT);
+    /// Judges a frame of the guest.
+    fn judge_own(&mut self, now: Instant, frame: &TxFrame<'_>) -> Result<(), DropReason> {
+        let len_bytes = frame.whole.len();
+        if self.parts.vlan.is_some() && vlan::is_tagged(frame.head) {
+            return Err(DropReason::VlanTag);
+        }
+        let mut verdict = self.guarded(now, frame.head, len_bytes);
+        if verdict == Verdict::Drop(DropReason::SpoofedSource) && self.look_up_lease(now, frame.head) {
+            verdict = self.guarded(now, frame.head, len_bytes);
+        }
+        match verdict {
+            Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
+            Verdict::Drop(reason) => Err(reason),
+            Verdict::Probe(probe) => {
+                // One that is lost is asked for again.
+                let _ = self.send(VnetHeader::default(), &probe, &Payload::EMPTY);
+                Err(DropReason::SpoofedSource)
+            }
+        }
+    }
+
+    fn guarded(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+        match &mut self.parts.guard {
+            Some(guard) => guard.from_guest(now, head, len_bytes),
+            None => Verdict::Pass,
+        }
+    }
+
+    /// Sends a frame, with the network's tag if it has one.
+    fn send(&mut self, vnet: VnetHeader, head: &[u8], rest: &Payload<'_>) -> Result<Left, DropReason> {
+        let (addresses, behind) = head.split_at(vlan::TAG_AT);
         let (vnet, tag) = match self.parts.vlan {
-            None => (frame.vnet, None),
-            Some(_) if vlan::is_tagged(frame.head) => return Err(DropReason::VlanTag),
-            Some(id) => (vlan::tagged(frame.vnet)?, Some(vlan::tag(id))),
+            None => (vnet, None),
+            Some(id) => (vlan::tagged(vnet)?, Some(vlan::tag(id))),
         };
-        let tag = tag.as_ref().map_or(&[][..], |tag| &tag[..]);
-        let rest = frame.whole.range(frame.head.len(), frame.whole.len());
+        let head = [addresses, tag.as_ref().map_or(&[][..], |tag| &tag[..]), behind];
         let queue = &self.parts.queue;
         let header = vnet.emit();
-        let mut sent = queue.send(&mut self.segments, &header, [addresses, tag, behind], &rest);
+        let mut sent = queue.send(&mut self.segments, &header, head, rest);
         if sent.as_ref().is_err_and(|error| error.raw_os_error().is_none()) {
             // More pieces than one call takes.
             let len = rest.copy_to(&mut self.spare);
-            let rest = Payload::from_host(&self.spare[..len]);
-            sent = queue.send(&mut self.segments, &header, [addresses, tag, behind], &rest);
+            sent = queue.send(&mut self.segments, &header, head, &Payload::from_host(&self.spare[..len]));
         }
         match sent {
-            Ok(()) => {
-                self.counters.frames_from_guest += 1;
-                self.counters.payload_from_guest_bytes += frame.whole.len() as u64;
-                Ok(Left::Yes)
-            }
+            Ok(()) => Ok(Left::Yes),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Left::Full),
             Err(error) => {
                 self.complain(&error);
                 Err(DropReason::LinkRefused)
             }
         }
+    }
+
+    /// Says once for each reason what the guest sent that may not leave.
+    fn tell(&mut self, reason: DropReason, head: &[u8]) {
+        let judged =
+            matches!(reason, DropReason::SpoofedSource | DropReason::RogueServer | DropReason::VlanTag);
+        if !judged || self.told.contains(&reason) {
+            return;
+        }
+        self.told.push(reason);
+        let source = ethernet::Header::parse(head).map(|header| header.src).unwrap_or_default();
+        tracing::warn!(
+            ?reason, mac = %source,
+            "the guest sent what is not its to send; it is dropped, and counted from now on (--trust-guest lets \
+             it)"
+        );
     }
 
     fn complain(&mut self, error: &io::Error) {
@@ -233,32 +368,38 @@ impl LinkEnd {
     }
 
     /// Moves a batch of frames to the guest. Returns whether more may wait.
-    pub(super) fn deliver(&mut self, port: &mut impl GuestPort, pair: QueuePair) -> bool {
+    pub(super) fn deliver(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> bool {
         let mut bytes = 0;
         for _ in 0..LINK_BATCH_FRAMES {
             if self.starved || !(self.readable || self.held.is_some()) || bytes >= BATCH_BYTES {
                 break;
             }
-            match self.step(port, pair) {
+            match self.step(now, port, pair) {
                 Ok(Step::Moved(len)) => bytes += len as u64,
-                Ok(Step::Nothing) => self.readable = false,
-                Ok(Step::NoBuffers) => self.starved = true,
+                Ok(Step::Nothing) => {
+                    self.readable = false;
+                    self.set_starved(now, false);
+                }
+                Ok(Step::NoBuffers) => {
+                    self.starved = true;
+                    self.set_starved(now, true);
+                }
                 Err(reason) => self.counters.drop(reason),
             }
         }
         !self.starved && (self.readable || self.held.is_some())
     }
 
-    fn step(&mut self, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
+    fn step(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
         if let Some(held) = self.held {
             return self.send_held(port, pair, held);
         }
         let least = ethernet::HEADER_BYTES + usize::from(self.ip_mtu);
         let most = if self.large { FRAME_BYTES_MAX.max(least) } else { least };
         match port.reserve(pair, least, most) {
-            Ok(reserved_bytes) => self.receive(port, pair, reserved_bytes),
+            Ok(reserved_bytes) => self.receive(now, port, pair, reserved_bytes),
             // The guest takes smaller ones, or none.
-            Err(ReserveError::TooSmall) => self.receive(port, pair, 0),
+            Err(ReserveError::TooSmall) => self.receive(now, port, pair, 0),
             Err(ReserveError::Full | ReserveError::Down) => Ok(Step::NoBuffers),
         }
     }
@@ -266,20 +407,21 @@ impl LinkEnd {
     /// Reads one frame, with `reserved_bytes` of the guest's buffers reserved; none are if it is 0.
     fn receive(
         &mut self,
+        now: Instant,
         port: &mut impl GuestPort,
         pair: QueuePair,
         reserved_bytes: usize,
     ) -> Result<Step, DropReason> {
         let tag_bytes = if self.parts.vlan.is_some() { vlan::TAG_BYTES } else { 0 };
         // Where the bytes behind the head belong in the guest's frame.
-        let behind = LINK_HEAD_BYTES - tag_bytes;
+        let behind = self.head_bytes(now);
         let mut header = [0; VNET_HEADER_BYTES];
-        let mut head = [0; LINK_HEAD_BYTES];
+        let head = &mut self.head[..behind + tag_bytes];
         let rest = match reserved_bytes {
             0 => PayloadMut::from_host(&mut []),
             _ => port.reserved(behind),
         };
-        let got = self.parts.queue.receive(&mut self.segments, &mut header, &mut head, rest, &mut self.spare);
+        let got = self.parts.queue.receive(&mut self.segments, &mut header, head, rest, &mut self.spare);
         let (len, offered) = match got {
             Ok(got) => got,
             Err(error) => {
@@ -288,8 +430,8 @@ impl LinkEnd {
             }
         };
         self.large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
-        let head = &mut head[..len.min(LINK_HEAD_BYTES)];
-        let vnet = match self.judge(&header, head, len, port.offloads()) {
+        let head = &mut self.head[..len.min(behind + tag_bytes)];
+        let vnet = match judge(&header, head, len, (self.parts.vlan, self.ip_mtu), port.offloads()) {
             Ok(vnet) => vnet,
             Err(reason) => {
                 give_up(port, reserved_bytes);
@@ -297,19 +439,28 @@ impl LinkEnd {
             }
         };
         let (len, head) = (len - tag_bytes, without_tag(head, tag_bytes));
-        if reserved_bytes > 0 && len <= behind + offered {
+        if let Some(guard) = &mut self.parts.guard {
+            guard.to_guest(now, head);
+        }
+        if reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));
         }
         self.whole[..head.len()].copy_from_slice(head);
         let mut filled = head.len();
         if reserved_bytes > 0 {
-            filled +=
-                port.reserved(behind).as_payload().range(0, offered).copy_to(&mut self.whole[filled..len]);
+            let rest = port.reserved(behind);
+            filled += rest.as_payload().range(0, offered).copy_to(&mut self.whole[filled..len]);
             port.cancel();
         }
         self.whole[filled..len].copy_from_slice(&self.spare[..len - filled]);
         self.send_held(port, pair, Held { vnet, len_bytes: len })
+    }
+
+    /// First bytes of a frame, without its tag, that are read into host memory.
+    fn head_bytes(&mut self, now: Instant) -> usize {
+        let awaits_lease = self.parts.guard.as_mut().is_some_and(|guard| guard.awaits_lease(now));
+        if awaits_lease { LINK_LONG_HEAD_BYTES } else { LINK_HEAD_BYTES }
     }
 
     fn nothing_read(&mut self, error: &io::Error) -> Result<Step, DropReason> {
@@ -323,31 +474,6 @@ impl LinkEnd {
                 Ok(Step::Nothing)
             }
         }
-    }
-
-    /// Judges a frame for the guest by its header and first bytes, the tag still in place.
-    fn judge(
-        &self,
-        header: &[u8; VNET_HEADER_BYTES],
-        head: &[u8],
-        len_bytes: usize,
-        accepted: GuestOffloads,
-    ) -> Result<VnetHeader, DropReason> {
-        if head.len() < ethernet::HEADER_BYTES {
-            return Err(DropReason::Malformed);
-        }
-        let mut vnet = VnetHeader::parse(header).map_err(|_| DropReason::Malformed)?;
-        let mut len_bytes = len_bytes;
-        if let Some(id) = self.parts.vlan {
-            vnet = vlan::untagged(vnet, head, id)?;
-            len_bytes -= vlan::TAG_BYTES;
-        }
-        if len_bytes > FRAME_BYTES_MAX {
-            return Err(DropReason::TooLong);
-        }
-        lan::check_length(&vnet, len_bytes, self.ip_mtu)?;
-        lan::check_offloads(&vnet, accepted)?;
-        Ok(vnet)
     }
 
     /// Sends a frame that lies in `whole`, or holds it until there are buffers.
@@ -373,6 +499,30 @@ impl LinkEnd {
         self.counters.payload_to_guest_bytes += len_bytes as u64;
         Step::Moved(len_bytes)
     }
+}
+
+/// Judges a frame for the guest by its header and first bytes, the tag still in place.
+fn judge(
+    header: &[u8; VNET_HEADER_BYTES],
+    head: &[u8],
+    mut len_bytes: usize,
+    (vlan, ip_mtu): (Option<VlanId>, u16),
+    accepted: GuestOffloads,
+) -> Result<VnetHeader, DropReason> {
+    if head.len() < ethernet::HEADER_BYTES {
+        return Err(DropReason::Malformed);
+    }
+    let mut vnet = VnetHeader::parse(header).map_err(|_| DropReason::Malformed)?;
+    if let Some(id) = vlan {
+        vnet = vlan::untagged(vnet, head, id)?;
+        len_bytes -= vlan::TAG_BYTES;
+    }
+    if len_bytes > FRAME_BYTES_MAX {
+        return Err(DropReason::TooLong);
+    }
+    lan::check_length(&vnet, len_bytes, ip_mtu)?;
+    lan::check_offloads(&vnet, accepted)?;
+    Ok(vnet)
 }
 
 fn give_up(port: &mut impl GuestPort, reserved_bytes: usize) {
@@ -456,7 +606,14 @@ mod tests {
             let (near, far) = UnixDatagram::pair().unwrap();
             far.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
             let vlan = vlan.map(|id| VlanId::new(id).unwrap());
-            let parts = LinkParts { queue: TapQueue::of_socket(near), vlan, ip_mtu: IpMtu::DEFAULT };
+            let parts = LinkParts {
+                queue: TapQueue::of_socket(near),
+                vlan,
+                guard: None,
+                ip_mtu: IpMtu::DEFAULT,
+                gateway: None,
+                dhcp: None,
+            };
             let mut end = LinkEnd::new(parts);
             end.guest_has_buffers();
             Rig { end, far, port: Port::new(1 << 20) }
@@ -469,13 +626,13 @@ mod tests {
 
         fn deliver(&mut self) -> bool {
             self.end.is_readable();
-            self.end.deliver(&mut self.port, QueuePair(0))
+            self.end.deliver(Instant::ZERO, &mut self.port, QueuePair(0))
         }
 
         fn forward(&mut self, vnet: VnetHeader, frame: &[u8]) -> Left {
             let head = &frame[..frame.len().min(crate::limits::FRAME_HEAD_BYTES)];
             let whole = Payload::from_host(frame);
-            self.end.forward(&TxFrame { vnet, head, whole, pair: QueuePair(0) })
+            self.end.forward(Instant::ZERO, &TxFrame { vnet, head, whole, pair: QueuePair(0) })
         }
 
         fn left(&self) -> Vec<u8> {
@@ -530,7 +687,7 @@ mod tests {
         assert_eq!(rig.port.came.len(), 1);
         rig.port.buffers_bytes = 1 << 20;
         rig.end.guest_has_buffers();
-        assert!(!rig.end.deliver(&mut rig.port, QueuePair(0)));
+        assert!(!rig.end.deliver(Instant::ZERO, &mut rig.port, QueuePair(0)));
         let lengths: Vec<_> = rig.port.came.iter().map(|(_, frame)| frame.len()).collect();
         assert_eq!(lengths, [100, 5000, 200], "in order, none lost");
         assert_eq!(rig.port.came[1].1, frame(5000));

@@ -51,7 +51,6 @@ impl Lab {
     /// # Errors
     /// If a link or the server cannot be had.
     pub fn make_lan(&mut self) -> Result<(), LabError> {
-        self.host.sysctl("net.ipv6.conf.default.accept_dad", "0")?;
         for words in [
             &format!("link add {BRIDGE} type bridge"),
             &format!("link set {BRIDGE} up"),
@@ -62,6 +61,14 @@ impl Lab {
         ] {
             self.ip(&self.host, words)?;
         }
+        self.start_lan_dhcp()
+    }
+
+    /// Starts the LAN's DHCP server in the world.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_lan_dhcp(&mut self) -> Result<(), LabError> {
         let server = start_dhcp(&self.world, self.dir.path(), "e0")?;
         self.servers.push(server);
         Ok(())
@@ -74,7 +81,10 @@ impl Lab {
     pub fn bridge_ports(&self) -> Result<Vec<String>, LabError> {
         let words = ["ip", "-o", "link", "show", "master", BRIDGE];
         let shown = self.host.run(&words, SHORT)?.stdout;
-        let name = |line: &str| line.split(": ").nth(1).unwrap_or_default().to_owned();
+        let name = |line: &str| {
+            let name = line.split(": ").nth(1).unwrap_or_default();
+            name.split('@').next().unwrap_or_default().to_owned()
+        };
         Ok(shown.lines().map(name).collect())
     }
 

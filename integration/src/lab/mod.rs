@@ -16,6 +16,7 @@ pub mod frame;
 mod lan;
 mod limits;
 mod netns;
+pub mod port;
 mod process;
 
 use std::io;
@@ -286,6 +287,11 @@ impl Lab {
         link.stop();
         let line = link.wait_line(SHORT, "the link's report", |line| LinkReport::parse(line).is_some())?;
         LinkReport::parse(&line).ok_or_else(nothing)
+    }
+
+    /// Path of the `vunet-integration` binary.
+    pub fn integration(&self) -> &Path {
+        &self.integration
     }
 
     /// A directory for the test's files, removed with the lab.

@@ -17,6 +17,8 @@ mod rate;
 
 use std::net::Ipv4Addr;
 
+use tokio::sync::watch;
+
 use dhcproto::v4::MessageType;
 
 use crate::addr::MacAddr;
@@ -129,6 +131,8 @@ pub struct DhcpServer {
     leases: Box<dyn IpAllocator>,
     writer: ReplyWriter,
     shared: Option<Shared>,
+    /// The address last bound, while it is.
+    bound: watch::Sender<Option<Ipv4Addr>>,
 }
 
 /// What holds on a network of several guests only.
@@ -149,7 +153,14 @@ impl DhcpServer {
     /// The same with the addresses of `leases`, whose pool is that of `lan`.
     pub fn over(leases: Box<dyn IpAllocator>, lan: &Lan, dns: &DnsConfig) -> DhcpServer {
         let writer = ReplyWriter::new(lan, dns);
-        DhcpServer { enabled: lan.dhcp, lan: *lan, leases, writer, shared: None }
+        DhcpServer {
+            enabled: lan.dhcp,
+            lan: *lan,
+            leases,
+            writer,
+            shared: None,
+            bound: watch::Sender::new(None),
+        }
     }
 
     /// Makes it the server of one of several guests that share a network: a guest speaks for itself only,
@@ -158,6 +169,29 @@ impl DhcpServer {
     pub fn shared(mut self, trust_guest: bool) -> DhcpServer {
         self.shared = Some(Shared { trust_guest, rate: Rate::default() });
         self
+    }
+
+    /// The address of the guest that was bound last; none after it was given back.
+    pub fn bound(&self) -> watch::Receiver<Option<Ipv4Addr>> {
+        self.bound.subscribe()
+    }
+
+    fn note(&self, outcome: &Outcome) {
+        let event = match outcome {
+            Outcome::Reply(reply) => reply.lease,
+            Outcome::Silent(Silence::Released(event) | Silence::Declined(event)) => Some(*event),
+            Outcome::Silent(_) => None,
+        };
+        let Some(LeaseEvent { ip, change, .. }) = event else { return };
+        self.bound.send_if_modified(|bound| {
+            let before = *bound;
+            match change {
+                LeaseChange::Bound | LeaseChange::Renewed => *bound = Some(ip),
+                LeaseChange::Released | LeaseChange::Declined if before == Some(ip) => *bound = None,
+                LeaseChange::Offered | LeaseChange::Released | LeaseChange::Declined => {}
+            }
+            *bound != before
+        });
     }
 
     /// Changes the MTU offered from now on.
@@ -187,14 +221,16 @@ impl DhcpServer {
         if relay != Ipv4Addr::UNSPECIFIED && (!self.lan.subnet.is_host(relay) || relay == self.lan.gateway) {
             return Outcome::Silent(Silence::ForeignRelay);
         }
-        match request.message_type {
+        let outcome = match request.message_type {
             MessageType::Discover => self.discover(now, link_src, &request),
             MessageType::Request => self.request(now, link_src, &request),
             MessageType::Decline => self.decline(now, &request),
             MessageType::Release => self.release(now, &request),
             MessageType::Inform => self.inform(link_src, &request),
             _ => Outcome::Silent(Silence::NotForServers),
-        }
+        };
+        self.note(&outcome);
+        outcome
     }
 
     /// What is known of the client with this hardware address: offered, leased or remembered.

@@ -187,6 +187,11 @@ impl TapQueue {
         &self.name
     }
 
+    /// Whether the queue is one of several that the interface may have.
+    pub fn is_multi_queue(&self) -> bool {
+        self.multi_queue
+    }
+
     /// Its descriptor, to wait for.
     pub fn fd(&self) -> BorrowedFd<'_> {
         use std::os::fd::AsFd;
