@@ -132,7 +132,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         let tap = first.name().to_owned();
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
-    let links = link_ends(queues, config.lan.ip_mtu, judge.unwrap_or_default());
+    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default());
     if let Some((place, used)) = used {
         runtime.spawn(place.stay(used));
     }
@@ -146,7 +146,6 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     outcome
 }
 
-/// Each worker's end of the link.
 /// What the workers' ends of a link are told of it.
 #[derive(Clone, Copy, Default)]
 struct Judge {
@@ -155,8 +154,9 @@ struct Judge {
     gateway: Option<Ipv4Addr>,
 }
 
-fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: Judge) -> Vec<LinkParts> {
-    let Judge { vlan, guard, gateway } = judge;
+/// Each worker's end of the link.
+fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: &Judge) -> Vec<LinkParts> {
+    let &Judge { vlan, guard, gateway } = judge;
     let table = Arc::new(SharedTable::default());
     let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
     let ends = queues.into_iter().zip(0u8..);

@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+mod leases;
 mod member;
 pub mod network;
 mod subnet;

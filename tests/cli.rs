@@ -173,6 +173,42 @@ fn networks_are_made_listed_shown_and_removed() {
 }
 
 #[test]
+fn addresses_of_a_network_are_kept_for_clients_and_shown() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let run = |line: &str| network(place.path(), line);
+    let reserve = "--reserve 52:54:00:00:00:01=10.77.1.9,db --reserve id:ff01=10.77.1.10";
+    assert_eq!(run(&format!("create lab --subnet 10.77.1.0/24 {reserve}")).0, 0);
+    let (_, out, _) = run("inspect lab");
+    assert!(out.contains("reserved     10.77.1.9 for 52:54:00:00:00:01, db\n"), "{out}");
+    assert!(out.contains("reserved     10.77.1.10 for id:ff01\n"), "{out}");
+    let (_, out, _) = run("inspect lab --json");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["reservations"][0]["host_name"], "db", "{out}");
+    assert_eq!(
+        (json["leases"].as_array().unwrap().len(), json["reservations"].as_array().unwrap().len()),
+        (0, 2)
+    );
+    // What cannot be kept leaves no network behind.
+    for (line, part) in [
+        ("--reserve 52:54:00:00:00:01=10.99.1.9", "reservation of 10.99.1.9: not a guest's address"),
+        ("--reserve 52:54:00:00:00:01=10.77.2.1", "gateway 10.77.2.1"),
+        ("--reserve 52:54:00:00:00:01=10.77.2.9,wpad", "no name a guest can have"),
+        (
+            "--reserve 52:54:00:00:00:01=10.77.2.9 --reserve 52:54:00:00:00:02=10.77.2.9",
+            "kept for 52:54:00:00:00:01",
+        ),
+        ("--reserve 10.77.2.9", "MAC=IP"),
+    ] {
+        let (code, _, err) = run(&format!("create web --subnet 10.77.2.0/24 {line}"));
+        assert_eq!(code, 2, "{line}: {err}");
+        assert!(err.contains("--reserve") && err.contains(part), "{line}: '{part}' is not in: {err}");
+        assert!(run("inspect web").2.contains("no network web"), "{line}");
+    }
+    let bridge = "create web --mode bridge --bridge br0 --reserve 52:54:00:00:00:01=10.77.2.9";
+    assert!(run(bridge).2.contains("--reserve has no meaning with --mode bridge"));
+}
+
+#[test]
 fn errors_about_networks_name_what_is_wrong_and_what_to_do() {
     let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     let run = |line: &str| network(place.path(), line);

@@ -9,6 +9,7 @@ use clap::{Subcommand, ValueEnum};
 use serde::Serialize;
 use thiserror::Error;
 
+use super::leases::{self, LeaseReport, ReservationReport};
 use super::subnet;
 use super::values;
 use crate::addr::Ipv4Subnet;
@@ -19,6 +20,7 @@ use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
 use crate::network::rootless::{self, JoinError};
 use crate::network::state_dir::{self, StateDir};
+use crate::network::store::{Reservation, StoreError};
 use crate::network::users::User;
 use crate::uplink::links::is_link_name;
 use crate::uplink::sys::routes::HostRoute;
@@ -86,6 +88,10 @@ pub struct CreateArgs {
     /// With --mode bridge: the bridge of this host that its guests are on
     #[arg(long, value_name = "NAME")]
     bridge: Option<String>,
+    /// Keep an address for one guest, known by its MAC address or by its DHCP client identifier (hexadecimal),
+    /// and a name if wanted; repeatable
+    #[arg(long, value_name = "MAC|id:HEX=IP[,NAME]", value_parser = leases::reservation)]
+    reserve: Vec<Reservation>,
 }
 
 /// What guests of a named network may reach.
@@ -160,6 +166,12 @@ pub enum CommandError {
     /// This process is the holder, and has to end.
     #[error(transparent)]
     Hold(#[from] app::Error),
+    /// An address that cannot be kept.
+    #[error("--reserve: {0}")]
+    Reserve(#[source] StoreError),
+    /// The network's leases.
+    #[error(transparent)]
+    Leases(StoreError),
     /// No random bytes.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),
@@ -173,8 +185,11 @@ impl CommandError {
     pub fn exit_code(&self) -> u8 {
         match self {
             CommandError::Network(NetworkError::Unknown { .. } | NetworkError::Exists(_)) => 2,
+            CommandError::Reserve(StoreError::Reservation { .. }) => 2,
             CommandError::Network(_)
             | CommandError::Random(_)
+            | CommandError::Reserve(_)
+            | CommandError::Leases(_)
             | CommandError::Join { .. }
             | CommandError::Hold(_) => 1,
             _ => 2,
@@ -229,12 +244,25 @@ fn create(
         let id = NetworkId::random().map_err(CommandError::Random)?;
         Ok::<_, CommandError>(Definition { name: args.name.clone(), id, kind })
     })?;
+    if let Err(error) = begin(networks, &made, &args.reserve) {
+        // Nobody knows of it yet, so that it goes whole, as if it had been refused before.
+        networks.remove(&made.name)?;
+        return Err(error);
+    }
+    Ok(format!("created network {}: {}\n", made.name, summary(&made)))
+}
+
+/// What is done for a network before any VM uses it.
+fn begin(networks: &Networks, made: &Definition, reserve: &[Reservation]) -> Result<(), CommandError> {
+    if let Some(lan) = made.kind.lan() {
+        leases::reserve(&networks.folder(&made.name), lan, reserve).map_err(CommandError::Reserve)?;
+    }
     if made.is_rootless() {
         // So that whatever forbids it is told now, and the first VM need not wait.
         let joined = networks.holder(&made.name).knock();
         joined.map_err(|source| CommandError::Join { name: made.name.clone(), source })?;
     }
-    Ok(format!("created network {}: {}\n", made.name, summary(&made)))
+    Ok(())
 }
 
 /// Is the holder of a rootless network until nobody uses it.
@@ -283,6 +311,7 @@ impl CreateArgs {
         match self.mode {
             NetworkModeArg::Bridge if self.subnet.is_some() => refuse("bridge", "--subnet", of_lan),
             NetworkModeArg::Bridge if self.gateway.is_some() => refuse("bridge", "--gateway", of_lan),
+            NetworkModeArg::Bridge if !self.reserve.is_empty() => refuse("bridge", "--reserve", of_lan),
             NetworkModeArg::Bridge if self.dns_domain.is_some() => refuse("bridge", "--dns-domain", of_lan),
             NetworkModeArg::Bridge if self.allow_host => {
                 refuse("bridge", "--allow-host", "the host's own firewall decides there")
@@ -393,12 +422,18 @@ struct Report<'a> {
     isolate: bool,
     folder: PathBuf,
     users: Vec<User>,
+    reservations: Vec<ReservationReport>,
+    leases: Vec<LeaseReport>,
 }
 
 fn inspect(networks: &Networks, name: &NetworkName, json: bool) -> Result<String, CommandError> {
     let network = networks.find(name)?;
     let users = networks.users(name)?;
     let lan = network.kind.lan();
+    let (reservations, leases) = match lan {
+        Some(lan) => leases::report(&networks.folder(name), lan).map_err(CommandError::Leases)?,
+        None => Default::default(),
+    };
     let report = Report {
         name: name.as_str(),
         id: network.id.to_string(),
@@ -416,6 +451,8 @@ fn inspect(networks: &Networks, name: &NetworkName, json: bool) -> Result<String
         isolate: network.kind.isolate(),
         folder: networks.folder(name),
         users,
+        reservations,
+        leases,
     };
     if json {
         let json = serde_json::to_string_pretty(&report).expect("strings and numbers are JSON");
@@ -449,6 +486,15 @@ fn in_words(report: &Report<'_>) -> String {
         let guest = user.guest.map_or("no address yet".to_owned(), |addr| addr.to_string());
         let socket = user.socket.as_ref().map_or("-".to_owned(), |path| path.display().to_string());
         line("user", &format!("process {}, guest {guest}, socket {socket}", user.pid));
+    }
+    let named = |name: &Option<String>| name.as_ref().map_or(String::new(), |name| format!(", {name}"));
+    for kept in &report.reservations {
+        line("reserved", &format!("{} for {}{}", kept.ip, kept.client, named(&kept.host_name)));
+    }
+    for lease in &report.leases {
+        let left_min = lease.seconds_left / 60;
+        let text = format!("{} of {}{}, {left_min} min left", lease.ip, lease.mac, named(&lease.host_name));
+        line("lease", &text);
     }
     text
 }

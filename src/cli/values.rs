@@ -61,6 +61,11 @@ pub enum ValueError {
     /// Not `NAME=IP`.
     #[error("expected NAME=IP, such as db=10.0.2.9 or www.example.org=192.0.2.80")]
     DnsHostForm,
+    /// Not the form of `--reserve`.
+    #[error(
+        "expected MAC=IP or id:HEX=IP, and ,NAME if it is to have one, such as 52:54:00:12:34:56=10.0.2.9,db"
+    )]
+    ReservationForm,
     /// Not a domain name.
     #[error(
         "'{0}' is not a domain name: labels of 1 to 63 letters, digits, '-' or '_' joined by dots, 253 \
