@@ -154,9 +154,10 @@ impl Worker {
             let socket = engine.nat().net().published_udp(token, socket)?;
             engine.publish_udp(socket, guest_port);
         }
-        let link = parts.link.map(LinkEnd::new);
-        if let Some(link) = &link {
+        let mut link = parts.link.map(LinkEnd::new);
+        if let Some(link) = &mut link {
             poll.watch_socket(link.queue().fd(), LINK)?;
+            link.detach();
         }
         Ok(Worker {
             poll,
@@ -393,7 +394,7 @@ impl Worker {
             waiting &= waiting - 1;
             match self.drain(now, QueuePair(pair)) {
                 Drained::More => self.tx_waiting |= 1 << pair,
-                Drained::Blocked => self.tx_blocked |= 1 << pair,
+                Drained::Blocked => self.block(pair),
                 Drained::Empty | Drained::Down => {}
             }
         }
@@ -405,6 +406,15 @@ impl Worker {
         let link_more = self.link_to_guest(now);
         self.queues.publish();
         more || link_more || self.tx_waiting != 0 || !all_sent
+    }
+
+    /// Has a pair wait for room in the link. The kernel tells of room only who looked while there was none.
+    fn block(&mut self, pair: u8) {
+        self.tx_blocked |= 1 << pair;
+        let Some(link) = &self.link else { return };
+        if let Err(error) = self.poll.rewatch_socket(link.queue().fd(), LINK) {
+            tracing::warn!(%error, "the link cannot be waited for; its frames are tried again with the next event");
+        }
     }
 
     /// Takes a batch of a pair's frames to where they belong.

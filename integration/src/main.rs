@@ -83,12 +83,16 @@ struct Bench {
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Another back-end: NAME='COMMAND … {socket} …'; `{ip_mtu}` and `{queues}` may be used too, and
-    /// without the latter it is left out where several queue pairs are needed; repeatable.
+    /// without the latter it is left out where several queue pairs are needed; with `{tap}` it joins the
+    /// guest to a TAP of that name; repeatable.
     #[arg(long)]
     peer: Vec<Backend>,
     /// Leave vunet out.
     #[arg(long)]
     without_vunet: bool,
+    /// Also measure vunet with the guest on a TAP (`--uplink tap`), which the two TAPs of --bounds bound.
+    #[arg(long)]
+    tap: bool,
     /// Also measure the same namespaces over veth, over two TAPs and a copy loop, and bare sockets
     /// where a back-end would stand.
     #[arg(long)]
@@ -119,6 +123,7 @@ impl Bench {
             only: self.only,
             peers: self.peer,
             without_vunet: self.without_vunet,
+            tap: self.tap,
             bounds: self.bounds,
             out: self.out,
             label: self.label,

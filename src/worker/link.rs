@@ -35,6 +35,9 @@ use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 /// Pause between look-ups of the guest's lease: a flood from addresses that are not its own costs ten a second.
 const LEASE_LOOK_UP_PAUSE: Duration = Duration::from_millis(100);
+/// Frames after one longer than the MTU for which room for as long a one is reserved. Too much room costs the
+/// popping of a few descriptors, too little the copying of a frame.
+const LARGE_FRAMES: u8 = 16;
 
 /// What a worker's end of a link is made of.
 #[derive(Debug)]
@@ -93,8 +96,8 @@ pub(super) struct LinkEnd {
     readable: bool,
     /// The guest had no buffers; it will kick.
     starved: bool,
-    /// The frame before was longer than the MTU.
-    large: bool,
+    /// For so many frames more, one may be longer than the MTU: acknowledgements come between long ones.
+    large_frames: u8,
     held: Option<Held>,
     /// The first bytes of the frame under way.
     head: Box<[u8]>,
@@ -111,9 +114,8 @@ pub(super) struct LinkEnd {
 }
 
 impl LinkEnd {
-    /// An end whose queue gets no frames before a receive ring runs, if others can have them.
     pub(super) fn new(parts: LinkParts) -> LinkEnd {
-        let mut end = LinkEnd {
+        LinkEnd {
             ip_mtu: parts.ip_mtu.get(),
             parts,
             offloads: None,
@@ -121,7 +123,7 @@ impl LinkEnd {
             segments: Segments::default(),
             readable: true,
             starved: true,
-            large: false,
+            large_frames: 0,
             held: None,
             head: vec![0; LINK_LONG_HEAD_BYTES + vlan::TAG_BYTES].into(),
             whole: vec![0; FRAME_BYTES_MAX].into(),
@@ -130,9 +132,13 @@ impl LinkEnd {
             looked_up: None,
             told: Vec::new(),
             counters: Counters::default(),
-        };
-        end.set_attached(false);
-        end
+        }
+    }
+
+    /// Before a receive ring runs the queue gets no frames, if others can have them. To be called once the
+    /// queue is watched: a detached one cannot be watched, but stays so.
+    pub(super) fn detach(&mut self) {
+        self.set_attached(false);
     }
 
     pub(super) fn queue(&self) -> &TapQueue {
@@ -154,7 +160,8 @@ impl LinkEnd {
 
     /// A ring was started.
     pub(super) fn rings_ready(&mut self, offloads: GuestOffloads) {
-        if self.offloads == Some(offloads) {
+        // A detached queue belongs to no interface to be told.
+        if self.offloads == Some(offloads) || !self.attached {
             return;
         }
         match self.parts.queue.set_offloads(offloads) {
@@ -395,7 +402,7 @@ impl LinkEnd {
             return self.send_held(port, pair, held);
         }
         let least = ethernet::HEADER_BYTES + usize::from(self.ip_mtu);
-        let most = if self.large { FRAME_BYTES_MAX.max(least) } else { least };
+        let most = if self.large_frames > 0 { FRAME_BYTES_MAX.max(least) } else { least };
         match port.reserve(pair, least, most) {
             Ok(reserved_bytes) => self.receive(now, port, pair, reserved_bytes),
             // The guest takes smaller ones, or none.
@@ -429,7 +436,8 @@ impl LinkEnd {
                 return self.nothing_read(&error);
             }
         };
-        self.large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
+        let is_large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
+        self.large_frames = if is_large { LARGE_FRAMES } else { self.large_frames.saturating_sub(1) };
         let head = &mut self.head[..len.min(behind + tag_bytes)];
         let vnet = match judge(&header, head, len, (self.parts.vlan, self.ip_mtu), port.offloads()) {
             Ok(vnet) => vnet,

@@ -103,26 +103,64 @@ fn inherit(bench: &Bench, queues: &str, flags: &[&str]) -> Result<Process, Failu
     Ok(bench.lab.host.spawn(&words)?)
 }
 
+/// Attaches the bench's guest to a vunet that inherited `queues` queues, its TAP on the bridge.
+fn attach_inherited(bench: &mut Bench, queues: &str, flags: &[&str]) -> Result<Process, Failure> {
+    bench.guest = None;
+    let process = inherit(bench, queues, flags)?;
+    let socket = bench.lab.dir().join("inherited.sock");
+    let deadline = Instant::now() + SHORT;
+    while !socket.exists() {
+        ensure!(Instant::now() < deadline, "no socket: {}", process.errors().join("\n"));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    bench.lab.ip(&bench.lab.host, &format!("link set vm1 master {BRIDGE}"))?;
+    bench.guest = Some(bench.lab.attach(&socket, &["--queues", queues])?);
+    Ok(process)
+}
+
 #[test]
 fn inherited_queues_are_used_as_they_are() {
     bare(&Setup::on_bridge().tools(&["ping", "curl"]), |bench| {
         for queues in ["1", "2"] {
-            bench.guest = None;
-            let process = inherit(bench, queues, &[])?;
-            let socket = bench.lab.dir().join("inherited.sock");
-            let deadline = Instant::now() + SHORT;
-            while !socket.exists() {
-                ensure!(Instant::now() < deadline, "no socket: {}", process.errors().join("\n"));
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            bench.lab.ip(&bench.lab.host, &format!("link set vm1 master {BRIDGE}"))?;
-            bench.guest = Some(bench.lab.attach(&socket, &["--queues", queues])?);
+            let mut process = attach_inherited(bench, queues, &[])?;
             works(bench)?;
             bench.detach()?;
-            let mut process = process;
             let code = process.stop();
             ensure!(code == Some(0), "with {queues} queues: {code:?}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_full_link_stops_the_ring_and_loses_nothing() {
+    const MAC: &str = "52:54:00:00:00:32";
+    bare(&Setup::new().tools(&["curl", "iperf3", "tc"]), |bench| {
+        bench.lab.start_lan_dhcp()?;
+        // A slow way out whose queue is longer than what the macvtap takes (`wmem_default`).
+        let slow = "tc qdisc add dev p0 root tbf rate 100mbit burst 64kb limit 8mb";
+        bench.lab.host.run(&slow.split(' ').collect::<Vec<_>>(), SHORT)?;
+        instead(bench, &bridged(&["macvtap=p0", "--mac", MAC]))?;
+        bench.attach(&["--mac", MAC])?;
+        bench.lease()?;
+        bench.lab.start_iperf3()?;
+        for kind in [&["-u", "-b", "1G", "-l", "1400"][..], &[]] {
+            let mut words = vec!["iperf3", "-c", "192.0.2.2", "-t", "2", "--connect-timeout", "5000"];
+            words.extend(kind);
+            let output = bench.in_guest(&words)?;
+            ensure!(output.contains("receiver"), "{output}");
+        }
+        let shown = bench.lab.host.run(&["tc", "-s", "qdisc", "show", "dev", "p0"], SHORT)?.stdout;
+        ensure!(shown.contains("dropped 0,"), "the queue behind the link overflowed: {shown}");
+        let sent: u64 =
+            shown.split("Sent ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap_or("0").parse()?;
+        ensure!(sent > 20_000_000, "only {sent} bytes left: {shown}");
+        bench.http_both_ways(MIB, 1)?;
+        bench.detach()?;
+        bench.vunet.process.stop();
+        let said = bench.vunet.process.errors().join("\n");
+        ensure!(!said.contains("link_refused"), "{said}");
+        bench.vunet = bench.lab.vunet(&BackendOptions::default())?;
         Ok(())
     });
 }
@@ -134,7 +172,14 @@ fn four_queues_carry_flows_side_by_side() {
         bench.lab.start_iperf3()?;
         for queues in ["4", "2", "1"] {
             bench.attach(&["--queues", queues])?;
-            bench.lease()?;
+            let lease = bench.lease()?;
+            // Whichever queue it comes by, and though the guest says nothing by itself.
+            let guest = lease.ip.to_string();
+            for _ in 0..4 {
+                let words = ["ping", "-n", "-c", "3", "-i", "0.1", "-W", "2", &guest];
+                let output = bench.lab.world.run(&words, PATIENCE)?.stdout;
+                ensure!(output.contains("3 received"), "with {queues} pairs: {output}");
+            }
             for direction in [&[][..], &["-R"]] {
                 let mut words =
                     vec!["iperf3", "-c", "192.0.2.2", "-t", "1", "-P", "8", "--connect-timeout", "5000"];
