@@ -111,11 +111,11 @@ impl<S: HostStream> Flow<S> {
         }
         while self.recv.beyond_hole > 0 {
             self.recv.beyond_hole = self.recv.beyond_hole.min(DUPLICATES_MAX) - 1;
-            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            self.send_empty(core, port, Flags::ACK, self.send.ack_seq())?;
             self.recv.ack_due = false;
         }
         if self.recv.ack_due {
-            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            self.send_empty(core, port, Flags::ACK, self.send.ack_seq())?;
             self.recv.ack_due = false;
         }
         Ok(())

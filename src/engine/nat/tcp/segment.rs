@@ -319,13 +319,17 @@ impl<S: HostStream> Flow<S> {
     }
 
     /// RFC 9293, 3.10.7.4, first step. A segment that begins at the next byte expected is let through
-    /// whatever the window: the socket judges it, and a window probe must be answered.
+    /// whatever the window: the socket judges it, and a window probe must be answered. What is held
+    /// beyond the window counts as a part of it.
     fn acceptable(&self, seq: SeqNumber, len: usize) -> bool {
-        if seq == self.recv.nxt {
+        let recv = &self.recv;
+        if seq == recv.nxt {
             return true;
         }
-        let begins_inside = seq.after(self.recv.nxt) && seq.at_or_before(self.recv.edge);
-        let reaches_inside = len > 0 && seq.before(self.recv.nxt) && (seq + len).after(self.recv.nxt);
+        let reach = recv.pool.reach(recv.nxt);
+        let edge = if reach.after(recv.edge) { reach } else { recv.edge };
+        let begins_inside = seq.after(recv.nxt) && seq.at_or_before(edge);
+        let reaches_inside = len > 0 && seq.before(recv.nxt) && (seq + len).after(recv.nxt);
         begins_inside || reaches_inside
     }
 
@@ -474,7 +478,8 @@ impl<S: HostStream> Flow<S> {
             return Ok(());
         }
         let mut at = seq + known;
-        if at == self.recv.nxt && self.recv.pool.front(budget, at).is_none() {
+        let (is_next, until) = (at == self.recv.nxt, self.recv.held_until());
+        if is_next && self.recv.pool.front(budget, at).is_none() {
             let Some(stream) = self.stream.as_mut() else { return Ok(()) };
             match stream.send(&fresh) {
                 Ok(len) => {
@@ -497,8 +502,8 @@ impl<S: HostStream> Flow<S> {
             self.recv.newest_beyond = at;
         }
         // Held back, unacknowledged, and only as far as the window promised.
-        let promised = self.recv.edge.distance_from(at).max(0) as usize;
-        let held = fresh.range(0, promised);
+        let until = if is_next { until } else { self.recv.edge };
+        let held = fresh.range(0, until.distance_from(at).max(0) as usize);
         let all_held = self.recv.pool.insert(budget, at, &held);
         if !all_held || held.len() < fresh.len() {
             core.counters.drop(DropReason::TableFull);
