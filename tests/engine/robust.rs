@@ -89,6 +89,52 @@ fn an_acknowledgement_lies_within_a_window_the_guest_took_back() {
 }
 
 #[test]
+fn a_guest_whose_segment_is_not_acceptable_is_answered_where_it_stands() {
+    let (mut rig, mut peer) = sending_again(None);
+    peer.window = 1000;
+    let beyond_a_hole = Peer { seq: peer.seq + 100, ..peer };
+    let usual = beyond_a_hole.seg(Flags::ACK, b"later").frame();
+    assert_eq!(only(rig.send(&usual)).tcp().header.seq.0, peer.ack + 1000);
+    for (told, answered) in [(2500, 2500), (3000, 3000), (3001, 1000), (0, 0), (-1i32 as u32, 1000)] {
+        let old = Peer { seq: peer.seq - 3, ack: peer.ack.wrapping_add(told), ..peer };
+        let answer = only(old.acknowledge(&mut rig)).tcp();
+        assert_eq!(answer.header.seq.0, peer.ack + answered, "told {told}");
+        assert_eq!(rig.conn(0).discarded, 0, "it is told from, not believed");
+        assert_eq!(only(rig.send(&usual)).tcp().header.seq.0, peer.ack + 1000, "and once only");
+    }
+}
+
+#[test]
+fn an_acknowledgement_that_goes_on_tells_the_window_whatever_its_number() {
+    let mut rig = Rig::new();
+    let peer = connected(&mut rig, Peer::new(guest(4000), world(80)));
+    rig.conn(0).queue.extend(pattern(1000));
+    rig.stream_ready(0, READABLE);
+    let later = Peer { seq: peer.seq + 100, window: 60_000, ..peer };
+    rig.send(&later.seg(Flags::ACK, b"later").frame());
+    // It sends again what was lost, and its application reads nothing.
+    let again = Peer { ack: peer.ack + 1000, window: 1000, ..peer };
+    rig.send(&again.seg(Flags::ACK, &pattern(100)).frame());
+    rig.conn(0).queue.extend(pattern(5000));
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(seen.into_iter().map(|seen| seen.tcp().payload.len()).sum::<usize>(), 1000);
+}
+
+#[test]
+fn an_acknowledgement_that_falls_behind_tells_no_window_whatever_its_number() {
+    let mut rig = Rig::new();
+    let peer = connected(&mut rig, Peer::new(guest(4000), world(80)));
+    rig.conn(0).queue.extend(pattern(3000));
+    rig.stream_ready(0, READABLE);
+    Peer { ack: peer.ack + 3000, window: 2000, ..peer }.acknowledge(&mut rig);
+    let late = Peer { seq: peer.seq + 100, ack: peer.ack + 1460, window: 60_000, ..peer };
+    rig.send(&late.seg(Flags::ACK, b"late").frame());
+    rig.conn(0).queue.extend(pattern(5000));
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(seen.into_iter().map(|seen| seen.tcp().payload.len()).sum::<usize>(), 1460);
+}
+
+#[test]
 fn a_guest_that_takes_its_time_is_not_sent_everything_twice() {
     let mut rig = Rig::new();
     let mut peer = Peer::new(guest(4000), world(80));

@@ -265,6 +265,8 @@ pub(super) struct Send {
     pub(super) syn_due: bool,
     /// A probe (keepalive or zero window) is owed.
     pub(super) probe_due: bool,
+    /// What a guest expects next whose segment was not acceptable: the answer begins there, if that was sent.
+    pub(super) answer_at: Option<SeqNumber>,
     /// A reset at this sequence number is owed to a stray segment.
     pub(super) rst_due: Option<SeqNumber>,
     pub(super) dup_acks: u8,
@@ -305,6 +307,7 @@ impl Send {
             urgent: false,
             syn_due: false,
             probe_due: false,
+            answer_at: None,
             rst_due: None,
             dup_acks: 0,
             sacked: Scoreboard::default(),
@@ -325,8 +328,13 @@ impl Send {
     /// Sequence number of an acknowledgement without bytes: behind all that was ever sent (RFC 9293, 3.4),
     /// however far back `nxt` went to send again. A guest that has those bytes, its acknowledgements lost,
     /// lets a segment from before them go, and the acknowledgement with it. Where the guest took back a part
-    /// of its window, by more than its scale rounds, what lies behind is not acceptable to it either.
-    pub(super) fn ack_seq(&self) -> SeqNumber {
+    /// of its window, by more than its scale rounds, what lies behind is not acceptable to it either. One
+    /// whose own segment was not acceptable says in it what is.
+    pub(super) fn ack_seq(&mut self) -> SeqNumber {
+        let told = self.answer_at.take();
+        if let Some(told) = told.filter(|seq| seq.at_or_after(self.una) && seq.at_or_before(self.max)) {
+            return told;
+        }
         let edge = self.una + self.window as usize;
         if self.max.distance_from(edge) < 1 << self.shift { self.max } else { edge }
     }

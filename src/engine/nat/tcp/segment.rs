@@ -221,6 +221,7 @@ impl<S: HostStream> Flow<S> {
             } else if !flags.contains(Flags::RST) {
                 self.challenge(core);
             }
+            self.send.answer_at = (self.recv.ack_due && flags.contains(Flags::ACK)).then_some(header.ack);
             return Fate::Live;
         }
         if flags.contains(Flags::RST) {
@@ -350,7 +351,8 @@ impl<S: HostStream> Flow<S> {
                 send.sacked.insert(if ack.after(send.una) { ack } else { send.una }, send.max, *block);
             }
         }
-        if ack.after(send.una) {
+        let is_new = ack.after(send.una);
+        if is_new {
             send.round_trip.acknowledged(core.now, ack);
             send.una = ack;
             if send.nxt.before(ack) {
@@ -376,18 +378,26 @@ impl<S: HostStream> Flow<S> {
             }
         }
         self.go_on_with_holes(core);
-        let send = &mut self.send;
-        let newer = header.seq.after(send.wl1) || (header.seq == send.wl1 && ack.at_or_after(send.wl2));
-        if newer || (ack == send.una && window > send.window) {
-            if window != send.window {
-                send.tries = 0;
-            }
-            send.window = window;
-            send.window_max = send.window_max.max(window);
-            send.wl1 = header.seq;
-            send.wl2 = ack;
-        }
+        self.take_window(header.seq, ack, window, is_new);
         true
+    }
+
+    /// Takes the window told with `ack`, unless it is an older one (RFC 9293, 3.10.7.4). An acknowledgement
+    /// that goes on is the newest whatever its number, which is low where the guest sends again; one that
+    /// falls behind is old whatever its number.
+    fn take_window(&mut self, seq: SeqNumber, ack: SeqNumber, window: u32, is_new: bool) {
+        let send = &mut self.send;
+        let later = seq.after(send.wl1) || (seq == send.wl1 && ack.at_or_after(send.wl2));
+        if ack != send.una || !(is_new || later || window > send.window) {
+            return;
+        }
+        if window != send.window {
+            send.tries = 0;
+        }
+        send.window = window;
+        send.window_max = send.window_max.max(window);
+        send.wl1 = seq;
+        send.wl2 = ack;
     }
 
     fn duplicate_ack(&mut self, core: &mut Core) {
