@@ -108,7 +108,8 @@ fn dhcp(rig: &mut Rig, from: Ipv4Addr, kind: MessageType, asked: Option<Ipv4Addr
     })
 }
 
-fn lease(rig: &mut Rig) {
+/// The guest takes a lease of [`GUEST_IP`].
+pub(crate) fn lease(rig: &mut Rig) {
     let zero = Ipv4Addr::UNSPECIFIED;
     let offer = dhcp(rig, zero, MessageType::Discover, None).expect("an offer");
     assert_eq!(offer.yiaddr(), GUEST_IP);
