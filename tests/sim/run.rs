@@ -31,7 +31,7 @@ use crate::world::{End, SimListener, SimStream, World};
 
 /// Virtual time after which a run counts as stalled: two keepalives' patience and more.
 const STALLED_US: u64 = 6 * 3_600_000_000;
-/// Rounds after which a run counts as spinning; the longest of 11,000 seeds takes 17,555.
+/// Rounds after which a run counts as spinning; the longest of 10,000 seeds takes 17,555.
 const ROUNDS_MAX: u64 = 500_000;
 
 /// Rounds in a row in which the guest filled its ring before it counts as spinning: smoltcp 0.14 can get into
