@@ -113,7 +113,8 @@ pub(crate) fn dhcp(
     })
 }
 
-fn lease(rig: &mut Rig) {
+/// The guest takes a lease of [`GUEST_IP`].
+pub(crate) fn lease(rig: &mut Rig) {
     let zero = Ipv4Addr::UNSPECIFIED;
     let offer = dhcp(rig, zero, MessageType::Discover, None).expect("an offer");
     assert_eq!(offer.yiaddr(), GUEST_IP);
