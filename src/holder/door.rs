@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::limits;
@@ -30,7 +31,10 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<
     let namespaces = Arc::new(namespaces);
     let (count, mut users) = watch::channel(0usize);
     let end = Arc::new(Notify::new());
+    // With it end the connections, by which users see that there is no holder any more.
+    let mut attended = JoinSet::new();
     loop {
+        while attended.try_join_next().is_some() {}
         // A new user, or a change of their number, begins the wait anew.
         let wait = idle.filter(|_| *users.borrow_and_update() == 0).unwrap_or(Duration::MAX);
         let news = async {
@@ -57,7 +61,7 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<
             Ok(Ok(Some(Ok((stream, _))))) => {
                 let (count, namespaces, end) = (count.clone(), Arc::clone(&namespaces), Arc::clone(&end));
                 count.send_modify(|users| *users += 1);
-                tokio::spawn(async move {
+                attended.spawn(async move {
                     match attend(stream, &namespaces).await {
                         Ok(true) => end.notify_one(),
                         Ok(false) => {}
