@@ -11,12 +11,14 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// The flags of the command line, as `--help` shows them.
-const FLAGS: [&str; 23] = [
+const FLAGS: [&str; 25] = [
     "--socket-path",
     "--fd",
     "--client",
     "--one-off",
     "--print-capabilities",
+    "--network",
+    "--state-dir",
     "--mode",
     "--uplink",
     "--mac",
@@ -121,7 +123,7 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 
 #[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
-    for flag in ["--control", "--pcap", "--nat", "--network", "--config", "--subnet6", "--no-ipv6"] {
+    for flag in ["--control", "--pcap", "--nat", "--config", "--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(text(&output.stderr).contains("unexpected argument"), "{flag}");
@@ -239,4 +241,45 @@ fn errors_about_networks_name_what_is_wrong_and_what_to_do() {
     let (code, _, err) = network(std::path::Path::new("/dev/shm/vunet-state"), "list");
     assert_eq!(code, 1, "{err}");
     assert!(err.contains("tmpfs") && err.contains("--state-dir"), "{err}");
+}
+
+#[test]
+fn flags_that_a_named_network_decides_are_refused_with_it_and_others_are_not() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    for line in [
+        "create lab --subnet 10.77.1.0/24",
+        "create quiet --mode host-only --subnet 10.77.2.0/24",
+        "create wire --mode bridge --bridge br0",
+    ] {
+        assert_eq!(network(place.path(), line).0, 0, "{line}");
+    }
+    let state = place.path().to_str().unwrap();
+    for (name, flag, parts) in [
+        ("lab", "--mode nat", &["--mode", "--network lab", "definition", "drop it"][..]),
+        ("lab", "--ip-mtu 1500", &["--ip-mtu", "definition"]),
+        ("lab", "--subnet 10.0.2.0/24", &["--subnet"]),
+        ("lab", "--gateway 10.77.1.1", &["--gateway"]),
+        ("lab", "--dns-domain lan", &["--dns-domain"]),
+        ("lab", "--uplink sockets", &["--uplink", "bridge"]),
+        ("lab", "--allow-host-loopback", &["--allow-host-loopback", "--allow-host"]),
+        ("lab", "--udp-mapping endpoint-independent", &["--udp-mapping", "kernel"]),
+        ("lab", "--vlan 7", &["--vlan", "one network"]),
+        ("lab", "--guest-ip 10.0.2.9", &["--guest-ip 10.0.2.9", "10.77.1.0/24"]),
+        ("lab", "--guest-ip 10.77.1.1", &["--guest-ip 10.77.1.1", "gateway"]),
+        ("lab", "--no-dhcp", &["--no-dhcp", "--guest-ip IP", "--trust-guest"]),
+        ("quiet", "--publish 80:80", &["--publish", "--network quiet"]),
+        ("quiet", "--dns-server 192.0.2.1", &["--dns-server", "local names"]),
+        ("wire", "--publish 80:80", &["--publish", "address of its own"]),
+        ("wire", "--no-dns", &["--no-dns"]),
+        ("none", "--one-off", &["no network none", "lab, quiet, wire", "vunet network create none"]),
+        ("Lab", "--one-off", &["--network", "lower-case"]),
+    ] {
+        let line = format!("--socket-path s --state-dir {state} --network {name} {flag}");
+        let output = vunet(&line.split(' ').collect::<Vec<_>>());
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{line}: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
+        }
+    }
 }

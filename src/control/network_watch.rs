@@ -5,7 +5,9 @@
 //! ([`Joined::restore`]): rules put back, the new uplink used, ports of the dead removed. What is put right
 //! tells of itself once more, and then nothing is amiss.
 //!
-//! Every process of the network does so; the network's lock makes the first of them do the work.
+//! One process of the network does so, its keeper: fifty that did would cost as much again each. When a user's
+//! file is closed or removed the keeper may have gone, so the others try to take its place, and once more
+//! a second later, because its lock may be released after its file.
 
 use std::convert::Infallible;
 use std::io;
@@ -27,6 +29,8 @@ const SETTLE_TIME: Duration = Duration::from_millis(50);
 const SETTLE_TIME_MAX: Duration = Duration::from_millis(500);
 /// Pause after a failure: what fails now fails again at once.
 const RETRY_TIME: Duration = Duration::from_secs(5);
+/// After the end of a user, when the keeper's place is free if it was the keeper.
+const SUCCESSION_TIME: Duration = Duration::from_secs(1);
 /// Bytes of file events taken at once.
 const EVENTS_BYTES: usize = 4096;
 
@@ -49,16 +53,26 @@ async fn watch(joined: &SharedJoined) -> io::Result<Infallible> {
     // Whatever came before there was news of it.
     let mut at_latest = Some(Instant::now());
     let mut due = at_latest;
+    let mut user_left = false;
     loop {
         let due_at = due;
         tokio::select! {
             news = firewall_ready.read(|| firewall.read()) => news?,
             news = routes_ready.read(|| routes.read()) => news?,
-            news = users_ready.read(|| user_news(&mut users)) => if !news? { continue },
+            news = users_ready.read(|| user_news(&mut users)) => {
+                if !news? {
+                    continue;
+                }
+                user_left = true;
+            }
             () = sleep_to(due_at), if due_at.is_some() => {
-                let is_well = restore(joined).await;
                 at_latest = None;
-                due = (!is_well).then(|| Instant::now() + RETRY_TIME);
+                let outcome = restore(joined).await;
+                due = match outcome {
+                    Restored::Well => None,
+                    Restored::Failed => Some(Instant::now() + RETRY_TIME),
+                    Restored::ByAnother => std::mem::take(&mut user_left).then(|| Instant::now() + SUCCESSION_TIME),
+                };
                 continue;
             }
         }
@@ -74,22 +88,38 @@ async fn sleep_to(at: Option<Instant>) {
     }
 }
 
-/// Puts right what is amiss, on a thread that may wait. Whether it could be.
-async fn restore(joined: &SharedJoined) -> bool {
+/// What became of looking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Restored {
+    /// All is well.
+    Well,
+    /// It could not be made well.
+    Failed,
+    /// Another process looks.
+    ByAnother,
+}
+
+/// Puts right what is amiss, on a thread that may wait, if this process is the keeper.
+async fn restore(joined: &SharedJoined) -> Restored {
     let shared = Arc::clone(joined);
-    let work = move || shared.lock().unwrap_or_else(PoisonError::into_inner).restore();
+    let work = move || {
+        let mut joined = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        joined.is_keeper().then(|| joined.restore())
+    };
     match tokio::task::spawn_blocking(work).await {
-        Ok(Ok(false)) => true,
-        Ok(Ok(true)) => {
-            tracing::info!("the network's firewall rules were brought up to date");
-            true
+        Ok(None) => Restored::ByAnother,
+        Ok(Some(Ok(changed))) => {
+            if changed {
+                tracing::info!("the network's firewall rules were brought up to date");
+            }
+            Restored::Well
         }
-        Ok(Err(error)) => {
+        Ok(Some(Err(error))) => {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             tracing::warn!(%error, cause, "the network cannot be put right; tried again in 5 s");
-            false
+            Restored::Failed
         }
-        Err(_) => false,
+        Err(_) => Restored::Failed,
     }
 }
 

@@ -151,6 +151,30 @@ pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Resul
     Ok(changed)
 }
 
+/// Makes the TAP of one user a port of the network's bridge, which is up.
+///
+/// # Errors
+/// [`LifeError`].
+pub fn attach(definition: &Definition, user: &User) -> Result<(), LifeError> {
+    with_links(async |links| {
+        let bridge = match own_bridge(definition) {
+            Some(bridge) => bridge.ensure(links).await?,
+            None => find_bridge(links, definition).await?,
+        };
+        put_on(links, &bridge, std::slice::from_ref(user), definition.kind.isolate()).await
+    })
+}
+
+/// Whether ports of the host lead to a user's guest.
+pub fn leads_anywhere(user: &User) -> bool {
+    !redirects(user).is_empty()
+}
+
+/// Whether ports of the host lead elsewhere after a change of a user.
+pub fn leads_elsewhere(before: &User, after: &User) -> bool {
+    redirects(before) != redirects(after)
+}
+
 /// Removes from the host all that is there of a network, which nobody uses. Whether there was anything.
 ///
 /// # Errors

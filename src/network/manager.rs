@@ -221,7 +221,8 @@ impl Networks {
         }
         let membership = run.join(&user).map_err(self.file_error("write to", name))?;
         users.push(user.clone());
-        let joined = Joined { networks: self.clone(), definition, user, membership: Some(membership) };
+        let joined =
+            Joined { networks: self.clone(), definition, user, membership: Some(membership), keeper: None };
         // If it fails, dropping what was joined leaves, and removes what was made.
         let raised = life::raise(self.state.path(), &joined.definition, &users);
         drop(run);
@@ -312,6 +313,8 @@ pub struct Joined {
     user: User,
     /// None once it left.
     membership: Option<Membership>,
+    /// The lock of the one that looks after the network.
+    keeper: Option<File>,
 }
 
 impl Joined {
@@ -330,18 +333,38 @@ impl Joined {
         self.networks.folder(&self.definition.name).join(super::users::RUN_FOLDER)
     }
 
-    /// Notes what `change` makes of this process, and makes the host as the users need it then.
+    /// Notes what `change` makes of this process, and makes the host as the users need it then: only what
+    /// depends on what changed, because fifty processes may start at once.
     ///
     /// # Errors
     /// [`NetworkError`].
     pub fn update(&mut self, change: impl FnOnce(&mut User)) -> Result<(), NetworkError> {
+        let before = self.user.clone();
         change(&mut self.user);
+        if self.user == before {
+            return Ok(());
+        }
         let name = &self.definition.name;
         let run = self.lock()?;
         if let Some(membership) = &mut self.membership {
             membership.note(&run, &self.user).map_err(self.networks.file_error("write to", name))?;
         }
-        self.raise(&run).map(drop)
+        if life::leads_elsewhere(&before, &self.user) {
+            self.raise(&run)?;
+        } else if self.user.tap != before.tap {
+            life::attach(&self.definition, &self.user)
+                .map_err(|source| NetworkError::Life { name: name.clone(), source })?;
+        }
+        Ok(())
+    }
+
+    /// Whether this process is the one that looks after the network; at most one of its processes is, and
+    /// another is found once it is gone.
+    pub fn is_keeper(&mut self) -> bool {
+        if self.keeper.is_none() {
+            self.keeper = RunFolder::try_keep(&self.networks.folder(&self.definition.name));
+        }
+        self.keeper.is_some()
     }
 
     /// Puts back what of the network was taken away, and takes away what dead users left. Whether rules had to
@@ -369,11 +392,14 @@ impl Joined {
     fn leave(&mut self) -> Result<(), NetworkError> {
         let Some(membership) = self.membership.take() else { return Ok(()) };
         let run = self.lock()?;
+        self.keeper = None;
         drop(membership);
         if self.networks.users_of(&run, &self.definition.name)?.is_empty() {
             self.networks.lower(&self.definition).map(drop)
-        } else {
+        } else if life::leads_anywhere(&self.user) {
             self.raise(&run).map(drop)
+        } else {
+            Ok(())
         }
     }
 }

@@ -21,6 +21,8 @@ use crate::limits;
 pub const RUN_FOLDER: &str = "run";
 /// Lock of the folder itself.
 const LOCK_NAME: &str = "lock";
+/// Lock of the process that looks after the network.
+const KEEPER_NAME: &str = "keeper.lock";
 /// Beginning of the names of users' files; the process id and random digits follow.
 const USER_PREFIX: &str = "user-";
 
@@ -102,6 +104,14 @@ impl RunFolder {
             Ok(()) | Err(TryLockError::WouldBlock) => Ok(None),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    /// Makes the caller the keeper of the network in `folder`, while it has what is returned; `None` if another
+    /// process is, or it cannot be known.
+    pub fn try_keep(folder: &Path) -> Option<File> {
+        let path = folder.join(RUN_FOLDER).join(KEEPER_NAME);
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).ok()?;
+        file.try_lock().is_ok().then_some(file)
     }
 
     fn open(folder: &Path) -> io::Result<(PathBuf, File)> {
@@ -267,6 +277,16 @@ mod tests {
         drop(run);
         drop(new);
         assert_eq!(waits.join().unwrap().unwrap(), 1);
+    }
+
+    #[test]
+    fn one_keeps_the_network_at_a_time() {
+        let folder = folder();
+        let _run = RunFolder::lock(folder.path()).unwrap();
+        let keeper = RunFolder::try_keep(folder.path()).expect("nobody does");
+        assert!(RunFolder::try_keep(folder.path()).is_none());
+        drop(keeper);
+        assert!(RunFolder::try_keep(folder.path()).is_some());
     }
 
     #[test]

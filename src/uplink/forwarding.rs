@@ -20,6 +20,9 @@ use thiserror::Error;
 use super::sysctl::{self, SysctlError};
 use crate::limits;
 
+/// Extension of the file while it is written.
+const BESIDE: &str = "new";
+
 /// Why forwarding could not be switched or put back.
 #[derive(Debug, Error)]
 pub enum ForwardingError {
@@ -73,6 +76,11 @@ impl Forwarding {
             Err(error) => return Err(failed(error)),
         };
         entries.retain(|entry| entry.boot == boot);
+        // Left by a process that was killed before it could put it in the file's place.
+        match fs::remove_file(path.with_extension(BESIDE)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
         Ok(Forwarding { path: path.to_owned(), boot, net_namespace, entries })
     }
 
@@ -152,7 +160,7 @@ impl Forwarding {
     }
 
     fn write(&self, entries: &[Entry]) -> Result<(), ForwardingError> {
-        let beside = self.path.with_extension("new");
+        let beside = self.path.with_extension(BESIDE);
         let write = || {
             let mut file = File::create(&beside)?;
             file.write_all(&serde_json::to_vec(entries).map_err(io::Error::other)?)?;

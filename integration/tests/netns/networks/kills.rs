@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use vunet_integration::lab::Process;
+use vunet_integration::lab::{Process, WORLD};
 
 use super::site::{Site, ensure_as_before, on_a_site, until};
-use crate::bench::{Outcome, ensure, seed};
+use crate::bench::{Outcome, PATIENCE, ensure, seed};
 
 /// A generator of delays and choices (SplitMix64).
 struct Random(u64);
@@ -102,5 +102,25 @@ fn a_network_whose_processes_were_all_killed_can_be_removed() {
         process.kill();
         site.network("remove lab")?;
         ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn another_process_keeps_the_network_once_its_keeper_was_killed() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let mut first = site.vm("lab", "vm1", &["--publish", "8006:9006"])?;
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
+        until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+        let second = site.vm("lab", "vm2", &[])?;
+        first.vunet.kill();
+        until("the end of the dead process's port", || rules().is_ok_and(|rules| !rules.contains("8006")))?;
+        site.lab.host.run(&["nft", "flush ruleset"], PATIENCE)?;
+        until("the rules", || rules().is_ok_and(|rules| rules.contains("masquerade")))?;
+        ensure!(second.pings(WORLD)?, "the world is out of reach");
+        second.stop()?;
+        let left = rules()?;
+        ensure!(!left.contains("vunet-"), "left behind: {left}");
+        Ok(())
     });
 }
