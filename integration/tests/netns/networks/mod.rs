@@ -2,5 +2,6 @@
 
 mod kills;
 mod leaks;
+mod names;
 mod reach;
 mod site;
