@@ -549,9 +549,11 @@ fn without_tag(head: &mut [u8], tag_bytes: usize) -> &[u8] {
 mod tests {
     use std::collections::VecDeque;
     use std::os::unix::net::UnixDatagram;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
+    use crate::config::GuardConfig;
     use crate::wire::vnet::{Checksum, Gso, GsoKind};
 
     const TSO: GuestOffloads =
@@ -756,5 +758,27 @@ mod tests {
         rig.deliver();
         assert_eq!((rig.port.came.len(), rig.left().len()), (0, 0));
         assert_eq!(rig.dropped(DropReason::VlanTag), 2);
+    }
+
+    #[test]
+    fn the_guard_drops_counts_and_asks_on_the_guests_behalf() {
+        let mut rig = Rig::new(Some(9));
+        rig.end.parts.guard = Some(Guard::new(GuardConfig::default(), Arc::default(), 0));
+        // UDP over IPv6 from an address nobody has asked for.
+        let mut data = frame(14 + 40 + 8);
+        data[12..14].copy_from_slice(&[0x86, 0xdd]);
+        data[14..22].copy_from_slice(&[0x60, 0, 0, 0, 0, 8, 17, 64]);
+        data[22..38].copy_from_slice(&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
+        assert_eq!(rig.forward(VnetHeader::default(), &data), Left::Yes);
+        let probe = rig.left();
+        assert_eq!(probe.len(), 12 + 4 + lan::guard::PROBE_BYTES, "a probe, in the guest's VLAN");
+        assert_eq!(probe[24..28], [0x81, 0, 0, 9]);
+        assert_eq!(probe[12 + 4 + 54 + 8..][..16], data[22..38], "asks for the packet's source");
+        assert_eq!(rig.left().len(), 0, "the packet itself does not leave");
+        rig.end.parts.vlan = None;
+        assert_eq!(rig.forward(VnetHeader::default(), &frame(60)), Left::Yes);
+        assert_eq!(rig.left().len(), 0);
+        assert_eq!(rig.dropped(DropReason::SpoofedSource) + rig.dropped(DropReason::Malformed), 2);
+        assert_eq!(rig.end.counters().frames_from_guest, 0);
     }
 }

@@ -22,7 +22,7 @@ fn ping(bench: &Bench, to: &str) -> Outcome {
 fn the_lans_own_dhcp_leases_and_frames_go_both_ways() {
     let setup = Setup::on_bridge().tools(&["ping", "curl", "iperf3", "dhclient"]);
     bare(&setup, |bench| {
-        bench.attach(&[])?;
+        bench.attach(&["--features", "all"])?;
         check(&bench.lease()?)?;
         check(&bench.lab.dhclient(PATIENCE)?)?;
         ping(bench, &WORLD.to_string())?;
