@@ -113,10 +113,15 @@ fn nothing_of_a_host_only_network_reaches_the_world_though_the_host_becomes_a_ro
         let other = site.vm("quiet", "vm2", &[])?;
         let (own_mac, uplink_mac) = (mac_of(site, &vm.netns, "eth0")?, mac_of(site, &lab.host, "p0")?);
         let world_mac = mac_of(site, &lab.world, "e0")?;
+        let bridge = site.inspect("quiet")?["bridge"].as_str().unwrap_or_default().to_owned();
         let mut capture = Capture::of(&lab.world, "e0")?;
         for forwarding in ["0", "1"] {
             lab.host.sysctl("net.ipv4.ip_forward", forwarding)?;
             lab.host.sysctl("net.ipv6.conf.all.forwarding", forwarding)?;
+            // vunet switches its bridge off again; here it is switched on faster, so that the rules alone hold.
+            let hammer =
+                format!("while :; do echo {forwarding} >/proc/sys/net/ipv4/conf/{bridge}/forwarding; done");
+            let _hammer = lab.host.spawn(&["sh", "-c", &hammer])?;
             ensure!(vm.pings(other.ip)? && vm.pings(GATEWAY)?, "guests and host reach each other");
             send_frames(&vm.netns, &attempts(own_mac, vm.ip, uplink_mac, world_mac))?;
             ordinary_attempts(&vm)?;

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, UdpSocket};
 use std::time::Duration;
 
+use vunet_integration::lab::frame::Capture;
 use vunet_integration::lab::{DOMAIN, HOST, SHORT, WORLD};
 use vunet_integration::world::ports;
 
@@ -137,7 +138,12 @@ fn isolated_guests_reach_the_world_and_not_each_other_whatever_they_send() {
         // By way of the host, which knows where the other one is.
         one.run(&format!("ip route add {}/32 via 10.0.2.1", two.ip))?;
         one.run("ip neigh replace 10.0.2.1 lladdr 02:ab:cd:00:00:01 dev eth0")?;
+        let mut capture = Capture::of(&two.netns, "eth0")?;
         ensure!(!one.pings_soon(two.ip)?, "the other guest is in reach through the host");
+        // Not even one way, which needs no answer.
+        let from_one = |frame: &Vec<u8>| frame.windows(4).any(|four| four == one.ip.octets());
+        let seen = capture.frames(Duration::from_millis(300))?;
+        ensure!(!seen.iter().any(from_one), "the other guest got {seen:02x?}");
         one.stop()?;
         two.stop()
     });
