@@ -761,7 +761,8 @@ fn a_flood_of_known_names_leaves_the_runtime_to_others_again_and_again() {
             while client.poll_answer().is_some() {
                 answers += 1;
             }
-            assert!(answers - before <= 1024, "{} answers in one turn", answers - before);
+            // A few batches: how many the runtime gives it before it looks at others is the runtime's own matter.
+            assert!(answers - before <= 4096, "{} answers in one turn", answers - before);
             turns += 1;
             assert!(turns < 1_000_000, "it does not go on");
         }
