@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, Throughput, criterion_group};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vunet::config::{Attach, IpMtu};
-use vunet::device::{DeviceConfig, DeviceQueues, KickWatch, device};
+use vunet::device::{DeviceConfig, DeviceQueues, KickWatch, Taken, device};
 use vunet::engine::guest_port::GuestPort;
 use vunet::frame::QueuePair;
 use vunet::wire::vnet::VnetHeader;
@@ -82,7 +82,10 @@ fn transmit(c: &mut Criterion) {
                     }
                     let start = Instant::now();
                     let mut seen = 0;
-                    queues.split().0.drain(QueuePair(0), 2 * BATCH, |_| seen += 1);
+                    queues.split().0.drain(QueuePair(0), 2 * BATCH, |_| {
+                        seen += 1;
+                        Taken::Yes
+                    });
                     let took = start.elapsed();
                     assert_eq!(seen, BATCH + 1, "every frame, and the batch's end");
                     took

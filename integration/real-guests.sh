@@ -24,6 +24,8 @@ qemu-returns|qemu-system-x86_64|the same after QEMU was killed and another came 
 qemu-is-server|qemu-system-x86_64|the same with QEMU listening and vunet --client
 qemu-microvm|qemu-system-x86_64|the same on a microvm, whose virtio device is on MMIO
 published|qemu-system-x86_64|a client in the world reaches a server in the guest, which sees the client'"'"'s address
+network|qemu-system-x86_64 nft|two QEMU guests on a named network find each other by name, and the world
+network-rootless|qemu-system-x86_64|the same without privilege; the death of one'"'"'s vunet takes nothing from the other
 cut-uploads|qemu-system-x86_64|an upload cut by the death of guest or vunet never looks complete
 uml|linux.uml|user-mode Linux: lease, DNS, 64 MiB each way; --one-off ends with it
 dpdk-txonly|dpdk-testpmd|a flood of UDP from DPDK: its counters agree with vunet'"'"'s
@@ -150,6 +152,67 @@ scenario_published() {
     guest_stop
     backend_end
 }
+
+# shellcheck disable=SC2034 # what is set here is read by the libraries
+# network_guest root|user NAME OTHER FLAG...: vunet and a QEMU guest NAME on the network `lab`.
+network_guest() {
+    local who=$1 name=$2 other=$3 chardev=''
+    shift 3
+    BACKEND_NAME=vunet-$name QEMU_NAME=qemu-$name SOCKET=$SOCKET_DIR/$name.sock
+    GUEST_MAC=52:54:00:12:34:0${name#vm}
+    VUNET_GUEST_APPEND="vunet.hostname=$name vunet.neighbour=$other.lab.vunet.internal"
+    if [[ $who == root ]]; then
+        # QEMU, which is an ordinary user's, cannot open what root made.
+        chardev=',server=on,wait=off'
+        set -- --client "$@"
+    fi
+    backend_start_on_network "$who" --network lab --state-dir "$STATE_DIR" "$@"
+    qemu_start pc "$chardev"
+    guest_steps lease serve
+    guest_park "$name"
+}
+
+# network_command root|user WORD...: `vunet network` in the host's namespace.
+network_command() {
+    local who=$1 as_user=()
+    shift
+    [[ $who == root ]] || as_user=(setpriv --reuid "$LAB_UID" --regid "$LAB_GID" --clear-groups --no-new-privs
+        --inh-caps=-all --bounding-set=-all)
+    in_host "${as_user[@]}" "$RUN_DIR/vunet" network "$@" --state-dir "$STATE_DIR"
+}
+
+# two_on_a_network root|user CREATE_FLAG...: both find each other and the world; then one's vunet dies.
+two_on_a_network() {
+    local who=$1 name
+    shift
+    STATE_DIR=$RUN_DIR/state
+    mkdir "$STATE_DIR"
+    [[ $who == root ]] || chown "$LAB_UID:$LAB_GID" "$STATE_DIR"
+    chmod 0700 "$STATE_DIR"
+    world_is_resolver
+    network_command "$who" create lab "$@"
+    network_guest "$who" vm1 vm2
+    network_guest "$who" vm2 vm1
+    for name in vm1 vm2; do
+        guest_take "$name"
+        say "  $name:"
+        guest_steps neighbour gateway download upload world
+    done
+    network_command "$who" list
+    say "  kill -9 of the vunet of vm1:"
+    guest_take vm1
+    backend_stop KILL
+    end_process "$GUEST_PID" KILL
+    console_close
+    guest_take vm2
+    guest_steps gateway download world
+    guest_stop
+    backend_end
+    network_command "$who" remove lab
+}
+
+scenario_network() { two_on_a_network root --mode nat; }
+scenario_network-rootless() { two_on_a_network user --rootless; }
 
 # The death of the guest, of vunet and of its process by SIGTERM: the server must see a reset.
 scenario_cut-uploads() {
@@ -358,7 +421,8 @@ run_all() {
         [[ $# == 0 || $wanted == *" $name "* ]] || continue
         say ''
         say "$name: $about"
-        if ! have_tools ip setpriv dnsmasq cpio "$tools"; then
+        # shellcheck disable=SC2086 # one word a tool
+        if ! have_tools ip setpriv dnsmasq cpio $tools; then
             result_lacking 1 "real guest: $name" "missing: $LACKING"
         elif timeout --kill-after=20 "$seconds" "$REPO/integration/real-guests.sh" --alone "$name" </dev/null; then
             result passed 1 "real guest: $name"

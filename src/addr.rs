@@ -43,6 +43,22 @@ impl fmt::Debug for MacAddr {
     }
 }
 
+/// Identifier of a VLAN (IEEE 802.1Q, 9.6): 1 to 4094. 0 is a priority without a VLAN, 4095 is reserved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct VlanId(u16);
+
+impl VlanId {
+    /// `id` as an identifier, if it is one.
+    pub const fn new(id: u16) -> Option<VlanId> {
+        if id >= 1 && id <= 4094 { Some(VlanId(id)) } else { None }
+    }
+
+    /// The number.
+    pub const fn get(self) -> u16 {
+        self.0
+    }
+}
+
 /// Why a text is not an address.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ParseAddrError {

@@ -3,31 +3,51 @@
 //! The main thread runs the control side (tokio, current-thread): signals and upstream DNS. The
 //! worker and the vhost-user session have threads of their own.
 
+mod hold;
+mod membership;
+mod services;
+
+pub use hold::hold;
+
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
 use socket2::Type;
 use thiserror::Error;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::config::{Config, Mode, NatConfig, Protocol, Publish};
+use crate::addr::VlanId;
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_keeping;
+use crate::control::network_watch::SharedJoined;
+use crate::control::signals::Signals;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
+use crate::engine::lan::guard::{Guard, SharedTable};
 use crate::engine::placement::{Directory, Home, WorkerId};
+use crate::holder::{self, Services};
 use crate::limits;
+use crate::network::manager::NetworkError;
+use crate::network::name::NetworkName;
+use crate::network::rootless::JoinError;
+use crate::network::state_dir::StateDirError;
+use crate::network::store::StoreError;
+use crate::network::store::keeper::Keeper;
 use crate::postbox;
-use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
-use crate::worker::{Worker, WorkerParts};
+use crate::uplink::sys::tap::TapQueue;
+use crate::uplink::tap::{self, OpenLink};
+use crate::worker::{LinkParts, Worker, WorkerParts};
 
 /// Why the process could not start or had to end.
 #[derive(Debug, Error)]
@@ -42,6 +62,12 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// The link of `--uplink` could not be had.
+    #[error(transparent)]
+    Link(#[from] tap::OpenError),
+    /// The named network could not be joined.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -53,6 +79,28 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// No place for the state of named networks.
+    #[error(transparent)]
+    StateDir(#[from] StateDirError),
+    /// The holder of a rootless network could not be met.
+    #[error("network {name}")]
+    Join {
+        /// The network.
+        name: NetworkName,
+        /// Why.
+        source: JoinError,
+    },
+    /// This process is a holder, and has to end.
+    #[error("network {name}")]
+    Holder {
+        /// The network.
+        name: NetworkName,
+        /// Why.
+        source: holder::Error,
+    },
+    /// The leases of the named network could not be had.
+    #[error(transparent)]
+    Store(#[from] StoreError),
     /// A thread ended by itself.
     #[error("the {0} thread ended unexpectedly")]
     Thread(&'static str),
@@ -66,7 +114,70 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config) -> Result<(), Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(starting("the control runtime"))?;
+    // Handlers stand before anything can be seen from outside, so no signal is lost.
+    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let joined = membership::join(&config)?;
+    // While this is the only thread.
+    let used = membership::enter(joined.as_ref())?;
+    let link = config.link.take();
+    let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
+    let mut open = runtime.block_on(open_link(link, &config))?;
+    let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
+    if let (Some(joined), Some(first)) = (&joined, queues.first()) {
+        let tap = first.name().to_owned();
+        membership::update(joined, |user| user.tap = Some(tap))?;
+    }
+    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default());
+    if let Some((place, used)) = used {
+        runtime.spawn(place.stay(used));
+    }
+    let outcome = run_on(config, links, &runtime, signals, joined.as_ref());
+    if let Some(open) = open {
+        runtime.block_on(open.close());
+    }
+    // Its tasks look after the network; with them gone this is the last that uses it, and leaves it.
+    drop(runtime);
+    drop(joined);
+    outcome
+}
+
+/// What the workers' ends of a link are told of it.
+#[derive(Clone, Copy, Default)]
+struct Judge {
+    vlan: Option<VlanId>,
+    guard: Option<GuardConfig>,
+    gateway: Option<Ipv4Addr>,
+}
+
+/// Each worker's end of the link.
+fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: &Judge) -> Vec<LinkParts> {
+    let &Judge { vlan, guard, gateway } = judge;
+    let table = Arc::new(SharedTable::default());
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let ends = queues.into_iter().zip(0u8..);
+    let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
+    ends.map(end).collect()
+}
+
+async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {
+    let Some(link) = link else { return Ok(None) };
+    let queues = usize::from(config.workers.queue_pairs);
+    Ok(Some(tap::open(link.source, queues, config.lan.ip_mtu, config.mac).await?))
+}
+
+/// The same, with the link open.
+fn run_on(
+    config: Config,
+    links: Vec<LinkParts>,
+    runtime: &tokio::runtime::Runtime,
+    signals: Signals,
+    joined: Option<&SharedJoined>,
+) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let workers = usize::from(config.workers.queue_pairs.max(1));
     let device = DeviceConfig {
@@ -78,13 +189,12 @@ pub fn run(config: Config) -> Result<(), Error> {
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let Prepared { parts, forwarders, dns, resolver, host } = prepare(&config, open_files, queues, &stop)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(starting("the control runtime"))?;
-    // Handlers stand before anything can be seen from outside, so no signal is lost.
-    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let prepared = prepare(&config, open_files, queues, links, &stop)?;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
+    if let Some(joined) = joined {
+        let _inside = runtime.enter();
+        membership::serve(joined, &ports.publish, ports.bound, guest)?;
+    }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
@@ -96,6 +206,9 @@ pub fn run(config: Config) -> Result<(), Error> {
         if let Some(host) = host {
             host.follow();
         }
+        if let Some(keeper) = keeper {
+            tokio::task::spawn(lease_keeping::keep(keeper));
+        }
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, ended, &shutdown).await
     });
@@ -105,7 +218,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         let counters = thread.join().map_err(|_| Error::Thread("worker"))?;
         total.add(&counters.map_err(starting("the worker"))?);
     }
-    log_counters(&total);
+    total.log();
     log_dns(&resolver.stats());
     outcome
 }
@@ -117,6 +230,18 @@ struct Prepared {
     resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
+    /// Of the named network's leases.
+    keeper: Option<Keeper>,
+    /// Published ports that no worker serves, because the kernel translates.
+    ports: Ports,
+    /// The guest's address as DHCP gives it.
+    guest: watch::Receiver<Option<Ipv4Addr>>,
+}
+
+#[derive(Default)]
+struct Ports {
+    publish: Vec<Publish>,
+    bound: (Bound, Bound),
 }
 
 /// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
@@ -125,6 +250,7 @@ fn prepare(
     config: &Config,
     open_files: u64,
     queues: Vec<DeviceQueues>,
+    links: Vec<LinkParts>,
     stop: &EventFd,
 ) -> Result<Prepared, Error> {
     let mut nat = match &config.mode {
@@ -132,18 +258,23 @@ fn prepare(
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let (tcp, udp) = bind_all(&mut nat.publish)?;
-    let mut published = Some((tcp, udp));
+    let bound = bind_all(&mut nat.publish)?;
     let world = matches!(config.mode, Mode::Nat(_));
-    let mode = if world { Mode::Nat(nat.clone()) } else { Mode::Isolated };
-    let dns = Arc::new(DnsService::new(&config.dns, &config.lan, world));
-    let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
+    // On a named network the kernel translates, and names are all that is asked of the world here.
+    let is_shared = config.network.is_some();
+    let mode = if world && !is_shared { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let (mut published, ports) = match is_shared {
+        true => (None, Ports { publish: nat.publish.clone(), bound }),
+        false => (Some(bound), Ports::default()),
+    };
+    let Services { dns, dhcp, keeper } = services::of(config, world)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
+    let mut links = links.into_iter();
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
@@ -159,11 +290,12 @@ fn prepare(
                 dns: config.dns.clone(),
                 mode: mode.clone(),
                 mac: config.mac,
-                flows_max: flows_max(open_files, nat.publish.len(), workers),
+                flows_max: limits::flows_max(open_files, nat.publish.len(), workers),
                 isn_secret,
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
+            link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
             dns_client,
             tcp,
             udp,
@@ -177,10 +309,11 @@ fn prepare(
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
+    let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;
@@ -212,26 +345,6 @@ async fn supervise(
     }
 }
 
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> io::Result<Signals> {
-        let terminate = signal(SignalKind::terminate())?;
-        let interrupt = signal(SignalKind::interrupt())?;
-        Ok(Signals { terminate, interrupt })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-}
-
 type Bound = Vec<(socket2::Socket, u16)>;
 
 /// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
@@ -252,33 +365,9 @@ fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
     Ok((tcp, udp))
 }
 
-/// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
-/// the published ports.
-fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
-    let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
-    let reserved = limits::RESERVED_FDS_DNS + limits::RESERVED_FDS_WORKER * workers + published;
-    (open_files.saturating_sub(reserved) / workers).clamp(16, limits::FLOWS_MAX)
-}
-
 fn random_pair() -> Result<(u64, u64), Error> {
     let random = || getrandom::u64().map_err(|error| starting("random bytes")(io::Error::other(error)));
     Ok((random()?, random()?))
-}
-
-fn log_counters(counters: &Counters) {
-    tracing::info!(
-        frames_from_guest = counters.frames_from_guest,
-        frames_to_guest = counters.frames_to_guest,
-        payload_from_guest_bytes = counters.payload_from_guest_bytes,
-        payload_to_guest_bytes = counters.payload_to_guest_bytes,
-        flows_opened = counters.flows_opened,
-        flows_evicted = counters.flows_evicted,
-        flows_stranded = counters.flows_stranded,
-        retransmits = counters.retransmits,
-        dropped = counters.dropped_total(),
-        reasons = %counters.drops_text(),
-        "ended"
-    );
 }
 
 fn log_dns(stats: &DnsStats) {
@@ -300,18 +389,4 @@ fn log_dns(stats: &DnsStats) {
         evicted = stats.evicted,
         "names forwarded"
     );
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024, 0, 1), 640);
-        assert_eq!(flows_max(1024, 100, 1), 540);
-        assert_eq!(flows_max(1024, 0, 4), 112);
-        assert_eq!(flows_max(64, 4096, 1), 16);
-        assert_eq!(flows_max(u64::MAX, 4096, 2), limits::FLOWS_MAX);
-    }
 }

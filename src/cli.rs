@@ -7,22 +7,29 @@
 //! Read first: the vhost-user back-end program conventions (QEMU, `docs/interop/vhost-user.rst`), which
 //! fix `--socket-path`, `--fd` and `--print-capabilities`.
 
+mod bridge;
 mod check;
+mod leases;
+mod member;
+pub mod network;
 mod subnet;
 mod values;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
+use clap::parser::ValueSource;
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
-use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{Config, DnsConfig, IpMtu};
 use crate::limits::QUEUE_PAIRS_MAX;
+use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
@@ -40,6 +47,8 @@ pub enum Command {
     PrintCapabilities,
     /// Run a backend.
     Run(Box<Args>),
+    /// Make, list, show or remove named networks.
+    Network(network::NetworkCommand, Option<PathBuf>),
 }
 
 /// Why the command line is refused.
@@ -88,7 +97,22 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    Ok(Command::Run(Box::new(Args::try_parse_from(args)?)))
+    let matches = Args::command().try_get_matches_from(args)?;
+    let mut args = Args::from_arg_matches(&matches)?;
+    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    match args.subcommand.take() {
+        Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        None => Ok(Command::Run(Box::new(args))),
+    }
+}
+
+/// What else the program does than run a backend.
+#[derive(Debug, clap::Subcommand)]
+enum Subcommand {
+    /// Named networks, shared by several VMs
+    #[command(subcommand)]
+    Network(network::NetworkCommand),
 }
 
 /// What a guest may reach.
@@ -100,13 +124,40 @@ pub enum ModeArg {
     HostOnly,
     /// The same as host-only, for a VM that is to be alone
     None,
+    /// The network of --uplink, as a station of its own: its DHCP, its router, its addresses
+    Bridge,
 }
 
-/// Where frames leave for the world.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+/// Where frames leave.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UplinkArg {
-    /// Ordinary sockets of this host; needs no privilege
+    /// Ordinary sockets of this host; needs no privilege.
     Sockets,
+    /// A TAP, by name or not.
+    Tap(Option<String>),
+    /// TAP queues inherited from the parent.
+    TapFd(Vec<RawFd>),
+    /// A TAP of our own on a bridge.
+    Bridge(String),
+    /// A macvtap of our own on an interface.
+    MacVtap(String),
+}
+
+/// The flag's value, as it is written.
+impl fmt::Display for UplinkArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            UplinkArg::Sockets => f.write_str("sockets"),
+            UplinkArg::Tap(None) => f.write_str("tap"),
+            UplinkArg::Tap(Some(name)) => write!(f, "tap={name}"),
+            UplinkArg::TapFd(fds) => {
+                let numbers: Vec<String> = fds.iter().map(RawFd::to_string).collect();
+                write!(f, "tap-fd={}", numbers.join(","))
+            }
+            UplinkArg::Bridge(name) => write!(f, "bridge={name}"),
+            UplinkArg::MacVtap(name) => write!(f, "macvtap={name}"),
+        }
+    }
 }
 
 /// Which datagrams of one port of the guest share a port of the host (RFC 4787, 4.1).
@@ -140,8 +191,21 @@ pub enum LogFormatArg {
 
 /// A network for one virtual machine over vhost-user: NAT without privilege, DHCP and DNS
 #[derive(Debug, Parser)]
-#[command(name = "vunet", version, max_term_width = 100, after_long_help = EXAMPLES)]
+#[command(
+    name = "vunet",
+    version,
+    max_term_width = 100,
+    after_long_help = EXAMPLES,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Args {
+    #[command(subcommand)]
+    subcommand: Option<Subcommand>,
+    // Before or behind a subcommand.
+    /// Where named networks are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
+    /// ~/.local/state/vunet]
+    #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
+    state_dir: Option<PathBuf>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -159,12 +223,33 @@ pub struct Args {
     #[arg(long, help_heading = "Attachment")]
     print_capabilities: bool,
 
+    /// Join the network made with `vunet network create NAME`, with all VMs that do so; mode, subnet, gateway,
+    /// domain and MTU are the network's. Needs CAP_NET_ADMIN
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    network: Option<NetworkName>,
     /// What the guest may reach
     #[arg(long, value_enum, default_value = "nat", help_heading = "Network")]
     mode: ModeArg,
-    /// Where frames leave for the world [default with --mode nat: sockets]
-    #[arg(long, value_enum, help_heading = "Network")]
+    // Whether the flags with a default were given.
+    #[arg(skip)]
+    mode_given: bool,
+    #[arg(skip)]
+    ip_mtu_given: bool,
+    /// Where frames leave: sockets of this host [default with --mode nat], or with --mode bridge a TAP on
+    /// the bridge BRIDGE, a TAP (made if there is none of this name), TAP queues inherited as descriptors N,
+    /// or a macvtap on IFNAME
+    #[arg(long, value_name = "sockets|bridge=BRIDGE|tap[=IFNAME]|tap-fd=N[,N…]|macvtap=IFNAME",
+          value_parser = values::uplink, help_heading = "Network")]
     uplink: Option<UplinkArg>,
+    /// With --mode bridge: the VLAN the guest is in, 1 to 4094. The 802.1Q tag is added and removed here;
+    /// the bridge needs no support for it
+    #[arg(long, value_name = "N", value_parser = values::vlan, help_heading = "Network")]
+    vlan: Option<VlanId>,
+    /// With --mode bridge: let the guest send from any address, and what routers and DHCP servers say.
+    /// Without it, it sends from one MAC address (that of --mac, else its first), from IPv4 addresses
+    /// that DHCP leased it (or that of --guest-ip), and from IPv6 addresses nobody else has
+    #[arg(long, help_heading = "Network")]
+    trust_guest: bool,
     /// MAC address offered to a VMM that asks for one (QEMU sets its own: -device …,mac=)
     #[arg(long, value_name = "MAC", value_parser = values::guest_mac, help_heading = "Network")]
     mac: Option<MacAddr>,
@@ -179,7 +264,7 @@ pub struct Args {
     /// Address of router, DHCP and DNS server [default: the subnet's first]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     gateway: Option<Ipv4Addr>,
-    /// Address of the guest [default: the first free one]
+    /// Address of the guest [default: the first free one; with --mode bridge what DHCP leases it]
     #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
     guest_ip: Option<Ipv4Addr>,
     /// Do not answer DHCP; the guest configures itself
@@ -292,6 +377,14 @@ Examples:
     vunet --socket-path vm1.sock --mac 52:54:00:12:34:56
     cloud-hypervisor --memory size=1G,shared=on \\
       --net vhost_user=true,socket=vm1.sock,mac=52:54:00:12:34:56 …
+
+  A station on the bridge br0, with the LAN's own DHCP:
+    vunet --socket-path vm1.sock --mode bridge --uplink bridge=br0
+
+  Two VMs that find each other by name, on a network of the host:
+    vunet network create lab --mode nat
+    vunet --socket-path vm1.sock --network lab
+    vunet --socket-path vm2.sock --network lab
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9

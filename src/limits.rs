@@ -138,6 +138,37 @@ pub const LEASES_MAX: usize = 1024;
 /// early, so that a client that declines everything cannot hold more than this of a large pool.
 pub const LEASES_DECLINED_MAX: usize = 256;
 
+/// Addresses of a named network leased, offered or remembered at one time: more guests than a host runs. A
+/// newcomer's address costs a walk past all of them.
+pub const NETWORK_LEASES_MAX: usize = 4096;
+
+/// Addresses of a named network one guest holds: a machine with a few cards or containers bridged to it.
+/// More would let one hostile guest take the usual pool of 253 from the others.
+pub const LEASES_PER_GUEST_MAX: usize = 16;
+
+/// Addresses of a named network that rest because one guest declined them; see [`LEASES_PER_GUEST_MAX`].
+pub const DECLINED_PER_GUEST_MAX: usize = 8;
+
+/// DHCP messages a guest of a named network may send: burst, and sustained rate per second. Each takes the
+/// store from all other processes for a tenth of a millisecond and adds some 12 KiB to its log.
+pub const DHCP_MESSAGES_BURST: u32 = 64;
+/// See [`DHCP_MESSAGES_BURST`].
+pub const DHCP_MESSAGES_PER_SECOND: u32 = 20;
+
+/// How long a worker waits for other processes' transactions: some thousand of them, far more than when 50
+/// guests start at once on a busy host. Past it the message is not answered, and the client repeats it. Who
+/// asks has no address yet, and so no flow that this would hold up, or renews one twice a day.
+pub const STORE_WAIT: Duration = Duration::from_millis(200);
+
+/// The same after a wait that was in vain: whoever holds the store is stopped, not slow.
+pub const STORE_WAIT_AFTER_LOCKED: Duration = Duration::from_millis(2);
+
+/// Bytes of the store's log from which on it is written back, which waits for the disk (and is no worker's).
+pub const STORE_LOG_BYTES: u64 = 256 << 10;
+
+/// How often it is looked at. At the bound of all messages, one guest adds 7 MiB meanwhile.
+pub const STORE_LOG_LOOK: Duration = Duration::from_secs(30);
+
 /// Longest DHCP message read, in bytes. Clients send 300 to 600; no option of theirs needs more
 /// than an Ethernet frame.
 pub const DHCP_MESSAGE_BYTES_MAX: usize = 1500;
@@ -274,3 +305,74 @@ pub const SENT_ON_ENDS_MAX: usize = 1024;
 
 /// Remote endpoints a datagram socket may have to move to another worker; with more it stays.
 pub const MOVED_PEERS_MAX: usize = 1024;
+
+/// Bytes of a named network's definition that are read; it has a dozen short lines.
+pub const NETWORK_FILE_BYTES_MAX: u64 = 65_536;
+
+/// Bytes of what a process notes about itself in a network's run folder: 4,096 published ports of 60 bytes.
+pub const NETWORK_USER_FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Processes that use one named network: each has a port of its bridge, and Linux gives a bridge 1,023.
+pub const NETWORK_USERS_MAX: usize = 1023;
+
+/// Interfaces whose forwarding is switched at one time, over all namespaces that share a state directory: far more than
+/// a host has ways to the world. Past it an interface is let be, and replies by it do not arrive.
+pub const FORWARDING_ENTRIES_MAX: usize = 256;
+
+/// Connections at one time, and senders of datagrams, that one process relays from a published port to its guest on a
+/// named network. Only the host's own go this way, the world's are redirected by the kernel. One past it waits,
+/// a datagram past it is dropped.
+pub const RELAYED_MAX: usize = 256;
+
+/// Bytes of the largest datagram: UDP over IPv4 less both headers (RFC 768, RFC 791).
+pub const DATAGRAM_BYTES_MAX: usize = 65_507;
+
+/// Frames taken from one TAP queue before the guest's own frames have their turn.
+pub const LINK_BATCH_FRAMES: usize = 64;
+
+/// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
+/// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
+pub const LINK_HEAD_BYTES: usize = 128;
+
+/// The same while the guest waits for an answer of the LAN's DHCP server, whose options may fill an Ethernet
+/// frame.
+pub const LINK_LONG_HEAD_BYTES: usize = 1514;
+
+/// IPv4 addresses of one guest on a link: containers with leases of their own behind one MAC address.
+pub const GUARD_IPV4_MAX: usize = 64;
+
+/// IPv6 addresses of one guest on a link: link-local, and for each of a few prefixes a stable one and a week
+/// of temporary ones (RFC 8981), twice over.
+pub const GUARD_IPV6_MAX: usize = 64;
+
+/// Questions of the guest to a DHCP server that may still have an answer.
+pub const GUARD_QUESTIONS_MAX: usize = 8;
+
+/// Processes that use one rootless network at a time: a subnet of /24 has 253 addresses for guests, and each
+/// process costs the holder a descriptor.
+pub const HOLDER_USERS_MAX: usize = 256;
+
+/// How long a holder may take to let a process into its network: it has only two descriptors to send.
+pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
+
+/// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
+/// the published ports.
+pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
+    let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
+    let reserved = RESERVED_FDS_DNS + RESERVED_FDS_WORKER * workers + published;
+    (open_files.saturating_sub(reserved) / workers).clamp(16, FLOWS_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flow_bound_leaves_descriptors_for_everything_else() {
+        assert_eq!(flows_max(1024, 0, 1), 640);
+        assert_eq!(flows_max(1024, 100, 1), 540);
+        assert_eq!(flows_max(1024, 0, 4), 112);
+        assert_eq!(flows_max(64, 4096, 1), 16);
+        assert_eq!(flows_max(u64::MAX, 4096, 2), FLOWS_MAX);
+    }
+}

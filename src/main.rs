@@ -2,10 +2,12 @@
 
 use std::error::Error;
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
 
 use tracing_subscriber::EnvFilter;
 
+use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command};
 use vunet::config::LogConfig;
 use vunet::uplink::sys::routes;
@@ -14,6 +16,7 @@ fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
+        Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
     });
     outcome.unwrap_or_else(|error| {
         // Nobody is left to tell if standard error is gone too; the exit code still says it.
@@ -26,6 +29,22 @@ fn print_capabilities() -> ExitCode {
     match writeln!(std::io::stdout(), "{}", cli::CAPABILITIES) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
+    // Who holds a network is a daemon; the others print their answer.
+    let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
+    start_log(&LogConfig { level: level.to_owned(), json: false });
+    match command.run(state_dir, routes::host_routes()) {
+        Ok(text) => match write!(std::io::stdout(), "{text}") {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        },
+        Err(error) => {
+            report(&error, false);
+            ExitCode::from(error.exit_code())
+        }
     }
 }
 

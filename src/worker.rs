@@ -6,6 +6,8 @@
 //!
 //! May touch: `device`, `engine`, `uplink`, `control` (its DNS client).
 
+mod link;
+
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,9 +19,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::IpMtu;
 use crate::control::dns_forward::{DnsClient, DnsQuery};
-use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, TxEvent};
+use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, Taken, TxEvent};
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
+use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
@@ -30,6 +33,10 @@ use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::affinity::bind_to;
 use crate::uplink::sys::poll::{self, Poll};
+
+use self::link::{Left, LinkEnd};
+
+pub use self::link::LinkParts;
 
 /// Events taken at once.
 const EVENTS: usize = 256;
@@ -43,6 +50,7 @@ const DNS: Token = Token(0x82 << 56);
 const STOP: Token = Token(0x83 << 56);
 const LETTERS: Token = Token(0x84 << 56);
 const ADDRESSES_GONE: Token = Token(0x85 << 56);
+const LINK: Token = Token(0x86 << 56);
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Everything a worker owns. Made on its own thread: its parts share without locks.
@@ -50,6 +58,8 @@ pub struct Worker {
     poll: Poll,
     queues: DeviceQueues,
     engine: Engine<HostSockets>,
+    /// On a link, the guest's frames go there and not to the engine, but for those to services of ours.
+    link: Option<LinkEnd>,
     dns: Rc<RefCell<DnsClient>>,
     clock: Clock,
     postbox: Option<Postbox>,
@@ -59,6 +69,8 @@ pub struct Worker {
     answers_wait: bool,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
+    /// Transmit rings that wait for room in the link, a bit a pair.
+    tx_blocked: u64,
     device_events: Vec<DeviceEvent>,
 }
 
@@ -70,6 +82,8 @@ pub struct WorkerParts {
     pub engine: EngineConfig,
     /// Local DNS answers.
     pub dns: std::sync::Arc<DnsService>,
+    /// The worker's end of a link, if the guest is on one.
+    pub link: Option<LinkParts>,
     /// The way to upstream resolvers.
     pub dns_client: DnsClient,
     /// Bound sockets of published TCP ports, and the guest's port of each.
@@ -140,10 +154,16 @@ impl Worker {
             let socket = engine.nat().net().published_udp(token, socket)?;
             engine.publish_udp(socket, guest_port);
         }
+        let mut link = parts.link.map(LinkEnd::new);
+        if let Some(link) = &mut link {
+            poll.watch_socket(link.queue().fd(), LINK)?;
+            link.detach();
+        }
         Ok(Worker {
             poll,
             queues: parts.queues,
             engine,
+            link,
             dns,
             clock: parts.clock,
             postbox: parts.postbox,
@@ -151,6 +171,7 @@ impl Worker {
             busy_poll: parts.busy_poll,
             answers_wait: false,
             tx_waiting: 0,
+            tx_blocked: 0,
             device_events: Vec::new(),
         })
     }
@@ -187,7 +208,7 @@ impl Worker {
             }
             if stop {
                 self.engine.guest_reset();
-                return Ok(self.engine.counters().clone());
+                return Ok(self.counters());
             }
             if self.queues.polled() {
                 self.kick_all(now);
@@ -201,7 +222,16 @@ impl Worker {
 
     /// Frames moved so far, both ways.
     fn frames(&self) -> u64 {
-        self.engine.counters().frames_from_guest + self.engine.counters().frames_to_guest
+        let of = |counters: &Counters| counters.frames_from_guest + counters.frames_to_guest;
+        of(self.engine.counters()) + self.link.as_ref().map_or(0, |link| of(link.counters()))
+    }
+
+    fn counters(&self) -> Counters {
+        let mut total = self.engine.counters().clone();
+        if let Some(link) = &self.link {
+            total.add(link.counters());
+        }
+        total
     }
 
     /// Until when to wait: the next deadline, in milliseconds rounded up; -1 without one.
@@ -232,6 +262,7 @@ impl Worker {
                 let (_, rx) = self.queues.split();
                 self.engine.addresses_gone(now, rx);
             }
+            _ if token == LINK => self.link_ready(event),
             KICK => {
                 let kind = self.queues.kicked((token.0 & 0xffff) as u16);
                 self.kicked(now, kind);
@@ -244,12 +275,27 @@ impl Worker {
         false
     }
 
+    fn link_ready(&mut self, event: &Event) {
+        let ready = poll::readiness(event);
+        if let Some(link) = &mut self.link
+            && (ready.readable || ready.failed)
+        {
+            link.is_readable();
+        }
+        if ready.writable {
+            self.tx_waiting |= std::mem::take(&mut self.tx_blocked);
+        }
+    }
+
     fn kicked(&mut self, now: Instant, kind: KickKind) {
         match kind {
             KickKind::Tx(QueuePair(pair)) => self.tx_waiting |= 1 << pair,
             KickKind::Rx(_) => {
                 let (_, rx) = self.queues.split();
                 self.engine.guest_has_buffers(now, rx);
+                if let Some(link) = &mut self.link {
+                    link.guest_has_buffers();
+                }
                 if self.answers_wait {
                     self.dns_answers(now);
                 }
@@ -272,6 +318,7 @@ impl Worker {
         let mut events = std::mem::take(&mut self.device_events);
         self.queues.handle_commands(&mut Kicks(&self.poll), &mut events);
         for event in events.drain(..) {
+            self.tell_link(now, event);
             match event {
                 DeviceEvent::Attached | DeviceEvent::RingsDown => {}
                 DeviceEvent::Detached => {
@@ -288,6 +335,24 @@ impl Worker {
             }
         }
         self.device_events = events;
+    }
+
+    fn tell_link(&mut self, now: Instant, event: DeviceEvent) {
+        let Some(link) = &mut self.link else { return };
+        let (_, rx) = self.queues.split();
+        match event {
+            DeviceEvent::RingsUp => link.rings_up(now, rx.offloads()),
+            DeviceEvent::Ready(_) => link.rings_ready(rx.offloads()),
+            DeviceEvent::RingsDown => link.rings_down(now),
+            DeviceEvent::IpMtu(bytes) => link.limit_ip_mtu(IpMtu::new(bytes)),
+            DeviceEvent::Detached => {
+                link.limit_ip_mtu(None);
+                link.forget_guest();
+                self.tx_blocked = 0;
+            }
+            DeviceEvent::GuestReset => link.forget_guest(),
+            DeviceEvent::Attached => {}
+        }
     }
 
     fn letters(&mut self, now: Instant) {
@@ -323,26 +388,60 @@ impl Worker {
 
     /// One batch. Returns whether there is more to do at once.
     fn work(&mut self, now: Instant) -> bool {
-        let (tx, rx) = self.queues.split();
         let mut waiting = std::mem::take(&mut self.tx_waiting);
         while waiting != 0 {
             let pair = waiting.trailing_zeros() as u8;
             waiting &= waiting - 1;
-            let engine = &mut self.engine;
-            let drained = tx.drain(QueuePair(pair), limits::TX_BATCH_FRAMES, |event| match event {
-                TxEvent::Frame(frame) => engine.from_guest(now, rx, &frame),
-                TxEvent::BatchEnd => engine.end_of_frames(rx),
-            });
-            if drained == Drained::More {
-                self.tx_waiting |= 1 << pair;
+            match self.drain(now, QueuePair(pair)) {
+                Drained::More => self.tx_waiting |= 1 << pair,
+                Drained::Blocked => self.block(pair),
+                Drained::Empty | Drained::Down => {}
             }
         }
+        let (_, rx) = self.queues.split();
         self.engine.run_timers(now, rx);
         let more = self.engine.flush(rx);
         self.forward_dns(now);
         let all_sent = self.send_letters();
+        let link_more = self.link_to_guest(now);
         self.queues.publish();
-        more || self.tx_waiting != 0 || !all_sent
+        more || link_more || self.tx_waiting != 0 || !all_sent
+    }
+
+    /// Has a pair wait for room in the link. The kernel tells of room only who looked while there was none.
+    fn block(&mut self, pair: u8) {
+        self.tx_blocked |= 1 << pair;
+        let Some(link) = &self.link else { return };
+        if let Err(error) = self.poll.rewatch_socket(link.queue().fd(), LINK) {
+            tracing::warn!(%error, "the link cannot be waited for; its frames are tried again with the next event");
+        }
+    }
+
+    /// Takes a batch of a pair's frames to where they belong.
+    fn drain(&mut self, now: Instant, pair: QueuePair) -> Drained {
+        let (engine, link) = (&mut self.engine, &mut self.link);
+        let (tx, rx) = self.queues.split();
+        tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
+            match (event, &mut *link) {
+                (TxEvent::Frame(frame), Some(link)) => {
+                    if link.is_for_us(&frame) {
+                        engine.from_guest(now, rx, &frame);
+                    } else if link.forward(now, &frame) == Left::Full {
+                        return Taken::NotNow;
+                    }
+                }
+                (TxEvent::Frame(frame), None) => engine.from_guest(now, rx, &frame),
+                (TxEvent::BatchEnd, _) => engine.end_of_frames(rx),
+            }
+            Taken::Yes
+        })
+    }
+
+    /// Takes a batch of the link's frames to the guest. Returns whether more may wait.
+    fn link_to_guest(&mut self, now: Instant) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        let (_, rx) = self.queues.split();
+        rx.first_running().is_some_and(|pair| link.deliver(now, rx, pair))
     }
 
     fn forward_dns(&mut self, now: Instant) {

@@ -11,12 +11,14 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// The flags of the command line, as `--help` shows them.
-const FLAGS: [&str; 23] = [
+const FLAGS: [&str; 25] = [
     "--socket-path",
     "--fd",
     "--client",
     "--one-off",
     "--print-capabilities",
+    "--network",
+    "--state-dir",
     "--mode",
     "--uplink",
     "--mac",
@@ -78,7 +80,7 @@ fn version_is_the_packages() {
 
 #[test]
 fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
-    let cases: [(&[&str], &[&str]); 16] = [
+    let cases: [(&[&str], &[&str]); 18] = [
         (&[], &["--socket-path", "--fd", "give"]),
         (&["--socket-path", "s", "extra"], &["'extra'"]),
         (&["--socket-path"], &["--socket-path <PATH>", "value is required"]),
@@ -90,8 +92,10 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
             &["--socket-path", "s", "--publish", "[::1]:80:80"],
             &["--publish", "[::1]:80:80", "IPv6 is not offered"],
         ),
-        (&["--socket-path", "s", "--mode", "bridge"], &["--mode", "'bridge'", "host-only"]),
-        (&["--socket-path", "s", "--uplink", "tap"], &["--uplink", "'tap'", "sockets"]),
+        (&["--socket-path", "s", "--mode", "routed"], &["--mode", "'routed'", "host-only"]),
+        (&["--socket-path", "s", "--mode", "bridge"], &["--mode bridge", "--uplink bridge=BRIDGE"]),
+        (&["--socket-path", "s", "--uplink", "veth"], &["--uplink", "'veth'", "sockets", "bridge=BRIDGE"]),
+        (&["--socket-path", "s", "--uplink", "tap"], &["--uplink tap", "--mode bridge", "drop"]),
         (&["--socket-path", "s", "--mode", "none", "--publish", "1:1"], &["--publish", "none", "--mode nat"]),
         (&["--socket-path", "s", "--log-level", "loud"], &["--log-level", "'loud'", "debug"]),
         (
@@ -119,9 +123,163 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 
 #[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
-    for flag in ["--control", "--pcap", "--nat", "--network", "--config", "--subnet6", "--no-ipv6"] {
+    for flag in ["--control", "--pcap", "--nat", "--config", "--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(text(&output.stderr).contains("unexpected argument"), "{flag}");
+    }
+}
+
+/// The program with a state directory of its own.
+fn network(state_dir: &std::path::Path, line: &str) -> (i32, String, String) {
+    let words = ["network"].into_iter().chain(line.split(' '));
+    let output = Command::new(env!("CARGO_BIN_EXE_vunet"))
+        .args(words)
+        .arg("--state-dir")
+        .arg(state_dir)
+        .output()
+        .expect("the program starts");
+    let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
+    (output.status.code().expect("an exit code"), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn networks_are_made_listed_shown_and_removed() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let run = |line: &str| network(place.path(), line);
+    let (code, out, err) = run("create lab --subnet 10.77.1.0/24 --ip-mtu 1400 --isolate");
+    assert_eq!((code, &*err), (0, ""));
+    assert_eq!(out, "created network lab: nat, subnet 10.77.1.0/24, gateway 10.77.1.1, guests isolated\n");
+    assert_eq!(run("create alone --mode host-only --subnet 10.77.2.0/24 --gateway 10.77.2.9").0, 0);
+    assert_eq!(run("create wire --mode bridge --bridge br0").0, 0);
+    let (code, out, _) = run("list");
+    let rows: Vec<Vec<&str>> = out.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(code, 0);
+    assert_eq!(rows[0], ["NAME", "MODE", "SUBNET", "BRIDGE", "USERS"]);
+    assert_eq!(rows[1][..3], ["alone", "host-only", "10.77.2.0/24"]);
+    assert_eq!(rows[2][..3], ["lab", "nat", "10.77.1.0/24"]);
+    assert_eq!(rows[3], ["wire", "bridge", "-", "br0", "0"]);
+    let (code, out, _) = run("inspect lab --json");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(code, 0);
+    for (key, value) in [("state", "down"), ("gateway", "10.77.1.1"), ("dns_domain", "lab.vunet.internal")] {
+        assert_eq!(json[key], value, "{out}");
+    }
+    assert_eq!((&json["ip_mtu"], &json["isolate"]), (&1400.into(), &true.into()));
+    assert_eq!(json["bridge"], format!("vn-{}", json["id"].as_str().unwrap()));
+    let (_, out, _) = run("inspect alone");
+    assert!(out.contains("gateway      10.77.2.9") && out.contains("state        down"), "{out}");
+    assert_eq!(run("remove lab"), (0, "removed network lab\n".to_owned(), String::new()));
+    assert_eq!(run("list").1.lines().count(), 3);
+    assert_eq!(run("create lab --subnet 10.77.1.0/24").0, 0, "the name is free again");
+}
+
+#[test]
+fn addresses_of_a_network_are_kept_for_clients_and_shown() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let run = |line: &str| network(place.path(), line);
+    let reserve = "--reserve 52:54:00:00:00:01=10.77.1.9,db --reserve id:ff01=10.77.1.10";
+    assert_eq!(run(&format!("create lab --subnet 10.77.1.0/24 {reserve}")).0, 0);
+    let (_, out, _) = run("inspect lab");
+    assert!(out.contains("reserved     10.77.1.9 for 52:54:00:00:00:01, db\n"), "{out}");
+    assert!(out.contains("reserved     10.77.1.10 for id:ff01\n"), "{out}");
+    let (_, out, _) = run("inspect lab --json");
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(json["reservations"][0]["host_name"], "db", "{out}");
+    assert_eq!(
+        (json["leases"].as_array().unwrap().len(), json["reservations"].as_array().unwrap().len()),
+        (0, 2)
+    );
+    // What cannot be kept leaves no network behind.
+    for (line, part) in [
+        ("--reserve 52:54:00:00:00:01=10.99.1.9", "reservation of 10.99.1.9: not a guest's address"),
+        ("--reserve 52:54:00:00:00:01=10.77.2.1", "gateway 10.77.2.1"),
+        ("--reserve 52:54:00:00:00:01=10.77.2.9,wpad", "no name a guest can have"),
+        (
+            "--reserve 52:54:00:00:00:01=10.77.2.9 --reserve 52:54:00:00:00:02=10.77.2.9",
+            "kept for 52:54:00:00:00:01",
+        ),
+        ("--reserve 10.77.2.9", "MAC=IP"),
+    ] {
+        let (code, _, err) = run(&format!("create web --subnet 10.77.2.0/24 {line}"));
+        assert_eq!(code, 2, "{line}: {err}");
+        assert!(err.contains("--reserve") && err.contains(part), "{line}: '{part}' is not in: {err}");
+        assert!(run("inspect web").2.contains("no network web"), "{line}");
+    }
+    let bridge = "create web --mode bridge --bridge br0 --reserve 52:54:00:00:00:01=10.77.2.9";
+    assert!(run(bridge).2.contains("--reserve has no meaning with --mode bridge"));
+}
+
+#[test]
+fn errors_about_networks_name_what_is_wrong_and_what_to_do() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let run = |line: &str| network(place.path(), line);
+    assert_eq!(run("create lab --subnet 10.77.1.0/24").0, 0);
+    for (line, parts) in [
+        ("create lab", &["network lab already", "vunet network remove lab"][..]),
+        ("create Lab", &["\"Lab\" is no name", "lower-case"]),
+        ("create web --subnet 10.77.0.0/16", &["10.77.0.0/16", "10.77.1.0/24 of network lab", "another"]),
+        ("create web --subnet 10.78.0.0/24 --gateway 10.79.0.1", &["--gateway 10.79.0.1", "10.78.0.0/24"]),
+        ("create web --mode bridge", &["--mode bridge needs --bridge NAME"]),
+        ("create web --mode bridge --bridge a/b", &["--bridge \"a/b\"", "15 characters"]),
+        (
+            "create web --mode bridge --bridge br0 --subnet 10.78.0.0/24",
+            &["--subnet", "--mode bridge", "drop it"],
+        ),
+        ("create web --bridge br0", &["--bridge", "--mode nat", "its own"]),
+        ("create web --mode host-only --allow-host", &["--allow-host", "host-only", "drop it"]),
+        ("create web --dns-domain x.local", &["--dns-domain", ".local"]),
+        ("inspect web", &["no network web", "there is lab", "vunet network create web"]),
+        ("remove web", &["no network web"]),
+    ] {
+        let (code, out, err) = run(line);
+        assert_eq!((code, &*out), (2, ""), "{line}: {err}");
+        for part in parts {
+            assert!(err.contains(part), "{line}: '{part}' is not in: {err}");
+        }
+    }
+    let (code, _, err) = network(std::path::Path::new("/dev/shm/vunet-state"), "list");
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("tmpfs") && err.contains("--state-dir"), "{err}");
+}
+
+#[test]
+fn flags_that_a_named_network_decides_are_refused_with_it_and_others_are_not() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    for line in [
+        "create lab --subnet 10.77.1.0/24",
+        "create quiet --mode host-only --subnet 10.77.2.0/24",
+        "create wire --mode bridge --bridge br0",
+    ] {
+        assert_eq!(network(place.path(), line).0, 0, "{line}");
+    }
+    let state = place.path().to_str().unwrap();
+    for (name, flag, parts) in [
+        ("lab", "--mode nat", &["--mode", "--network lab", "definition", "drop it"][..]),
+        ("lab", "--ip-mtu 1500", &["--ip-mtu", "definition"]),
+        ("lab", "--subnet 10.0.2.0/24", &["--subnet"]),
+        ("lab", "--gateway 10.77.1.1", &["--gateway"]),
+        ("lab", "--dns-domain lan", &["--dns-domain"]),
+        ("lab", "--uplink sockets", &["--uplink", "bridge"]),
+        ("lab", "--allow-host-loopback", &["--allow-host-loopback", "--allow-host"]),
+        ("lab", "--udp-mapping endpoint-independent", &["--udp-mapping", "kernel"]),
+        ("lab", "--vlan 7", &["--vlan", "one network"]),
+        ("lab", "--guest-ip 10.0.2.9", &["--guest-ip 10.0.2.9", "10.77.1.0/24"]),
+        ("lab", "--guest-ip 10.77.1.1", &["--guest-ip 10.77.1.1", "gateway"]),
+        ("lab", "--no-dhcp", &["--no-dhcp", "--guest-ip IP", "--trust-guest"]),
+        ("quiet", "--publish 80:80", &["--publish", "--network quiet"]),
+        ("quiet", "--dns-server 192.0.2.1", &["--dns-server", "local names"]),
+        ("wire", "--publish 80:80", &["--publish", "address of its own"]),
+        ("wire", "--no-dns", &["--no-dns"]),
+        ("none", "--one-off", &["no network none", "lab, quiet, wire", "vunet network create none"]),
+        ("Lab", "--one-off", &["--network", "lower-case"]),
+    ] {
+        let line = format!("--socket-path s --state-dir {state} --network {name} {flag}");
+        let output = vunet(&line.split(' ').collect::<Vec<_>>());
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{line}: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
+        }
     }
 }

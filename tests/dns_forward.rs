@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -521,6 +521,23 @@ fn a_known_answer_is_given_without_asking_again_to_every_worker_and_transport() 
 }
 
 #[test]
+fn an_answer_is_not_good_for_longer_because_the_host_slept() {
+    static SINCE_BOOT: AtomicU64 = AtomicU64::new(1_000_000_000);
+    let (upstream, count) = counting();
+    let fixed = Upstreams::Fixed(vec![upstream]);
+    let clock = || vunet::time::Instant::from_micros(SINCE_BOOT.load(Ordering::Relaxed));
+    let mut forwarding = Forwarding::by(&Resolver::with_clock(fixed, clock));
+    let asked = query("example.com.", RecordType::A);
+    let ttl = |answer: &[u8]| answer[answer.len() - 7];
+    assert_eq!(ttl(&forwarding.ask(&asked)), 60);
+    for (slept_s, ttl_s, asked_times) in [(59, 1, 1), (2, 60, 2)] {
+        SINCE_BOOT.fetch_add(slept_s * 1_000_000, Ordering::Relaxed);
+        assert_eq!(ttl(&forwarding.ask(&asked)), ttl_s);
+        assert_eq!(count.load(Ordering::Relaxed), asked_times);
+    }
+}
+
+#[test]
 fn identical_questions_on_their_way_go_upstream_once_and_each_asker_gets_its_own_answer() {
     let (seen_in, seen) = mpsc::channel();
     let (go, stay) = mpsc::channel::<()>();
@@ -739,12 +756,13 @@ fn a_flood_of_known_names_leaves_the_runtime_to_others_again_and_again() {
         let (mut answers, mut turns) = (0, 0);
         while answers < limits::DNS_QUERIES_MAX {
             // Nothing is said about when the forwarder is woken, only for how long it runs then.
-            tokio::time::sleep(Duration::ZERO).await;
+            tokio::task::yield_now().await;
             let before = answers;
             while client.poll_answer().is_some() {
                 answers += 1;
             }
-            assert!(answers - before <= 1024, "{} answers in one turn", answers - before);
+            // A few batches: how many the runtime gives it before it looks at others is the runtime's own matter.
+            assert!(answers - before <= 4096, "{} answers in one turn", answers - before);
             turns += 1;
             assert!(turns < 1_000_000, "it does not go on");
         }
@@ -846,6 +864,89 @@ fn another_network_forgets_answers_and_begins_questions_on_their_way_anew() {
     forwarding.resolver.network_changed();
     forwarding.ask(&asked);
     assert_eq!(forwarding.client().stats().cached, 1);
+}
+
+#[test]
+fn a_network_that_never_settles_lets_questions_come_to_their_end() {
+    let seen = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&seen);
+    let upstream = udp_upstream(move |socket, from, query| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        let (socket, query) = (socket.try_clone().unwrap(), query.to_vec());
+        thread::spawn(move || {
+            thread::sleep(Duration::from_millis(900));
+            socket.send_to(&address_for(&query), from).unwrap();
+        });
+    })
+    .0;
+    let mut forwarding = Forwarding::to_fixed(&[upstream]);
+    let asked = query("example.com.", RecordType::A);
+    forwarding.client().submit(DnsQuery { id: 1, bytes: asked.clone() }).unwrap();
+    let answer = loop {
+        thread::sleep(Duration::from_millis(300));
+        match forwarding.client().poll_answer() {
+            Some(answer) => break answer.bytes,
+            None => forwarding.resolver.network_changed(),
+        }
+    };
+    assert_eq!(answer, address_for(&asked));
+    let stats = forwarding.client().stats();
+    assert_eq!((stats.answered, stats.failed, stats.timeouts), (1, 0, 0));
+    assert_eq!(seen.load(Ordering::Relaxed), 4, "asked, and asked anew three times");
+}
+
+/// Set in the process that has few descriptors.
+const FEW_DESCRIPTORS: &str = "VUNET_TEST_FEW_DESCRIPTORS";
+
+#[test]
+fn want_of_descriptors_is_not_the_resolvers_fault() {
+    if std::env::var_os(FEW_DESCRIPTORS).is_some() {
+        return ask_without_descriptors();
+    }
+    // In a process of its own: a limit on descriptors is all threads'.
+    let status = Command::new("sh")
+        .args(["-c", "ulimit -n 64 && exec \"$0\" \"$@\""])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "want_of_descriptors_is_not_the_resolvers_fault", "--nocapture"])
+        .env(FEW_DESCRIPTORS, "1")
+        .status();
+    assert!(status.unwrap().success());
+}
+
+fn ask_without_descriptors() {
+    let tcp = tcp_upstream(|mut stream| {
+        while let Ok(asked) = read_frame(&mut stream) {
+            stream.write_all(&frame(&answer_to(&asked, 0, b"good"))).unwrap();
+        }
+    });
+    let udp = UdpSocket::bind(tcp).unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 512];
+        while let Ok((len, from)) = udp.recv_from(&mut buffer) {
+            udp.send_to(&answer_to(&buffer[..len], 0, b"good"), from).unwrap();
+        }
+    });
+    let mut forwarding = Forwarding::to_fixed(&[silent(), tcp]);
+    let nth = |n: u64| query(&format!("n{n}.example."), RecordType::A);
+    for id in 0..2 {
+        forwarding.client().submit(DnsQuery { id, bytes: nth(id) }).unwrap();
+    }
+    drop((forwarding.wait(), forwarding.wait()));
+    assert_eq!(forwarding.client().stats().timeouts, 2, "the silent one is asked last from now on");
+    let mut stream = connect(&mut forwarding);
+    let taken: Vec<_> = std::iter::from_fn(|| std::fs::File::open("/dev/null").ok()).collect();
+    for n in 2..5 {
+        assert_eq!(code(&forwarding.ask(&nth(n))), ResponseCode::ServFail);
+        stream.write_all(&frame(&nth(10 + n))).unwrap();
+        assert_eq!(code(&read_frame(&mut stream).unwrap()), ResponseCode::ServFail);
+    }
+    drop(taken);
+    let failed = forwarding.client().stats();
+    assert_eq!((failed.errors, failed.timeouts), (12, 2));
+    assert_eq!(forwarding.ask(&nth(5)), answer_to(&nth(5), 0, b"good"));
+    stream.write_all(&frame(&nth(15))).unwrap();
+    assert_eq!(read_frame(&mut stream).unwrap(), answer_to(&nth(15), 0, b"good"));
+    assert_eq!(forwarding.client().stats().timeouts, 2, "the good one is asked first still");
 }
 
 #[test]

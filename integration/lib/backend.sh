@@ -12,6 +12,8 @@ if [[ ${SUDO_UID:-0} != 0 ]]; then
     LAB_GID=$SUDO_GID
 fi
 BACKEND_PID=
+# Its log is known by this name.
+BACKEND_NAME=vunet
 
 # build_programs: builds vunet and the static transfer tool, as whoever runs the script.
 build_programs() {
@@ -49,11 +51,27 @@ spawn_as_user() {
 
 # backend_start [FLAG...]: starts vunet; the log is vunet.log. In server mode waits for the socket.
 backend_start() {
-    spawn_as_user vunet "$RUN_DIR/vunet" --socket-path "$SOCKET" --dns-server "$WORLD_DNS" "$@"
+    spawn_as_user "$BACKEND_NAME" "$RUN_DIR/vunet" --socket-path "$SOCKET" --dns-server "$WORLD_DNS" "$@"
+    backend_started "$@"
+}
+
+# backend_start_on_network root|user FLAG...: the same on a named network, whose DNS is the network's.
+backend_start_on_network() {
+    local who=$1
+    shift
+    if [[ $who == root ]]; then
+        spawn "$BACKEND_NAME" ip netns exec "$HOST_NS" "$RUN_DIR/vunet" --socket-path "$SOCKET" "$@"
+    else
+        spawn_as_user "$BACKEND_NAME" "$RUN_DIR/vunet" --socket-path "$SOCKET" "$@"
+    fi
+    backend_started "$@"
+}
+
+backend_started() {
     BACKEND_PID=$SPAWNED
     [[ " $* " != *" --client "* ]] || return 0
     if ! wait_until 10 backend_listens; then
-        show_log vunet
+        show_log "$BACKEND_NAME"
         die "vunet made no socket within 10 s"
     fi
 }
@@ -85,7 +103,7 @@ backend_end() {
     BACKEND_PID=
     if [[ $status != 0 || -S $SOCKET ]]; then
         say "FAIL  vunet ended cleanly: status $status, socket $([[ -S $SOCKET ]] && echo left behind || echo removed)"
-        show_log vunet
+        show_log "$BACKEND_NAME"
         return 1
     fi
     show_step ok 'vunet ended on SIGTERM' "$(($(now_ms) - begun))" ''
@@ -99,7 +117,7 @@ backend_is_attached() { grep -q "0001 03 .* $SOCKET\$" "/proc/$$/net/unix"; }
 
 # backend_counter NAME: a counter of the line vunet logs when it ends.
 backend_counter() {
-    sed 's/\x1b\[[0-9;]*m//g' "$RUN_DIR/vunet.log" | grep -o "\b$1=[0-9]*" | tail -n 1 | cut -d = -f 2
+    sed 's/\x1b\[[0-9;]*m//g' "$RUN_DIR/$BACKEND_NAME.log" | grep -o "\b$1=[0-9]*" | tail -n 1 | cut -d = -f 2
 }
 
 # backend_show_privilege: shows, as a step, whether vunet runs as no root and without any capability.

@@ -20,9 +20,17 @@ declare -A STEP_TITLES=(
     [upload_open]='64 MiB uploaded, kept open'
     [world]='world host pinged'
     [peer]='address seen by the world'
+    [serve]='server started'
+    [neighbour]='neighbour found by its names'
 )
 declare -A STEP_MS=()
 STEPS_ALL='lease gateway name download upload upload_open world'
+
+# What is known of the guest, put aside under a name while another is spoken with, and taken up again.
+GUEST_STATE='GUEST_PID CONSOLE_NAME CONSOLE_FIFO CONSOLE_LOG CONSOLE_MARK CONSOLE_FD BACKEND_PID BACKEND_NAME SOCKET'
+declare -A PARKED=()
+guest_park() { local variable; for variable in $GUEST_STATE; do PARKED[$1.$variable]=${!variable:-}; done; }
+guest_take() { local variable; for variable in $GUEST_STATE; do printf -v "$variable" %s "${PARKED[$1.$variable]}"; done; }
 
 # console_open NAME: makes the console's fifo and log, and holds the fifo open for writing.
 console_open() {
@@ -61,7 +69,7 @@ guest_await() {
         say "FAIL  $3: the guest has ended"
     fi
     show_log "$CONSOLE_NAME"
-    show_log vunet
+    show_log "$BACKEND_NAME"
     return 1
 }
 
@@ -98,7 +106,7 @@ guest_steps() {
     done
     line=$(console_since_mark | grep -a "^VUNET-DONE $STEP_TOKEN " | head -n 1)
     [[ $line == "VUNET-DONE $STEP_TOKEN $# 0" ]] && return 0
-    show_log vunet
+    show_log "$BACKEND_NAME"
     return 1
 }
 

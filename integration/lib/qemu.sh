@@ -6,6 +6,8 @@
 # 7.2 crashes with vhost-user and MSI-X without KVM.
 
 QEMU_MEMORY=512M
+# Its console and its monitor are known by this name, where there are several.
+QEMU_NAME=qemu
 # QEMU calls a MAC-less device 52:54:00:12:34:56; named here so that logs can be compared.
 GUEST_MAC=52:54:00:12:34:56
 
@@ -35,12 +37,12 @@ qemu_start() {
         ;;
     *) die "no such machine: $machine" ;;
     esac
-    console_open qemu
+    console_open "$QEMU_NAME"
     qemu_monitor_open
-    spawn_guest qemu qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 1 -m "$QEMU_MEMORY" \
+    spawn_guest "$QEMU_NAME" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 1 -m "$QEMU_MEMORY" \
         -object "memory-backend-memfd,id=mem,size=$QEMU_MEMORY,share=on" "${options[@]}" \
         -nodefaults -no-user-config -display none -serial stdio \
-        -chardev "pipe,id=monitor,path=$SOCKET_DIR/monitor" -mon chardev=monitor \
+        -chardev "pipe,id=monitor,path=$SOCKET_DIR/$QEMU_NAME.monitor" -mon chardev=monitor \
         -chardev "socket,id=vunet,path=$SOCKET$chardev" -netdev vhost-user,id=net,chardev=vunet \
         -kernel "$RUN_DIR/vmlinuz" -initrd "$RUN_DIR/initramfs-qemu" -append "$append"
     guest_await_boot
@@ -57,13 +59,14 @@ spawn_guest() {
     on_exit "end_process $GUEST_PID"
 }
 
-# The monitor is a pair of fifos; what it answers goes to monitor.log.
+# The monitor is a pair of fifos; what it answers goes to a log of its name.
 qemu_monitor_open() {
-    rm -f "$SOCKET_DIR/monitor.in" "$SOCKET_DIR/monitor.out"
-    mkfifo -m 0600 "$SOCKET_DIR/monitor.in" "$SOCKET_DIR/monitor.out"
-    chown "$LAB_UID:$LAB_GID" "$SOCKET_DIR/monitor.in" "$SOCKET_DIR/monitor.out"
-    exec {MONITOR_FD}<>"$SOCKET_DIR/monitor.in"
-    spawn monitor cat "$SOCKET_DIR/monitor.out"
+    local pipe=$SOCKET_DIR/$QEMU_NAME.monitor
+    rm -f "$pipe.in" "$pipe.out"
+    mkfifo -m 0600 "$pipe.in" "$pipe.out"
+    chown "$LAB_UID:$LAB_GID" "$pipe.in" "$pipe.out"
+    exec {MONITOR_FD}<>"$pipe.in"
+    spawn "$QEMU_NAME-monitor" cat "$pipe.out"
 }
 
 # qemu_order WORDS...: gives QEMU a monitor command.

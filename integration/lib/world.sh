@@ -6,7 +6,7 @@
 # vunet runs in $HOST_NS. $WORLD_NS holds dnsmasq (192.0.2.2), which knows web.world.test, and the web
 # server and datagram sink of the transfer tool; 198.51.100.10 lies a hop beyond the link.
 #
-# May touch: the two namespaces it makes.
+# May touch: the two namespaces it makes, and what /etc/netns says of them.
 
 WORLD_DNS=192.0.2.2
 WORLD_HOST=198.51.100.10
@@ -42,6 +42,13 @@ world_up() {
         show_log web
         die "the world's servers did not come up"
     fi
+}
+
+# Makes the world's name server the resolver of the host's namespace (ip-netns(8)).
+world_is_resolver() {
+    on_exit "rm -rf /etc/netns/$HOST_NS"
+    mkdir -p "/etc/netns/$HOST_NS"
+    echo "nameserver $WORLD_DNS" >"/etc/netns/$HOST_NS/resolv.conf"
 }
 
 # Runs a command in the namespace vunet lives in.

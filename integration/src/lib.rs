@@ -7,11 +7,13 @@
 //! - [`world`]: small servers that stand for the world beyond the host, and report how each
 //!   connection ended.
 //! - [`lab`]: namespaces, links, commands and processes of a test, cleaned up when dropped.
+//! - [`pass_tap`]: a parent that hands TAP queues down to a back-end.
 //! - `sys`: the only place with unsafe code: mapped memory and kernel calls.
 
 pub mod bench;
 pub mod guest;
 pub mod lab;
 pub mod link;
+pub mod pass_tap;
 mod sys;
 pub mod world;

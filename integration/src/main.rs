@@ -14,7 +14,7 @@ use vunet_integration::guest::misbehave::Misbehaviour;
 use vunet_integration::guest::session::ProtocolFeatures;
 use vunet_integration::guest::{self, DriverConfig, GuestConfig, Order};
 use vunet_integration::link::{self, End, LinkConfig, Settings};
-use vunet_integration::world;
+use vunet_integration::{pass_tap, world};
 
 /// Real guests for vunet's tests, benchmarks and demo.
 #[derive(Debug, Parser)]
@@ -42,6 +42,21 @@ enum Command {
     BenchServer(BenchServer),
     /// Carry frames between two TAPs with a WAN's delay, faults and rate.
     Link(Box<Link>),
+    /// Open a TAP and become a command that inherits its queues.
+    PassTap {
+        /// Its name.
+        #[arg(long)]
+        name: String,
+        /// Its queues.
+        #[arg(long, default_value_t = 1)]
+        queues: usize,
+        /// Without virtio-net headers.
+        #[arg(long)]
+        plain: bool,
+        /// The command; `{fds}` in its words stands for the descriptors.
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
     /// Copy frames between two TAPs, the bound of any path between two of them.
     TapLoop {
         /// Network namespace and name of one TAP, as NETNS:NAME.
@@ -68,12 +83,16 @@ struct Bench {
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Another back-end: NAME='COMMAND … {socket} …'; `{ip_mtu}` and `{queues}` may be used too, and
-    /// without the latter it is left out where several queue pairs are needed; repeatable.
+    /// without the latter it is left out where several queue pairs are needed; with `{tap}` it joins the
+    /// guest to a TAP of that name; repeatable.
     #[arg(long)]
     peer: Vec<Backend>,
     /// Leave vunet out.
     #[arg(long)]
     without_vunet: bool,
+    /// Also measure vunet with the guest on a TAP (`--uplink tap`), which the two TAPs of --bounds bound.
+    #[arg(long)]
+    tap: bool,
     /// Also measure the same namespaces over veth, over two TAPs and a copy loop, and bare sockets
     /// where a back-end would stand.
     #[arg(long)]
@@ -104,6 +123,7 @@ impl Bench {
             only: self.only,
             peers: self.peer,
             without_vunet: self.without_vunet,
+            tap: self.tap,
             bounds: self.bounds,
             out: self.out,
             label: self.label,
@@ -346,6 +366,9 @@ fn main() -> ExitCode {
         Command::Bench(args) => args.into_config().and_then(|c| bench::run(&c).map_err(|e| e.to_string())),
         Command::BenchServer(args) => bench::server::serve(&args.into_config()).map_err(|e| e.to_string()),
         Command::Link(args) => link::run(&args.into_config()).map_err(|e| format!("the link: {e}")),
+        Command::PassTap { name, queues, plain, command } => {
+            pass_tap::run(&name, queues, plain, &command).map_err(|e| format!("passing TAP {name}: {e}"))
+        }
         Command::TapLoop { a, b, ip_mtu } => {
             bench::tap_loop::run((&a.0, &a.1), (&b.0, &b.1), ip_mtu).map_err(|e| e.to_string())
         }

@@ -7,22 +7,22 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::bridge;
+use super::member;
 use super::subnet::{self, Notice};
 use super::values::{self, PublishRange, ValueError};
-use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg};
+use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LogConfig, Mode, NatConfig, Protocol, Publish, UdpConfig, UdpFiltering,
-    UdpMapping, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
+    UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
+use crate::network::manager::NetworkError;
+use crate::network::name::NetworkName;
 use crate::uplink::sys::inherited::{self, InheritedError};
 use crate::uplink::sys::routes::HostRoute;
-
-/// Names that answer with the gateway whatever the domain, because people's tools ask for them.
-const GATEWAY_ALIASES: [&str; 2] = ["host.docker.internal", "gateway.docker.internal"];
-/// The gateway's own label under the domain.
-const GATEWAY_LABEL: &str = "host";
+use crate::uplink::sys::tap::InheritedTapError;
 
 /// Why flags do not go together, or not on this host.
 #[derive(Debug, Error)]
@@ -81,6 +81,94 @@ pub enum UsageError {
         /// What the mode lacks.
         why: &'static str,
     },
+    /// A flag of our own gateway on a network that has one.
+    #[error("{flag} does not go with --mode bridge: {why}; drop it")]
+    NotWithBridge {
+        /// The flag, with its value.
+        flag: String,
+        /// Why it would do nothing.
+        why: &'static str,
+    },
+    /// Bridge mode without a network.
+    #[error(
+        "--mode bridge needs to know which network the guest joins: give --uplink bridge=BRIDGE (ip link show \
+         type bridge lists them), tap, tap=IFNAME, tap-fd=N or macvtap=IFNAME"
+    )]
+    BridgeNeedsUplink,
+    /// Bridge mode over sockets.
+    #[error(
+        "--mode bridge cannot use --uplink sockets: sockets carry no frames; give --uplink bridge=BRIDGE, tap, \
+         tap=IFNAME, tap-fd=N or macvtap=IFNAME"
+    )]
+    BridgeOverSockets,
+    /// A link in a mode that does not translate onto it.
+    #[error(
+        "--uplink {uplink} needs --mode bridge: {why}; give --mode bridge to put the guest itself on that \
+         network, or drop --uplink"
+    )]
+    LinkNeedsBridge {
+        /// The uplink.
+        uplink: UplinkArg,
+        /// What the mode lacks.
+        why: &'static str,
+    },
+    /// A flag of bridge mode in another.
+    #[error("{flag} needs --mode bridge: {why}; drop it")]
+    NeedsBridge {
+        /// The flag, with its value.
+        flag: String,
+        /// Why it would do nothing.
+        why: &'static str,
+    },
+    /// A macvtap for a guest of unknown address.
+    #[error(
+        "--uplink macvtap={0} needs --mac: the interface gets frames of one address only; give --mac MAC and \
+         the same to the VM"
+    )]
+    MacVtapNeedsMac(String),
+    /// Not one descriptor for each queue pair.
+    #[error(
+        "--uplink tap-fd: {given} descriptors for {queues} queue pairs: pass one TAP queue for each of --queues"
+    )]
+    TapFdCount {
+        /// Descriptors given.
+        given: usize,
+        /// Queue pairs.
+        queues: u8,
+    },
+    /// Queues of different interfaces.
+    #[error(
+        "--uplink tap-fd: descriptor {fd} is of interface {name}, the first of {first}: pass queues of one"
+    )]
+    TapFdInterfaces {
+        /// The descriptor.
+        fd: i32,
+        /// Its interface.
+        name: String,
+        /// That of the first.
+        first: String,
+    },
+    /// An inherited descriptor that is no TAP.
+    #[error("--uplink tap-fd={fd}: {}", chain(reason))]
+    TapFd {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        reason: InheritedTapError,
+    },
+    /// A flag whose meaning is the named network's.
+    #[error("{flag} does not go with --network {network}: {why}; drop it")]
+    NotWithNetwork {
+        /// The flag.
+        flag: &'static str,
+        /// The network.
+        network: NetworkName,
+        /// Why it would do nothing.
+        why: &'static str,
+    },
+    /// The named network.
+    #[error("--network: {}", chain(.0))]
+    Network(#[source] Box<NetworkError>),
     /// A flag of DNS together with `--no-dns`.
     #[error("{flag} and --no-dns contradict each other: nothing answers DNS then; drop one of them")]
     NeedsDns {
@@ -141,21 +229,30 @@ pub enum UsageError {
     },
 }
 
+/// An error and what caused it, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map(|cause| format!(" ({})", chain(cause))).unwrap_or_default();
+    format!("{error}{cause}")
+}
+
 /// See [`Args::into_config`].
 pub(super) fn into_config(
     args: Args,
     routes: io::Result<Vec<HostRoute>>,
 ) -> Result<(Config, Vec<Notice>), UsageError> {
     let mut notices = Vec::new();
-    let mode = mode(&args)?;
-    let lan = lan(&args, routes, &mut notices)?;
-    let dns = dns(&args, lan.gateway)?;
+    let Parts { lan, dns, mode, link, network } = match &args.network {
+        Some(name) => member::parts(&args, name)?,
+        None => alone(&args, routes, &mut notices)?,
+    };
     let config = Config {
         one_off: args.one_off,
         mac: args.mac,
         lan,
         dns,
         mode,
+        link,
+        network,
         workers: WorkersConfig {
             queue_pairs: args.queues,
             cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
@@ -167,6 +264,33 @@ pub(super) fn into_config(
         attach: attach(args)?,
     };
     Ok((config, notices))
+}
+
+/// The guest's network, as far as it depends on whether it is shared.
+pub(super) struct Parts {
+    pub(super) lan: Lan,
+    pub(super) dns: DnsConfig,
+    pub(super) mode: Mode,
+    pub(super) link: Option<LinkConfig>,
+    pub(super) network: Option<NetworkConfig>,
+}
+
+/// A network of the guest's own.
+fn alone(
+    args: &Args,
+    routes: io::Result<Vec<HostRoute>>,
+    notices: &mut Vec<Notice>,
+) -> Result<Parts, UsageError> {
+    let mode = mode(args)?;
+    let link = bridge::link(args)?;
+    let (lan, dns) = match &link {
+        Some(_) => bridge::no_gateway(args),
+        None => {
+            let lan = lan(args, routes, notices)?;
+            (lan, dns(args, args.domain(), lan.gateway)?)
+        }
+    };
+    Ok(Parts { lan, dns, mode, link, network: None })
 }
 
 fn attach(args: Args) -> Result<Attach, UsageError> {
@@ -197,6 +321,7 @@ fn mode(args: &Args) -> Result<Mode, UsageError> {
         ModeArg::Nat => return nat(args).map(Mode::Nat),
         ModeArg::HostOnly => "host-only",
         ModeArg::None => "none",
+        ModeArg::Bridge => return Ok(Mode::Isolated),
     };
     let refuse = |flag: String, why| Err(UsageError::NeedsNat { flag, mode: name, why });
     if !args.publish.is_empty() {
@@ -214,13 +339,13 @@ fn mode(args: &Args) -> Result<Mode, UsageError> {
     if args.udp_filtering.is_some() {
         return refuse("--udp-filtering".to_owned(), "no datagram comes from the world");
     }
-    if args.uplink.is_some() {
+    if args.uplink == Some(UplinkArg::Sockets) {
         return refuse("--uplink sockets".to_owned(), "no frame leaves for the world");
     }
     Ok(Mode::Isolated)
 }
 
-fn nat(args: &Args) -> Result<NatConfig, UsageError> {
+pub(super) fn nat(args: &Args) -> Result<NatConfig, UsageError> {
     bound("--dns-server", "resolvers", args.dns_server.len(), limits::DNS_SERVERS_MAX)?;
     let mut dns_servers = Vec::new();
     for server in &args.dns_server {
@@ -292,7 +417,9 @@ fn lan(
     let subnet = match args.mode {
         ModeArg::Nat => nat_subnet(args, routes, notices),
         // Nothing of this network meets a route of the host.
-        ModeArg::HostOnly | ModeArg::None => args.subnet.unwrap_or_else(subnet::isolated_default),
+        ModeArg::HostOnly | ModeArg::None | ModeArg::Bridge => {
+            args.subnet.unwrap_or_else(subnet::isolated_default)
+        }
     };
     let first = subnet.host(1).expect("a prefix of at most 30 bits leaves two hosts");
     let last = Ipv4Addr::from_bits(subnet.broadcast().to_bits() - 1);
@@ -330,8 +457,8 @@ fn nat_subnet(args: &Args, routes: io::Result<Vec<HostRoute>>, notices: &mut Vec
     subnet
 }
 
-fn dns(args: &Args, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
-    let domain = args.domain().to_owned();
+pub(super) fn dns(args: &Args, domain: &str, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
+    let domain = domain.to_owned();
     if args.no_dns {
         let flag = if let Some(server) = args.dns_server.first() {
             format!("--dns-server {server}")
@@ -354,10 +481,10 @@ fn dns(args: &Args, gateway: Ipv4Addr) -> Result<DnsConfig, UsageError> {
             hosts.push(entry);
         }
     }
-    let own = values::under(GATEWAY_LABEL, &domain)
+    let own = values::under(DnsConfig::GATEWAY_LABEL, &domain)
         .map_err(|reason| UsageError::Name { flag: "--dns-domain", reason })?;
     let given = hosts.len();
-    for name in [own].into_iter().chain(GATEWAY_ALIASES.map(str::to_owned)) {
+    for name in [own].into_iter().chain(DnsConfig::GATEWAY_ALIASES.map(str::to_owned)) {
         // A name the user gave an address keeps that one alone.
         if hosts[..given].iter().all(|(taken, _)| *taken != name) {
             hosts.push((name, IpAddr::V4(gateway)));

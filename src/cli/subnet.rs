@@ -60,6 +60,29 @@ pub(super) fn pick(routes: &[HostRoute]) -> (Ipv4Subnet, Verdict) {
     }
 }
 
+/// A subnet for a named network: the first of the defaults, `first` before all, that overlaps neither a route
+/// nor a network there is; if each overlaps a route, the first that overlaps no network. None if networks
+/// have them all.
+pub(super) fn pick_apart(
+    first: Ipv4Subnet,
+    routes: &[HostRoute],
+    networks: &[Ipv4Subnet],
+) -> Option<(Ipv4Subnet, Verdict)> {
+    let candidates = || {
+        let others = NAT_THIRD_OCTETS.map(slash_24).filter(move |&subnet| subnet != first);
+        let apart = |subnet: &Ipv4Subnet| networks.iter().all(|network| !network.overlaps(*subnet));
+        std::iter::once(first).chain(others).filter(apart)
+    };
+    let default = candidates().next()?;
+    let Some(route) = overlapped(default, routes).cloned() else {
+        return Some((default, Verdict::Free));
+    };
+    Some(match candidates().find(|&subnet| overlapped(subnet, routes).is_none()) {
+        Some(free) => (free, Verdict::Moved { from: default, route }),
+        None => (default, Verdict::NoneFree { route }),
+    })
+}
+
 /// What is to be said of a `subnet` that was asked for.
 pub(super) fn judge(subnet: Ipv4Subnet, routes: &[HostRoute]) -> Verdict {
     match overlapped(subnet, routes) {
@@ -160,6 +183,25 @@ mod tests {
         let (picked, verdict) = pick(&routes(&taken));
         assert_eq!(picked, subnet("10.0.2.0/24"));
         assert!(matches!(notice(picked, verdict), Some(Notice::Warn(_))));
+    }
+
+    #[test]
+    fn a_named_networks_subnet_keeps_away_from_routes_and_other_networks() {
+        let pick = |routes: &[HostRoute], networks: &[&str]| {
+            let networks: Vec<Ipv4Subnet> = networks.iter().map(|text| subnet(text)).collect();
+            pick_apart(nat_default(), routes, &networks)
+        };
+        assert_eq!(pick(&[], &[]), Some((subnet("10.0.2.0/24"), Verdict::Free)));
+        let (picked, verdict) = pick(&routes(&[("10.0.4.0", 24)]), &["10.0.2.0/24", "10.0.3.0/25"]).unwrap();
+        assert_eq!(picked, subnet("10.0.5.0/24"));
+        assert!(matches!(verdict, Verdict::Moved { .. }));
+        // A VPN over all of it: kept with a warning, yet never another network's.
+        let (picked, verdict) = pick(&routes(&[("10.0.0.0", 8)]), &["10.0.2.0/24"]).unwrap();
+        assert_eq!(picked, subnet("10.0.3.0/24"));
+        assert!(matches!(verdict, Verdict::NoneFree { .. }));
+        assert_eq!(pick(&[], &["10.0.0.0/8"]), None);
+        let isolated = pick_apart(isolated_default(), &[], &[]).unwrap();
+        assert_eq!(isolated, (subnet("10.0.0.0/24"), Verdict::Free));
     }
 
     #[test]

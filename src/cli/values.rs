@@ -7,8 +7,10 @@ use std::os::fd::RawFd;
 use thiserror::Error;
 use tracing_subscriber::EnvFilter;
 
-use crate::addr::{Ipv4Subnet, MacAddr};
+use super::UplinkArg;
+use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{DnsConfig, IpMtu, Protocol, Publish};
+use crate::uplink::links::is_link_name;
 use crate::uplink::sys::affinity::CPUS_MAX;
 
 /// Longest domain name in text form, in characters (RFC 1035, 2.3.4: 255 octets on the wire).
@@ -59,6 +61,11 @@ pub enum ValueError {
     /// Not `NAME=IP`.
     #[error("expected NAME=IP, such as db=10.0.2.9 or www.example.org=192.0.2.80")]
     DnsHostForm,
+    /// Not the form of `--reserve`.
+    #[error(
+        "expected MAC=IP or id:HEX=IP, and ,NAME if it is to have one, such as 52:54:00:12:34:56=10.0.2.9,db"
+    )]
+    ReservationForm,
     /// Not a domain name.
     #[error(
         "'{0}' is not a domain name: labels of 1 to 63 letters, digits, '-' or '_' joined by dots, 253 \
@@ -88,6 +95,15 @@ pub enum ValueError {
     /// Not an IPv4 address.
     #[error("expected an IPv4 address, such as 10.0.2.1")]
     Ipv4Address,
+    /// Not the form of `--uplink`.
+    #[error("expected sockets, bridge=BRIDGE, tap, tap=IFNAME, tap-fd=N or macvtap=IFNAME")]
+    UplinkForm,
+    /// Not an interface's name.
+    #[error("'{0}' is not a name of an interface: 1 to 15 bytes without blanks, '/', ':' and '%'")]
+    LinkName(String),
+    /// Not a VLAN.
+    #[error("expected the number of a VLAN, 1 to 4094")]
+    Vlan,
     /// Not a descriptor's number.
     #[error("expected the number of an open descriptor, such as 3")]
     Descriptor,
@@ -294,6 +310,30 @@ pub(super) fn ipv4_addr(text: &str) -> Result<Ipv4Addr, ValueError> {
 /// Reads a descriptor's number.
 pub(super) fn descriptor(text: &str) -> Result<RawFd, ValueError> {
     text.parse().map_err(|_| ValueError::Descriptor)
+}
+
+/// Reads `--uplink`.
+pub(super) fn uplink(text: &str) -> Result<UplinkArg, ValueError> {
+    let (kind, value) = text.split_once('=').map_or((text, None), |(kind, value)| (kind, Some(value)));
+    let name = |name: &str| {
+        if is_link_name(name) { Ok(name.to_owned()) } else { Err(ValueError::LinkName(name.to_owned())) }
+    };
+    match (kind, value) {
+        ("sockets", None) => Ok(UplinkArg::Sockets),
+        ("tap", None) => Ok(UplinkArg::Tap(None)),
+        ("tap", Some(value)) => name(value).map(|name| UplinkArg::Tap(Some(name))),
+        ("tap-fd", Some(value)) => {
+            value.split(',').map(descriptor).collect::<Result<_, _>>().map(UplinkArg::TapFd)
+        }
+        ("bridge", Some(value)) => name(value).map(UplinkArg::Bridge),
+        ("macvtap", Some(value)) => name(value).map(UplinkArg::MacVtap),
+        _ => Err(ValueError::UplinkForm),
+    }
+}
+
+/// Reads a VLAN's number.
+pub(super) fn vlan(text: &str) -> Result<VlanId, ValueError> {
+    text.parse().ok().and_then(VlanId::new).ok_or(ValueError::Vlan)
 }
 
 /// CPUs of `--pin`, in the order given.

@@ -8,7 +8,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
-use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
+use crate::network::name::NetworkName;
+use crate::network::state_dir::StateDir;
+use crate::uplink::sys::tap::TapQueue;
 
 /// How the front-end is met.
 #[derive(Debug)]
@@ -99,6 +102,26 @@ pub struct DnsConfig {
 impl DnsConfig {
     /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
     pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
+    /// Names that answer with the gateway whatever the domain, because people's tools ask for them.
+    pub const GATEWAY_ALIASES: [&'static str; 2] = ["host.docker.internal", "gateway.docker.internal"];
+    /// The gateway's own label under the domain.
+    pub const GATEWAY_LABEL: &'static str = "host";
+
+    /// DNS with the gateway's own names only.
+    pub fn of_gateway(domain: &str, gateway: Ipv4Addr) -> DnsConfig {
+        let own = format!("{}.{domain}", Self::GATEWAY_LABEL);
+        let names = [own].into_iter().chain(Self::GATEWAY_ALIASES.map(str::to_owned));
+        let hosts = names.map(|name| (name, IpAddr::V4(gateway))).collect();
+        DnsConfig { enabled: true, domain: domain.to_owned(), hosts }
+    }
+
+    /// First labels of the local names that are directly under the domain.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        self.hosts.iter().filter_map(|(name, _)| {
+            let (label, domain) = name.split_once('.')?;
+            (domain == self.domain).then_some(label)
+        })
+    }
 }
 
 /// What lies beyond the gateway.
@@ -155,6 +178,53 @@ pub struct NatConfig {
     pub dns_servers: Vec<SocketAddr>,
 }
 
+/// A named network that the guest shares with others: its leases are kept in a store all its processes use, and
+/// its guests find each other by name. Its addresses are those of [`Lan`], its domain that of [`DnsConfig`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Its name.
+    pub name: NetworkName,
+    /// Where its folder is.
+    pub state: StateDir,
+    /// Whether the guest may speak for others (`--trust-guest`): it bridges or relays.
+    pub trust_guest: bool,
+}
+
+/// Which link of the host the guest's frames leave by.
+#[derive(Debug)]
+pub enum LinkSource {
+    /// A TAP of this name, made if there is none; of a name that is free if none is given.
+    Tap(Option<String>),
+    /// TAP queues inherited from the parent, as many as there are queue pairs.
+    Inherited(Vec<TapQueue>),
+    /// A TAP of our own on this bridge.
+    Bridge(String),
+    /// A macvtap of our own on this interface.
+    MacVtap(String),
+}
+
+/// A link of the host on which the guest is a station of its own.
+#[derive(Debug)]
+pub struct LinkConfig {
+    /// Which.
+    pub source: LinkSource,
+    /// The VLAN the guest is in, unknown to it.
+    pub vlan: Option<VlanId>,
+    /// On a named network: the address at which DHCP and DNS there are ours.
+    pub gateway: Option<Ipv4Addr>,
+    /// What the guest may send from; anything if `None`.
+    pub guard: Option<GuardConfig>,
+}
+
+/// Addresses the guest of a link may send from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct GuardConfig {
+    /// Its MAC address; the first one seen if `None`.
+    pub mac: Option<MacAddr>,
+    /// Its one IPv4 address; those that DHCP leases if `None`.
+    pub ipv4: Option<Ipv4Addr>,
+}
+
 /// Verbosity and form of the log on standard error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogConfig {
@@ -188,8 +258,12 @@ pub struct Config {
     pub lan: Lan,
     /// DNS as the guest meets it.
     pub dns: DnsConfig,
-    /// What lies beyond.
+    /// What lies beyond the gateway.
     pub mode: Mode,
+    /// The link the guest is on besides; but for a named network there is no gateway of ours on it.
+    pub link: Option<LinkConfig>,
+    /// The named network it is a guest of; none for a network of its own.
+    pub network: Option<NetworkConfig>,
     /// The workers.
     pub workers: WorkersConfig,
     /// The log.

@@ -1,7 +1,8 @@
 //! The control thread's work: everything slow, on one tokio runtime of one thread.
 //!
 //! That is upstream DNS (`dns_forward`), and the host's network as it changes: `host_watch` sees it,
-//! `dependents` are told.
+//! `dependents` are told. For a named network, `network_watch` keeps it as it must be, `port_relay` serves
+//! published ports to the host itself, and `lease_keeping` writes the log of leases back.
 //!
 //! Workers talk to it through single-producer rings with an eventfd in each direction, and never
 //! wait for it.
@@ -9,3 +10,7 @@
 pub mod dependents;
 pub mod dns_forward;
 pub mod host_watch;
+pub mod lease_keeping;
+pub mod network_watch;
+pub mod port_relay;
+pub mod signals;

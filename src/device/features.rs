@@ -135,6 +135,7 @@ impl Features {
             tso6: self.has(Feature::GUEST_TSO6),
             ecn: self.has(Feature::GUEST_ECN),
             uso4: self.has(Feature::GUEST_USO4),
+            uso6: self.has(Feature::GUEST_USO6),
         }
     }
 

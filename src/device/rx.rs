@@ -120,6 +120,12 @@ impl RxSide {
         self.rings.iter().flatten().any(|rx| rx.starved && rx.is_running())
     }
 
+    /// The first pair whose receive ring carries frames.
+    pub fn first_running(&self) -> Option<QueuePair> {
+        let running = |rx: &Option<RxRing>| rx.as_ref().is_some_and(RxRing::is_running);
+        self.rings.iter().zip(0..).find(|(rx, _)| running(rx)).map(|(_, n)| QueuePair(n))
+    }
+
     /// Whether any receive ring carries frames.
     pub(super) fn any_running(&self) -> bool {
         self.rings.iter().flatten().any(RxRing::is_running)

@@ -26,8 +26,20 @@ pub enum Drained {
     Empty,
     /// The budget is spent and more may wait; there will be no kick for it.
     More,
+    /// A frame was not taken; it and what follows wait in the ring, and there will be no kick for them.
+    Blocked,
     /// The ring is not running.
     Down,
+}
+
+/// What became of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It is dealt with.
+    Yes,
+    /// The frame's way is full: it stays in the ring, to be handed on again. Without meaning for a batch's
+    /// end.
+    NotNow,
 }
 
 /// What a drain hands on.
@@ -121,12 +133,13 @@ impl TxSide {
 
     /// Hands at most `budget_frames` chains' frames of `pair`, and about [`TX_BATCH_BYTES`] of them, to
     /// `each`, then the batch's end, completes them and publishes once. A frame's memory is the guest's
-    /// again after the batch's end: what was not copied or sent by then cannot be had later.
+    /// again after the batch's end: what was not copied or sent by then cannot be had later. A frame that is
+    /// not taken ends the batch and goes back to the ring.
     pub fn drain(
         &mut self,
         pair: QueuePair,
         budget_frames: usize,
-        mut each: impl FnMut(TxEvent<'_>),
+        mut each: impl FnMut(TxEvent<'_>) -> Taken,
     ) -> Drained {
         let TxSide { rings, stats, features, chain, head, any_fault, polled } = self;
         let Some(Some(tx)) = rings.get_mut(usize::from(pair.0)) else { return Drained::Down };
@@ -136,7 +149,7 @@ impl TxSide {
         tx.ring.disarm();
         let mut batch = Batch { tx, stats, features: *features, chain, head, pair, polled: *polled };
         let outcome = batch.run(budget_frames, &mut each);
-        each(TxEvent::BatchEnd);
+        let _ = each(TxEvent::BatchEnd);
         if batch.tx.ring.publish() {
             batch.stats.calls += 1;
         }
@@ -163,7 +176,11 @@ struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    fn run(&mut self, budget: usize, each: &mut impl FnMut(TxEvent<'_>)) -> Result<Drained, RingFault> {
+    fn run(
+        &mut self,
+        budget: usize,
+        each: &mut impl FnMut(TxEvent<'_>) -> Taken,
+    ) -> Result<Drained, RingFault> {
         let bytes_max = self.stats.bytes + TX_BATCH_BYTES as u64;
         for _ in 0..budget {
             if self.stats.bytes >= bytes_max {
@@ -180,7 +197,10 @@ impl Batch<'_> {
                     head
                 }
                 Popped::Chain { head } => {
-                    self.hand_on(each);
+                    if self.hand_on(each) == Taken::NotNow {
+                        self.tx.ring.unpop(1);
+                        return Ok(Drained::Blocked);
+                    }
                     head
                 }
             };
@@ -198,31 +218,36 @@ impl Batch<'_> {
     }
 
     /// Judges the chain in `self.chain` and hands its frame on if it is one.
-    fn hand_on(&mut self, each: &mut impl FnMut(TxEvent<'_>)) {
+    fn hand_on(&mut self, each: &mut impl FnMut(TxEvent<'_>) -> Taken) -> Taken {
         if self.chain.writable.count() > 0 {
-            return self.refuse(ChainError::WrongDirection);
+            self.refuse(ChainError::WrongDirection);
+            return Taken::Yes;
         }
         if self.tx.enabled != Enabled::Yes {
             self.stats.disabled += 1;
-            return;
+            return Taken::Yes;
         }
         match read_frame(&self.chain.readable, self.features, self.head) {
             Ok((vnet, whole_bytes)) => {
                 let header_bytes = self.features.vnet_header_bytes();
-                self.stats.frames += 1;
-                self.stats.bytes += whole_bytes as u64;
-                each(TxEvent::Frame(TxFrame {
+                let taken = each(TxEvent::Frame(TxFrame {
                     vnet,
                     head: &self.head[..whole_bytes.min(FRAME_HEAD_BYTES)],
                     whole: self.chain.readable.payload().range(header_bytes, whole_bytes),
                     pair: self.pair,
                 }));
+                if taken == Taken::Yes {
+                    self.stats.frames += 1;
+                    self.stats.bytes += whole_bytes as u64;
+                }
+                return taken;
             }
             Err(FrameError::TooShort) => self.stats.too_short += 1,
             Err(FrameError::TooLong) => self.stats.too_long += 1,
             Err(FrameError::BadHeader) => self.stats.bad_header += 1,
             Err(FrameError::NotNegotiated) => self.stats.not_negotiated += 1,
         }
+        Taken::Yes
     }
 }
 

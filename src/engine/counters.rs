@@ -38,9 +38,23 @@ pub enum DropReason {
     Filtered,
     /// DHCP or DNS that deserves no answer.
     ServiceSilent,
+    /// DHCP without an answer because no address is free, or the guest holds as many as one may.
+    PoolExhausted,
+    /// DHCP without an answer because the network's leases cannot be read or written.
+    LeaseStore,
+    /// An 802.1Q tag that is not the network's, or none where there is to be one.
+    VlanTag,
+    /// What only a router or DHCP server may say, said by the guest.
+    RogueServer,
+    /// Longer than the link's MTU, and not to be segmented.
+    TooLong,
+    /// An offload the guest did not accept.
+    NotNegotiated,
+    /// The TAP interface would not take it.
+    LinkRefused,
 }
 
-const REASONS: [(DropReason, &str); 17] = [
+const REASONS: [(DropReason, &str); 24] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -58,6 +72,13 @@ const REASONS: [(DropReason, &str); 17] = [
     (DropReason::RateLimited, "rate_limited"),
     (DropReason::Filtered, "filtered"),
     (DropReason::ServiceSilent, "service_silent"),
+    (DropReason::PoolExhausted, "pool_exhausted"),
+    (DropReason::LeaseStore, "lease_store"),
+    (DropReason::VlanTag, "vlan_tag"),
+    (DropReason::RogueServer, "rogue_server"),
+    (DropReason::TooLong, "too_long"),
+    (DropReason::NotNegotiated, "not_negotiated"),
+    (DropReason::LinkRefused, "link_refused"),
 ];
 
 /// Counters of one engine; plain numbers, owned by its worker.
@@ -67,9 +88,9 @@ pub struct Counters {
     pub frames_from_guest: u64,
     /// Frames placed in the guest's receive buffers.
     pub frames_to_guest: u64,
-    /// Payload bytes moved from the guest into sockets.
+    /// Payload bytes moved from the guest into sockets; of frames that leave by a link, all bytes.
     pub payload_from_guest_bytes: u64,
-    /// Payload bytes moved from sockets into guest memory.
+    /// Payload bytes moved from sockets into guest memory; of frames that come by a link, all bytes.
     pub payload_to_guest_bytes: u64,
     /// Flows begun.
     pub flows_opened: u64,
@@ -83,6 +104,23 @@ pub struct Counters {
 }
 
 impl Counters {
+    /// Says in the log what was counted, at the end.
+    pub fn log(&self) {
+        tracing::info!(
+            frames_from_guest = self.frames_from_guest,
+            frames_to_guest = self.frames_to_guest,
+            payload_from_guest_bytes = self.payload_from_guest_bytes,
+            payload_to_guest_bytes = self.payload_to_guest_bytes,
+            flows_opened = self.flows_opened,
+            flows_evicted = self.flows_evicted,
+            flows_stranded = self.flows_stranded,
+            retransmits = self.retransmits,
+            dropped = self.dropped_total(),
+            reasons = %self.drops_text(),
+            "ended"
+        );
+    }
+
     /// Counts one drop.
     pub fn drop(&mut self, reason: DropReason) {
         self.drops[reason as usize] += 1;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use slab::Slab;
 
+use super::complaints::{Complaint, Complaints};
 use super::core::{Core, Neighbour};
 use super::counters::DropReason;
 use super::emit;
@@ -61,13 +62,15 @@ pub struct Gateway {
     pending_bytes: usize,
     forwards: VecDeque<DnsForward>,
     next_id: u32,
+    complaints: Complaints,
 }
 
 impl Gateway {
     /// The services, over the leases of the whole process.
     pub fn new(dhcp: SharedDhcp, dns: Arc<DnsService>) -> Gateway {
         let (pending, forwards) = (Slab::new(), VecDeque::new());
-        Gateway { dhcp, dns, pending, pending_bytes: 0, forwards, next_id: 0 }
+        let complaints = Complaints::default();
+        Gateway { dhcp, dns, pending, pending_bytes: 0, forwards, next_id: 0, complaints }
     }
 
     /// The MTU that DHCP offers from now on.
@@ -119,16 +122,22 @@ impl Gateway {
     ) -> Option<LeaseEvent> {
         let mut message = vec![0u8; payload.len().min(limits::DHCP_MESSAGE_BYTES_MAX + 1)];
         payload.copy_to(&mut message);
-        let reply = match lock(&self.dhcp).handle(core.now, from.mac, &message) {
+        let outcome = lock(&self.dhcp).handle(core.now, from.mac, &message);
+        let reply = match outcome {
             Outcome::Reply(reply) => reply,
             // Not to be answered (RFC 2131, 4.3.4), and all the same news.
             Outcome::Silent(Silence::Released(event)) => return Some(event),
             Outcome::Silent(reason) => {
-                tracing::debug!(mac = %from.mac, ?reason, "DHCP message not answered");
-                core.counters.drop(DropReason::ServiceSilent);
+                self.not_answered(core, from.mac, &reason);
                 return None;
             }
         };
+        if let Some(name) = &reply.name_refused
+            && let Some(more) = self.complaints.due(core.now, Complaint::NameRefused)
+        {
+            let mac = from.mac;
+            tracing::warn!(%mac, %name, more, "host name refused: another guest's, or the network's own");
+        }
         let source = SocketAddr::new(core.gateway(), dhcp::SERVER_PORT);
         let target = SocketAddr::new(reply.dst_ip.into(), reply.dst_port);
         let to = Neighbour { mac: reply.dst_mac, pair: from.pair };
@@ -139,6 +148,37 @@ impl Gateway {
             core.set_primary_guest(IpAddr::V4(event.ip));
         }
         reply.lease
+    }
+
+    /// Counts a DHCP message that gets no answer, and says so where somebody has to do something.
+    fn not_answered(&mut self, core: &mut Core, mac: MacAddr, reason: &Silence) {
+        tracing::debug!(%mac, ?reason, "DHCP message not answered");
+        let mut due = |complaint| self.complaints.due(core.now, complaint);
+        core.counters.drop(match reason {
+            Silence::PoolExhausted => {
+                if let Some(more) = due(Complaint::PoolExhausted) {
+                    let subnet = core.lan.subnet;
+                    tracing::warn!(%mac, %subnet, more, "DHCP is silent: every address of the subnet is taken");
+                }
+                DropReason::PoolExhausted
+            }
+            Silence::ShareUsed => {
+                if let Some(more) = due(Complaint::ShareUsed) {
+                    let max = limits::LEASES_PER_GUEST_MAX;
+                    tracing::warn!(%mac, max, more, "DHCP is silent: this guest holds as many addresses as one may");
+                }
+                DropReason::PoolExhausted
+            }
+            Silence::Store(error) => {
+                if let Some(more) = due(Complaint::LeaseStore) {
+                    tracing::error!(%mac, %error, more, "DHCP is silent");
+                }
+                DropReason::LeaseStore
+            }
+            Silence::NotTheSender => DropReason::SpoofedSource,
+            Silence::TooMany => DropReason::RateLimited,
+            _ => DropReason::ServiceSilent,
+        });
     }
 
     /// A DNS query to the gateway's port 53 over UDP.

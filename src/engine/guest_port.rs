@@ -21,6 +21,8 @@ pub struct GuestOffloads {
     pub ecn: bool,
     /// UDP over IPv4 datagrams of equal size in one frame (`VIRTIO_NET_F_GUEST_USO4`).
     pub uso4: bool,
+    /// The same over IPv6 (`VIRTIO_NET_F_GUEST_USO6`).
+    pub uso6: bool,
 }
 
 /// Why no receive buffer could be reserved.

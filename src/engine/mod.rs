@@ -9,12 +9,14 @@
 
 #![forbid(unsafe_code)]
 
+mod complaints;
 pub mod core;
 pub mod counters;
 pub mod emit;
 pub mod gateway;
 pub mod guest_port;
 pub mod host_net;
+pub mod lan;
 pub mod lru;
 pub mod nat;
 pub mod placement;

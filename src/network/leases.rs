@@ -19,63 +19,15 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
-use std::time::Duration;
 
+use super::allocator::{
+    Bind, BindRefusal, Client, DECLINE_HOLD, Grant, IpAllocator, LEASE_TIME, Lease, OFFER_HOLD,
+    OFFER_HOLD_MIN, Refusal,
+};
+use super::store::StoreError;
 use crate::addr::{Ipv4Subnet, MacAddr};
 use crate::limits;
 use crate::time::Instant;
-
-/// How long a lease lasts.
-pub const LEASE_TIME: Duration = Duration::from_secs(86_400);
-/// How long an offer keeps its address for the client to take it. Clients answer within
-/// milliseconds and repeat within 4 to 16 s (RFC 2131, 4.1).
-pub const OFFER_HOLD: Duration = Duration::from_secs(30);
-/// How long an offer is safe from newer ones when the pool is exhausted.
-pub const OFFER_HOLD_MIN: Duration = Duration::from_secs(1);
-/// How long a declined address rests.
-pub const DECLINE_HOLD: Duration = Duration::from_secs(300);
-
-/// What became of a request to bind an address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bind {
-    /// A new lease, or one taken up again after its end.
-    Bound,
-    /// A lease still running, prolonged.
-    Renewed,
-}
-
-/// Why an address was not bound.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum BindRefusal {
-    /// Not a host address of the pool.
-    OutsidePool,
-    /// The client has another address, this one.
-    HasOther(Ipv4Addr),
-    /// Held by another client, or declined a moment ago.
-    Taken,
-    /// The table is full of leases and fresh offers.
-    Full,
-}
-
-/// One client's address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lease<'a> {
-    /// The client's hardware address.
-    pub mac: MacAddr,
-    /// Its address.
-    pub ip: Ipv4Addr,
-    /// When the lease ends or ended; `None` if the address was only offered so far.
-    pub until: Option<Instant>,
-    /// The host name the client gave itself: one lower-case label.
-    pub host_name: Option<&'a str>,
-}
-
-impl Lease<'_> {
-    /// Whether the client holds the address at `now`.
-    pub fn is_active(&self, now: Instant) -> bool {
-        self.until.is_some_and(|until| until > now)
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Offer {
@@ -239,13 +191,13 @@ impl LeaseTable {
     }
 
     /// What is known of `mac`: offered, leased or remembered.
-    pub fn get(&self, mac: MacAddr) -> Option<Lease<'_>> {
+    pub fn get(&self, mac: MacAddr) -> Option<Lease> {
         let ip = *self.by_mac.get(&mac)?;
         self.slots.get(&ip).map(|slot| slot.view(ip))
     }
 
     /// Everything known, by address: offers, leases and memories.
-    pub fn iter(&self) -> impl Iterator<Item = Lease<'_>> {
+    pub fn iter(&self) -> impl Iterator<Item = Lease> {
         self.slots.iter().map(|(&ip, slot)| slot.view(ip))
     }
 
@@ -346,14 +298,65 @@ impl LeaseTable {
 }
 
 impl Slot {
-    fn view(&self, ip: Ipv4Addr) -> Lease<'_> {
-        Lease { mac: self.mac, ip, until: self.lease_until, host_name: self.host_name.as_deref() }
+    fn view(&self, ip: Ipv4Addr) -> Lease {
+        Lease { mac: self.mac, ip, until: self.lease_until, host_name: self.host_name.clone() }
+    }
+}
+
+impl IpAllocator for LeaseTable {
+    fn offer(
+        &mut self,
+        now: Instant,
+        client: &Client<'_>,
+        wanted: Option<Ipv4Addr>,
+    ) -> Result<Grant, Refusal> {
+        let ip = LeaseTable::offer(self, now, client.mac, wanted).ok_or(Refusal::Exhausted)?;
+        Ok(self.grant(client, ip))
+    }
+
+    fn bind(&mut self, now: Instant, client: &Client<'_>, ip: Ipv4Addr) -> Result<(Bind, Grant), Refusal> {
+        let bind = LeaseTable::bind(self, now, client.mac, ip)?;
+        Ok((bind, self.grant(client, ip)))
+    }
+
+    fn withdraw(&mut self, now: Instant, mac: MacAddr) -> Result<(), StoreError> {
+        LeaseTable::withdraw(self, now, mac);
+        Ok(())
+    }
+
+    fn release(&mut self, now: Instant, mac: MacAddr, ip: Ipv4Addr) -> Result<bool, StoreError> {
+        Ok(LeaseTable::release(self, now, mac, ip))
+    }
+
+    fn decline(&mut self, now: Instant, mac: MacAddr, ip: Ipv4Addr) -> Result<bool, StoreError> {
+        Ok(LeaseTable::decline(self, now, mac, ip))
+    }
+
+    fn get(&mut self, _now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError> {
+        Ok(LeaseTable::get(self, mac))
+    }
+
+    fn leases(&mut self, _now: Instant) -> Result<Vec<Lease>, StoreError> {
+        Ok(self.iter().collect())
+    }
+}
+
+impl LeaseTable {
+    /// What `client`, who was just given `ip`, has. One process has one guest: it may name its cards as it
+    /// likes.
+    fn grant(&mut self, client: &Client<'_>, ip: Ipv4Addr) -> Grant {
+        if let Some(name) = client.host_name {
+            self.set_host_name(client.mac, name);
+        }
+        let host_name = LeaseTable::get(self, client.mac).and_then(|lease| lease.host_name);
+        Grant { ip, host_name, name_refused: false }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;
+    use std::time::Duration;
 
     use proptest::prelude::*;
 

@@ -1,10 +1,17 @@
-//! Where frames leave: host sockets.
+//! Where frames leave: host sockets; and the links of the host.
 //!
 //! What only Linux knows sits in [`sys`].
 
 mod datagrams;
+pub mod firewall;
+pub mod forwarding;
 pub mod host_news;
+pub mod links;
+pub mod network_news;
 mod own_addresses;
+pub mod own_bridge;
 mod receive_window;
 pub mod sockets;
 pub mod sys;
+pub mod sysctl;
+pub mod tap;

@@ -3,6 +3,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod full;
 mod handshake;
 mod hostile_driver;
 mod hostile_front_end;

@@ -7,6 +7,7 @@ use vunet::engine::counters::DropReason;
 use vunet::limits;
 
 use crate::frames::{GATEWAY, Seen, WORLD, echo_frame, guest, udp_frame, world};
+use crate::guest_changes::lease;
 use crate::handover::exchange;
 use crate::rig::{Peer, READABLE, Rig, Setup, only, secs};
 
@@ -150,6 +151,35 @@ fn strangers_keep_no_port_open() {
 }
 
 #[test]
+fn ever_new_strangers_keep_no_port_open_either() {
+    let mut rig = filtering(UdpFiltering::EndpointIndependent);
+    for n in 0..12 {
+        assert_eq!(arrives(&mut rig, 0, other(1000 + n)), 1, "at {n}0 s");
+        rig.pass(secs(10));
+    }
+    assert!(rig.sock(0).is_open, "who came in may still be answered");
+    for n in 12..24 {
+        assert_eq!(arrives(&mut rig, 0, other(1000 + n)), 0, "nobody is left whom the guest spoke to");
+        rig.pass(secs(10));
+    }
+    assert!(!rig.sock(0).is_open);
+    rig.assert_empty();
+}
+
+#[test]
+fn a_stranger_the_guest_answers_keeps_the_port_open_for_others() {
+    let mut rig = filtering(UdpFiltering::EndpointIndependent);
+    arrives(&mut rig, 0, other(1));
+    udp(&mut rig, other(1), b"answer");
+    rig.pass(secs(200));
+    assert_eq!(arrives(&mut rig, 0, other(2)), 1);
+    rig.pass(secs(110));
+    assert_eq!(arrives(&mut rig, 0, other(3)), 0, "that was five minutes ago");
+    rig.pass(secs(400));
+    rig.assert_empty();
+}
+
+#[test]
 fn a_flood_of_strangers_costs_no_exchange_of_the_guests_own() {
     // With this mapping who is forgotten shows: an answer to it opens a port of its own.
     let mut rig = Rig::with(setup(UdpMapping::AddressAndPortDependent, UdpFiltering::EndpointIndependent));
@@ -210,6 +240,13 @@ fn a_burst_the_socket_refuses_loses_datagrams_and_not_the_exchange() {
 /// A rig of a host with the address [`OWN`] that publishes TCP and UDP port 5000 at `bound`; UDP leads to
 /// the guest's port 53, socket 0.
 fn publishing(bound: [u8; 4]) -> Rig {
+    let mut rig = publishing_for_nobody(bound);
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    rig
+}
+
+/// The same before its guest is known.
+fn publishing_for_nobody(bound: [u8; 4]) -> Rig {
     let host = SocketAddr::from((bound, 5000));
     let publish = [Protocol::Tcp, Protocol::Udp].map(|protocol| Publish { protocol, host, guest_port: 53 });
     let nat = NatConfig { publish: publish.into(), ..NatConfig::default() };
@@ -218,7 +255,6 @@ fn publishing(bound: [u8; 4]) -> Rig {
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
     rig.engine.publish_udp(socket, 53);
-    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
     rig
 }
 
@@ -293,6 +329,24 @@ fn a_reading_socket_survives_the_strangers_it_lets_in() {
     rig.ready(token, READABLE);
     assert!(!rig.sock(0).is_open && rig.sock(1).is_open);
     assert_eq!(arrives(&mut rig, 1, world(10)), 1);
+}
+
+#[test]
+fn a_client_is_known_though_the_guest_has_another_address_since() {
+    let mut rig = publishing_for_nobody([0, 0, 0, 0]);
+    let old = SocketAddrV4::new(Ipv4Addr::new(10, 0, 2, 77), 53);
+    rig.send(&udp_frame(old, other(9), b"from its old address"));
+    lease(&mut rig);
+    for _ in 0..4 {
+        rig.pass(secs(100));
+        rig.send(&udp_frame(guest(53), other(9), b"from its new one"));
+    }
+    // What was known under the old address is forgotten by now, and only that.
+    rig.sock(0).sent_to = Some(OWN.into());
+    assert_eq!(arrives(&mut rig, 0, other(9)), 1);
+    rig.send(&udp_frame(guest(53), other(9), b"answer"));
+    assert_eq!(rig.sock(0).sent.len(), 6, "all from the published port");
+    assert_eq!(rig.sock(0).sent_fields.last().map(|fields| fields.from), Some(Some(OWN.into())));
 }
 
 #[test]

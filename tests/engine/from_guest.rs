@@ -67,8 +67,10 @@ fn bytes_a_socket_refuses_are_held_as_far_as_the_window_promised() {
     rig.conn(0).room = 0;
     let bytes = pattern(5000);
     let start = peer.seq;
-    let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes)).tcp();
-    assert_eq!(acknowledged.header.ack.0, start);
+    for piece in bytes.chunks(2500) {
+        let acknowledged = only(peer.data(&mut rig, Flags::PSH, piece)).tcp();
+        assert_eq!(acknowledged.header.ack.0, start);
+    }
     assert_eq!(rig.engine.nat().held_bytes(), 3000, "the window was 3,000 bytes");
     assert_eq!(rig.dropped(DropReason::TableFull), 1);
     rig.conn(0).room = 10_000;
@@ -78,6 +80,51 @@ fn bytes_a_socket_refuses_are_held_as_far_as_the_window_promised() {
     let acknowledged = only(peer.data(&mut rig, Flags::PSH, &bytes[3000..])).tcp();
     assert_eq!(acknowledged.header.ack.0, start + 5000);
     assert_eq!(rig.conn(0).taken, bytes);
+}
+
+#[test]
+fn a_segment_longer_than_the_open_window_is_held_whole_and_its_guest_heard() {
+    for fin in [false, true] {
+        let mut rig = Rig::new();
+        rig.world().room = 3000;
+        let mut peer = flow(&mut rig);
+        rig.conn(0).room = 1000;
+        let bytes = pattern(5000);
+        let start = peer.seq;
+        let flags = if fin { Flags::FIN } else { Flags::PSH };
+        let acknowledged = only(peer.data(&mut rig, flags, &bytes)).tcp();
+        assert_eq!(acknowledged.header.ack.0, start + 1000);
+        assert_eq!((rig.engine.nat().held_bytes(), rig.dropped(DropReason::TableFull)), (4000, 0));
+        // The guest's numbers lie beyond the window now; what it acknowledges counts all the same.
+        rig.conn(0).queue.extend(b"answer");
+        let seen = rig.stream_ready(0, READABLE);
+        assert_eq!(peer.take(seen), b"answer");
+        Peer { seq: start + 5000, ..peer }.acknowledge(&mut rig);
+        assert_eq!(rig.conn(0).discarded, 6);
+        rig.conn(0).room = 10_000;
+        let acknowledged = only(rig.stream_ready(0, WRITABLE)).tcp();
+        assert_eq!(acknowledged.header.ack.0, peer.seq);
+        assert_eq!(rig.conn(0).taken, bytes);
+        assert_eq!(rig.conn(0).fin_from_guest, fin);
+        assert_eq!(rig.engine.nat().held_bytes(), 0);
+    }
+}
+
+#[test]
+fn a_guest_that_ignores_the_window_is_held_to_one_frame_beyond_it() {
+    let mut rig = Rig::new();
+    rig.world().room = 3000;
+    let mut peer = flow(&mut rig);
+    rig.conn(0).room = 0;
+    for _ in 0..60 {
+        rig.feed_only(&peer.seg(Flags::ACK, &pattern(1460)).frame());
+        peer.seq += 1460;
+    }
+    rig.end_of_batch();
+    assert_eq!(rig.engine.nat().held_bytes(), 3000 + limits::FRAME_BYTES_MAX);
+    assert_eq!(rig.dropped(DropReason::TableFull), 1);
+    peer.data(&mut rig, Flags::PSH, &pattern(1460));
+    assert_eq!(rig.engine.nat().held_bytes(), 3000 + limits::FRAME_BYTES_MAX);
 }
 
 #[test]

@@ -88,7 +88,12 @@ fn datagrams_follow_to_the_new_mac_address_before_the_guest_sends_any() {
 }
 
 /// A DHCP message of the guest; returns the answer.
-fn dhcp(rig: &mut Rig, from: Ipv4Addr, kind: MessageType, asked: Option<Ipv4Addr>) -> Option<Message> {
+pub(crate) fn dhcp(
+    rig: &mut Rig,
+    from: Ipv4Addr,
+    kind: MessageType,
+    asked: Option<Ipv4Addr>,
+) -> Option<Message> {
     let zero = Ipv4Addr::UNSPECIFIED;
     let mut message = Message::new_with_id(7, from, zero, zero, zero, &GUEST_MAC.0);
     let options = message.opts_mut();
@@ -108,7 +113,8 @@ fn dhcp(rig: &mut Rig, from: Ipv4Addr, kind: MessageType, asked: Option<Ipv4Addr
     })
 }
 
-fn lease(rig: &mut Rig) {
+/// The guest takes a lease of [`GUEST_IP`].
+pub(crate) fn lease(rig: &mut Rig) {
     let zero = Ipv4Addr::UNSPECIFIED;
     let offer = dhcp(rig, zero, MessageType::Discover, None).expect("an offer");
     assert_eq!(offer.yiaddr(), GUEST_IP);

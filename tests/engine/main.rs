@@ -24,6 +24,7 @@ mod heap;
 mod host_changes;
 mod hostile;
 mod interleavings;
+mod leases;
 mod options;
 mod policy;
 mod port;

@@ -9,7 +9,8 @@ use vunet::wire::tcp::{Flags, Options, SeqNumber};
 use crate::frames::{Seen, Seg, TcpSeen, guest, world};
 use crate::rig::{Peer, READABLE, Rig, Setup, WRITABLE, ms, only, pattern};
 
-const TSO: GuestOffloads = GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false, uso4: false };
+const TSO: GuestOffloads =
+    GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false, uso4: false, uso6: false };
 const SACK: Options = offer(true, None);
 
 const fn offer(sack_permitted: bool, timestamps: Option<(u32, u32)>) -> Options {

@@ -14,6 +14,9 @@ use vunet::engine::placement::{Directory, Home, WorkerId};
 use vunet::engine::{Engine, EngineConfig};
 use vunet::frame::{Payload, QueuePair, TxFrame};
 use vunet::limits;
+use vunet::network::allocator::IpAllocator;
+use vunet::network::leases::LeaseTable;
+use vunet::service::dhcp::DhcpServer;
 use vunet::service::dns::DnsService;
 use vunet::time::Instant;
 use vunet::wire::tcp::{Flags, Options};
@@ -47,6 +50,8 @@ pub(crate) struct Setup {
     pub(crate) secret: (u64, u64),
     /// Its place among other workers.
     pub(crate) home: Option<Home>,
+    /// Who hands out addresses.
+    pub(crate) leases: fn(&Lan) -> Box<dyn IpAllocator>,
 }
 
 impl Default for Setup {
@@ -60,6 +65,7 @@ impl Default for Setup {
             dns: true,
             secret: (1, 2),
             home: None,
+            leases: |lan| Box::new(LeaseTable::new(lan.subnet, lan.gateway, lan.guest)),
         }
     }
 }
@@ -101,7 +107,7 @@ impl Rig {
         let dns =
             DnsConfig { enabled: setup.dns, domain: DnsConfig::DEFAULT_DOMAIN.into(), hosts: Vec::new() };
         let service = Arc::new(DnsService::new(&dns, &lan, matches!(setup.mode, Mode::Nat(_))));
-        let dhcp = Arc::new(Mutex::new(vunet::service::dhcp::DhcpServer::new(&lan, &dns)));
+        let dhcp = Arc::new(Mutex::new(DhcpServer::over((setup.leases)(&lan), &lan, &dns)));
         let config = EngineConfig {
             lan,
             dns,

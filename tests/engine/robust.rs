@@ -51,6 +51,89 @@ fn both_ends_that_begin_at_once_meet() {
     assert_eq!(peer.take(seen), b"you too");
 }
 
+/// The world has sent 3,000 bytes, and the time-out sent again what fits of them: without the last 80. The
+/// guest had them all, and its acknowledgement was lost.
+fn sending_again(shift: Option<u8>) -> (Rig, Peer) {
+    let mut rig = Rig::new();
+    let mut peer = connected(&mut rig, Peer { window: 4000, shift, ..Peer::new(guest(4000), world(80)) });
+    if shift.is_some() {
+        peer.window = 4000 >> 7;
+        peer.acknowledge(&mut rig);
+    }
+    for _ in 0..3 {
+        rig.conn(0).queue.extend(pattern(1000));
+        let seen = rig.stream_ready(0, READABLE);
+        assert_eq!(only(seen).tcp().payload.len(), 1000);
+    }
+    let again: usize = rig.pass(ms(250)).into_iter().map(|seen| seen.tcp().payload.len()).sum();
+    assert!((2900..3000).contains(&again), "{again} bytes sent again");
+    (rig, peer)
+}
+
+#[test]
+fn an_acknowledgement_lies_behind_all_that_was_sent_while_it_is_sent_again() {
+    let (mut rig, mut peer) = sending_again(None);
+    let answer = only(peer.data(&mut rig, Flags::FIN, b"bytes")).tcp();
+    assert!(answer.payload.is_empty());
+    assert_eq!(answer.header.seq.0, peer.ack + 3000, "a guest lets older ones go, and what they acknowledge");
+}
+
+#[test]
+fn an_acknowledgement_lies_within_a_window_the_guest_took_back() {
+    for (shift, window, seq) in [(None, 1000, 1000), (Some(7), 8, 1024), (Some(7), 23, 3000)] {
+        let (mut rig, mut peer) = sending_again(shift);
+        peer.window = window;
+        let answer = only(peer.data(&mut rig, Flags::FIN, b"bytes")).tcp();
+        assert_eq!(answer.header.seq.0, peer.ack + seq, "a window of {window} by {shift:?}");
+    }
+}
+
+#[test]
+fn a_guest_whose_segment_is_not_acceptable_is_answered_where_it_stands() {
+    let (mut rig, mut peer) = sending_again(None);
+    peer.window = 1000;
+    let beyond_a_hole = Peer { seq: peer.seq + 100, ..peer };
+    let usual = beyond_a_hole.seg(Flags::ACK, b"later").frame();
+    assert_eq!(only(rig.send(&usual)).tcp().header.seq.0, peer.ack + 1000);
+    for (told, answered) in [(2500, 2500), (3000, 3000), (3001, 1000), (0, 0), (-1i32 as u32, 1000)] {
+        let old = Peer { seq: peer.seq - 3, ack: peer.ack.wrapping_add(told), ..peer };
+        let answer = only(old.acknowledge(&mut rig)).tcp();
+        assert_eq!(answer.header.seq.0, peer.ack + answered, "told {told}");
+        assert_eq!(rig.conn(0).discarded, 0, "it is told from, not believed");
+        assert_eq!(only(rig.send(&usual)).tcp().header.seq.0, peer.ack + 1000, "and once only");
+    }
+}
+
+#[test]
+fn an_acknowledgement_that_goes_on_tells_the_window_whatever_its_number() {
+    let mut rig = Rig::new();
+    let peer = connected(&mut rig, Peer::new(guest(4000), world(80)));
+    rig.conn(0).queue.extend(pattern(1000));
+    rig.stream_ready(0, READABLE);
+    let later = Peer { seq: peer.seq + 100, window: 60_000, ..peer };
+    rig.send(&later.seg(Flags::ACK, b"later").frame());
+    // It sends again what was lost, and its application reads nothing.
+    let again = Peer { ack: peer.ack + 1000, window: 1000, ..peer };
+    rig.send(&again.seg(Flags::ACK, &pattern(100)).frame());
+    rig.conn(0).queue.extend(pattern(5000));
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(seen.into_iter().map(|seen| seen.tcp().payload.len()).sum::<usize>(), 1000);
+}
+
+#[test]
+fn an_acknowledgement_that_falls_behind_tells_no_window_whatever_its_number() {
+    let mut rig = Rig::new();
+    let peer = connected(&mut rig, Peer::new(guest(4000), world(80)));
+    rig.conn(0).queue.extend(pattern(3000));
+    rig.stream_ready(0, READABLE);
+    Peer { ack: peer.ack + 3000, window: 2000, ..peer }.acknowledge(&mut rig);
+    let late = Peer { seq: peer.seq + 100, ack: peer.ack + 1460, window: 60_000, ..peer };
+    rig.send(&late.seg(Flags::ACK, b"late").frame());
+    rig.conn(0).queue.extend(pattern(5000));
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(seen.into_iter().map(|seen| seen.tcp().payload.len()).sum::<usize>(), 1460);
+}
+
 #[test]
 fn a_guest_that_takes_its_time_is_not_sent_everything_twice() {
     let mut rig = Rig::new();

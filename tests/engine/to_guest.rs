@@ -10,7 +10,8 @@ use crate::frames::{Seen, guest, world};
 use crate::rig::{FAILED, Peer, READABLE, Rig, Setup, WORLD_FIN, connected, ms, only, pattern, secs};
 use crate::world::End;
 
-const TSO: GuestOffloads = GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false, uso4: false };
+const TSO: GuestOffloads =
+    GuestOffloads { checksum: true, tso4: true, tso6: false, ecn: false, uso4: false, uso6: false };
 
 fn flow(rig: &mut Rig) -> Peer {
     connected(rig, Peer::new(guest(4000), world(80)))

@@ -62,6 +62,7 @@ fn parts(queues: DeviceQueues, stop: EventFd) -> (WorkerParts, DnsForwarder) {
     let upstreams = Upstreams::of(&NatConfig::default());
     let (dns_client, forwarder) = dns_forward::channel(&Resolver::new(upstreams)).expect("descriptors");
     let parts = WorkerParts {
+        link: None,
         dns: Arc::new(DnsService::new(&engine.dns, &engine.lan, true)),
         dhcp: Arc::new(Mutex::new(DhcpServer::new(&engine.lan, &engine.dns))),
         queues,

@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 
 use vunet::wire::checksum::Accumulator;
 
+use crate::bytes::Stream;
 use crate::plan::LinkFaults;
 use crate::random::Rng;
 
@@ -173,6 +174,55 @@ impl DuplicateAcks {
     }
 }
 
+/// smoltcp's keep-alives carry a byte of nothing in the place of the last one sent (RFC 9293, 3.8.4), which
+/// the other side is to have already. In the corner that [`DuplicateAcks`] is for it may not have it, and
+/// nobody could tell that byte from a true one. There the true one, or the FIN, is put in its place.
+#[derive(Debug, Default)]
+pub(crate) struct KeepAlives {
+    /// By the guest's and the remote port: its first byte's number, and what it knows to be acknowledged.
+    flows: std::collections::HashMap<(u16, u16), (u32, u32)>,
+}
+
+impl KeepAlives {
+    /// A frame towards the guest.
+    pub(crate) fn inbound(&mut self, frame: &mut Frame) {
+        let Some(bytes) = tcp(&mut frame.bytes) else { return };
+        let Some((_, una)) = self.flows.get_mut(&(port(bytes, TCP + 2), port(bytes, TCP))) else { return };
+        let ack = number(bytes, TCP + 8);
+        if bytes[TCP + 13] & 16 != 0 && ack.wrapping_sub(*una).cast_signed() > 0 {
+            *una = ack;
+        }
+    }
+
+    /// A frame of the guest; `stream_of` knows what it sends from a port, and how much.
+    pub(crate) fn outbound(
+        &mut self,
+        frame: &mut Frame,
+        stream_of: impl FnOnce(u16) -> Option<(Stream, usize)>,
+    ) {
+        let Some(bytes) = tcp(&mut frame.bytes) else { return };
+        let (key, seq) = ((port(bytes, TCP), port(bytes, TCP + 2)), number(bytes, TCP + 4));
+        if bytes[TCP + 13] & 2 != 0 {
+            self.flows.insert(key, (seq.wrapping_add(1), seq.wrapping_add(1)));
+            return;
+        }
+        let head = TCP + usize::from(bytes[TCP + 12] >> 4) * 4;
+        let Some((first, una)) = self.flows.get(&key) else { return };
+        if bytes.len() != head + 1 || bytes[head] != 0 || seq.wrapping_sub(*una).cast_signed() < 0 {
+            return;
+        }
+        let Some((stream, len)) = stream_of(key.0) else { return };
+        let at = seq.wrapping_sub(*first) as usize;
+        if at == len {
+            bytes[TCP + 13] |= 1;
+            frame.bytes.truncate(head);
+        } else {
+            stream.fill(at, &mut bytes[head..]);
+        }
+        set_length(&mut frame.bytes);
+    }
+}
+
 /// The frame if it holds a TCP header.
 fn tcp(bytes: &mut [u8]) -> Option<&mut [u8]> {
     let is_tcp = bytes.len() >= TCP + 20 && bytes[12..14] == [8, 0] && bytes[IP + 9] == 6;
@@ -222,18 +272,22 @@ pub(crate) fn fin_apart(bytes: Vec<u8>) -> Vec<Vec<u8>> {
     let seq = number(&last, TCP + 4).wrapping_add((first.len() - head) as u32);
     last[TCP + 4..TCP + 8].copy_from_slice(&seq.to_be_bytes());
     first[TCP + 13] &= !1;
-    for part in [&mut first, &mut last] {
-        let total = (part.len() - IP) as u16;
-        part[IP + 2..IP + 4].copy_from_slice(&total.to_be_bytes());
-        set_checksum(part, IP + 10, Accumulator::new(), IP..TCP);
-        let mut pseudo = Accumulator::new();
-        pseudo.add_bytes(&part[IP + 12..IP + 20]);
-        pseudo.add_bytes(&[0, 6]);
-        pseudo.add_bytes(&((part.len() - TCP) as u16).to_be_bytes());
-        let end = part.len();
-        set_checksum(part, TCP + 16, pseudo, TCP..end);
-    }
+    set_length(&mut first);
+    set_length(&mut last);
     vec![first, last]
+}
+
+/// Writes length and checksums of a segment that got shorter.
+fn set_length(bytes: &mut [u8]) {
+    let total = (bytes.len() - IP) as u16;
+    bytes[IP + 2..IP + 4].copy_from_slice(&total.to_be_bytes());
+    set_checksum(bytes, IP + 10, Accumulator::new(), IP..TCP);
+    let mut pseudo = Accumulator::new();
+    pseudo.add_bytes(&bytes[IP + 12..IP + 20]);
+    pseudo.add_bytes(&[0, 6]);
+    pseudo.add_bytes(&((bytes.len() - TCP) as u16).to_be_bytes());
+    let end = bytes.len();
+    set_checksum(bytes, TCP + 16, pseudo, TCP..end);
 }
 
 fn set_checksum(bytes: &mut [u8], at: usize, mut sum: Accumulator, over: std::ops::Range<usize>) {

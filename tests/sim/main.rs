@@ -97,6 +97,11 @@ fn check_coverage(outcomes: &[Outcome]) {
     }
     let count = |what: fn(&Outcome) -> bool| outcomes.iter().filter(|outcome| what(outcome)).count();
     let spun = count(|outcome| outcome.guest_spun);
+    let rounds_max = outcomes.iter().map(|outcome| outcome.rounds).max().unwrap_or(0);
+    eprintln!(
+        "{} seeds passed; of at most {rounds_max} rounds; the guest's stack spun in {spun}",
+        outcomes.len()
+    );
     assert!(
         spun * 500 <= outcomes.len(),
         "in {spun} runs the guest's own stack spun: too many to be its fault"

@@ -41,7 +41,7 @@ impl SimPort {
 impl GuestPort for SimPort {
     fn offloads(&self) -> GuestOffloads {
         let on = self.offload;
-        GuestOffloads { checksum: on, tso4: on, tso6: false, ecn: false, uso4: false }
+        GuestOffloads { checksum: on, tso4: on, tso6: false, ecn: false, uso4: false, uso6: false }
     }
 
     fn reserve(&mut self, _: QueuePair, min_bytes: usize, max_bytes: usize) -> Result<usize, ReserveError> {

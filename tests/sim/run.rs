@@ -19,10 +19,11 @@ use vunet::service::dns::DnsService;
 use vunet::time::Instant;
 use vunet::wire::vnet::{Checksum, VnetHeader};
 
+use crate::bytes::Stream;
 use crate::datagrams::{Datagrams, SimDatagram};
 use crate::detached::Detached;
 use crate::guest::{Guest, MAC, RING_FRAMES};
-use crate::link::{DuplicateAcks, Frame, Link, SeqShift, fin_apart};
+use crate::link::{DuplicateAcks, Frame, KeepAlives, Link, SeqShift, fin_apart};
 use crate::plan::{DatagramKind, Ending, FlowPlan, Plan};
 use crate::port::{SimPort, plain_frames};
 use crate::random::Rng;
@@ -30,7 +31,7 @@ use crate::world::{End, SimListener, SimStream, World};
 
 /// Virtual time after which a run counts as stalled: two keepalives' patience and more.
 const STALLED_US: u64 = 6 * 3_600_000_000;
-/// Rounds after which a run counts as spinning; the longest of 10,000 seeds take a fifth.
+/// Rounds after which a run counts as spinning; the longest of 10,000 seeds takes 17,555.
 const ROUNDS_MAX: u64 = 500_000;
 
 /// Rounds in a row in which the guest filled its ring before it counts as spinning: smoltcp 0.14 can get into
@@ -139,6 +140,7 @@ struct Run<'a> {
     down: Link,
     shift: SeqShift,
     duplicates: DuplicateAcks,
+    keep_alives: KeepAlives,
     letters: VecDeque<Letter>,
     /// Upstream answers under way: when, for which worker, which question.
     answers: VecDeque<(u64, usize, u64, Vec<u8>)>,
@@ -221,6 +223,7 @@ impl Run<'_> {
             down: Link::new(Rng::new(plan.seed ^ 0xd0), plan.down),
             shift: SeqShift::default(),
             duplicates: DuplicateAcks::default(),
+            keep_alives: KeepAlives::default(),
             letters: VecDeque::new(),
             answers: VecDeque::new(),
             clients: Vec::new(),
@@ -318,6 +321,10 @@ impl Run<'_> {
         for bytes in frames {
             let is_tcp = bytes[12..14] == [8, 0] && bytes[23] == 6;
             let mut frame = Frame { bytes, partial: self.plan.partial && is_tcp };
+            self.keep_alives.outbound(&mut frame, |port| {
+                let flow = self.plan.flows.iter().find(|flow| flow.guest_port == port)?;
+                Some((Stream::new(flow.peer(), true), flow.bytes))
+            });
             if self.plan.wraps {
                 // Another guest chooses other numbers (RFC 6528).
                 let guest = self.plan.seed as u32 ^ u32::from(self.rebooted);
@@ -567,6 +574,7 @@ impl Run<'_> {
                 self.shift.inbound(&mut frame);
             }
             self.duplicates.inbound(&mut frame);
+            self.keep_alives.inbound(&mut frame);
             self.guest.link.inbound.extend(fin_apart(frame.bytes));
         }
     }

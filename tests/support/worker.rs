@@ -13,7 +13,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vunet::config::{Attach, IpMtu};
 use vunet::device::{
-    DeviceConfig, DeviceEvent, DeviceQueues, DeviceStats, Drained, KickKind, KickWatch, SessionError, device,
+    DeviceConfig, DeviceEvent, DeviceQueues, DeviceStats, Drained, KickKind, KickWatch, SessionError, Taken,
+    device,
 };
 use vunet::engine::guest_port::{GuestPort, ReserveError};
 use vunet::frame::QueuePair;
@@ -245,11 +246,12 @@ impl Worker {
         let (tx, rx) = self.queues.split();
         for pair in drain {
             let each = |event: vunet::device::TxEvent<'_>| {
-                let vunet::device::TxEvent::Frame(frame) = event else { return };
+                let vunet::device::TxEvent::Frame(frame) = event else { return Taken::Yes };
                 let mut bytes = vec![0; frame.whole.len()];
                 frame.whole.copy_to(&mut bytes);
                 assert_eq!(frame.head, &bytes[..frame.head.len()], "head and payload are one frame");
                 frames.push(Frame { vnet: frame.vnet, bytes, pair: frame.pair });
+                Taken::Yes
             };
             if tx.drain(*pair, 64, each) == Drained::More && !self.pending.contains(pair) {
                 self.pending.push(*pair);

@@ -3,6 +3,7 @@
 
 mod datagrams;
 mod hosts;
+mod links;
 mod news;
 mod streams;
 

@@ -48,6 +48,8 @@ pub struct BenchConfig {
     pub peers: Vec<Backend>,
     /// Leave vunet out.
     pub without_vunet: bool,
+    /// Measure vunet with the guest on a TAP too.
+    pub tap: bool,
     /// Measure the bounds too.
     pub bounds: bool,
     /// Directory the results are written to.
@@ -79,6 +81,9 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
         return Err(BenchError::Config(reason));
     }
     let mut backends = if config.without_vunet { vec![] } else { vec![Backend::vunet()] };
+    if config.tap {
+        backends.push(Backend::vunet_on_tap());
+    }
     backends.extend(config.peers.iter().cloned());
     if config.bounds {
         let bounds = Backend::bounds().into_iter();

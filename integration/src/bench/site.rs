@@ -15,6 +15,8 @@ use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
 
 /// Time a back-end gets to be up and give a lease.
 const LEASE_PATIENCE: Duration = Duration::from_secs(15);
+/// The world's end of a link that is not the lab's own.
+const WORLD_END: &str = "e1";
 /// Arguments of every front-end, before a user's: each frame from the guest lies in one descriptor,
 /// because passt of January 2025 ends with an assertion on a chain of several.
 pub(super) const FRONT_END_ARGS: [&str; 2] = ["--tx-cuts", "65562"];
@@ -57,7 +59,8 @@ pub struct Backend {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackendKind {
     /// A vhost-user back-end: the words of its command, with `{socket}`, `{ip_mtu}` and `{queues}` in
-    /// them.
+    /// them. With `{tap}`, it puts the guest on a TAP of that name in the world's namespace, as the copy
+    /// loop does.
     VhostUser(Vec<String>),
     /// No back-end: the guest's namespace is joined to the world's by a veth pair.
     Veth,
@@ -75,6 +78,21 @@ impl Backend {
         words.extend(["--queues", "{queues}", "--log-level", "warn"]);
         let words = words.into_iter().map(str::to_owned).collect();
         Backend { name: "vunet".into(), kind: BackendKind::VhostUser(words) }
+    }
+
+    /// The same with the guest on a TAP instead of sockets, its guard on.
+    pub fn vunet_on_tap() -> Backend {
+        let Backend { kind, .. } = Backend::vunet();
+        let BackendKind::VhostUser(mut words) = kind else { unreachable!("vunet is a vhost-user back-end") };
+        let guest = lab::GUEST.to_string();
+        let more = ["--mode", "bridge", "--uplink", "tap={tap}", "--guest-ip", &guest];
+        words.extend(more.map(str::to_owned));
+        Backend { name: "vunet on a TAP".into(), kind: BackendKind::VhostUser(words) }
+    }
+
+    /// Whether it puts the guest on a TAP.
+    fn is_on_tap(&self) -> bool {
+        matches!(&self.kind, BackendKind::VhostUser(words) if words.iter().any(|word| word.contains("{tap}")))
     }
 
     /// The bounds: what the machine does without any vhost-user.
@@ -100,6 +118,8 @@ impl Backend {
         let carries_ip =
             matches!(scenario, Scenario::Tcp { .. } | Scenario::Latency(_) | Scenario::Connect { .. });
         match &self.kind {
+            // There is no DHCP server on its TAP, and what a gateway answers it does not.
+            BackendKind::VhostUser(_) if self.is_on_tap() && !carries_ip => false,
             BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
             BackendKind::Veth | BackendKind::TapLoop => one_pair && carries_ip,
             BackendKind::Sockets => one_pair && matches!(scenario, Scenario::Tcp { .. } | Scenario::Wan(_)),
@@ -128,6 +148,7 @@ fn fill_in(words: &[String], socket: &Path, scenario: Scenario) -> Vec<String> {
         ("{socket}", socket.display().to_string()),
         ("{ip_mtu}", scenario.ip_mtu().to_string()),
         ("{queues}", scenario.pairs().to_string()),
+        ("{tap}", WORLD_END.to_owned()),
     ];
     let fill = |word: &String| values.iter().fold(word.clone(), |word, (name, to)| word.replace(name, to));
     words.iter().map(fill).collect()
@@ -196,7 +217,8 @@ impl Site {
             BackendKind::VhostUser(words) => {
                 let command = fill_in(words, &self.socket, scenario);
                 let words: Vec<&str> = command.iter().map(String::as_str).collect();
-                self.backend = Some(self.lab.host.spawn(&words)?);
+                let netns = if backend.is_on_tap() { &self.lab.world } else { &self.lab.host };
+                self.backend = Some(netns.spawn(&words)?);
             }
             BackendKind::Veth => self.join_veth(scenario.ip_mtu())?,
             BackendKind::TapLoop => self.join_taps(scenario.ip_mtu())?,
@@ -241,6 +263,9 @@ impl Site {
         let words = self.front_end_words(scenario, args);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
+        if backend.is_on_tap() {
+            return self.address_ends();
+        }
         self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(&e)).map(drop)
     }
 
@@ -253,14 +278,14 @@ impl Site {
     fn join_veth(&self, ip_mtu: u16) -> Result<(), BenchError> {
         let (guest, world, mtu) = (self.lab.guest.name(), self.lab.world.name(), ip_mtu.to_string());
         let pair = ["ip", "link", "add", "eth0", "mtu", &mtu, "netns", guest, "type", "veth"];
-        let peer = ["peer", "name", "e1", "mtu", &mtu, "netns", world];
+        let peer = ["peer", "name", WORLD_END, "mtu", &mtu, "netns", world];
         lab::run(&[&pair[..], &peer].concat(), SHORT)?;
         self.address_ends()
     }
 
     fn join_taps(&mut self, ip_mtu: u16) -> Result<(), BenchError> {
         let binary = self.integration.display().to_string();
-        let ends = [(self.lab.guest.name(), "eth0"), (self.lab.world.name(), "e1")];
+        let ends = [(self.lab.guest.name(), "eth0"), (self.lab.world.name(), WORLD_END)];
         let ends = ends.map(|(netns, tap)| format!("{netns}:{tap}"));
         let words = [&*binary, "tap-loop", &ends[0], &ends[1], "--ip-mtu", &ip_mtu.to_string()];
         let process = Process::start(&words)?;
@@ -271,7 +296,7 @@ impl Site {
 
     /// Gives the guest vunet's usual address and the world its gateway's, on the link between them.
     fn address_ends(&self) -> Result<(), BenchError> {
-        let ends = [(&self.lab.guest, "eth0", lab::GUEST), (&self.lab.world, "e1", lab::GATEWAY)];
+        let ends = [(&self.lab.guest, "eth0", lab::GUEST), (&self.lab.world, WORLD_END, lab::GATEWAY)];
         for (netns, interface, address) in ends {
             let address = format!("{address}/24");
             lab::run(&["ip", "-n", netns.name(), "addr", "add", &address, "dev", interface], SHORT)?;
@@ -343,6 +368,18 @@ mod tests {
             many.takes_part(FOUR_FLOWS_ON_TWO_PAIRS) && Backend::vunet().takes_part(FOUR_FLOWS_ON_TWO_PAIRS)
         );
         assert!(Backend::bounds().iter().all(|bound| !bound.takes_part(FOUR_FLOWS_ON_TWO_PAIRS)));
+    }
+
+    #[test]
+    fn a_command_with_a_tap_takes_part_where_addresses_are_enough() {
+        let tap: Backend = "ch=x socket={socket},tap={tap},queues={queues}".parse().unwrap();
+        let tcp = Scenario::Tcp { to_guest: true, ip_mtu: 1500, flows: 1, pairs: 1 };
+        for backend in [tap.clone(), Backend::vunet_on_tap()] {
+            assert!(backend.is_on_tap() && backend.takes_part(tcp) && !backend.takes_part(Scenario::Lease));
+        }
+        assert!(!Backend::vunet().is_on_tap());
+        let BackendKind::VhostUser(words) = tap.kind else { panic!("a command") };
+        assert_eq!(fill_in(&words, Path::new("/s"), tcp), ["x", "socket=/s,tap=e1,queues=1"]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::{Lab, LabError, Process, SHORT};
+use super::{Lab, LabError, Netns, Process, SHORT};
 use crate::guest::Counters;
 
 /// How vunet is started.
@@ -117,11 +117,7 @@ impl Lab {
     /// # Errors
     /// If it fails or does not get ready.
     pub fn attach(&self, socket: &Path, args: &[&str]) -> Result<GuestProcess, LabError> {
-        let guest = self.start_guest(socket, args)?;
-        let is_ready = |line: &str| line.contains("\"ready\":true");
-        let ready = guest.process.wait_line(SHORT, "the guest's rings", is_ready)?;
-        let ready = serde_json::from_str(&ready).map_err(|e| LabError::Io("ready line".into(), e.into()))?;
-        Ok(GuestProcess { ready, ..guest })
+        self.start_guest(socket, args)?.when_ready()
     }
 
     /// Starts the namespace guest without waiting for anything. `VUNET_GUEST_ARGS` adds arguments wherever
@@ -130,9 +126,18 @@ impl Lab {
     /// # Errors
     /// If it cannot be started.
     pub fn start_guest(&self, socket: &Path, args: &[&str]) -> Result<GuestProcess, LabError> {
+        self.start_guest_in(&self.guest, socket, args)
+    }
+
+    pub(super) fn start_guest_in(
+        &self,
+        netns: &Netns,
+        socket: &Path,
+        args: &[&str],
+    ) -> Result<GuestProcess, LabError> {
         let binary = self.integration.display().to_string();
         let socket = socket.display().to_string();
-        let mut words = vec![&*binary, "netns-guest", "--socket", &socket, "--netns", self.guest.name()];
+        let mut words = vec![&*binary, "netns-guest", "--socket", &socket, "--netns", netns.name()];
         words.extend(args);
         let more = more_arguments("VUNET_GUEST_ARGS", args);
         words.extend(more.iter().map(String::as_str));
@@ -152,6 +157,14 @@ pub struct GuestProcess {
 }
 
 impl GuestProcess {
+    /// Waits until its rings run.
+    pub(super) fn when_ready(self) -> Result<GuestProcess, LabError> {
+        let is_ready = |line: &str| line.contains("\"ready\":true");
+        let ready = self.process.wait_line(SHORT, "the guest's rings", is_ready)?;
+        let ready = serde_json::from_str(&ready).map_err(|e| LabError::Io("ready line".into(), e.into()))?;
+        Ok(GuestProcess { ready, ..self })
+    }
+
     /// Its counters now.
     ///
     /// # Errors

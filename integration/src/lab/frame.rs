@@ -1,7 +1,7 @@
 //! Hand-made frames, for what a guest's own stack would never send.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 use std::time::{Duration, Instant};
 
 use super::Netns;
@@ -111,6 +111,76 @@ fn ip_frame(from: ([u8; 6], Ipv4Addr), to: ([u8; 6], Ipv4Addr), protocol: u8, tr
     let checksum = fold(sum(&ip, 0));
     ip[10..12].copy_from_slice(&checksum);
     [&to.0[..], &from.0[..], &[8, 0], &ip, transport].concat()
+}
+
+/// An Ethernet frame.
+pub fn ethernet_frame(to: [u8; 6], from: [u8; 6], ethertype: u16, payload: &[u8]) -> Vec<u8> {
+    [&to[..], &from, &ethertype.to_be_bytes(), payload].concat()
+}
+
+/// An ARP request from `from` for `wanted` (RFC 826).
+pub fn arp_request(from: ([u8; 6], Ipv4Addr), wanted: Ipv4Addr) -> Vec<u8> {
+    let head = [0, 1, 8, 0, 6, 4, 0, 1];
+    let body = [&head[..], &from.0, &from.1.octets(), &[0; 6], &wanted.octets()].concat();
+    ethernet_frame([0xff; 6], from.0, 0x0806, &body)
+}
+
+/// An IPv6 packet with an ICMPv6 message in a frame, checksum included.
+///
+/// # Panics
+/// If `message` does not fit one packet.
+pub fn icmpv6_frame(mac: ([u8; 6], [u8; 6]), from: Ipv6Addr, to: Ipv6Addr, message: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(message.len()).expect("a short message");
+    let pseudo = [from.octets(), to.octets()].concat();
+    let mut message = message.to_vec();
+    message[2..4].fill(0);
+    let checksum = fold(sum(&message, sum(&pseudo, u32::from(len) + 58)));
+    message[2..4].copy_from_slice(&checksum);
+    let head = [&[0x60, 0, 0, 0][..], &len.to_be_bytes(), &[58, 255]].concat();
+    let packet = [&head[..], &from.octets(), &to.octets(), &message].concat();
+    ethernet_frame(mac.1, mac.0, 0x86dd, &packet)
+}
+
+/// Sends frames from interface `eth0` of `netns` as they are.
+///
+/// # Errors
+/// If the interface cannot be used.
+pub fn send_frames(netns: &Netns, frames: &[Vec<u8>]) -> io::Result<()> {
+    netns.inside(|| {
+        let mut link = RawLink::open("eth0")?;
+        frames.iter().try_for_each(|frame| link.send(frame))
+    })
+}
+
+/// Frames that pass an interface, caught from when it is made.
+#[derive(Debug)]
+pub struct Capture(RawLink);
+
+impl Capture {
+    /// Of `interface` in `netns`.
+    ///
+    /// # Errors
+    /// If the interface cannot be used.
+    pub fn of(netns: &Netns, interface: &str) -> io::Result<Capture> {
+        netns.inside(|| RawLink::open(interface)).map(Capture)
+    }
+
+    /// All frames so far, and those of the next `silence` without one; 1,000 at most.
+    ///
+    /// # Errors
+    /// If the interface is gone.
+    pub fn frames(&mut self, silence: Duration) -> io::Result<Vec<Vec<u8>>> {
+        let mut frames = Vec::new();
+        let mut buffer = [0; 2048];
+        while frames.len() < 1000 {
+            match self.0.receive(&mut buffer, silence) {
+                Ok(len) => frames.push(buffer[..len].to_vec()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(frames)
+    }
 }
 
 /// An answer to a probe.

@@ -13,8 +13,10 @@ mod backend;
 mod dhcp;
 mod dns;
 pub mod frame;
+mod lan;
 mod limits;
 mod netns;
+pub mod port;
 mod process;
 
 use std::io;
@@ -29,6 +31,7 @@ pub use crate::sys::tcp::has_ecn;
 pub use backend::{Backend, BackendOptions, GuestProcess, vunet_binary};
 pub use dhcp::Lease;
 pub use dns::{BIG_TXT_BYTES, BIG_TXT_NAME, DOMAIN};
+pub use lan::{BRIDGE, LAN_DOMAIN, LAN_POOL};
 pub use limits::BufferLimits;
 pub use netns::Netns;
 pub use process::{Output, Process, run, run_any};
@@ -284,6 +287,11 @@ impl Lab {
         link.stop();
         let line = link.wait_line(SHORT, "the link's report", |line| LinkReport::parse(line).is_some())?;
         LinkReport::parse(&line).ok_or_else(nothing)
+    }
+
+    /// Path of the `vunet-integration` binary.
+    pub fn integration(&self) -> &Path {
+        &self.integration
     }
 
     /// A directory for the test's files, removed with the lab.

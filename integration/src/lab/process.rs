@@ -228,6 +228,12 @@ impl Process {
         let _ = self.child.wait();
     }
 
+    /// Asks it to end, and waits for nothing.
+    pub fn terminate(&self) {
+        // It may be gone already, which is what was wanted.
+        let _ = signals::send(self.child.id(), SIGTERM);
+    }
+
     /// Asks it to end, and kills it if it does not within a few seconds. Returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         if self.is_running() {

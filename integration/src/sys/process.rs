@@ -69,6 +69,16 @@ pub(crate) fn allow_open_files(wanted: u64) -> io::Result<u64> {
     Err(io::Error::last_os_error())
 }
 
+/// Lets a descriptor stay open in what the calling process becomes.
+///
+/// # Errors
+/// What the kernel answers.
+pub(crate) fn keep_open(fd: i32) -> io::Result<()> {
+    // SAFETY: F_SETFD changes a flag of a descriptor; a number that is not open yields EBADF.
+    let rc = unsafe { libc::fcntl(fd, libc::F_SETFD, 0) };
+    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

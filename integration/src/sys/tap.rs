@@ -95,6 +95,23 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Creates interface `name` with one queue whose frames have no header in front.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub(crate) fn open_plain(name: &str) -> io::Result<Tap> {
+        let control = UdpSocket::bind("0.0.0.0:0")?;
+        let mut tap = Tap { name: name.to_owned(), queues: Vec::new(), control };
+        let file = OpenOptions::new().read(true).write(true).open("/dev/net/tun")?;
+        let mut request = tap.request();
+        request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as i16;
+        // SAFETY: TUNSETIFF reads and writes one ifreq, which we own.
+        let rc = unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &mut request) };
+        check(rc)?;
+        tap.queues.push(file);
+        Ok(tap)
+    }
+
     /// The descriptor of queue `index`.
     pub(crate) fn fd(&self, index: usize) -> RawFd {
         self.queues[index].as_raw_fd()

@@ -63,6 +63,8 @@ pub(crate) struct Setup {
     pub(crate) guest: Vec<String>,
     /// Whether the guest may meet breaches of the specification (because it commits them).
     pub(crate) faults_allowed: bool,
+    /// Whether the host's link is a port of a bridge, and vunet puts the guest on it.
+    pub(crate) on_bridge: bool,
     /// Arguments of a faulty link between host and world, if there is to be one.
     pub(crate) link: Option<Vec<&'static str>>,
 }
@@ -75,8 +77,15 @@ impl Setup {
             vunet: BackendOptions::default(),
             guest: Vec::new(),
             faults_allowed: false,
+            on_bridge: false,
             link: None,
         }
+    }
+
+    /// A LAN with a DHCP server of its own, and the guest as a station on it.
+    pub(crate) fn on_bridge() -> Setup {
+        let uplink = format!("bridge={}", lab::BRIDGE);
+        Setup { on_bridge: true, ..Setup::new() }.vunet(&["--mode", "bridge", "--uplink", &uplink])
     }
 
     /// Puts a faulty link between host and world.
@@ -162,7 +171,10 @@ pub(crate) fn bare(setup: &Setup, body: impl FnOnce(&mut Bench) -> Outcome) {
         None => Lab::new(integration_binary()),
         Some(args) => Lab::over_link(integration_binary(), args),
     };
-    let lab = lab.unwrap_or_else(|e| panic!("{e}"));
+    let mut lab = lab.unwrap_or_else(|e| panic!("{e}"));
+    if setup.on_bridge {
+        lab.make_lan().unwrap_or_else(|e| panic!("{e}"));
+    }
     let vunet = lab.vunet(&setup.vunet).unwrap_or_else(|e| panic!("{e}"));
     let mut bench = Bench { guest: None, vunet, lab, faults_allowed: setup.faults_allowed };
     let outcome = body(&mut bench).and_then(|()| bench.finish());

@@ -69,6 +69,26 @@ fn bounds_are_measured_beside_vunet() {
 }
 
 #[test]
+fn the_tap_path_is_measured_beside_its_bound() {
+    let args = ["--without-vunet", "--tap", "--bounds", "--only", "tcp-from-1500-1,tcp-to-1500-1,tcp-rr"];
+    benchmark(&args, |record| {
+        for scenario in ["tcp-from-1500-1", "tcp-to-1500-1"] {
+            for backend in ["vunet on a TAP", "two TAPs"] {
+                let rate = median(record, scenario, backend, "rate")?;
+                let carried = rate > 0.5;
+                ensure!(carried, "{scenario}: {backend} carried {rate} Gbit/s");
+            }
+            let cpu = median(record, scenario, "vunet on a TAP", "backend CPU per GB")?;
+            ensure!(cpu > 0.0 && cpu < 10.0, "{scenario}: {cpu} s per GB");
+        }
+        median(record, "tcp-rr", "vunet on a TAP", "p50")?;
+        let others = median(record, "tcp-from-1500-1", "vunet", "rate");
+        ensure!(others.is_err(), "vunet on sockets was left out");
+        Ok(())
+    });
+}
+
+#[test]
 fn datagrams_are_counted_on_pairs_and_in_runs() {
     benchmark(&["--only", "udp-from-64-pairs,udp-to-64-runs"], |record| {
         for scenario in ["udp-from-64-pairs-1", "udp-from-64-pairs-2", "udp-to-64-runs"] {

@@ -45,8 +45,16 @@ struct Request {
 #[derive(Clone, Copy, Debug)]
 struct Lost {
     error: io::ErrorKind,
+    /// The system's own number for it, if it has one.
+    code: Option<i32>,
     /// It had answered others before: what it lost may be asked again.
     was_good: bool,
+}
+
+impl From<Lost> for io::Error {
+    fn from(lost: Lost) -> io::Error {
+        lost.code.map_or_else(|| lost.error.into(), io::Error::from_raw_os_error)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -116,7 +124,7 @@ impl Connections {
             place.heard = true;
             match answer {
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(lost)) if !lost.was_good => return Err(lost.error.into()),
+                Ok(Err(lost)) if !lost.was_good => return Err(lost.into()),
                 // Not taken before it ended, or worth another one.
                 Ok(Err(_)) | Err(_) => {}
             }
@@ -276,7 +284,7 @@ impl Talk {
 
     /// Tells those who wait that no answer comes.
     fn give_up(&mut self, error: &io::Error) {
-        let lost = Lost { error: error.kind(), was_good: self.answered > 0 };
+        let lost = Lost { error: error.kind(), code: error.raw_os_error(), was_good: self.answered > 0 };
         self.requests.close();
         while let Ok(request) = self.requests.try_recv() {
             let _ = request.reply.send(Err(lost));

@@ -10,6 +10,7 @@
 //!
 //! Read first: RFC 5452, 5 and 9; RFC 7766.
 
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,11 +30,16 @@ use crate::control::dns_forward::upstreams::{Try, UpstreamList};
 use crate::control::dns_forward::{Counters, DnsStats, count};
 use crate::limits;
 use crate::service::dns::{Transport, servfail};
-use crate::time::Clock;
+use crate::time::{Clock, Instant};
+use crate::uplink::sys::clock::since_boot;
 
 /// How long a question may take, waiting for its turn included: then the guest's own resolver has given
 /// up.
 const QUESTION_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How often a question begins anew because the way to the upstreams is another. On a host whose routes never
+/// settle, none would come to its end otherwise.
+const RESTARTS_MAX: usize = 3;
 
 /// How long the host's settings are left alone after news of them.
 const SETTLE_TIME: Duration = Duration::from_millis(100);
@@ -72,6 +78,8 @@ pub struct Resolver {
     /// Whether the last question found no upstream: said once in the log when it changes.
     failing: AtomicBool,
     clock: Clock,
+    /// The time by which answers grow old.
+    since_boot: fn() -> Instant,
     counters: Arc<Counters>,
 }
 
@@ -135,6 +143,13 @@ struct Landed {
     is_answered: bool,
 }
 
+/// Whether this process or its host lacked something: the resolver was not even asked.
+fn is_own_want(error: &io::Error) -> bool {
+    use libc::{EADDRNOTAVAIL, EAGAIN, EMFILE, ENFILE, ENOBUFS, ENOMEM};
+    let wants = [EMFILE, ENFILE, ENOBUFS, ENOMEM, EADDRNOTAVAIL, EAGAIN];
+    error.raw_os_error().is_some_and(|code| wants.contains(&code))
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -142,6 +157,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Resolver {
     /// A resolver that asks `upstreams`.
     pub fn new(upstreams: Upstreams) -> Arc<Resolver> {
+        Resolver::with_clock(upstreams, since_boot)
+    }
+
+    /// The same with another clock by which answers grow old, for tests: one that counts the host's sleep.
+    pub fn with_clock(upstreams: Upstreams, since_boot: fn() -> Instant) -> Arc<Resolver> {
         let counters = Arc::<Counters>::default();
         let source = Source::new(upstreams);
         Arc::new(Resolver {
@@ -156,6 +176,7 @@ impl Resolver {
             ways: watch::Sender::new(0),
             failing: AtomicBool::new(false),
             clock: Clock::start(),
+            since_boot,
             counters,
         })
     }
@@ -183,7 +204,7 @@ impl Resolver {
             return Begun::Asking(Asking { query, from: From::Own(Arc::clone(self), transport) });
         };
         let mut cache = lock(&self.cache);
-        if let Some(answer) = cache.get(self.clock.now(), &key, &query) {
+        if let Some(answer) = cache.get((self.since_boot)(), &key, &query) {
             count(&self.counters.cached);
             return Begun::Known(query, answer);
         }
@@ -290,7 +311,7 @@ impl Resolver {
     }
 
     fn keep(&self, flight: &Flight, landed: &Landed) {
-        let (mut cache, now, key) = (lock(&self.cache), self.clock.now(), &flight.key);
+        let (mut cache, now, key) = (lock(&self.cache), (self.since_boot)(), &flight.key);
         if cache.generation() != flight.generation {
             return;
         }
@@ -326,13 +347,14 @@ impl Resolver {
                 Transport::Udp => self.exchanges.acquire().await.ok(),
                 Transport::Tcp => None,
             };
-            loop {
+            for _ in 0..RESTARTS_MAX {
                 let mut ways = self.ways.subscribe();
                 tokio::select! {
                     answer = self.try_all(query, transport, &mut second_best) => return answer,
                     Ok(()) = ways.changed() => {}
                 }
             }
+            self.try_all(query, transport, &mut second_best).await
         };
         let answer = timeout(QUESTION_TIMEOUT, asked).await.ok().flatten().or(second_best);
         match answer {
@@ -394,7 +416,9 @@ impl Resolver {
             Err(Failure::Io(error)) => {
                 tracing::debug!(resolver = %one.addr, %error, "not reached");
                 count(&self.counters.errors);
-                upstreams.failed(now, one.addr);
+                if !is_own_want(&error) {
+                    upstreams.failed(now, one.addr);
+                }
                 Asked::Unreachable
             }
         }

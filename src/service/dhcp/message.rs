@@ -23,7 +23,7 @@ use hickory_proto::rr::Name;
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan};
 use crate::limits;
-use crate::network::leases::LEASE_TIME;
+use crate::network::allocator::{Client, LEASE_TIME};
 
 /// Fixed part and magic cookie, in bytes.
 const FIXED_BYTES: usize = 240;
@@ -84,7 +84,7 @@ pub(super) struct Request {
     /// Option 55; `None` if the client leaves the choice to us.
     parameters: Option<Vec<u8>>,
     /// Option 61, echoed.
-    client_id: Option<Vec<u8>>,
+    pub(super) client_id: Option<Vec<u8>>,
     /// Option 82, echoed.
     relay_info: Option<Vec<u8>>,
 }
@@ -129,6 +129,11 @@ impl Request {
             client_id: echo(OptionCode::ClientIdentifier),
             relay_info: echo(OptionCode::RelayAgentInformation),
         })
+    }
+
+    /// Who asks.
+    pub(super) fn client(&self) -> Client<'_> {
+        Client { mac: self.mac, id: self.client_id.as_deref(), host_name: self.host_name.as_deref() }
     }
 
     /// Whether the client wants replies as broadcasts.

@@ -14,10 +14,13 @@
 mod names;
 mod reply;
 
+use std::sync::Arc;
+
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
 
 use crate::config::{DnsConfig, Lan};
+use crate::network::guest_names::GuestNames;
 use crate::service::dns::names::{LocalNames, Verdict};
 
 pub use crate::service::dns::reply::{question_matches, servfail, truncate_for_udp};
@@ -26,6 +29,9 @@ pub use crate::service::dns::reply::{question_matches, servfail, truncate_for_ud
 pub const DNS_PORT: u16 = 53;
 /// Time to live of local answers, positive and negative, in seconds.
 pub const LOCAL_TTL_S: u32 = 300;
+/// The same on a named network, whose guests come and go: a guest that asked for one too early finds it so
+/// many seconds after it came.
+pub const GUEST_TTL_S: u32 = 5;
 
 /// What carried the query.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +64,8 @@ pub enum DnsAction {
     Drop(Ignored),
 }
 
-/// The service's settings: immutable, so that threads can share one.
+/// The service's settings: immutable, so that threads can share one. Only the guests of a named network come
+/// and go, which whoever knows them looks after.
 #[derive(Debug)]
 pub struct DnsService {
     enabled: bool,
@@ -71,6 +78,13 @@ impl DnsService {
     /// (`has_upstream` false) what is not local is refused.
     pub fn new(dns: &DnsConfig, lan: &Lan, has_upstream: bool) -> DnsService {
         DnsService { enabled: dns.enabled, has_upstream, names: LocalNames::new(dns, lan) }
+    }
+
+    /// Answers for the guests of the named network `lan` too.
+    #[must_use]
+    pub fn with_guests(mut self, guests: Arc<dyn GuestNames>, lan: &Lan) -> DnsService {
+        self.names.set_guests(guests, lan.gateway);
+        self
     }
 
     /// Judges one query.
@@ -123,7 +137,7 @@ impl DnsService {
             Verdict::Elsewhere if self.has_upstream => DnsAction::Forward,
             Verdict::Elsewhere => self.error(query, ResponseCode::Refused),
             Verdict::Records(data) => {
-                let record = |data| Record::from_rdata(question.name.clone(), LOCAL_TTL_S, data);
+                let record = |data| Record::from_rdata(question.name.clone(), self.names.ttl_s(), data);
                 let answers = data.into_iter().map(record).collect();
                 self.local(query, message, ResponseCode::NoError, answers, Vec::new())
             }

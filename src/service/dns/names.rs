@@ -1,13 +1,15 @@
 //! What a name means here: local, certainly nonexistent, or somebody else's to say.
 //!
-//! Three sources, in this order: the configured hosts with the gateway's standing names; the local
-//! domain and the reverse names of the guest's subnet, of which vunet knows every name there is;
-//! the special-use names of RFC 6761 and its successors.
+//! Four sources, in this order: the configured hosts with the gateway's standing names; on a named network
+//! its guests, by their own label alone or under the domain; the local domain and the reverse names of the
+//! guest's subnet, of which vunet knows every name there is; the special-use names of RFC 6761 and its
+//! successors.
 //!
 //! Read first: RFC 2308, 2 and 5; RFC 6761, 6; RFC 7686, 2; RFC 9462, 6.4.
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use hickory_proto::rr::rdata::{PTR, SOA};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -15,7 +17,8 @@ use hickory_proto::serialize::binary::{BinDecodable, BinDecoder};
 
 use crate::addr::Ipv4Subnet;
 use crate::config::{DnsConfig, Lan};
-use crate::service::dns::LOCAL_TTL_S;
+use crate::network::guest_names::GuestNames;
+use crate::service::dns::{GUEST_TTL_S, LOCAL_TTL_S};
 
 /// Names of the gateway outside the local domain, which container tools expect to find.
 const GATEWAY_NAMES: [&str; 2] = ["host.docker.internal", "gateway.docker.internal"];
@@ -45,6 +48,8 @@ pub(super) struct LocalNames {
     pointers: HashMap<Name, Name>,
     subnet: Ipv4Subnet,
     special: Special,
+    /// The guests of a named network.
+    guests: Option<Arc<dyn GuestNames>>,
 }
 
 /// Zones of special-use names.
@@ -72,6 +77,7 @@ impl LocalNames {
                 void: [fixed("invalid"), fixed("onion")],
                 resolver: fixed("resolver.arpa"),
             },
+            guests: None,
         };
         for (text, addr) in &dns.hosts {
             // What is no DNS name cannot be asked for.
@@ -94,6 +100,25 @@ impl LocalNames {
             names.pointers.entry(Name::from(loopback)).or_insert_with(|| localhost.clone());
         }
         names
+    }
+
+    /// Answers for the guests of a named network too. In a domain within the default one, `host` of the
+    /// default one is still the gateway: programs have it in their configuration.
+    pub(super) fn set_guests(&mut self, guests: Arc<dyn GuestNames>, gateway: Ipv4Addr) {
+        self.guests = Some(guests);
+        let default = fixed(DnsConfig::DEFAULT_DOMAIN);
+        let host = Name::from_ascii(GATEWAY_LABEL).and_then(|label| label.append_domain(&default));
+        if let Ok(host) = host
+            && self.domain.as_ref().is_some_and(|domain| default.zone_of(domain))
+            && !self.hosts.contains_key(&host)
+        {
+            self.add_host(host, gateway.into());
+        }
+    }
+
+    /// Time to live of what is local, in seconds: short where names come and go.
+    pub(super) fn ttl_s(&self) -> u32 {
+        if self.guests.is_some() { GUEST_TTL_S } else { LOCAL_TTL_S }
     }
 
     fn add_host(&mut self, host: Name, addr: IpAddr) {
@@ -129,6 +154,9 @@ impl LocalNames {
             let pointer = wanted.then(|| RData::PTR(PTR(target.clone())));
             return records_or_nodata(pointer.into_iter().collect(), || self.zone_of_pointer(name));
         }
+        if let Some(verdict) = self.lookup_guest(name, kind) {
+            return verdict;
+        }
         if let Some(domain) = &self.domain
             && domain.zone_of(name)
         {
@@ -152,9 +180,51 @@ impl LocalNames {
         let primary = self.domain.as_ref().unwrap_or(zone);
         let contact = Name::from_ascii("hostmaster").and_then(|label| label.append_domain(primary));
         let contact = contact.unwrap_or_else(|_| primary.clone());
-        let ttl = i32::try_from(LOCAL_TTL_S).unwrap_or(i32::MAX);
-        let soa = SOA::new(primary.clone(), contact, 1, ttl, ttl, ttl, LOCAL_TTL_S);
-        Record::from_rdata(zone.clone(), LOCAL_TTL_S, RData::SOA(soa))
+        let ttl_s = self.ttl_s();
+        let ttl = i32::try_from(ttl_s).unwrap_or(i32::MAX);
+        let soa = SOA::new(primary.clone(), contact, 1, ttl, ttl, ttl, ttl_s);
+        Record::from_rdata(zone.clone(), ttl_s, RData::SOA(soa))
+    }
+
+    /// What the network's guests make of a name: theirs, or one without a dot that is nobody's. The latter
+    /// has no address and is not asked for elsewhere: a guest that is not up yet must not be found in the
+    /// world, nor be forgotten there for a day (RFC 7085 has what else names without dots bring).
+    fn lookup_guest(&self, name: &Name, kind: RecordType) -> Option<Verdict> {
+        let guests = self.guests.as_ref()?;
+        if let Some(ip) = self.guest_at(name) {
+            let pointer = guests.name_of(ip).and_then(|label| self.qualify(&label))?;
+            let wanted = matches!(kind, RecordType::PTR | RecordType::ANY);
+            let pointer = wanted.then_some(RData::PTR(PTR(pointer)));
+            return Some(records_or_nodata(pointer.into_iter().collect(), || self.zone_of_pointer(name)));
+        }
+        let mut labels = name.iter();
+        let label = std::str::from_utf8(labels.next()?).ok()?.to_ascii_lowercase();
+        let alone = labels.next().is_none();
+        let in_domain = self.domain.as_ref().is_some_and(|domain| name.base_name() == *domain);
+        let special = alone && self.lookup_special(name, kind).is_some();
+        if special || (!alone && !in_domain) {
+            return None;
+        }
+        if let Some(ip) = guests.address_of(&label) {
+            return Some(records_or_nodata(addresses(&[ip.into()], kind), || self.zone_of_host(name)));
+        }
+        let address = matches!(kind, RecordType::A | RecordType::AAAA);
+        (alone && address).then(|| Verdict::NoData(name.to_lowercase()))
+    }
+
+    /// The address of the guests' subnet that `name` is the reverse name of.
+    fn guest_at(&self, name: &Name) -> Option<Ipv4Addr> {
+        let block = Block::of(name)?;
+        (block.octets == 4 && !block.below && self.subnet.contains(block.first)).then_some(block.first)
+    }
+
+    /// The full name of the guest called `label`.
+    fn qualify(&self, label: &str) -> Option<Name> {
+        let label = name(label)?;
+        match &self.domain {
+            Some(domain) => label.append_domain(domain).ok(),
+            None => Some(label),
+        }
     }
 
     fn zone_of_host(&self, host: &Name) -> Name {

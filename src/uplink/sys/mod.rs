@@ -2,6 +2,7 @@
 //! network. Linux only, but for what the command line needs.
 
 pub mod affinity;
+pub mod clock;
 pub mod control;
 pub mod error_queue;
 pub mod inherited;
@@ -10,3 +11,4 @@ pub mod readable;
 pub mod routes;
 pub mod socket;
 pub mod stream_runs;
+pub mod tap;

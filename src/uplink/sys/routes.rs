@@ -1,6 +1,6 @@
 //! The host's IPv4 routes, so that the guest's subnet does not hide a network the host can reach.
 //!
-//! Linux prints its main table as text in `/proc/net/route`: one line per route, addresses as
+//! Linux prints its main table as text in `/proc/thread-self/net/route`: one line per route, addresses as
 //! hexadecimal numbers in the host's byte order. Read once at start; no netlink socket is needed.
 //! Where a single address leads is asked of the kernel, which knows every table and rule.
 
@@ -46,13 +46,22 @@ impl fmt::Display for HostRoute {
 /// Reads the host's routes, default routes left out.
 ///
 /// # Errors
-/// Whatever reading the kernel's table yields; `Unsupported` on systems without `/proc/net/route`.
+/// Whatever reading the kernel's table yields; `Unsupported` on systems without `/proc/thread-self/net/route`.
 pub fn host_routes() -> io::Result<Vec<HostRoute>> {
     if cfg!(target_os = "linux") {
-        std::fs::read_to_string("/proc/net/route").map(|table| parse(&table))
+        std::fs::read_to_string("/proc/thread-self/net/route").map(|table| parse(&table))
     } else {
         Err(io::ErrorKind::Unsupported.into())
     }
+}
+
+/// Names of the interfaces that the host's default routes leave by, each once, in the table's order.
+///
+/// # Errors
+/// As [`host_routes`].
+pub fn default_interfaces() -> io::Result<Vec<String>> {
+    let table = std::fs::read_to_string("/proc/thread-self/net/route")?;
+    Ok(parse_defaults(&table))
 }
 
 /// Whether packets to `addr` stay in the host (a route of type `local`): one question to the kernel
@@ -91,13 +100,27 @@ pub fn leads_to_host(addr: Ipv4Addr) -> io::Result<bool> {
     }
 }
 
-/// The routes of a table in the form of `/proc/net/route`; lines of another form are skipped.
+/// The routes of a table in the form of `/proc/thread-self/net/route`; lines of another form are skipped.
 fn parse(table: &str) -> Vec<HostRoute> {
     table.lines().filter_map(parse_line).collect()
 }
 
-/// One line: interface, destination, gateway, flags, use counts, metric, mask and more.
+fn parse_defaults(table: &str) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    for route in table.lines().filter_map(parse_any).filter(|route| route.prefix_len == 0) {
+        if !names.contains(&route.interface) {
+            names.push(route.interface);
+        }
+    }
+    names
+}
+
 fn parse_line(line: &str) -> Option<HostRoute> {
+    parse_any(line).filter(|route| route.prefix_len > 0)
+}
+
+/// One line: interface, destination, gateway, flags, use counts, metric, mask and more.
+fn parse_any(line: &str) -> Option<HostRoute> {
     let mut fields = line.split_ascii_whitespace();
     let interface = fields.next()?.to_owned();
     let network = parse_addr(fields.next()?)?;
@@ -106,7 +129,7 @@ fn parse_line(line: &str) -> Option<HostRoute> {
     let prefix_len = u8::try_from(mask.leading_ones()).ok()?;
     let contiguous = mask.count_ones() == mask.leading_ones();
     let leads_somewhere = flags & FLAG_UP != 0 && flags & FLAG_REJECT == 0;
-    (contiguous && leads_somewhere && prefix_len > 0).then_some(HostRoute { network, prefix_len, interface })
+    (contiguous && leads_somewhere).then_some(HostRoute { network, prefix_len, interface })
 }
 
 fn parse_addr(hex: &str) -> Option<Ipv4Addr> {
@@ -144,6 +167,20 @@ bad0\tnothex\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
                 route([10, 0, 2, 9], 32, "wg0"),
             ]
         );
+    }
+
+    #[cfg(target_endian = "little")]
+    #[test]
+    fn default_routes_name_the_interfaces_that_lead_to_the_world() {
+        let table = "\
+Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
+wlan0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
+eth0\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
+eth0\t00000000\t0201A8C0\t0003\t0\t0\t200\t00000000\t0\t0\t0
+eth1\t0001A8C0\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0
+*\t00000000\t00000000\t0200\t0\t0\t0\t00000000\t0\t0\t0
+";
+        assert_eq!(parse_defaults(table), ["wlan0", "eth0"]);
     }
 
     #[test]

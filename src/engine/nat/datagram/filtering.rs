@@ -57,7 +57,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             _ if mapping.published_port.is_some() => true,
             (Kind::Echo, _) | (Kind::Udp, UdpFiltering::AddressAndPortDependent) => false,
             (Kind::Udp, UdpFiltering::AddressDependent) => self.spoken_to.contains_key(&(at, real.ip())),
-            (Kind::Udp, UdpFiltering::EndpointIndependent) => true,
+            (Kind::Udp, UdpFiltering::EndpointIndependent) => mapping.spoken_to > 0,
         }
     }
 }

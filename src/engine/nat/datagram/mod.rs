@@ -114,6 +114,8 @@ struct Mapping<D> {
     neighbour: Option<Neighbour>,
     /// The newest peer, which leads to the others.
     newest_peer: Option<usize>,
+    /// Peers that are no strangers.
+    spoken_to: usize,
     starved: bool,
     /// Its turn ended with datagrams waiting.
     again: bool,
@@ -323,6 +325,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             coalesced: 1,
             neighbour: None,
             newest_peer: None,
+            spoken_to: 0,
             starved: false,
             again: false,
             failed: false,

@@ -2,9 +2,13 @@
 //!
 //! Those the guest sent to and strangers, who sent first, are bounded apart: a flood of invented senders
 //! drives out other strangers only. A stranger at a socket of the guest's own is not what keeps it open:
-//! its time runs from its first datagram until the guest speaks to it (RFC 4787, REQ-6).
+//! its time runs from its first datagram until the guest speaks to it, and none is let in where nobody is left
+//! whom the guest spoke to (RFC 4787, REQ-6: who refreshes from outside may keep a port open for ever).
 
+use std::hash::Hash;
 use std::net::SocketAddr;
+
+use hashbrown::HashMap;
 
 use super::{DatagramTable, Key, Kind, Peer, PeerId, Sent};
 use crate::config::UdpFiltering;
@@ -58,6 +62,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             core.claim(Place::Exchange(key));
         }
         self.strangers += usize::from(stranger);
+        self.mappings[mapping].spoken_to += usize::from(!stranger);
         self.count_address(at);
         self.refresh(core, at);
         // After the new one is in, so that the one given up may be its own socket's only other.
@@ -90,6 +95,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         if std::mem::take(&mut self.peers[at].stranger) {
             self.peers[at].answered = true;
             self.strangers -= 1;
+            self.mappings[self.peers[at].mapping].spoken_to += 1;
             self.stranger_lru.remove(at);
             self.count_address(at);
         }
@@ -171,9 +177,10 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.peer_lru.remove(at);
         self.stranger_lru.remove(at);
         self.strangers -= usize::from(peer.stranger);
+        self.mappings[peer.mapping].spoken_to -= usize::from(!peer.stranger);
         self.uncount_address(&peer);
-        self.by_key.remove(&peer.key);
-        self.by_real.remove(&(peer.mapping, peer.real));
+        remove_own(&mut self.by_key, &peer.key, at);
+        remove_own(&mut self.by_real, &(peer.mapping, peer.real), at);
         if let Some(older) = peer.older {
             self.peers[older].newer = peer.newer;
         }
@@ -182,5 +189,16 @@ impl<D: HostDatagram> DatagramTable<D> {
             None => self.mappings[peer.mapping].newest_peer = peer.older,
         }
         peer.mapping
+    }
+}
+
+/// Removes the entry at `key` if it is that of the peer `at`.
+fn remove_own<K: Eq + Hash>(
+    index: &mut HashMap<K, usize, foldhash::quality::RandomState>,
+    key: &K,
+    at: usize,
+) {
+    if index.get(key) == Some(&at) {
+        index.remove(key);
     }
 }

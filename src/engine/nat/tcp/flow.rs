@@ -209,6 +209,14 @@ impl Recv {
         }
     }
 
+    /// As far as bytes that follow `nxt` are held. That is what the window promised; but a guest that sends
+    /// a whole segment into a window with less room (smoltcp's fast retransmission) goes on as if all of it
+    /// were under way, and would send the rest never again. So one segment is held beyond an open window
+    /// (RFC 9293, 3.10.7.4: what lies outside could be trimmed).
+    pub(super) fn held_until(&self) -> SeqNumber {
+        if self.edge.after(self.nxt) { self.edge + limits::FRAME_BYTES_MAX } else { self.edge }
+    }
+
     /// Whether the flow is question and answer, and the answers are quick: then an acknowledgement may
     /// wait for the answer that can carry it.
     pub(super) fn is_dialogue(&self) -> bool {
@@ -257,6 +265,8 @@ pub(super) struct Send {
     pub(super) syn_due: bool,
     /// A probe (keepalive or zero window) is owed.
     pub(super) probe_due: bool,
+    /// What a guest expects next whose segment was not acceptable: the answer begins there, if that was sent.
+    pub(super) answer_at: Option<SeqNumber>,
     /// A reset at this sequence number is owed to a stray segment.
     pub(super) rst_due: Option<SeqNumber>,
     pub(super) dup_acks: u8,
@@ -297,6 +307,7 @@ impl Send {
             urgent: false,
             syn_due: false,
             probe_due: false,
+            answer_at: None,
             rst_due: None,
             dup_acks: 0,
             sacked: Scoreboard::default(),
@@ -312,6 +323,20 @@ impl Send {
     /// Whether bytes may wait for the guest to open its window.
     pub(super) fn probes_window(&self) -> bool {
         self.window == 0 && self.readable
+    }
+
+    /// Sequence number of an acknowledgement without bytes: behind all that was ever sent (RFC 9293, 3.4),
+    /// however far back `nxt` went to send again. A guest that has those bytes, its acknowledgements lost,
+    /// lets a segment from before them go, and the acknowledgement with it. Where the guest took back a part
+    /// of its window, by more than its scale rounds, what lies behind is not acceptable to it either. One
+    /// whose own segment was not acceptable says in it what is.
+    pub(super) fn ack_seq(&mut self) -> SeqNumber {
+        let told = self.answer_at.take();
+        if let Some(told) = told.filter(|seq| seq.at_or_after(self.una) && seq.at_or_before(self.max)) {
+            return told;
+        }
+        let edge = self.una + self.window as usize;
+        if self.max.distance_from(edge) < 1 << self.shift { self.max } else { edge }
     }
 
     /// Whether nothing is awaited of the guest.
@@ -552,12 +577,11 @@ impl<S: HostStream> Flow<S> {
     pub(super) fn send_queued(&mut self, core: &mut Core, budget: &mut Budget) -> Result<(), Fate> {
         let queued = std::mem::take(&mut self.recv.queued);
         let Some(stream) = self.stream.as_mut().filter(|_| queued > 0) else { return Ok(()) };
-        let (start, edge, pool) = (self.recv.nxt, self.recv.edge, &mut self.recv.pool);
+        let (start, until, pool) = (self.recv.nxt, self.recv.held_until(), &mut self.recv.pool);
         let mut all_held = true;
         let mut hold = |rest: &Payload<'_>| {
-            // Only as far as the window promised.
             let at = start + (queued - rest.len());
-            let held = rest.range(0, edge.distance_from(at).max(0) as usize);
+            let held = rest.range(0, until.distance_from(at).max(0) as usize);
             all_held &= pool.insert(budget, at, &held) && held.len() == rest.len();
         };
         let sent = stream.send_queued(&mut hold).map_err(|_| Fate::ResetBoth)?;

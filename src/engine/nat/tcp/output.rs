@@ -111,11 +111,13 @@ impl<S: HostStream> Flow<S> {
         }
         while self.recv.beyond_hole > 0 {
             self.recv.beyond_hole = self.recv.beyond_hole.min(DUPLICATES_MAX) - 1;
-            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            let seq = self.send.ack_seq();
+            self.send_empty(core, port, Flags::ACK, seq)?;
             self.recv.ack_due = false;
         }
         if self.recv.ack_due {
-            self.send_empty(core, port, Flags::ACK, self.send.nxt)?;
+            let seq = self.send.ack_seq();
+            self.send_empty(core, port, Flags::ACK, seq)?;
             self.recv.ack_due = false;
         }
         Ok(())
@@ -343,6 +345,7 @@ impl<S: HostStream> Flow<S> {
         if flags.contains(Flags::ACK) {
             self.recv.ack_by = None;
             self.recv.acked = self.recv.nxt;
+            self.send.answer_at = None;
         }
         Header {
             src_port: self.key.remote.port(),

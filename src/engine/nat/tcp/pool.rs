@@ -112,6 +112,20 @@ impl Pool {
         (first.start() == seq).then(|| &first.bytes[first.taken..])
     }
 
+    /// Behind the bytes held from `nxt` on without a gap.
+    pub(super) fn reach(&self, nxt: SeqNumber) -> SeqNumber {
+        let mut reach = nxt;
+        for piece in &self.pieces {
+            if piece.start().after(reach) {
+                break;
+            }
+            if piece.end().after(reach) {
+                reach = piece.end();
+            }
+        }
+        reach
+    }
+
     /// The runs of bytes held beyond the hole at `nxt`, as SACK blocks: the one with `newest` first, the
     /// others from the lowest on (RFC 2018, 4). Bytes that follow `nxt` at once are none: only their
     /// socket is awaited.

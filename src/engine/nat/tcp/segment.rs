@@ -221,6 +221,7 @@ impl<S: HostStream> Flow<S> {
             } else if !flags.contains(Flags::RST) {
                 self.challenge(core);
             }
+            self.send.answer_at = (self.recv.ack_due && flags.contains(Flags::ACK)).then_some(header.ack);
             return Fate::Live;
         }
         if flags.contains(Flags::RST) {
@@ -319,13 +320,17 @@ impl<S: HostStream> Flow<S> {
     }
 
     /// RFC 9293, 3.10.7.4, first step. A segment that begins at the next byte expected is let through
-    /// whatever the window: the socket judges it, and a window probe must be answered.
+    /// whatever the window: the socket judges it, and a window probe must be answered. What is held
+    /// beyond the window counts as a part of it.
     fn acceptable(&self, seq: SeqNumber, len: usize) -> bool {
-        if seq == self.recv.nxt {
+        let recv = &self.recv;
+        if seq == recv.nxt {
             return true;
         }
-        let begins_inside = seq.after(self.recv.nxt) && seq.at_or_before(self.recv.edge);
-        let reaches_inside = len > 0 && seq.before(self.recv.nxt) && (seq + len).after(self.recv.nxt);
+        let reach = recv.pool.reach(recv.nxt);
+        let edge = if reach.after(recv.edge) { reach } else { recv.edge };
+        let begins_inside = seq.after(recv.nxt) && seq.at_or_before(edge);
+        let reaches_inside = len > 0 && seq.before(recv.nxt) && (seq + len).after(recv.nxt);
         begins_inside || reaches_inside
     }
 
@@ -346,7 +351,8 @@ impl<S: HostStream> Flow<S> {
                 send.sacked.insert(if ack.after(send.una) { ack } else { send.una }, send.max, *block);
             }
         }
-        if ack.after(send.una) {
+        let is_new = ack.after(send.una);
+        if is_new {
             send.round_trip.acknowledged(core.now, ack);
             send.una = ack;
             if send.nxt.before(ack) {
@@ -372,18 +378,26 @@ impl<S: HostStream> Flow<S> {
             }
         }
         self.go_on_with_holes(core);
-        let send = &mut self.send;
-        let newer = header.seq.after(send.wl1) || (header.seq == send.wl1 && ack.at_or_after(send.wl2));
-        if newer || (ack == send.una && window > send.window) {
-            if window != send.window {
-                send.tries = 0;
-            }
-            send.window = window;
-            send.window_max = send.window_max.max(window);
-            send.wl1 = header.seq;
-            send.wl2 = ack;
-        }
+        self.take_window(header.seq, ack, window, is_new);
         true
+    }
+
+    /// Takes the window told with `ack`, unless it is an older one (RFC 9293, 3.10.7.4). An acknowledgement
+    /// that goes on is the newest whatever its number, which is low where the guest sends again; one that
+    /// falls behind is old whatever its number.
+    fn take_window(&mut self, seq: SeqNumber, ack: SeqNumber, window: u32, is_new: bool) {
+        let send = &mut self.send;
+        let later = seq.after(send.wl1) || (seq == send.wl1 && ack.at_or_after(send.wl2));
+        if ack != send.una || !(is_new || later || window > send.window) {
+            return;
+        }
+        if window != send.window {
+            send.tries = 0;
+        }
+        send.window = window;
+        send.window_max = send.window_max.max(window);
+        send.wl1 = seq;
+        send.wl2 = ack;
     }
 
     fn duplicate_ack(&mut self, core: &mut Core) {
@@ -474,7 +488,8 @@ impl<S: HostStream> Flow<S> {
             return Ok(());
         }
         let mut at = seq + known;
-        if at == self.recv.nxt && self.recv.pool.front(budget, at).is_none() {
+        let (is_next, until) = (at == self.recv.nxt, self.recv.held_until());
+        if is_next && self.recv.pool.front(budget, at).is_none() {
             let Some(stream) = self.stream.as_mut() else { return Ok(()) };
             match stream.send(&fresh) {
                 Ok(len) => {
@@ -497,8 +512,8 @@ impl<S: HostStream> Flow<S> {
             self.recv.newest_beyond = at;
         }
         // Held back, unacknowledged, and only as far as the window promised.
-        let promised = self.recv.edge.distance_from(at).max(0) as usize;
-        let held = fresh.range(0, promised);
+        let until = if is_next { until } else { self.recv.edge };
+        let held = fresh.range(0, until.distance_from(at).max(0) as usize);
         let all_held = self.recv.pool.insert(budget, at, &held);
         if !all_held || held.len() < fresh.len() {
             core.counters.drop(DropReason::TableFull);

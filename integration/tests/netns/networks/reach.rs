@@ -1,0 +1,240 @@
+//! Who reaches whom.
+
+use std::net::{Ipv4Addr, UdpSocket};
+use std::time::Duration;
+
+use vunet_integration::lab::frame::Capture;
+use vunet_integration::lab::{DOMAIN, HOST, SHORT, WORLD};
+use vunet_integration::world::ports;
+
+use super::site::{Site, Vm, connect, ensure_as_before, on_a_site, seen, until};
+use crate::bench::{Failure, Outcome, PATIENCE, ensure};
+
+#[test]
+fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() {
+    on_a_site(&["dig", "curl"], |site| {
+        site.network("create lab")?;
+        let before = site.host_state()?;
+        let one = site.vm("lab", "vm1", &[])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.ip != two.ip, "both have {}", one.ip);
+        for (from, to) in [(&one, &two), (&two, &one)] {
+            ensure!(from.pings(to.ip)?, "{} does not reach {}", from.ip, to.ip);
+            ensure!(from.pings(WORLD)?, "{} does not reach the world", from.ip);
+            ensure!(from.pings(Ipv4Addr::new(10, 0, 2, 1))?, "{} does not reach the gateway", from.ip);
+            let peer = seen(&from.netns, (WORLD, ports::PEER))?;
+            ensure!(peer.ip() == HOST, "the world saw {peer}");
+            let name = from.run(&format!("dig +short @10.0.2.1 www.{DOMAIN}"))?;
+            ensure!(name.trim() == WORLD.to_string(), "{name:?}");
+            let name = from.run(&format!("dig +tcp +short @10.0.2.1 www.{DOMAIN}"))?;
+            ensure!(name.trim() == WORLD.to_string(), "over TCP: {name:?}");
+        }
+        let name = one.run("dig +short @10.0.2.1 vm2.lab.vunet.internal")?;
+        ensure!(name.trim() == two.ip.to_string(), "the other guest's name: {name:?}");
+        let _server = site.serve(&two.netns)?;
+        let peer = seen(&one.netns, (two.ip, ports::PEER))?;
+        ensure!(peer.ip() == one.ip, "among guests nothing is translated, yet {peer}");
+        let shown = site.inspect("lab")?;
+        let bridge = shown["bridge"].as_str().unwrap_or_default().to_owned();
+        ensure!(shown["state"] == "up" && shown["users"].as_array().is_some_and(|u| u.len() == 2), "{shown}");
+        let bridged = site.lab.host.run(&["bridge", "link", "show"], SHORT)?.stdout;
+        ensure!(bridged.matches(&format!("master {bridge}")).count() == 2, "{bridged}");
+        let refused = site.network_any("remove lab")?;
+        let pid = shown["users"][0]["pid"].to_string();
+        ensure!(refused.code == Some(1) && refused.stderr.contains(&pid), "{refused:?}");
+        one.stop()?;
+        ensure!(two.pings(WORLD)?, "the network went with the first of its users");
+        two.stop()?;
+        ensure_as_before(&before, &site.host_state()?)?;
+        site.network("remove lab")?;
+        let listed = site.network("list")?;
+        ensure!(!listed.contains("lab"), "{listed}");
+        Ok(())
+    });
+}
+
+/// A datagram's way: the address its server in the guest sees, asked from `netns`.
+fn seen_by_udp(netns: &vunet_integration::lab::Netns, to: (Ipv4Addr, u16)) -> Result<String, Failure> {
+    let socket = netns.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
+    socket.set_read_timeout(Some(Duration::from_secs(3)))?;
+    socket.connect(to)?;
+    socket.send(b"who am I?")?;
+    let mut text = [0; 64];
+    let len = socket.recv(&mut text).map_err(|error| Failure(format!("no answer of {to:?}: {error}")))?;
+    Ok(String::from_utf8_lossy(&text[..len])
+        .rsplit_once(':')
+        .map(|(ip, _)| ip.to_owned())
+        .unwrap_or_default())
+}
+
+const PUBLISH: [&str; 6] =
+    ["--publish", "8006:9006", "--publish", "udp:8006:9006", "--publish", "127.0.0.1:7006:9006"];
+
+#[test]
+fn published_ports_lead_to_their_guest_from_the_world_the_host_and_other_guests() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let one = site.vm("lab", "vm1", &PUBLISH)?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        let gateway = Ipv4Addr::new(10, 0, 2, 1);
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
+        until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+        let peer = seen(&site.lab.world, (HOST, 8006))?;
+        ensure!(peer.ip() == WORLD, "the guest saw {peer} for the world's client");
+        ensure!(seen_by_udp(&site.lab.world, (HOST, 8006))? == WORLD.to_string(), "over UDP");
+        for to in [(Ipv4Addr::LOCALHOST, 8006), (Ipv4Addr::LOCALHOST, 7006), (HOST, 8006)] {
+            let peer = seen(&site.lab.host, to)?;
+            ensure!(peer.ip() == gateway, "the guest saw {peer} for the host's own client of {to:?}");
+        }
+        ensure!(seen_by_udp(&site.lab.host, (Ipv4Addr::LOCALHOST, 8006))? == gateway.to_string(), "over UDP");
+        let peer = seen(&two.netns, (HOST, 8006))?;
+        ensure!(peer.ip() == gateway, "the guest saw {peer} for another guest's client");
+        let refused = connect(&site.lab.world, (HOST, 7006), Duration::from_secs(2));
+        ensure!(refused.is_err(), "a port published on loopback is open to the world");
+        // A port that is taken is told of, by whichever of them comes second.
+        let socket = site.lab.dir().join("vm3.sock");
+        let mut third = site.start("lab", &socket, &["--publish", "8006:1"])?;
+        until("the refusal", || !third.is_running())?;
+        let words = third.errors().join("\n");
+        ensure!(words.contains("8006") && words.contains("--publish"), "{words}");
+        one.stop()?;
+        until("the rule's end", || rules().is_ok_and(|rules| !rules.contains("8006")))?;
+        let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
+        ensure!(gone.is_err(), "the port outlives its process");
+        two.stop()
+    });
+}
+
+#[test]
+fn the_hosts_own_services_are_closed_to_guests_unless_the_network_allows_it() {
+    on_a_site(&[], |site| {
+        site.network("create closed --subnet 10.0.2.0/24")?;
+        site.network("create open --allow-host --subnet 10.0.3.0/24")?;
+        let _server = site.serve(&site.lab.host)?;
+        for (network, third, allowed) in [("closed", 2, false), ("open", 3, true)] {
+            let vm = site.vm(network, network, &[])?;
+            for to in [Ipv4Addr::new(10, 0, third, 1), HOST] {
+                let outcome = connect(&vm.netns, (to, ports::PEER), Duration::from_secs(2));
+                ensure!(outcome.is_ok() == allowed, "{network} to {to}: {outcome:?}");
+                let refused =
+                    outcome.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+                ensure!(refused != allowed, "{network} to {to}: refused at once is kinder than silence");
+            }
+            vm.stop()?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn isolated_guests_reach_the_world_and_not_each_other_whatever_they_send() {
+    on_a_site(&[], |site| {
+        site.network("create lab --isolate")?;
+        let one = site.vm("lab", "vm1", &[])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.pings(WORLD)? && two.pings(WORLD)?, "the world is out of reach");
+        ensure!(!one.pings_soon(two.ip)?, "the other guest is in reach");
+        // By way of the host, which knows where the other one is.
+        one.run(&format!("ip route add {}/32 via 10.0.2.1", two.ip))?;
+        one.run("ip neigh replace 10.0.2.1 lladdr 02:ab:cd:00:00:01 dev eth0")?;
+        let mut capture = Capture::of(&two.netns, "eth0")?;
+        ensure!(!one.pings_soon(two.ip)?, "the other guest is in reach through the host");
+        // Not even one way, which needs no answer.
+        let from_one = |frame: &Vec<u8>| frame.windows(4).any(|four| four == one.ip.octets());
+        let seen = capture.frames(Duration::from_millis(300))?;
+        ensure!(!seen.iter().any(from_one), "the other guest got {seen:02x?}");
+        one.stop()?;
+        two.stop()
+    });
+}
+
+/// Two VMs on the bridge of a network work with a firewall that drops what it does not know.
+fn coexists(when: &str, site: &Site, one: &Vm, two: &Vm) -> Outcome {
+    ensure!(one.pings(two.ip)?, "{when}: guests do not reach each other");
+    let rules = site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE)?.stdout;
+    ensure!(one.pings(WORLD)?, "{when}: the world is out of reach: {rules}");
+    let peer = seen(&site.lab.world, (HOST, 8006))?;
+    ensure!(peer.ip() == WORLD, "{when}: the guest saw {peer}");
+    Ok(())
+}
+
+#[test]
+fn a_policy_of_drop_like_dockers_is_lived_with_before_and_after_its_rules_are_flushed() {
+    on_a_site(&[], |site| {
+        let nft = |rules: &str| site.lab.host.run(&["nft", rules], PATIENCE).map(drop);
+        let docker = "add table ip filter; \
+            add chain ip filter FORWARD { type filter hook forward priority 0; policy drop; }; \
+            add chain ip filter DOCKER-USER; add rule ip filter FORWARD jump DOCKER-USER; \
+            add rule ip filter DOCKER-USER return";
+        nft(docker)?;
+        // Bridged frames are filtered too.
+        site.lab.host.sysctl("net.bridge.bridge-nf-call-iptables", "1")?;
+        site.network("create lab")?;
+        let before = site.host_state()?;
+        let one = site.vm("lab", "vm1", &PUBLISH)?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
+        until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+        coexists("at first", site, &one, &two)?;
+        let tagged = || rules().is_ok_and(|rules| rules.contains("comment \"vunet:"));
+        for damage in
+            ["flush chain ip filter DOCKER-USER; add rule ip filter DOCKER-USER return", "flush ruleset"]
+        {
+            nft(damage)?;
+            if damage.ends_with("ruleset") {
+                nft(docker)?;
+            }
+            until("the accepts", tagged)?;
+            until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+            coexists(damage, site, &one, &two)?;
+        }
+        one.stop()?;
+        two.stop()?;
+        ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn another_default_route_is_followed() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        site.lab.link_too()?;
+        let before = site.host_state()?;
+        let vm = site.vm("lab", "vm1", &[])?;
+        ensure!(seen(&vm.netns, (WORLD, ports::PEER))?.ip() == HOST, "by the first way");
+        let (host_too, world_too) = (vunet_integration::lab::HOST_TOO, vunet_integration::lab::WORLD_TOO);
+        site.lab.ip(&site.lab.host, &format!("route replace default via {world_too}"))?;
+        site.lab.ip(&site.lab.host, "addr flush dev p0")?;
+        until("the other way", || {
+            seen(&vm.netns, (WORLD, ports::PEER)).is_ok_and(|peer| peer.ip() == host_too)
+        })?;
+        let forwards = |interface: &str| {
+            let key = format!("net.ipv4.conf.{interface}.forwarding");
+            site.lab.host.run(&["sysctl", "-n", &key], PATIENCE).map(|output| output.stdout.trim().to_owned())
+        };
+        ensure!(
+            forwards("p0")? == "0" && forwards("p1")? == "1",
+            "the old way still forwards, or the new does not"
+        );
+        vm.stop()?;
+        site.lab.ip(&site.lab.host, &format!("addr add {HOST}/24 dev p0"))?;
+        site.lab.ip(&site.lab.host, &format!("route replace default via {WORLD}"))?;
+        ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn a_guest_goes_on_with_its_address_when_its_vunet_was_killed_and_started_anew() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let mut vm = site.vm("lab", "vm1", &["--publish", "8006:9006"])?;
+        let _server = site.serve(&vm.netns)?;
+        site.revive(&mut vm, "lab", &["--publish", "8006:9006"])?;
+        // The guest's stack noticed nothing and asks for no lease.
+        ensure!(vm.pings(WORLD)?, "the world is out of reach");
+        ensure!(seen(&vm.netns, (WORLD, ports::PEER))?.ip() == HOST, "it leaves otherwise");
+        vm.stop()
+    });
+}

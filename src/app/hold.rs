@@ -1,0 +1,41 @@
+//! The holder of a rootless network, from its definition.
+
+use super::{Error, random_pair, services, starting};
+use crate::config::{DnsConfig, Lan, NetworkConfig};
+use crate::holder::{self, HolderConfig, door};
+use crate::network::definition::OwnLan;
+use crate::network::manager::Networks;
+use crate::network::name::NetworkName;
+
+/// Holds the rootless network `name` of `networks`, whose addresses are `own`, and calls `ready` once processes
+/// can join; with `keep` for ever, else until nobody has used it for a while. False if another process holds
+/// it. Must be called while the process has one thread.
+///
+/// # Errors
+/// [`enum@Error`], whose chain says what to do.
+pub fn hold(
+    networks: &Networks,
+    name: &NetworkName,
+    own: &OwnLan,
+    keep: bool,
+    ready: impl FnOnce(),
+) -> Result<bool, Error> {
+    let place = networks.holder(name);
+    let Some(_lock) = place.hold().map_err(starting("the holder's lock"))? else { return Ok(false) };
+    let lan = Lan { subnet: own.subnet, gateway: own.gateway, guest: None, ip_mtu: own.ip_mtu, dhcp: true };
+    let dns = DnsConfig::of_gateway(&own.dns_domain, own.gateway);
+    // Each process guards its own guest; what comes over the bridge is of all of them.
+    let network = NetworkConfig { name: name.clone(), state: networks.state().clone(), trust_guest: true };
+    let services = services::of_network(&network, &lan, &dns, true)?;
+    let config = HolderConfig {
+        lan,
+        dns,
+        isn_secret: random_pair()?,
+        alias: networks.find(name)?.alias(),
+        survivors: networks.users(name)?.iter().map(|user| user.pid).collect(),
+        door: place.door(),
+        idle: (!keep).then_some(door::IDLE),
+    };
+    holder::run(&config, services, ready).map_err(|source| Error::Holder { name: name.clone(), source })?;
+    Ok(true)
+}

@@ -1,0 +1,89 @@
+//! A named network in the life of the process: joined before anything else is opened, left after all else
+//! is closed.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::watch;
+
+use super::{Bound, Error, starting};
+use crate::config::{Attach, Config, Protocol, Publish};
+use crate::control::network_watch::{self, SharedJoined};
+use crate::control::port_relay;
+use crate::holder::door::Use;
+use crate::network::manager::{NetworkError, Networks};
+use crate::network::rootless::Place;
+use crate::network::users::{PublishedPort, User};
+
+/// Joins the network of `config`, if it has one.
+pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
+    let Some(network) = &config.network else { return Ok(None) };
+    let mut user = User::this_process().map_err(starting("the number of the network namespace"))?;
+    user.socket = match &config.attach {
+        Attach::Listen(path) | Attach::Connect(path) => Some(path.clone()),
+        Attach::Inherited(_) => None,
+    };
+    if !config.lan.dhcp {
+        // It configures itself, with the address it was told of if any.
+        user.guest = config.lan.guest;
+    }
+    let joined = Networks::new(network.state.clone()).join(&network.name, user)?;
+    let bridge = joined.definition().bridge();
+    tracing::info!(network = %network.name, %bridge, "joined");
+    Ok(Some(Arc::new(Mutex::new(joined))))
+}
+
+/// Moves this process into the namespaces of its network, if those are a holder's; with the way to stay there.
+pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)>, Error> {
+    let Some(joined) = joined else { return Ok(None) };
+    let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
+    let definition = joined.definition();
+    if !definition.is_rootless() {
+        return Ok(None);
+    }
+    let place = joined.holder();
+    let used = place.enter().map_err(|source| Error::Join { name: definition.name.clone(), source })?;
+    Ok(Some((place, used)))
+}
+
+/// Changes what others know of this process, and waits until the host is as it must be then.
+pub(super) fn update(joined: &SharedJoined, change: impl FnOnce(&mut User)) -> Result<(), NetworkError> {
+    joined.lock().unwrap_or_else(PoisonError::into_inner).update(change)
+}
+
+/// Serves the published ports and looks after the network from now on, on the runtime this is called on.
+pub(super) fn serve(
+    joined: &SharedJoined,
+    publish: &[Publish],
+    (tcp, udp): (Bound, Bound),
+    mut guest: watch::Receiver<Option<Ipv4Addr>>,
+) -> Result<(), Error> {
+    for (socket, port) in tcp {
+        port_relay::relay_tcp(socket, guest.clone(), port)
+            .map_err(starting("the relay of a published port"))?;
+    }
+    for (socket, port) in udp {
+        port_relay::relay_udp(socket, guest.clone(), port)
+            .map_err(starting("the relay of a published port"))?;
+    }
+    let published = publish.iter().filter_map(published_port).collect();
+    update(joined, |user| user.published = published)?;
+    tokio::spawn(network_watch::follow(Arc::clone(joined)));
+    let joined = Arc::clone(joined);
+    tokio::spawn(async move {
+        while guest.changed().await.is_ok() {
+            let addr = *guest.borrow_and_update();
+            let joined = Arc::clone(&joined);
+            let work = move || update(&joined, |user| user.guest = addr);
+            if let Ok(Err(error)) = tokio::task::spawn_blocking(work).await {
+                tracing::warn!(%error, "published ports do not lead to the guest's address");
+            }
+        }
+    });
+    Ok(())
+}
+
+fn published_port(publish: &Publish) -> Option<PublishedPort> {
+    let SocketAddr::V4(host) = publish.host else { return None };
+    Some(PublishedPort { udp: publish.protocol == Protocol::Udp, host, guest_port: publish.guest_port })
+}

@@ -1,0 +1,239 @@
+//! `--mode bridge`: the guest is a station of a network that has its own gateway, so that no flag of ours
+//! about one has a meaning; and the flags that have one there only.
+
+use super::check::UsageError;
+use super::{Args, ModeArg, UplinkArg, subnet};
+use crate::config::{DnsConfig, GuardConfig, Lan, LinkConfig, LinkSource};
+use crate::uplink::sys::tap::{InheritedTapError, TapQueue};
+
+/// The link of `--uplink` in bridge mode; `None` in others. Descriptors of `tap-fd` are taken.
+pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
+    if args.mode != ModeArg::Bridge {
+        return refuse_outside(args).map(|()| None);
+    }
+    refuse_within(args)?;
+    let source = match &args.uplink {
+        None => return Err(UsageError::BridgeNeedsUplink),
+        Some(UplinkArg::Sockets) => return Err(UsageError::BridgeOverSockets),
+        Some(UplinkArg::Tap(name)) => LinkSource::Tap(name.clone()),
+        Some(UplinkArg::TapFd(fds)) => LinkSource::Inherited(inherited(fds, args.queues)?),
+        Some(UplinkArg::Bridge(name)) => LinkSource::Bridge(name.clone()),
+        Some(UplinkArg::MacVtap(name)) if args.mac.is_none() => {
+            return Err(UsageError::MacVtapNeedsMac(name.clone()));
+        }
+        Some(UplinkArg::MacVtap(name)) => LinkSource::MacVtap(name.clone()),
+    };
+    let guard = GuardConfig { mac: args.mac, ipv4: args.guest_ip };
+    let guard = (!args.trust_guest).then_some(guard);
+    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None }))
+}
+
+fn inherited(fds: &[i32], queues: u8) -> Result<Vec<TapQueue>, UsageError> {
+    if fds.len() != usize::from(queues) {
+        return Err(UsageError::TapFdCount { given: fds.len(), queues });
+    }
+    let mut taps: Vec<TapQueue> = Vec::new();
+    for (at, fd) in fds.iter().copied().enumerate() {
+        // Each is taken once: a number given twice would be closed twice.
+        let reason = match fds[..at].contains(&fd) {
+            true => Err(InheritedTapError::Twice),
+            false => TapQueue::inherited(fd),
+        };
+        let tap = reason.map_err(|reason| UsageError::TapFd { fd, reason })?;
+        if let Some(first) = taps.first()
+            && first.name() != tap.name()
+        {
+            let (name, first) = (tap.name().to_owned(), first.name().to_owned());
+            return Err(UsageError::TapFdInterfaces { fd, name, first });
+        }
+        taps.push(tap);
+    }
+    Ok(taps)
+}
+
+/// Our gateway in bridge mode: there is none that any frame reaches.
+pub(super) fn no_gateway(args: &Args) -> (Lan, DnsConfig) {
+    let subnet = subnet::isolated_default();
+    let gateway = subnet.host(1).expect("the default subnet has hosts");
+    let lan = Lan { subnet, gateway, guest: None, ip_mtu: args.ip_mtu, dhcp: false };
+    (lan, DnsConfig { enabled: false, domain: DnsConfig::DEFAULT_DOMAIN.to_owned(), hosts: Vec::new() })
+}
+
+pub(super) fn refuse_within(args: &Args) -> Result<(), UsageError> {
+    let addresses = "that network's DHCP or the guest itself decides its addresses";
+    let names = "that network's DHCP tells the guest its resolvers, and vunet answers no names there";
+    let udp = "nothing is translated, so no datagram has a port of this host";
+    let given = [
+        (!args.publish.is_empty(), "--publish", "the guest has an address of its own that others reach"),
+        (args.allow_host_loopback, "--allow-host-loopback", "there is no gateway of ours on that network"),
+        (args.subnet.is_some(), "--subnet", addresses),
+        (args.gateway.is_some(), "--gateway", addresses),
+        (args.no_dhcp, "--no-dhcp", "vunet answers no DHCP there"),
+        (!args.dns_server.is_empty(), "--dns-server", names),
+        (args.dns_domain.is_some(), "--dns-domain", names),
+        (!args.dns_host.is_empty(), "--dns-host", names),
+        (args.no_dns, "--no-dns", "vunet answers no names there"),
+        (args.udp_mapping.is_some(), "--udp-mapping", udp),
+        (args.udp_filtering.is_some(), "--udp-filtering", udp),
+        (
+            args.guest_ip.is_some() && args.trust_guest,
+            "--guest-ip",
+            "it says what address the guest may send from, and --trust-guest lets it send from any",
+        ),
+    ];
+    match given.into_iter().find(|(given, ..)| *given) {
+        Some((_, flag, why)) => Err(UsageError::NotWithBridge { flag: flag.to_owned(), why }),
+        None => Ok(()),
+    }
+}
+
+fn refuse_outside(args: &Args) -> Result<(), UsageError> {
+    if let Some(vlan) = args.vlan {
+        let flag = format!("--vlan {}", vlan.get());
+        return Err(UsageError::NeedsBridge { flag, why: "no other mode sends frames to a network" });
+    }
+    if args.trust_guest {
+        let flag = "--trust-guest".to_owned();
+        return Err(UsageError::NeedsBridge {
+            flag,
+            why: "in other modes, but on a named network, the guest meets nobody it could deceive",
+        });
+    }
+    let why = match args.mode {
+        ModeArg::Nat => "translation of packets onto a link is not built yet, only onto sockets",
+        _ => "no frame leaves the guest's own network in this mode",
+    };
+    match &args.uplink {
+        None | Some(UplinkArg::Sockets) => Ok(()),
+        Some(uplink) => Err(UsageError::LinkNeedsBridge { uplink: uplink.clone(), why }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, parse};
+
+    fn args(line: &str) -> Args {
+        let line = format!("vunet --socket-path vm.sock {line}");
+        match parse(line.split_ascii_whitespace().map(Into::into)) {
+            Ok(Command::Run(args)) => *args,
+            other => panic!("{line}: {other:?}"),
+        }
+    }
+
+    fn error(line: &str) -> String {
+        args(line).into_config(Ok(Vec::new())).expect_err(line).to_string()
+    }
+
+    fn assert_says(line: &str, parts: &[&str]) {
+        let error = error(line);
+        for part in parts {
+            assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
+        }
+    }
+
+    #[test]
+    fn each_link_can_be_asked_for() {
+        let source = |line: &str| {
+            let (config, notices) =
+                args(&format!("--mode bridge {line}")).into_config(Ok(Vec::new())).unwrap();
+            assert!(notices.is_empty() && !config.lan.dhcp && !config.dns.enabled, "{line}");
+            let link = config.link.expect("a link");
+            (format!("{:?}", link.source), link.vlan.map(crate::addr::VlanId::get))
+        };
+        assert_eq!(source("--uplink tap"), ("Tap(None)".to_owned(), None));
+        assert_eq!(source("--uplink tap=vm0 --vlan 7"), ("Tap(Some(\"vm0\"))".to_owned(), Some(7)));
+        assert_eq!(source("--uplink bridge=br0"), ("Bridge(\"br0\")".to_owned(), None));
+        let macvtap = source("--uplink macvtap=eth0 --mac 52:54:00:00:00:01");
+        assert_eq!(macvtap, ("MacVtap(\"eth0\")".to_owned(), None));
+    }
+
+    #[test]
+    fn the_guard_is_on_unless_the_guest_is_trusted() {
+        let guard = |line: &str| {
+            let line = format!("--mode bridge --uplink bridge=br0 {line}");
+            args(&line).into_config(Ok(Vec::new())).unwrap().0.link.unwrap().guard
+        };
+        assert_eq!(guard(""), Some(GuardConfig::default()));
+        let told = guard("--mac 52:54:00:00:00:09 --guest-ip 203.0.113.7").unwrap();
+        assert_eq!(told.mac.unwrap().to_string(), "52:54:00:00:00:09");
+        assert_eq!(told.ipv4.unwrap().to_string(), "203.0.113.7");
+        assert_eq!(guard("--trust-guest"), None);
+        let line = "--mode bridge --uplink bridge=br0 --trust-guest --guest-ip 203.0.113.7";
+        assert_says(line, &["--guest-ip", "--trust-guest"]);
+    }
+
+    #[test]
+    fn a_network_is_named_and_can_carry_frames() {
+        assert_says("--mode bridge", &["--uplink bridge=BRIDGE", "tap-fd=N"]);
+        assert_says("--mode bridge --uplink sockets", &["--uplink sockets", "carry no frames"]);
+        assert_says("--mode bridge --uplink macvtap=eth0", &["macvtap=eth0", "--mac MAC"]);
+        assert_says("--mode bridge --uplink tap-fd=7,8", &["2 descriptors for 1 queue pairs"]);
+        assert_says("--mode bridge --uplink tap-fd=1000000", &["tap-fd=1000000", "no such descriptor"]);
+        let null = || std::os::fd::IntoRawFd::into_raw_fd(std::fs::File::open("/dev/null").unwrap());
+        let line = format!("--mode bridge --uplink tap-fd={}", null());
+        assert_says(&line, &["the descriptor is not a TAP interface"]);
+    }
+
+    #[test]
+    fn flags_of_a_gateway_of_ours_are_refused_on_a_network_with_its_own() {
+        for flag in [
+            "--publish 80:80",
+            "--allow-host-loopback",
+            "--subnet 10.0.2.0/24",
+            "--gateway 10.0.2.1",
+            "--no-dhcp",
+            "--dns-server 192.0.2.1",
+            "--dns-domain lan",
+            "--dns-host a=10.0.0.9",
+            "--no-dns",
+            "--udp-mapping endpoint-independent",
+            "--udp-filtering address-dependent",
+        ] {
+            let name = flag.split(' ').next().unwrap();
+            assert_says(
+                &format!("--mode bridge --uplink bridge=br0 {flag}"),
+                &[name, "--mode bridge", "drop it"],
+            );
+        }
+    }
+
+    #[test]
+    fn links_and_their_flags_are_refused_in_other_modes() {
+        for mode in ["nat", "host-only", "none"] {
+            for uplink in ["tap", "tap=vm0", "tap-fd=9", "bridge=br0", "macvtap=eth0"] {
+                let line = format!("--mode {mode} --uplink {uplink}");
+                assert_says(&line, &[&format!("--uplink {uplink} needs --mode bridge"), "drop --uplink"]);
+            }
+            assert_says(&format!("--mode {mode} --vlan 7"), &["--vlan 7 needs --mode bridge"]);
+            assert_says(&format!("--mode {mode} --trust-guest"), &["--trust-guest needs --mode bridge"]);
+        }
+    }
+
+    #[test]
+    fn malformed_links_are_refused_by_the_parser() {
+        for value in [
+            "",
+            "veth",
+            "tap=",
+            "tap=a/b",
+            "tap=abcdefghijklmnop",
+            "tap-fd",
+            "tap-fd=x",
+            "bridge",
+            "bridge=",
+            "macvtap",
+            "sockets=1",
+            "tap-fd=3,",
+            "bridge=a%d",
+        ] {
+            let words = ["vunet", "--socket-path", "s", "--mode", "bridge", "--uplink", value];
+            assert!(parse(words.map(Into::into)).is_err(), "{value}");
+        }
+        for value in ["0", "4095", "x", "-1"] {
+            let words = ["vunet", "--socket-path", "s", "--vlan", value];
+            assert!(parse(words.map(Into::into)).is_err(), "{value}");
+        }
+    }
+}

@@ -1,0 +1,513 @@
+//! The guard: the guest sends from its own MAC address and from addresses that are its own.
+//!
+//! | who says so | what is the guest's |
+//! |---|---|
+//! | `--mac`, else the first frame since the guest started | its MAC address |
+//! | `--guest-ip`, else the LAN's DHCP server in answer to a question of the guest | its IPv4 addresses, while leased |
+//! | nobody else on the link (FCFS SAVI, RFC 6620) | its IPv6 addresses |
+//!
+//! An IPv6 address becomes the guest's half a second after it asked whether anybody has it (duplicate
+//! address detection), or after the guard asked for it, because a packet came from it: unless somebody
+//! answered, or asked for the same one. Packets from it are dropped meanwhile.
+//!
+//! A guest that takes no frames could keep such answers from being read: while any of its queues stands still,
+//! no address becomes its, and after a long stand the asking begins anew.
+//!
+//! Beyond addresses the guest says nothing that only a router or a DHCP server may say, has no VLAN tags,
+//! and no frames but ARP, IPv4 and IPv6: bridges themselves listen to others.
+//!
+//! All workers judge by one table. Each has a copy and looks at a number that changes with the table, so
+//! that a frame costs no lock; what is learnt is rare and takes one.
+//!
+//! May touch: `wire`, `addr`, `limits`; time is an argument. Read first: RFC 6620, 3.2; RFC 5227; RFC 7513.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::dhcp::{self, Answer, Question};
+use super::ipv6::{self, Discovery, Upper};
+use super::vlan;
+use crate::addr::MacAddr;
+use crate::config::GuardConfig;
+use crate::engine::counters::DropReason;
+use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_QUESTIONS_MAX};
+use crate::time::Instant;
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::ipv4::{self, Protocol};
+use crate::wire::{arp, checksum};
+
+/// Until an address that nobody claimed is the guest's (RFC 6620, 3.1: TENT_LT).
+const TENTATIVE: Duration = Duration::from_millis(500);
+/// Until a question about it is asked once more (RFC 6620, 3.1: T_WAIT).
+const ASK_AGAIN: Duration = Duration::from_millis(250);
+/// How long a question of the guest's to a DHCP server may have its answer: clients repeat theirs after 64 s
+/// at the latest (RFC 2131, 4.1).
+const QUESTION_LIFE: Duration = Duration::from_secs(64);
+
+/// Longest time without reading the link, for want of the guest's buffers, after which an answer about an
+/// address may still be relied on to have been read, not lost.
+const STALL: Duration = Duration::from_millis(100);
+
+/// A neighbour solicitation on the guest's behalf: Ethernet, IPv6 and ICMPv6.
+pub const PROBE_BYTES: usize = ethernet::HEADER_BYTES + 40 + 24;
+
+/// What became of a frame of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may leave.
+    Pass,
+    /// It may not.
+    Drop(DropReason),
+    /// It may not, and whether anybody has its source address is to be asked with this frame.
+    Probe([u8; PROBE_BYTES]),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Lease {
+    addr: Ipv4Addr,
+    /// Without end if `None`.
+    until: Option<Instant>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Binding {
+    addr: Ipv6Addr,
+    /// When it was first asked for.
+    since: Instant,
+    /// When it was asked for by the guard.
+    asked: Option<Instant>,
+    bound: bool,
+}
+
+/// What is known of the guest.
+#[derive(Clone, Debug, Default)]
+struct Table {
+    mac: Option<MacAddr>,
+    leases: Vec<Lease>,
+    bindings: Vec<Binding>,
+    questions: Vec<(u32, Instant)>,
+}
+
+/// The table all workers judge by.
+#[derive(Debug, Default)]
+pub struct SharedTable {
+    /// Changes with the table.
+    version: AtomicU64,
+    /// Workers that do not read their queue, a bit each.
+    stalled: AtomicU64,
+    table: Mutex<Table>,
+}
+
+/// The guard of one worker.
+#[derive(Debug)]
+pub struct Guard {
+    config: GuardConfig,
+    shared: Arc<SharedTable>,
+    /// The worker's bit in `stalled`.
+    bit: u64,
+    stalled_since: Option<Instant>,
+    /// The table as of `seen`.
+    table: Table,
+    seen: u64,
+}
+
+impl SharedTable {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Guard {
+    /// The guard of worker `worker`, below 64, which knows its settings and what others of `shared` have
+    /// learnt.
+    pub fn new(config: GuardConfig, shared: Arc<SharedTable>, worker: u8) -> Guard {
+        let (bit, table) = (1 << worker, Table::default());
+        let mut guard = Guard { config, shared, bit, stalled_since: None, table, seen: u64::MAX };
+        guard.refresh();
+        guard
+    }
+
+    /// The worker stopped reading its queue for want of the guest's buffers, or has read all of it.
+    pub fn set_stalled(&mut self, now: Instant, stalled: bool) {
+        match (self.stalled_since, stalled) {
+            (None, true) => {
+                self.shared.stalled.fetch_or(self.bit, Ordering::AcqRel);
+                self.stalled_since = Some(now);
+            }
+            (Some(since), false) => {
+                self.stalled_since = None;
+                self.refresh();
+                let is_asked = |binding: &Binding| !binding.bound;
+                if now.since(since) > STALL && self.table.bindings.iter().any(is_asked) {
+                    self.learn(|table| table.bindings.retain(|binding| !is_asked(binding)));
+                }
+                self.shared.stalled.fetch_and(!self.bit, Ordering::AcqRel);
+            }
+            _ => {}
+        }
+    }
+
+    fn is_stalled(&self) -> bool {
+        self.shared.stalled.load(Ordering::Acquire) != 0
+    }
+
+    fn refresh(&mut self) {
+        if self.shared.version.load(Ordering::Acquire) != self.seen {
+            let table = self.shared.lock();
+            self.seen = self.shared.version.load(Ordering::Acquire);
+            self.table.clone_from(&table);
+        }
+    }
+
+    /// Changes the table for all.
+    fn learn(&mut self, change: impl FnOnce(&mut Table)) {
+        let mut table = self.shared.lock();
+        change(&mut table);
+        self.shared.version.fetch_add(1, Ordering::AcqRel);
+        drop(table);
+        self.refresh();
+    }
+
+    /// The guest is gone or began anew: what it showed of itself is void.
+    pub fn forget_guest(&mut self) {
+        self.learn(|table| *table = Table::default());
+    }
+
+    /// An address is the guest's, as a server of our own leased it.
+    pub fn leased(&mut self, now: Instant, addr: Ipv4Addr, lease: Option<Duration>) {
+        if self.config.ipv4.is_none() {
+            self.learn(|table| table.lease(now, addr, lease));
+        }
+    }
+
+    /// No IPv4 address is the guest's any more, until it is told of again.
+    pub fn forget_leases(&mut self) {
+        self.learn(|table| table.leases.clear());
+    }
+
+    /// Whether a frame of the guest, by its first bytes, comes from its own MAC address.
+    pub fn is_from_own_mac(&mut self, head: &[u8]) -> bool {
+        self.refresh();
+        ethernet::Header::parse(head).is_ok_and(|header| self.check_mac(header.src).is_ok())
+    }
+
+    /// Whether an answer to the guest's own DHCP may come, so that frames are to be shown whole.
+    pub fn awaits_lease(&mut self, now: Instant) -> bool {
+        self.refresh();
+        self.table.questions.iter().any(|(_, asked)| now.since(*asked) < QUESTION_LIFE)
+    }
+
+    /// Judges a frame of the guest by its first bytes; `len_bytes` is all of it.
+    pub fn from_guest(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+        self.refresh();
+        match self.judge(now, head, len_bytes) {
+            Ok(verdict) => verdict,
+            Err(reason) => Verdict::Drop(reason),
+        }
+    }
+
+    fn judge(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Result<Verdict, DropReason> {
+        let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
+        self.check_mac(header.src)?;
+        let packet = &head[ethernet::HEADER_BYTES..];
+        match header.ethertype {
+            EtherType::IPV4 => self.ipv4(now, header.src, packet, len_bytes - ethernet::HEADER_BYTES),
+            EtherType::IPV6 => self.ipv6(now, header.src, packet),
+            EtherType::ARP => self.arp(now, header.src, packet),
+            _ if vlan::is_tagged(head) => Err(DropReason::VlanTag),
+            _ => Err(DropReason::Unsupported),
+        }
+    }
+
+    fn check_mac(&mut self, src: MacAddr) -> Result<(), DropReason> {
+        match self.config.mac.or(self.table.mac) {
+            Some(own) if own == src => return Ok(()),
+            Some(_) => return Err(DropReason::SpoofedSource),
+            None => {}
+        }
+        if !src.is_unicast() {
+            return Err(DropReason::SpoofedSource);
+        }
+        // Two workers may see a first frame at once: one is the first.
+        self.learn(|table| {
+            table.mac.get_or_insert(src);
+        });
+        if self.table.mac == Some(src) { Ok(()) } else { Err(DropReason::SpoofedSource) }
+    }
+
+    fn has_ipv4(&self, now: Instant, addr: Ipv4Addr) -> bool {
+        match self.config.ipv4 {
+            Some(own) => own == addr,
+            None => self
+                .table
+                .leases
+                .iter()
+                .any(|lease| lease.addr == addr && lease.until.is_none_or(|until| now < until)),
+        }
+    }
+
+    fn arp(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
+        let packet = arp::Packet::parse(packet).map_err(|_| DropReason::Malformed)?;
+        // A probe asks without saying anything (RFC 5227, 2.1.1).
+        let is_probe = packet.sender_ip.is_unspecified() && packet.operation == arp::Operation::Request;
+        if packet.sender_mac == mac && (is_probe || self.has_ipv4(now, packet.sender_ip)) {
+            Ok(Verdict::Pass)
+        } else {
+            Err(DropReason::SpoofedSource)
+        }
+    }
+
+    fn ipv4(
+        &mut self,
+        now: Instant,
+        mac: MacAddr,
+        packet: &[u8],
+        available_bytes: usize,
+    ) -> Result<Verdict, DropReason> {
+        let ip = ipv4::Header::parse(packet, available_bytes).map_err(|_| DropReason::Malformed)?;
+        let is_first = ip.fragment_offset_bytes == 0;
+        let ports = match ip.protocol {
+            Protocol::UDP if is_first => {
+                let ports = packet[ip.header_bytes..].first_chunk::<4>().ok_or(DropReason::Malformed)?;
+                let [a, b, c, d] = *ports;
+                Some((u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d])))
+            }
+            _ => None,
+        };
+        if ports.is_some_and(|(src, _)| src == dhcp::SERVER_PORT) {
+            return Err(DropReason::RogueServer);
+        }
+        let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
+        let to_server = to_server && !ip.is_fragment();
+        let without_address = to_server && ip.src.is_unspecified() && ip.dst.is_broadcast();
+        if !without_address && !self.has_ipv4(now, ip.src) {
+            return Err(DropReason::SpoofedSource);
+        }
+        if to_server {
+            self.question(now, mac, packet.get(ip.header_bytes + 8..).unwrap_or_default())?;
+        }
+        Ok(Verdict::Pass)
+    }
+
+    /// A question of the guest to a DHCP server. For others' addresses it may not ask: it could use up all.
+    fn question(&mut self, now: Instant, mac: MacAddr, payload: &[u8]) -> Result<(), DropReason> {
+        let question = Question::parse(payload).ok_or(DropReason::Malformed)?;
+        if question.client != mac {
+            return Err(DropReason::SpoofedSource);
+        }
+        self.learn(|table| table.ask(now, question.xid));
+        Ok(())
+    }
+
+    fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
+        let packet = ipv6::Packet::parse(packet).map_err(|_| DropReason::Malformed)?;
+        let discovery = match packet.upper {
+            Upper::Udp { src_port: 547 } => return Err(DropReason::RogueServer),
+            Upper::Icmp { message, fragment } => {
+                let discovery = Discovery::parse(message).map_err(|_| DropReason::Malformed)?;
+                // RFC 6980: neighbour discovery is never fragmented, or guards could not read it.
+                if fragment && discovery != Discovery::Other {
+                    return Err(DropReason::Malformed);
+                }
+                discovery
+            }
+            _ => Discovery::Other,
+        };
+        let says = |option: Option<MacAddr>| option.is_none_or(|said| said == mac);
+        match discovery {
+            Discovery::FromRouter => return Err(DropReason::RogueServer),
+            Discovery::RouterSolicitation(option) if !says(option) => return Err(DropReason::SpoofedSource),
+            Discovery::NeighbourSolicitation(_, option) if !says(option) => {
+                return Err(DropReason::SpoofedSource);
+            }
+            Discovery::NeighbourAdvertisement(target, option)
+                if !says(option) || !self.settle(now, target) =>
+            {
+                return Err(DropReason::SpoofedSource);
+            }
+            _ => {}
+        }
+        if packet.src.is_unspecified() {
+            return self.without_source(now, discovery);
+        }
+        if self.settle(now, packet.src) {
+            return Ok(Verdict::Pass);
+        }
+        self.claim(now, mac, packet.src)
+    }
+
+    /// A packet without a source address: who has none yet may ask for one, and for routers.
+    fn without_source(&mut self, now: Instant, discovery: Discovery) -> Result<Verdict, DropReason> {
+        match discovery {
+            Discovery::NeighbourSolicitation(target, _) => {
+                if !is_bindable(target) {
+                    return Err(DropReason::Malformed);
+                }
+                if !self.table.bindings.iter().any(|binding| binding.addr == target) {
+                    let binding = Binding { addr: target, since: now, asked: None, bound: false };
+                    self.learn(|table| table.bind(binding));
+                }
+                Ok(Verdict::Pass)
+            }
+            Discovery::RouterSolicitation(_) | Discovery::ListenerReport => Ok(Verdict::Pass),
+            _ => Err(DropReason::SpoofedSource),
+        }
+    }
+
+    /// Whether `addr` is the guest's by now.
+    fn settle(&mut self, now: Instant, addr: Ipv6Addr) -> bool {
+        let Some(binding) = self.table.bindings.iter().find(|binding| binding.addr == addr) else {
+            return false;
+        };
+        if !binding.bound && now.since(binding.since) >= TENTATIVE && !self.is_stalled() {
+            self.learn(|table| table.settle(addr));
+        }
+        self.table.bindings.iter().any(|binding| binding.addr == addr && binding.bound)
+    }
+
+    /// A packet from an address that is not the guest's: it may become so.
+    fn claim(&mut self, now: Instant, mac: MacAddr, addr: Ipv6Addr) -> Result<Verdict, DropReason> {
+        if !is_bindable(addr) || self.is_stalled() {
+            return Err(DropReason::SpoofedSource);
+        }
+        let known = self.table.bindings.iter().find(|binding| binding.addr == addr).copied();
+        let since = known.map_or(now, |binding| binding.since);
+        let was_asked = known.is_some_and(|binding| match binding.asked {
+            Some(asked) => now.since(asked) < ASK_AGAIN,
+            // The guest asked itself.
+            None => true,
+        });
+        if was_asked {
+            return Err(DropReason::SpoofedSource);
+        }
+        self.learn(|table| table.bind(Binding { addr, since, asked: Some(now), bound: false }));
+        Ok(Verdict::Probe(probe(mac, addr)))
+    }
+
+    /// Looks at a frame for the guest by its first bytes: an answer of the LAN's DHCP server, or somebody
+    /// else with an address the guest would have.
+    pub fn to_guest(&mut self, now: Instant, head: &[u8]) {
+        self.refresh();
+        let table = &self.table;
+        let waits = !table.questions.is_empty() || table.bindings.iter().any(|binding| !binding.bound);
+        let Ok(header) = ethernet::Header::parse(head) else { return };
+        if !waits || Some(header.src) == self.config.mac.or(table.mac) {
+            return;
+        }
+        let packet = &head[ethernet::HEADER_BYTES..];
+        match header.ethertype {
+            EtherType::IPV4 => self.answer(now, packet),
+            EtherType::IPV6 => self.claimed_by_other(packet),
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, now: Instant, packet: &[u8]) {
+        let Ok(ip) = ipv4::Header::parse(packet, usize::MAX) else { return };
+        let whole = ip.header_bytes + ip.payload_bytes;
+        let Some(datagram) = packet.get(ip.header_bytes..whole.min(packet.len())) else { return };
+        let ports = [dhcp::SERVER_PORT.to_be_bytes(), dhcp::CLIENT_PORT.to_be_bytes()].concat();
+        if ip.protocol != Protocol::UDP || ip.is_fragment() || !datagram.starts_with(&ports) {
+            return;
+        }
+        let Some((question, answer)) = dhcp::parse_answer(datagram.get(8..).unwrap_or_default()) else {
+            return;
+        };
+        let own = self.config.mac.or(self.table.mac);
+        let asked = self
+            .table
+            .questions
+            .iter()
+            .any(|(xid, at)| *xid == question.xid && now.since(*at) < QUESTION_LIFE);
+        if own != Some(question.client) || !asked {
+            return;
+        }
+        match answer {
+            Answer::Leased(addr, lease) => self.leased(now, addr, lease),
+            Answer::Refused => self.learn(|table| table.leases.clear()),
+        }
+        self.learn(|table| table.questions.retain(|(xid, _)| *xid != question.xid));
+    }
+
+    fn claimed_by_other(&mut self, packet: &[u8]) {
+        let Ok(packet) = ipv6::Packet::parse(packet) else { return };
+        let Upper::Icmp { message, .. } = packet.upper else { return };
+        let target = match Discovery::parse(message) {
+            Ok(Discovery::NeighbourAdvertisement(target, _)) => target,
+            Ok(Discovery::NeighbourSolicitation(target, _)) if packet.src.is_unspecified() => target,
+            _ => return,
+        };
+        let is_disputed = |binding: &Binding| binding.addr == target && !binding.bound;
+        if self.table.bindings.iter().any(is_disputed) {
+            self.learn(|table| table.bindings.retain(|binding| !is_disputed(binding)));
+        }
+    }
+}
+
+impl Table {
+    /// Takes note of a lease; past the bound the oldest goes.
+    fn lease(&mut self, now: Instant, addr: Ipv4Addr, lease: Option<Duration>) {
+        self.leases.retain(|known| known.addr != addr && known.until.is_none_or(|until| now < until));
+        if self.leases.len() >= GUARD_IPV4_MAX {
+            self.leases.remove(0);
+        }
+        self.leases.push(Lease { addr, until: lease.map(|lease| now + lease) });
+    }
+
+    fn ask(&mut self, now: Instant, xid: u32) {
+        self.questions.retain(|(known, asked)| *known != xid && now.since(*asked) < QUESTION_LIFE);
+        if self.questions.len() >= GUARD_QUESTIONS_MAX {
+            self.questions.remove(0);
+        }
+        self.questions.push((xid, now));
+    }
+
+    /// Takes note of an address; past the bound one that is not the guest's yet goes, else the oldest.
+    fn bind(&mut self, binding: Binding) {
+        self.bindings.retain(|known| known.addr != binding.addr);
+        if self.bindings.len() >= GUARD_IPV6_MAX {
+            let at = self.bindings.iter().position(|known| !known.bound).unwrap_or(0);
+            self.bindings.remove(at);
+        }
+        self.bindings.push(binding);
+    }
+
+    fn settle(&mut self, addr: Ipv6Addr) {
+        for binding in &mut self.bindings {
+            binding.bound |= binding.addr == addr;
+        }
+    }
+}
+
+/// Whether a station can have the address.
+fn is_bindable(addr: Ipv6Addr) -> bool {
+    !addr.is_multicast() && !addr.is_loopback() && !addr.is_unspecified()
+}
+
+/// "Who has `addr`?" from nobody, as in duplicate address detection (RFC 4862, 5.4.2).
+fn probe(mac: MacAddr, addr: Ipv6Addr) -> [u8; PROBE_BYTES] {
+    let mut frame = [0; PROBE_BYTES];
+    let octets = addr.octets();
+    let [.., a, b, c] = octets;
+    // The group of all who could have it (RFC 4291, 2.7.1), and its Ethernet address (RFC 2464, 7).
+    let group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00 | u16::from(a), u16::from_be_bytes([b, c]));
+    let dst = MacAddr([0x33, 0x33, 0xff, a, b, c]);
+    ethernet::Header { dst, src: mac, ethertype: EtherType::IPV6 }.emit(&mut frame);
+    let (ip, message) = frame[ethernet::HEADER_BYTES..].split_at_mut(40);
+    ip[0] = 0x60;
+    ip[5] = 24;
+    ip[6] = Protocol::ICMPV6.0;
+    ip[7] = 255;
+    ip[24..40].copy_from_slice(&group.octets());
+    message[0] = 135;
+    message[8..24].copy_from_slice(&octets);
+    let mut sum = checksum::pseudo_header(Ipv6Addr::UNSPECIFIED.into(), group.into(), Protocol::ICMPV6, 24);
+    sum.add_bytes(message);
+    message[2..4].copy_from_slice(&sum.finish().to_be_bytes());
+    frame
+}
+
+#[cfg(test)]
+mod tests;
