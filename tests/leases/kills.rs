@@ -71,7 +71,9 @@ fn cycles() {
     let mut tell = |text: String| events.write_all(text.as_bytes()).unwrap();
     let mut random = Random(u64::from(std::process::id()) << 8 | u64::from(number) | 1);
     let mut store = open(&folder, random.below(u64::MAX)).unwrap();
-    loop {
+    // Whoever kills it may itself be killed.
+    let parent = std::os::unix::process::parent_id();
+    while std::os::unix::process::parent_id() == parent {
         let n = number * CLIENTS + random.below(CLIENTS.into()) as u32;
         let who = client(n);
         // As a client that is new, that would like an address, and that believes to have one (INIT-REBOOT).

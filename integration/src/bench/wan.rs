@@ -118,6 +118,8 @@ pub(super) fn ratios(report: &Report) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::super::report::{Results, tests::example};
     use super::*;
 
@@ -127,8 +129,22 @@ mod tests {
     fn the_links_round_trip_is_half_each_way() {
         let args = CELL.link_args(3);
         assert_eq!(args[1], "delay=500us,loss=0.1%,rate=1000mbit,queue=4MB");
-        assert_eq!((&args[3], &args[5]), (&args[1], &"3".to_owned()));
+        assert_eq!((&args[3], &args[4]), (&args[1], &"--seed".to_owned()));
         assert!(args[1].parse::<crate::link::Settings>().is_ok());
+    }
+
+    #[test]
+    fn each_repetition_of_each_cell_has_a_seed_of_its_own() {
+        let others = [
+            Wan { to_guest: false, ..CELL },
+            Wan { rtt_ms: 10, ..CELL },
+            Wan { lost_per_mille: 10, ..CELL },
+            Wan { flows: 1, ..CELL },
+        ];
+        let cells = others.iter().chain([&CELL]);
+        let seeds: HashSet<String> =
+            cells.flat_map(|cell| [1, 2].map(|repetition| cell.link_args(repetition)[5].clone())).collect();
+        assert_eq!(seeds.len(), 10);
     }
 
     #[test]

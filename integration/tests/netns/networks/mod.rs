@@ -4,4 +4,5 @@ mod kills;
 mod leaks;
 mod names;
 mod reach;
+mod rootless;
 mod site;
