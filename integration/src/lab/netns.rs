@@ -107,8 +107,17 @@ impl Netns {
     /// # Errors
     /// If the file cannot be written.
     pub fn set_resolv_conf(&self, text: &str) -> Result<(), LabError> {
+        self.set_etc_file("resolv.conf", text)
+    }
+
+    /// Gives processes that start inside from now on a file `name` of `/etc`, which must be there outside too, of
+    /// this text.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn set_etc_file(&self, name: &str, text: &str) -> Result<(), LabError> {
         let dir = self.etc();
-        let file = dir.join("resolv.conf");
+        let file = dir.join(name);
         fs::create_dir_all(&dir)
             .and_then(|()| fs::write(&file, text))
             .map_err(|e| LabError::Io(file.display().to_string(), e))

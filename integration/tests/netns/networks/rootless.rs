@@ -28,7 +28,7 @@ const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 
 /// Runs `body` on a site whose state directory is the user's, with the network `lab` made.
 fn on_a_users_site(create: &str, body: impl FnOnce(&mut Site) -> Outcome) {
-    on_a_site(&["setpriv"], |site| {
+    on_a_site(&["setpriv", "pgrep", "dig"], |site| {
         site.give_to_user(USER)?;
         site.network(&format!("create lab --subnet 10.0.2.0/24 --rootless{create}"))?;
         let outcome = body(site);

@@ -25,8 +25,13 @@ fn start_sshd(bench: &Bench) -> Result<(Process, Vec<String>), Failure> {
     for key in ["host-key", "user-key"] {
         lab::run(&["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", &file(key)], PATIENCE)?;
     }
-    // The unprivileged part of sshd goes there; the package's service would have made it.
+    // The unprivileged part of sshd goes there, as this user; installing the package would have made both.
     fs::create_dir_all("/run/sshd")?;
+    let mut passwd = fs::read_to_string("/etc/passwd")?;
+    if !passwd.lines().any(|line| line.starts_with("sshd:")) {
+        passwd.push_str("sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin\n");
+    }
+    bench.lab.world.set_etc_file("passwd", &passwd)?;
     let port = SSH_PORT.to_string();
     let authorized = format!("AuthorizedKeysFile={}", file("user-key.pub"));
     let mut words = vec!["-D", "-e", "-f", "/dev/null", "-p", &port];
