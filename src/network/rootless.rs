@@ -5,8 +5,8 @@
 //! outlives whoever started it.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, BufRead as _, BufReader, Read as _};
-use std::os::unix::fs::DirBuilderExt as _;
+use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -33,8 +33,10 @@ const KNOCKS: usize = 50;
 const PAUSE: Duration = Duration::from_millis(100);
 /// Between knocks at the door of a holder that is to come.
 const RETURN_PAUSE: Duration = Duration::from_secs(1);
-/// Bytes of a failed holder's log that are shown.
-const LOG_BYTES_SHOWN: usize = 2000;
+/// Length of a log in bytes from which the next holder begins it anew.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+/// Characters of a failed holder's log that are shown.
+const LOG_CHARS_SHOWN: usize = 2000;
 
 /// Why a process could not join.
 #[derive(Debug, Error)]
@@ -167,7 +169,7 @@ impl Place {
     fn start(&self) -> Result<bool, JoinError> {
         let starting = |what| move |source| JoinError::Start { what, source };
         let log = self.folder.join(LOG_NAME);
-        let errors = File::create(&log).map_err(starting("its log cannot be written"))?;
+        let (errors, begin) = open_log(&log).map_err(starting("its log cannot be written"))?;
         keep_from_children().map_err(starting("what is open here cannot be kept from it"))?;
         let mut child = Command::new("/proc/self/exe")
             .arg0("vunet")
@@ -187,22 +189,34 @@ impl Place {
             READY => Ok(true),
             said => {
                 let _ = child.wait();
-                if said == HELD { Ok(false) } else { Err(JoinError::Ended(last_words(&log))) }
+                if said == HELD { Ok(false) } else { Err(JoinError::Ended(last_words(&log, begin))) }
             }
         }
     }
 }
 
-/// The end of a log, in one line.
-fn last_words(log: &Path) -> String {
-    let mut text = String::new();
-    let read = File::open(log).and_then(|file| file.take(1 << 20).read_to_string(&mut text));
-    let words: Vec<&str> = text.split_whitespace().collect();
-    let mut words = words.join(" ");
-    if words.len() > LOG_BYTES_SHOWN {
-        let cut = words.len() - LOG_BYTES_SHOWN;
-        words = words.chars().skip(cut).collect();
+/// A log to write on in, and its length. Several processes may be starting a holder, so that none may truncate it but
+/// one that has become long.
+fn open_log(log: &Path) -> io::Result<(File, u64)> {
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(log)?;
+    if file.metadata()?.len() > LOG_BYTES_MAX {
+        file.set_len(0)?;
     }
+    let begin = file.metadata()?.len();
+    Ok((file, begin))
+}
+
+/// What a log says from `begin` on, its end if that is long, in one line.
+fn last_words(log: &Path, begin: u64) -> String {
+    let mut text = String::new();
+    let read = File::open(log).and_then(|mut file| {
+        file.seek(SeekFrom::Start(begin))?;
+        file.take(LOG_BYTES_MAX).read_to_string(&mut text)
+    });
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let words = words.join(" ");
+    let cut = words.chars().count().saturating_sub(LOG_CHARS_SHOWN);
+    let words: String = words.chars().skip(cut).collect();
     match read {
         Ok(_) if !words.is_empty() => words,
         _ => "it said nothing".to_owned(),
