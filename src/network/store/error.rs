@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::ErrorCode;
 use thiserror::Error;
 
-/// See the [module](self).
+/// Why the store of leases is of no use.
 #[derive(Debug, Error)]
 pub enum StoreError {
     /// Some other program's file, or none of SQLite's.
