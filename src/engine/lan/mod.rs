@@ -1,9 +1,9 @@
 //! A guest on a link with others: what of its frames may leave, and what of the link's is for it.
 //!
 //! Pure judgement on the host's copy of a frame's first bytes; the worker moves the frames. Towards the
-//! link: [`guard`] lets the guest send from its own addresses only, [`vlan`] adds the network's 802.1Q tag. Towards the guest: the tag is taken away, and what the
-//! guest's driver did not accept, or could not receive, is refused. On a named network, [`services`] says which
-//! frames are for DHCP and DNS of ours.
+//! link: [`guard`] lets the guest send from its own addresses only, [`vlan`] adds the network's 802.1Q tag.
+//! Towards the guest: the tag is taken away, and what the guest's driver did not accept, or could not
+//! receive, is refused. On a named network, [`services`] says which frames are for DHCP and DNS of ours.
 //!
 //! May touch: `wire`, `addr`, `limits`. Read first: IEEE 802.1Q, 9; virtio 1.3, 5.1.6.
 
