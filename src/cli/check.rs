@@ -481,10 +481,11 @@ pub(super) fn dns(args: &Args, domain: &str, gateway: Ipv4Addr) -> Result<DnsCon
             hosts.push(entry);
         }
     }
-    let own = values::under(DnsConfig::GATEWAY_LABEL, &domain)
+    // A domain that leaves no room for it is too long.
+    values::under(DnsConfig::GATEWAY_LABEL, &domain)
         .map_err(|reason| UsageError::Name { flag: "--dns-domain", reason })?;
     let given = hosts.len();
-    for name in [own].into_iter().chain(DnsConfig::GATEWAY_ALIASES.map(str::to_owned)) {
+    for name in DnsConfig::gateway_names(&domain) {
         // A name the user gave an address keeps that one alone.
         if hosts[..given].iter().all(|(taken, _)| *taken != name) {
             hosts.push((name, IpAddr::V4(gateway)));

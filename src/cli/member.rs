@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::check::{Parts, UsageError, dns, nat};
 use super::{Args, bridge};
-use crate::config::{DnsConfig, GuardConfig, Lan, LinkConfig, LinkSource, Mode, NetworkConfig};
+use crate::config::{DnsConfig, GuardConfig, IpMtu, Lan, LinkConfig, LinkSource, Mode, NetworkConfig};
 use crate::network::definition::{Definition, Kind, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
@@ -25,19 +25,21 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
         }
         Kind::Rootless { lan } => {
             refuse_rootless(args, name)?;
-            let (none, dns) = bridge::no_gateway(args);
-            let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, guard, gateway: None };
-            let lan = Lan { ip_mtu: lan.ip_mtu, ..none };
-            Ok(Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(config) })
+            Ok(station(args, lan.ip_mtu, guard, config))
         }
         Kind::Bridge { ip_mtu, .. } => {
             bridge::refuse_within(args)?;
-            let (lan, dns) = bridge::no_gateway(args);
-            let link = LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None };
-            let lan = Lan { ip_mtu: *ip_mtu, ..lan };
-            Ok(Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(config) })
+            Ok(station(args, *ip_mtu, guard, config))
         }
     }
+}
+
+/// A network whose DHCP and DNS are not this process's.
+fn station(args: &Args, ip_mtu: IpMtu, guard: Option<GuardConfig>, network: NetworkConfig) -> Parts {
+    let (lan, dns) = bridge::no_gateway(args);
+    let link = LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None };
+    let lan = Lan { ip_mtu, ..lan };
+    Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(network) }
 }
 
 fn find(state_dir: Option<&Path>, name: &NetworkName) -> Result<(StateDir, Definition), NetworkError> {

@@ -102,16 +102,20 @@ pub struct DnsConfig {
 impl DnsConfig {
     /// The default domain. Never `.local`: multicast DNS owns it (RFC 6762).
     pub const DEFAULT_DOMAIN: &'static str = "vunet.internal";
-    /// Names that answer with the gateway whatever the domain, because people's tools ask for them.
-    pub const GATEWAY_ALIASES: [&'static str; 2] = ["host.docker.internal", "gateway.docker.internal"];
     /// The gateway's own label under the domain.
     pub const GATEWAY_LABEL: &'static str = "host";
+    /// Names that answer with the gateway whatever the domain, because people's tools ask for them.
+    const GATEWAY_ALIASES: [&'static str; 2] = ["host.docker.internal", "gateway.docker.internal"];
+
+    /// The gateway's names: its own under `domain`, and its aliases.
+    pub fn gateway_names(domain: &str) -> impl Iterator<Item = String> {
+        let own = format!("{}.{domain}", Self::GATEWAY_LABEL);
+        [own].into_iter().chain(Self::GATEWAY_ALIASES.map(str::to_owned))
+    }
 
     /// DNS with the gateway's own names only.
     pub fn of_gateway(domain: &str, gateway: Ipv4Addr) -> DnsConfig {
-        let own = format!("{}.{domain}", Self::GATEWAY_LABEL);
-        let names = [own].into_iter().chain(Self::GATEWAY_ALIASES.map(str::to_owned));
-        let hosts = names.map(|name| (name, IpAddr::V4(gateway))).collect();
+        let hosts = Self::gateway_names(domain).map(|name| (name, IpAddr::V4(gateway))).collect();
         DnsConfig { enabled: true, domain: domain.to_owned(), hosts }
     }
 
