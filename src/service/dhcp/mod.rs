@@ -12,6 +12,7 @@
 //!
 //! Read first: RFC 2131, 3 and 4.3 (with table 4 for the client's states), RFC 2132.
 
+pub mod client;
 mod message;
 mod rate;
 
