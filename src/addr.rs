@@ -19,6 +19,15 @@ impl MacAddr {
     /// The gateway's address, locally administered.
     pub const GATEWAY: MacAddr = MacAddr([0x02, 0xab, 0xcd, 0x00, 0x00, 0x01]);
 
+    /// An address for something else that belongs to the same VM: unicast, locally administered, and never
+    /// the same.
+    #[must_use]
+    pub const fn sibling(self) -> MacAddr {
+        let MacAddr([first, b, c, d, e, f]) = self;
+        let local = (first & !1) ^ 4 | 2;
+        MacAddr([local, b, c, d, e, f])
+    }
+
     /// Whether the group bit is set (multicast and broadcast).
     pub const fn is_multicast(self) -> bool {
         self.0[0] & 1 != 0

@@ -13,6 +13,7 @@ mod leases;
 mod member;
 pub mod network;
 mod subnet;
+mod translate;
 mod values;
 
 use std::ffi::OsString;
@@ -160,6 +161,28 @@ impl fmt::Display for UplinkArg {
     }
 }
 
+/// How nat mode translates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum NatArg {
+    /// Connections end here and are made anew by sockets of this host; needs no privilege
+    Sockets,
+    /// Packets leave on the link of --uplink from one address there
+    Packet,
+    /// The kernel translates, as on named networks
+    Kernel,
+}
+
+/// The flag's value, as it is written.
+impl fmt::Display for NatArg {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            NatArg::Sockets => "sockets",
+            NatArg::Packet => "packet",
+            NatArg::Kernel => "kernel",
+        })
+    }
+}
+
 /// Which datagrams of one port of the guest share a port of the host (RFC 4787, 4.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum UdpMappingArg {
@@ -235,13 +258,25 @@ pub struct Args {
     mode_given: bool,
     #[arg(skip)]
     ip_mtu_given: bool,
-    /// Where frames leave: sockets of this host [default with --mode nat], or with --mode bridge a TAP on
-    /// the bridge BRIDGE, a TAP (made if there is none of this name), TAP queues inherited as descriptors N,
-    /// or a macvtap on IFNAME
+    /// Where frames leave: sockets of this host [default with --mode nat], a TAP on the bridge BRIDGE, a TAP
+    /// (made if there is none of this name), TAP queues inherited as descriptors N, or a macvtap on IFNAME
     #[arg(long, value_name = "sockets|bridge=BRIDGE|tap[=IFNAME]|tap-fd=N[,N…]|macvtap=IFNAME",
           value_parser = values::uplink, help_heading = "Network")]
     uplink: Option<UplinkArg>,
-    /// With --mode bridge: the VLAN the guest is in, 1 to 4094. The 802.1Q tag is added and removed here;
+    /// How --mode nat translates [default: packet on a link, else sockets]
+    #[arg(long, value_enum, value_name = "HOW", help_heading = "Network")]
+    nat: Option<NatArg>,
+    /// With --nat packet: the address on the link that the guest is hidden behind, its own or leased by the
+    /// link's DHCP [default: dhcp]
+    #[arg(long, value_name = "IP/PREFIX|dhcp", value_parser = values::nat_address, help_heading = "Network")]
+    nat_address: Option<values::NatAddress>,
+    /// With --nat-address IP/PREFIX: the link's router; without one only the link itself is reached
+    #[arg(long, value_name = "IP", value_parser = values::ipv4_addr, help_heading = "Network")]
+    nat_gateway: Option<Ipv4Addr>,
+    /// With --nat packet: ports of that address for the guest's flows [default: 49152-65535]
+    #[arg(long, value_name = "FIRST-LAST", value_parser = values::nat_ports, help_heading = "Network")]
+    nat_ports: Option<std::ops::RangeInclusive<u16>>,
+    /// On a link: the VLAN the guest is in, 1 to 4094. The 802.1Q tag is added and removed here;
     /// the bridge needs no support for it
     #[arg(long, value_name = "N", value_parser = values::vlan, help_heading = "Network")]
     vlan: Option<VlanId>,

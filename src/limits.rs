@@ -338,6 +338,12 @@ pub const LINK_HEAD_BYTES: usize = 128;
 /// frame.
 pub const LINK_LONG_HEAD_BYTES: usize = 1514;
 
+/// Hosts of a link that are remembered while packets are translated onto it: a full /22.
+pub const STATION_NEIGHBOURS_MAX: usize = 1024;
+
+/// Frames of our own station that wait to be sent: answers to a flood of ARP are dropped beyond.
+pub const STATION_OUTBOX_MAX: usize = 64;
+
 /// IPv4 addresses of one guest on a link: containers with leases of their own behind one MAC address.
 pub const GUARD_IPV4_MAX: usize = 64;
 

@@ -12,20 +12,27 @@ pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
         return refuse_outside(args).map(|()| None);
     }
     refuse_within(args)?;
-    let source = match &args.uplink {
-        None => return Err(UsageError::BridgeNeedsUplink),
-        Some(UplinkArg::Sockets) => return Err(UsageError::BridgeOverSockets),
-        Some(UplinkArg::Tap(name)) => LinkSource::Tap(name.clone()),
-        Some(UplinkArg::TapFd(fds)) => LinkSource::Inherited(inherited(fds, args.queues)?),
-        Some(UplinkArg::Bridge(name)) => LinkSource::Bridge(name.clone()),
-        Some(UplinkArg::MacVtap(name)) if args.mac.is_none() => {
-            return Err(UsageError::MacVtapNeedsMac(name.clone()));
-        }
-        Some(UplinkArg::MacVtap(name)) => LinkSource::MacVtap(name.clone()),
-    };
+    if let Some(UplinkArg::MacVtap(name)) = &args.uplink
+        && args.mac.is_none()
+    {
+        return Err(UsageError::MacVtapNeedsMac(name.clone()));
+    }
+    let source = source(args)?;
     let guard = GuardConfig { mac: args.mac, ipv4: args.guest_ip };
     let guard = (!args.trust_guest).then_some(guard);
-    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None }))
+    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None, translate: None }))
+}
+
+/// The link of `--uplink`. Descriptors of `tap-fd` are taken.
+pub(super) fn source(args: &Args) -> Result<LinkSource, UsageError> {
+    match &args.uplink {
+        None => Err(UsageError::BridgeNeedsUplink),
+        Some(UplinkArg::Sockets) => Err(UsageError::BridgeOverSockets),
+        Some(UplinkArg::Tap(name)) => Ok(LinkSource::Tap(name.clone())),
+        Some(UplinkArg::TapFd(fds)) => inherited(fds, args.queues).map(LinkSource::Inherited),
+        Some(UplinkArg::Bridge(name)) => Ok(LinkSource::Bridge(name.clone())),
+        Some(UplinkArg::MacVtap(name)) => Ok(LinkSource::MacVtap(name.clone())),
+    }
 }
 
 fn inherited(fds: &[i32], queues: u8) -> Result<Vec<TapQueue>, UsageError> {
@@ -99,13 +106,9 @@ fn refuse_outside(args: &Args) -> Result<(), UsageError> {
             why: "in other modes, but on a named network, the guest meets nobody it could deceive",
         });
     }
-    let why = match args.mode {
-        ModeArg::Nat => "translation of packets onto a link is not built yet, only onto sockets",
-        _ => "no frame leaves the guest's own network in this mode",
-    };
     match &args.uplink {
         None | Some(UplinkArg::Sockets) => Ok(()),
-        Some(uplink) => Err(UsageError::LinkNeedsBridge { uplink: uplink.clone(), why }),
+        Some(uplink) => Err(UsageError::LinkNeedsFrames(uplink.clone())),
     }
 }
 
@@ -201,10 +204,13 @@ mod tests {
 
     #[test]
     fn links_and_their_flags_are_refused_in_other_modes() {
-        for mode in ["nat", "host-only", "none"] {
+        for mode in ["host-only", "none"] {
             for uplink in ["tap", "tap=vm0", "tap-fd=9", "bridge=br0", "macvtap=eth0"] {
                 let line = format!("--mode {mode} --uplink {uplink}");
-                assert_says(&line, &[&format!("--uplink {uplink} needs --mode bridge"), "drop --uplink"]);
+                assert_says(
+                    &line,
+                    &[&format!("--uplink {uplink} needs --mode nat or bridge"), "drop --uplink"],
+                );
             }
             assert_says(&format!("--mode {mode} --vlan 7"), &["--vlan 7 needs --mode bridge"]);
             assert_says(&format!("--mode {mode} --trust-guest"), &["--trust-guest needs --mode bridge"]);

@@ -10,6 +10,7 @@ use thiserror::Error;
 use super::bridge;
 use super::member;
 use super::subnet::{self, Notice};
+use super::translate;
 use super::values::{self, PublishRange, ValueError};
 use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
@@ -101,16 +102,82 @@ pub enum UsageError {
          tap=IFNAME, tap-fd=N or macvtap=IFNAME"
     )]
     BridgeOverSockets,
-    /// A link in a mode that does not translate onto it.
+    /// A link in a mode that puts nothing on it.
     #[error(
-        "--uplink {uplink} needs --mode bridge: {why}; give --mode bridge to put the guest itself on that \
-         network, or drop --uplink"
+        "--uplink {0} needs --mode nat or bridge: no frame leaves the guest's own network in other modes; give one \
+         of them, or drop --uplink"
     )]
-    LinkNeedsBridge {
-        /// The uplink.
-        uplink: UplinkArg,
-        /// What the mode lacks.
+    LinkNeedsFrames(UplinkArg),
+    /// A way to translate where nothing is.
+    #[error("{flag} needs --mode nat: nothing is translated in other modes; drop it")]
+    NeedsNatMode {
+        /// The flag, with its value.
+        flag: String,
+    },
+    /// A flag of packet translation without it.
+    #[error("{flag} needs --nat packet and a link (--uplink bridge=BRIDGE, tap, …): {why}; drop it")]
+    NeedsPacketNat {
+        /// The flag.
+        flag: &'static str,
+        /// What there is instead.
         why: &'static str,
+    },
+    /// Packet translation onto nothing.
+    #[error(
+        "--nat packet needs a link to put packets on: give --uplink bridge=BRIDGE (ip link show type bridge lists \
+         them), tap, tap=IFNAME, tap-fd=N or macvtap=IFNAME"
+    )]
+    PacketNatNeedsLink,
+    /// Sockets on a link.
+    #[error(
+        "--nat sockets does not go with --uplink {0}: sockets have this host's addresses, on whatever link; give \
+         --nat packet, or drop --uplink"
+    )]
+    SocketsNatOnLink(UplinkArg),
+    /// The kernel without a network of its own.
+    #[error(
+        "--nat kernel is what named networks do: make one (vunet network create NAME --mode nat) and join it \
+         (--network NAME)"
+    )]
+    KernelNatAlone,
+    /// A flag without meaning where packets are translated.
+    #[error("{flag} does not go with --nat packet: {why}; drop it")]
+    NotWithPacketNat {
+        /// The flag, with its value.
+        flag: String,
+        /// Why it would do nothing.
+        why: &'static str,
+    },
+    /// A router for an address that DHCP leases.
+    #[error(
+        "--nat-gateway {0} goes with an address of yours: DHCP tells its own router; give --nat-address IP/PREFIX too, \
+         or drop --nat-gateway"
+    )]
+    NatGatewayWithDhcp(Ipv4Addr),
+    /// A router that is not on the link.
+    #[error(
+        "--nat-gateway {router} is no other host of {link} than {addr}: give the address of the link's router"
+    )]
+    NatGateway {
+        /// The router.
+        router: Ipv4Addr,
+        /// Our own address.
+        addr: Ipv4Addr,
+        /// The link's network.
+        link: Ipv4Subnet,
+    },
+    /// The link's network and the guest's are one.
+    #[error(
+        "--nat-address {addr}: the link's network {link} overlaps the guest's {guests}: give the guest another with \
+         --subnet"
+    )]
+    NatAddressOverlaps {
+        /// Our own address.
+        addr: Ipv4Addr,
+        /// The link's network.
+        link: Ipv4Subnet,
+        /// The guest's network.
+        guests: Ipv4Subnet,
     },
     /// A flag of bridge mode in another.
     #[error("{flag} needs --mode bridge: {why}; drop it")]
@@ -282,13 +349,17 @@ fn alone(
     notices: &mut Vec<Notice>,
 ) -> Result<Parts, UsageError> {
     let mode = mode(args)?;
-    let link = bridge::link(args)?;
-    let (lan, dns) = match &link {
-        Some(_) => bridge::no_gateway(args),
-        None => {
-            let lan = lan(args, routes, notices)?;
-            (lan, dns(args, args.domain(), lan.gateway)?)
-        }
+    let translates = translate::is_asked(args)?;
+    let link = if translates { None } else { bridge::link(args)? };
+    if link.is_some() {
+        let (lan, dns) = bridge::no_gateway(args);
+        return Ok(Parts { lan, dns, mode, link, network: None });
+    }
+    let lan = lan(args, routes, notices)?;
+    let dns = dns(args, args.domain(), lan.gateway)?;
+    let link = match &mode {
+        Mode::Nat(nat) if translates => Some(translate::link(args, &lan, nat)?),
+        _ => None,
     };
     Ok(Parts { lan, dns, mode, link, network: None })
 }

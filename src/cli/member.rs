@@ -37,7 +37,8 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
 /// A network whose DHCP and DNS are not this process's.
 fn station(args: &Args, ip_mtu: IpMtu, guard: Option<GuardConfig>, network: NetworkConfig) -> Parts {
     let (lan, dns) = bridge::no_gateway(args);
-    let link = LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None };
+    let link =
+        LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None, translate: None };
     let lan = Lan { ip_mtu, ..lan };
     Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(network) }
 }
@@ -77,7 +78,13 @@ fn own(
     }
     let lan = Lan { subnet, gateway, guest: args.guest_ip, ip_mtu, dhcp: !args.no_dhcp };
     let dns: DnsConfig = dns(args, &own.dns_domain, gateway)?;
-    let link = LinkConfig { source: LinkSource::Tap(None), vlan: None, guard, gateway: Some(gateway) };
+    let link = LinkConfig {
+        source: LinkSource::Tap(None),
+        vlan: None,
+        guard,
+        gateway: Some(gateway),
+        translate: None,
+    };
     Ok(Parts { lan, dns, mode, link: Some(link), network: Some(network) })
 }
 
@@ -85,6 +92,7 @@ fn own(
 fn refuse_defined(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
     let defined = "the network's definition says it (vunet network inspect)";
     let kernel = "the host's kernel translates there";
+    let own = "the network has a way to translate of its own (vunet network create)";
     let given = [
         (args.mode_given, "--mode", defined),
         (args.uplink.is_some(), "--uplink", "the guest is on the network's bridge"),
@@ -97,6 +105,10 @@ fn refuse_defined(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
             "--allow-host-loopback",
             "whether guests reach the host is said at its creation (--allow-host)",
         ),
+        (args.nat.is_some(), "--nat", own),
+        (args.nat_address.is_some(), "--nat-address", own),
+        (args.nat_gateway.is_some(), "--nat-gateway", own),
+        (args.nat_ports.is_some(), "--nat-ports", own),
         (args.udp_mapping.is_some(), "--udp-mapping", kernel),
         (args.udp_filtering.is_some(), "--udp-filtering", kernel),
     ];

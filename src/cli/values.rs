@@ -2,6 +2,7 @@
 //! instead. The flag's name and the text itself are put in front by the argument parser.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::ops::RangeInclusive;
 use std::os::fd::RawFd;
 
 use thiserror::Error;
@@ -18,9 +19,20 @@ const NAME_CHARS_MAX: usize = 253;
 /// Longest label (RFC 1035, 2.3.4).
 const LABEL_CHARS_MAX: usize = 63;
 
+/// Fewest ports of `--nat-ports`: a page of the web opens dozens of connections.
+const NAT_PORTS_MIN: usize = 256;
+
 /// Why a value is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ValueError {
+    /// Not an address on a link.
+    #[error(
+        "expected dhcp, or a host's address with its network's prefix length (8 to 30), such as 192.0.2.50/24"
+    )]
+    NatAddress,
+    /// Not a range of ports.
+    #[error("expected FIRST-LAST, {NAT_PORTS_MIN} ports or more, such as 49152-65535")]
+    NatPorts,
     /// Not a list of CPUs.
     #[error("expected CPU numbers and ranges joined by commas, such as 2,3 or 4-7")]
     CpuList,
@@ -334,6 +346,38 @@ pub(super) fn uplink(text: &str) -> Result<UplinkArg, ValueError> {
 /// Reads a VLAN's number.
 pub(super) fn vlan(text: &str) -> Result<VlanId, ValueError> {
     text.parse().ok().and_then(VlanId::new).ok_or(ValueError::Vlan)
+}
+
+/// Value of `--nat-address`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NatAddress {
+    /// An address and its network.
+    Fixed(Ipv4Addr, Ipv4Subnet),
+    /// Whatever the link's DHCP leases.
+    Dhcp,
+}
+
+/// `--nat-address`: a host's address with its network's prefix length, or `dhcp`.
+pub(super) fn nat_address(text: &str) -> Result<NatAddress, ValueError> {
+    if text == "dhcp" {
+        return Ok(NatAddress::Dhcp);
+    }
+    let parse = || {
+        let (addr, prefix) = text.split_once('/')?;
+        let (addr, prefix): (Ipv4Addr, u8) = (addr.parse().ok()?, prefix.parse().ok()?);
+        let bits = addr.to_bits() & u32::MAX.checked_shl(32u32.checked_sub(prefix.into())?)?;
+        let subnet = Ipv4Subnet::new(Ipv4Addr::from_bits(bits), prefix).ok()?;
+        let reserved = matches!(addr.octets()[0], 0 | 127 | 224..);
+        (!reserved && subnet.is_host(addr)).then_some(NatAddress::Fixed(addr, subnet))
+    };
+    parse().ok_or(ValueError::NatAddress)
+}
+
+/// `--nat-ports`: first and last, at least [`NAT_PORTS_MIN`] of them.
+pub(super) fn nat_ports(text: &str) -> Result<RangeInclusive<u16>, ValueError> {
+    let port = |text: &str| text.parse::<u16>().ok().filter(|port| *port > 0);
+    let range = text.split_once('-').and_then(|(first, last)| Some(port(first)?..=port(last)?));
+    range.filter(|range| range.len() >= NAT_PORTS_MIN).ok_or(ValueError::NatPorts)
 }
 
 /// CPUs of `--pin`, in the order given.

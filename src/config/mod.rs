@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -131,7 +132,7 @@ impl DnsConfig {
 /// What lies beyond the gateway.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mode {
-    /// The world, through host sockets.
+    /// The world, through host sockets or, with [`Config::link`], that link.
     Nat(NatConfig),
     /// Nothing: gateway, DHCP and local names only (`host-only` and `none`).
     Isolated,
@@ -207,7 +208,7 @@ pub enum LinkSource {
     MacVtap(String),
 }
 
-/// A link of the host on which the guest is a station of its own.
+/// A link of the host on which the guest is a station of its own, or is hidden behind one.
 #[derive(Debug)]
 pub struct LinkConfig {
     /// Which.
@@ -218,6 +219,8 @@ pub struct LinkConfig {
     pub gateway: Option<Ipv4Addr>,
     /// What the guest may send from; anything if `None`.
     pub guard: Option<GuardConfig>,
+    /// The guest is not on the link itself, but behind an address of ours there.
+    pub translate: Option<TranslateConfig>,
 }
 
 /// Addresses the guest of a link may send from.
@@ -227,6 +230,46 @@ pub struct GuardConfig {
     pub mac: Option<MacAddr>,
     /// Its one IPv4 address; those that DHCP leases if `None`.
     pub ipv4: Option<Ipv4Addr>,
+}
+
+/// An address on a link of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkAddress {
+    /// The address.
+    pub addr: Ipv4Addr,
+    /// The link's network.
+    pub subnet: Ipv4Subnet,
+    /// The router to everything else; nothing else is reachable if `None`.
+    pub router: Option<Ipv4Addr>,
+}
+
+/// Where the address comes from that the guest is hidden behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StationAddress {
+    /// The user said it.
+    Fixed(LinkAddress),
+    /// The link's DHCP leases it.
+    Dhcp,
+}
+
+/// Translation of the guest's packets to one address of ours on the link.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TranslateConfig {
+    /// Our MAC address on the link; one at random if `None`.
+    pub mac: Option<MacAddr>,
+    /// Our IPv4 address there.
+    pub address: StationAddress,
+    /// Ports of that address that flows of the guest may take.
+    pub ports: RangeInclusive<u16>,
+    /// How UDP is translated.
+    pub udp: UdpConfig,
+    /// Ports of that address that lead to the guest.
+    pub publish: Vec<Publish>,
+}
+
+impl TranslateConfig {
+    /// The dynamic ports (RFC 6335, 6).
+    pub const DEFAULT_PORTS: RangeInclusive<u16> = 49_152..=65_535;
 }
 
 /// Verbosity and form of the log on standard error.

@@ -21,6 +21,7 @@ pub mod lru;
 pub mod nat;
 pub mod placement;
 pub mod reassembly;
+pub mod station;
 pub mod timers;
 
 use std::collections::VecDeque;

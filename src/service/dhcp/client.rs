@@ -83,8 +83,8 @@ enum State {
     Selecting,
     /// One was chosen.
     Requesting { addr: Ipv4Addr, server: Ipv4Addr },
-    /// The lease runs. It is prolonged from `renew` on, by anybody from `rebind` on.
-    Bound { lease: ClientLease, renew: Instant, rebind: Instant, end: Instant },
+    /// The lease runs; from `rebind` on anybody is asked to prolong it.
+    Bound { lease: ClientLease, rebind: Instant, end: Instant },
 }
 
 /// The client of one address.
@@ -195,7 +195,7 @@ impl DhcpClient {
         // The lease runs from when it was asked for (RFC 2131, 4.4.1).
         let end = self.begun + lease.lease_time;
         let (renew, rebind) = (self.begun + lease.renewal.0, self.begun + lease.renewal.1);
-        self.state = State::Bound { lease, renew, rebind, end };
+        self.state = State::Bound { lease, rebind, end };
         (self.tries, self.due) = (0, renew);
         Some(ClientEvent::Bound(lease))
     }
