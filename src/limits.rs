@@ -341,6 +341,13 @@ pub const LINK_LONG_HEAD_BYTES: usize = 1514;
 /// Hosts of a link that are remembered while packets are translated onto it: a full /22.
 pub const STATION_NEIGHBOURS_MAX: usize = 1024;
 
+/// Frames that wait for the MAC address of their next hop: first packets of a page's connections (RFC 1122,
+/// 2.3.2.2 asks for one at least).
+pub const PARKED_FRAMES_MAX: usize = 32;
+
+/// Bytes of them.
+pub const PARKED_BYTES_MAX: usize = 256 << 10;
+
 /// Frames of our own station that wait to be sent: answers to a flood of ARP are dropped beyond.
 pub const STATION_OUTBOX_MAX: usize = 64;
 

@@ -1,0 +1,213 @@
+//! Our own station on the link, as one worker sees it: the address the guest is hidden behind, and where
+//! packets go next.
+//!
+//! All workers share the station behind a lock, and none takes it for a frame to a neighbour it knows: what it
+//! was told it keeps, until the station's version changes or the time it was told to look again.
+//!
+//! May touch: `engine::station`. Read first: there.
+
+use std::collections::VecDeque;
+use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::addr::MacAddr;
+use crate::config::LinkAddress;
+use crate::engine::station::{NextHop, Station};
+use crate::limits;
+use crate::time::Instant;
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::vnet::VnetHeader;
+
+/// Next hops a worker keeps: the router, and some neighbours.
+const HOPS_KEPT: usize = 8;
+
+/// The station of a process, shared by its workers.
+#[derive(Debug)]
+pub struct SharedStation {
+    /// The station's version as it was when the lock was last free.
+    version: AtomicU64,
+    mac: MacAddr,
+    station: Mutex<Station>,
+}
+
+impl SharedStation {
+    /// A station for all workers.
+    pub fn new(station: Station) -> SharedStation {
+        let (version, mac) = (AtomicU64::new(station.version()), station.mac());
+        SharedStation { version, mac, station: Mutex::new(station) }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Station) -> T) -> T {
+        let mut station = self.station.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = act(&mut station);
+        self.version.store(station.version(), Ordering::Release);
+        outcome
+    }
+}
+
+/// Where a frame goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// To this neighbour.
+    To(MacAddr),
+    /// To one whose MAC address was asked for.
+    Wait(Ipv4Addr),
+    /// There is none.
+    None,
+    /// We have no address on the link.
+    NoAddress,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Hop {
+    target: Ipv4Addr,
+    mac: MacAddr,
+    until: Instant,
+}
+
+/// A frame that waits until its next hop is known.
+#[derive(Debug)]
+pub(super) struct Parked {
+    target: Ipv4Addr,
+    pub(super) vnet: VnetHeader,
+    /// The frame, its MAC addresses not written yet.
+    pub(super) frame: Box<[u8]>,
+}
+
+/// One worker's view.
+#[derive(Debug)]
+pub(super) struct Outside {
+    shared: Arc<SharedStation>,
+    /// The worker that does what is due.
+    is_first: bool,
+    seen: u64,
+    held: Option<LinkAddress>,
+    hops: [Option<Hop>; HOPS_KEPT],
+    parked: VecDeque<Parked>,
+    parked_bytes: usize,
+}
+
+impl Outside {
+    pub(super) fn new(shared: Arc<SharedStation>, is_first: bool) -> Outside {
+        let (hops, parked) = ([None; HOPS_KEPT], VecDeque::new());
+        Outside { shared, is_first, seen: 0, held: None, hops, parked, parked_bytes: 0 }
+    }
+
+    /// Our MAC address on the link.
+    pub(super) fn mac(&self) -> MacAddr {
+        self.shared.mac
+    }
+
+    /// Our address there, if we have one. `changed` is told when it is another than before.
+    pub(super) fn address(&mut self, changed: impl FnOnce(Option<Ipv4Addr>)) -> Option<LinkAddress> {
+        let version = self.shared.version.load(Ordering::Acquire);
+        if version != self.seen {
+            self.seen = version;
+            self.hops = [None; HOPS_KEPT];
+            let held = self.shared.with(|station| station.held());
+            let before = std::mem::replace(&mut self.held, held);
+            if before.map(|held| held.addr) != held.map(|held| held.addr) {
+                changed(held.map(|held| held.addr));
+            }
+        }
+        self.held
+    }
+
+    /// Where a packet to `dst` goes. To be called after [`Outside::address`].
+    pub(super) fn way(&mut self, now: Instant, dst: Ipv4Addr) -> Way {
+        let Some(held) = self.held else { return Way::NoAddress };
+        let target = match held.router {
+            _ if held.subnet.contains(dst) => dst,
+            Some(router) => router,
+            None => return Way::None,
+        };
+        let kept = &mut self.hops[(target.to_bits() as usize) % HOPS_KEPT];
+        if let Some(hop) = kept
+            && hop.target == target
+            && now < hop.until
+        {
+            return Way::To(hop.mac);
+        }
+        match self.shared.with(|station| station.next_hop(now, dst)) {
+            NextHop::At(mac, until) => {
+                *kept = Some(Hop { target, mac, until });
+                Way::To(mac)
+            }
+            NextHop::Asked(target) => Way::Wait(target),
+            NextHop::Unreachable => Way::None,
+            NextHop::NoAddress => Way::NoAddress,
+        }
+    }
+
+    /// Keeps a frame until its next hop is known. Returns whether there was room.
+    pub(super) fn park(&mut self, target: Ipv4Addr, vnet: VnetHeader, frame: Box<[u8]>) -> bool {
+        let has_room = self.parked.len() < limits::PARKED_FRAMES_MAX
+            && self.parked_bytes + frame.len() <= limits::PARKED_BYTES_MAX;
+        if has_room {
+            self.parked_bytes += frame.len();
+            self.parked.push_back(Parked { target, vnet, frame });
+        }
+        has_room
+    }
+
+    /// Whether any frame waits.
+    pub(super) fn has_parked(&self) -> bool {
+        !self.parked.is_empty()
+    }
+
+    /// Takes the frames that need wait no longer: with their next hop, or without if there is none.
+    pub(super) fn unpark(&mut self, now: Instant, mut each: impl FnMut(Option<MacAddr>, &mut Parked)) {
+        for _ in 0..self.parked.len() {
+            let Some(mut parked) = self.parked.pop_front() else { return };
+            let mac = match self.way(now, parked.target) {
+                Way::Wait(_) => {
+                    self.parked.push_back(parked);
+                    continue;
+                }
+                Way::To(mac) => Some(mac),
+                Way::None | Way::NoAddress => None,
+            };
+            self.parked_bytes -= parked.frame.len();
+            each(mac, &mut parked);
+        }
+    }
+
+    /// Whether the frame of the link may be one for the station itself: ARP, or DHCP for who has no address.
+    pub(super) fn may_be_for_station(head: &[u8]) -> bool {
+        let Some(ethertype) = head.get(12..ethernet::HEADER_BYTES) else { return false };
+        let ethertype = EtherType(u16::from_be_bytes([ethertype[0], ethertype[1]]));
+        // Port 67 to 68 behind an IPv4 header without options.
+        let is_dhcp = || head.get(23) == Some(&17) && head.get(34..38) == Some(&[0, 67, 0, 68]);
+        ethertype == EtherType::ARP || ethertype == EtherType::IPV4 && is_dhcp()
+    }
+
+    /// Hands the station a frame of the link; returns whether it took it.
+    pub(super) fn receive(&mut self, now: Instant, head: &[u8]) -> bool {
+        self.shared.with(|station| station.receive(now, head))
+    }
+
+    /// Does what is due, on the first worker.
+    pub(super) fn poll(&mut self, now: Instant) {
+        if self.is_first {
+            self.shared.with(|station| station.poll(now));
+        }
+    }
+
+    /// When [`Outside::poll`] has something to do.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        if self.is_first { self.shared.with(|station| station.deadline()) } else { None }
+    }
+
+    /// The next frame of the station's.
+    pub(super) fn next_frame(&mut self) -> Option<Box<[u8]>> {
+        self.shared.with(Station::next_frame)
+    }
+
+    /// Gives a leased address back, on the first worker.
+    pub(super) fn release(&mut self) {
+        if self.is_first {
+            self.shared.with(Station::release);
+        }
+    }
+}
