@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod beside;
 mod complaints;
 pub mod core;
 pub mod counters;
