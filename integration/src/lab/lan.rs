@@ -45,23 +45,40 @@ fn start_dhcp(netns: &Netns, dir: &Path, interface: &str) -> Result<Process, Lab
     Ok(server)
 }
 
+/// The host's own address where vunet holds [`HOST`] itself ([`Lab::make_outside`]).
+pub const HOST_BESIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
+
 impl Lab {
+    /// Makes a link on which vunet can hold [`HOST`] itself, as it does when it translates packets: the host's
+    /// link is a port of [`BRIDGE`], and the host is [`HOST_BESIDE`] there.
+    ///
+    /// # Errors
+    /// If a link cannot be had.
+    pub fn make_outside(&self) -> Result<(), LabError> {
+        self.make_bridge(HOST_BESIDE)
+    }
+
     /// Makes the LAN: [`BRIDGE`] with the host's link on it and the host's address, and the DHCP server.
     ///
     /// # Errors
     /// If a link or the server cannot be had.
     pub fn make_lan(&mut self) -> Result<(), LabError> {
+        self.make_bridge(HOST)?;
+        self.start_lan_dhcp()
+    }
+
+    fn make_bridge(&self, host: Ipv4Addr) -> Result<(), LabError> {
         for words in [
             &format!("link add {BRIDGE} type bridge"),
             &format!("link set {BRIDGE} up"),
             &format!("addr del {HOST}/24 dev p0"),
             &format!("link set p0 master {BRIDGE}"),
-            &format!("addr add {HOST}/24 dev {BRIDGE}"),
+            &format!("addr add {host}/24 dev {BRIDGE}"),
             &format!("route replace default via {WORLD}"),
         ] {
             self.ip(&self.host, words)?;
         }
-        self.start_lan_dhcp()
+        Ok(())
     }
 
     /// Starts the LAN's DHCP server in the world.

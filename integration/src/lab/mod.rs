@@ -31,7 +31,7 @@ pub use crate::sys::tcp::has_ecn;
 pub use backend::{Backend, BackendOptions, GuestProcess, vunet_binary};
 pub use dhcp::Lease;
 pub use dns::{BIG_TXT_BYTES, BIG_TXT_NAME, DOMAIN};
-pub use lan::{BRIDGE, LAN_DOMAIN, LAN_POOL};
+pub use lan::{BRIDGE, HOST_BESIDE, LAN_DOMAIN, LAN_POOL};
 pub use limits::BufferLimits;
 pub use netns::Netns;
 pub use process::{Output, Process, run, run_any};

@@ -65,6 +65,8 @@ pub(crate) struct Setup {
     pub(crate) faults_allowed: bool,
     /// Whether the host's link is a port of a bridge, and vunet puts the guest on it.
     pub(crate) on_bridge: bool,
+    /// Whether it is one on which vunet holds the host's address and translates packets.
+    pub(crate) translated: bool,
     /// Arguments of a faulty link between host and world, if there is to be one.
     pub(crate) link: Option<Vec<&'static str>>,
 }
@@ -78,6 +80,7 @@ impl Setup {
             guest: Vec::new(),
             faults_allowed: false,
             on_bridge: false,
+            translated: false,
             link: None,
         }
     }
@@ -86,6 +89,30 @@ impl Setup {
     pub(crate) fn on_bridge() -> Setup {
         let uplink = format!("bridge={}", lab::BRIDGE);
         Setup { on_bridge: true, ..Setup::new() }.vunet(&["--mode", "bridge", "--uplink", &uplink])
+    }
+
+    /// The guest behind an address that vunet holds on a bridge: that which is the host's elsewhere, so that
+    /// scenarios of the NAT over sockets run unchanged.
+    pub(crate) fn translated() -> Setup {
+        Setup::new().to_translated()
+    }
+
+    fn to_translated(&self) -> Setup {
+        let uplink = format!("bridge={}", lab::BRIDGE);
+        let (address, router) = (format!("{}/24", lab::HOST), WORLD.to_string());
+        let args = ["--uplink", &uplink, "--nat-address", &address, "--nat-gateway", &router];
+        Setup { translated: true, ..self.clone() }.vunet(&args)
+    }
+
+    /// The same through the engine that `VUNET_NAT` names, where the scenario says nothing of one.
+    fn chosen(&self) -> Setup {
+        let says = |flag: &str| self.vunet.args.iter().any(|arg| arg == flag);
+        let plain = !self.on_bridge && !self.translated && self.link.is_none() && !says("--mode");
+        match std::env::var("VUNET_NAT").as_deref() {
+            Ok("packet") if plain => self.to_translated(),
+            Ok("packet" | "sockets") | Err(_) => self.clone(),
+            Ok(other) => panic!("VUNET_NAT is {other}: expected packet or sockets"),
+        }
     }
 
     /// Puts a faulty link between host and world.
@@ -167,6 +194,7 @@ pub(crate) fn bare(setup: &Setup, body: impl FnOnce(&mut Bench) -> Outcome) {
     if let Some(reason) = missing(&setup.tools) {
         return skip(&reason);
     }
+    let setup = setup.chosen();
     let lab = match &setup.link {
         None => Lab::new(integration_binary()),
         Some(args) => Lab::over_link(integration_binary(), args),
@@ -174,6 +202,9 @@ pub(crate) fn bare(setup: &Setup, body: impl FnOnce(&mut Bench) -> Outcome) {
     let mut lab = lab.unwrap_or_else(|e| panic!("{e}"));
     if setup.on_bridge {
         lab.make_lan().unwrap_or_else(|e| panic!("{e}"));
+    }
+    if setup.translated {
+        lab.make_outside().unwrap_or_else(|e| panic!("{e}"));
     }
     let vunet = lab.vunet(&setup.vunet).unwrap_or_else(|e| panic!("{e}"));
     let mut bench = Bench { guest: None, vunet, lab, faults_allowed: setup.faults_allowed };

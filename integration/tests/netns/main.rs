@@ -3,7 +3,8 @@
 //! They need root and some tools; without them a test says which one is missing and counts as
 //! skipped (`CI=true` makes that a failure; `VUNET_SKIP_LOG` names a file that gets a line for each). The binary under test is `VUNET_BIN`, else
 //! `target/release/vunet`. Random choices print their seed; `VUNET_SEED` replays one.
-//! `VUNET_GUEST_ARGS` adds arguments to every guest, to run all of it with, say, `--features none`.
+//! `VUNET_GUEST_ARGS` adds arguments to every guest, to run all of it with, say, `--features none`;
+//! `VUNET_NAT=packet` has vunet translate packets onto a bridge instead of ending connections on sockets.
 
 mod behaviours;
 mod bench;
@@ -22,6 +23,7 @@ mod lan_uplinks;
 mod lease;
 mod link;
 mod networks;
+mod packet_nat;
 mod policy;
 mod programs;
 mod publish;

@@ -1,0 +1,166 @@
+//! Translation of packets onto a link: what it does that the NAT over sockets does not, and how it holds its
+//! address there. What both do is run through both: `VUNET_NAT=packet`.
+
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use vunet_integration::lab::{GUEST, HOST, HOST_BESIDE, LAN_POOL, SHORT, WORLD};
+
+use crate::bench::{Bench, Failure, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
+
+/// What `ip neigh` shows of `addr` in the world.
+fn neighbour(bench: &Bench, addr: Ipv4Addr) -> Result<String, Failure> {
+    let words = ["ip", "-4", "neigh", "show", "to", &addr.to_string()];
+    Ok(bench.lab.world.run(&words, SHORT)?.stdout)
+}
+
+/// Waits for a line of vunet's log.
+fn await_log(bench: &Bench, what: &str) -> Result<String, Failure> {
+    Ok(bench.vunet.process.wait_error(PATIENCE, what, |line| line.contains(what))?)
+}
+
+/// Pings of the guest to `to`, all of which are answered.
+fn ping(bench: &Bench, to: Ipv4Addr, more: &[&str]) -> Outcome {
+    let to = to.to_string();
+    let words = [&["ping", "-n", "-c", "3", "-i", "0.05", "-W", "2"], more, &[&to]].concat();
+    let output = bench.in_guest(&words)?;
+    ensure!(output.contains("3 received"), "{words:?}: {output}");
+    Ok(())
+}
+
+#[test]
+fn the_guest_is_hidden_behind_an_address_of_vunets_own() {
+    let setup = Setup::translated().tools(&["ping", "curl", "iperf3", "ss"]);
+    scenario(&setup, |bench| {
+        ping(bench, WORLD, &[])?;
+        ping(bench, HOST_BESIDE, &[])?;
+        bench.http_both_ways(32 * MIB, 1)?;
+        let known = neighbour(bench, HOST)?;
+        ensure!(known.contains("lladdr"), "the world knows no station at {HOST}: {known}");
+        let guest = bench.lab.guest.run(&["cat", "/sys/class/net/eth0/address"], SHORT)?.stdout;
+        ensure!(!known.contains(guest.trim()), "the world sees the guest's own MAC: {known}");
+        bench.lab.start_iperf3()?;
+        for direction in [&[][..], &["-R"]] {
+            let base = ["iperf3", "-c", "192.0.2.2", "-t", "1", "--connect-timeout", "5000"];
+            let output = bench.in_guest(&[&base[..], direction].concat())?;
+            ensure!(output.contains("receiver"), "{output}");
+        }
+        let _held = bench.connect_world(7)?;
+        let peers = bench.lab.world.run(&["ss", "-Htn", "sport", "=", ":7"], SHORT)?.stdout;
+        ensure!(peers.contains(&HOST.to_string()), "{peers}");
+        ensure!(!peers.contains(&GUEST.to_string()), "{peers}");
+        let counters = bench.detach()?;
+        ensure!(counters.gso_from_guest > 0 && counters.gso_to_guest > 0, "segmentation: {counters:?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn connections_keep_what_the_ends_agreed_on() {
+    let setup = Setup::translated().tools(&["ss"]);
+    scenario(&setup, |bench| {
+        let _held = bench.connect_world(7)?;
+        let both = [&bench.lab.world, &bench.lab.guest];
+        for (netns, filter) in both.iter().zip(["sport = :7", "dport = :7"]) {
+            let shown = netns.run(&["ss", "-Htni", filter], SHORT)?.stdout;
+            for option in ["sack", "ts", "wscale"] {
+                ensure!(shown.contains(option), "no {option}: {shown}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn packets_longer_than_the_link_and_other_protocols_pass() {
+    let setup = Setup::translated().tools(&["ping", "traceroute"]);
+    scenario(&setup, |bench| {
+        for size in ["1472", "1473", "20000"] {
+            ping(bench, WORLD, &["-s", size])?;
+        }
+        let trace = bench.in_guest(&["traceroute", "-n", "-q", "1", "-w", "2", "-m", "4", &WORLD.to_string()])?;
+        let hops: Vec<&str> = trace.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+        ensure!(hops == ["10.0.2.1", "192.0.2.2"], "{trace}");
+        Ok(())
+    });
+}
+
+#[test]
+fn an_address_leased_on_the_link_is_used_and_given_back() {
+    let uplink = format!("bridge={}", vunet_integration::lab::BRIDGE);
+    let mac = "52:54:00:00:00:77";
+    let setup = Setup::on_bridge().tools(&["curl"]);
+    bare(&setup, |bench| {
+        bench.vunet.process.stop();
+        let args = ["--uplink", &uplink, "--mac", mac];
+        let options = vunet_integration::lab::BackendOptions::args(&args);
+        let mut leased = Vec::new();
+        for round in 0..2 {
+            bench.vunet = bench.lab.vunet(&options)?;
+            bench.attach(&["--mac", mac])?;
+            bench.lease()?;
+            await_log(bench, "the link's address is ours")?;
+            bench.http_both_ways(MIB, round)?;
+            let found: Vec<Ipv4Addr> = bench
+                .lab
+                .world
+                .run(&["ip", "-4", "neigh", "show", "dev", "e0"], SHORT)?
+                .stdout
+                .lines()
+                .filter(|line| line.contains("56:54:00:00:00:77"))
+                .filter_map(|line| line.split(' ').next()?.parse().ok())
+                .collect();
+            ensure!(found.len() == 1, "{found:?}");
+            ensure!((LAN_POOL.0..=LAN_POOL.1).contains(&found[0]), "{found:?}");
+            leased.extend(found);
+            bench.detach()?;
+            let code = bench.vunet.process.stop();
+            ensure!(code == Some(0), "{code:?}");
+        }
+        ensure!(leased[0] == leased[1], "the same VM got {leased:?}");
+        bench.vunet = bench.lab.vunet(&setup.vunet)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn an_address_another_host_has_is_not_used() {
+    bare(&Setup::translated(), |bench| {
+        await_log(bench, "the link's address is ours")?;
+        bench.vunet.process.stop();
+        bench.lab.ip(&bench.lab.world, &format!("addr add {HOST}/32 dev e0"))?;
+        bench.vunet = bench.lab.vunet(&Setup::translated().vunet)?;
+        let said = await_log(bench, "another host of the link has the address")?;
+        ensure!(said.contains(&HOST.to_string()), "{said}");
+        bench.attach(&[])?;
+        bench.lease()?;
+        let refused = bench.connect((WORLD, 7), Duration::from_secs(1));
+        ensure!(refused.is_err(), "a connection from an address that is another's");
+        bench.lab.ip(&bench.lab.world, &format!("addr del {HOST}/32 dev e0"))?;
+        let deadline = Instant::now() + 2 * PATIENCE;
+        while bench.connect((WORLD, 7), Duration::from_secs(1)).is_err() {
+            ensure!(Instant::now() < deadline, "the address is free and not taken again");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn four_queues_carry_flows_side_by_side() {
+    let setup = Setup::translated().tools(&["iperf3", "curl"]).vunet(&["--queues", "4"]);
+    bare(&setup, |bench| {
+        bench.lab.start_iperf3()?;
+        for queues in ["4", "2", "1"] {
+            bench.attach(&["--queues", queues])?;
+            bench.lease()?;
+            for direction in [&[][..], &["-R"]] {
+                let base = ["iperf3", "-c", "192.0.2.2", "-t", "1", "-P", "8", "--connect-timeout", "5000"];
+                let output = bench.in_guest(&[&base[..], direction].concat())?;
+                ensure!(output.contains("receiver"), "{output}");
+            }
+            bench.http_both_ways(8 * MIB, 4)?;
+            bench.detach()?;
+        }
+        Ok(())
+    });
+}
