@@ -36,7 +36,7 @@ use crate::uplink::sys::poll::{self, Poll};
 
 use self::link::{Left, LinkEnd};
 
-pub use self::link::LinkParts;
+pub use self::link::{LinkParts, SharedStation, TranslationParts};
 
 /// Events taken at once.
 const EVENTS: usize = 256;
@@ -207,6 +207,9 @@ impl Worker {
                 stop |= self.take(now, event);
             }
             if stop {
+                if let Some(link) = &mut self.link {
+                    link.leave_link();
+                }
                 self.engine.guest_reset();
                 return Ok(self.counters());
             }
@@ -236,7 +239,8 @@ impl Worker {
 
     /// Until when to wait: the next deadline, in milliseconds rounded up; -1 without one.
     fn timeout_ms(&self) -> i32 {
-        let until_deadline = match self.engine.next_deadline() {
+        let of_link = self.link.as_ref().and_then(LinkEnd::next_deadline);
+        let until_deadline = match [self.engine.next_deadline(), of_link].into_iter().flatten().min() {
             Some(at) => {
                 let micros = at.since(self.clock.now()).as_micros();
                 i32::try_from(micros.div_ceil(1000)).unwrap_or(i32::MAX)
@@ -424,9 +428,15 @@ impl Worker {
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
                 (TxEvent::Frame(frame), Some(link)) => {
-                    if link.is_for_us(&frame) {
+                    let left = if link.is_for_us(&frame) {
                         engine.from_guest(now, rx, &frame);
-                    } else if link.forward(now, &frame) == Left::Full {
+                        Left::Yes
+                    } else if link.translates() {
+                        link.forward_translated(now, &frame, engine, rx)
+                    } else {
+                        link.forward(now, &frame)
+                    };
+                    if left == Left::Full {
                         return Taken::NotNow;
                     }
                 }
@@ -441,6 +451,7 @@ impl Worker {
     fn link_to_guest(&mut self, now: Instant) -> bool {
         let Some(link) = &mut self.link else { return false };
         let (_, rx) = self.queues.split();
+        link.run_translation(now, &mut self.engine, rx);
         rx.first_running().is_some_and(|pair| link.deliver(now, rx, pair))
     }
 

@@ -13,6 +13,9 @@
 //!
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
+mod outside;
+mod translated;
+
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::PoisonError;
@@ -27,11 +30,16 @@ use crate::engine::lan::guard::{Guard, Verdict};
 use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES};
+use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES};
 use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
+
+use self::translated::{Arrived, Translation};
+
+pub use self::outside::SharedStation;
+pub use self::translated::TranslationParts;
 
 /// Pause between look-ups of the guest's lease: a flood from addresses that are not its own costs ten a second.
 const LEASE_LOOK_UP_PAUSE: Duration = Duration::from_millis(100);
@@ -54,6 +62,8 @@ pub struct LinkParts {
     pub gateway: Option<Ipv4Addr>,
     /// The DHCP that is ours there: it knows which address is the guest's.
     pub dhcp: Option<SharedDhcp>,
+    /// Translation, if the guest is hidden behind an address of ours on the link.
+    pub translation: Option<TranslationParts>,
 }
 
 /// What became of a frame of the guest.
@@ -87,6 +97,7 @@ struct Held {
 #[derive(Debug)]
 pub(super) struct LinkEnd {
     parts: LinkParts,
+    translation: Option<Translation>,
     /// What the interface was last set to.
     ip_mtu: u16,
     offloads: Option<GuestOffloads>,
@@ -114,9 +125,10 @@ pub(super) struct LinkEnd {
 }
 
 impl LinkEnd {
-    pub(super) fn new(parts: LinkParts) -> LinkEnd {
+    pub(super) fn new(mut parts: LinkParts) -> LinkEnd {
         LinkEnd {
             ip_mtu: parts.ip_mtu.get(),
+            translation: parts.translation.take().map(Translation::new),
             parts,
             offloads: None,
             attached: true,
@@ -139,6 +151,11 @@ impl LinkEnd {
     /// queue is watched: a detached one cannot be watched, but stays so.
     pub(super) fn detach(&mut self) {
         self.set_attached(false);
+    }
+
+    /// Whether the guest's packets are translated.
+    pub(super) fn translates(&self) -> bool {
+        self.translation.is_some()
     }
 
     pub(super) fn queue(&self) -> &TapQueue {
@@ -194,6 +211,9 @@ impl LinkEnd {
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
+        if let Some(translation) = &mut self.translation {
+            translation.forget_guest();
+        }
     }
 
     fn set_attached(&mut self, attached: bool) {
@@ -237,6 +257,9 @@ impl LinkEnd {
     /// Whether a frame of the guest is for a service of ours, and not for the link. One from a MAC address that
     /// is not its own is for nobody: the guard drops it on its way to the link.
     pub(super) fn is_for_us(&mut self, frame: &TxFrame<'_>) -> bool {
+        if self.translation.is_some() {
+            return self.stays(frame.head);
+        }
         let Some(gateway) = self.parts.gateway else { return false };
         let Some(service) = services::is_ours(frame.head, frame.whole.len(), gateway) else { return false };
         if let Some(guard) = &mut self.parts.guard {
@@ -447,8 +470,23 @@ impl LinkEnd {
             }
         };
         let (len, head) = (len - tag_bytes, without_tag(head, tag_bytes));
+        let mut head = head;
         if let Some(guard) = &mut self.parts.guard {
             guard.to_guest(now, head);
+        }
+        if let Some(translation) = &mut self.translation {
+            match translation.arrived(now, &vnet, head, len) {
+                Ok(Arrived::ForGuest) => {}
+                Ok(Arrived::Taken) => {
+                    give_up(port, reserved_bytes);
+                    self.send_station_frames();
+                    return Ok(Step::Moved(0));
+                }
+                Err(reason) => {
+                    give_up(port, reserved_bytes);
+                    return Err(reason);
+                }
+            }
         }
         if reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
@@ -468,7 +506,12 @@ impl LinkEnd {
     /// First bytes of a frame, without its tag, that are read into host memory.
     fn head_bytes(&mut self, now: Instant) -> usize {
         let awaits_lease = self.parts.guard.as_mut().is_some_and(|guard| guard.awaits_lease(now));
-        if awaits_lease { LINK_LONG_HEAD_BYTES } else { LINK_HEAD_BYTES }
+        match &self.translation {
+            _ if awaits_lease => LINK_LONG_HEAD_BYTES,
+            Some(translation) if translation.awaits_dhcp() => LINK_LONG_HEAD_BYTES,
+            Some(_) => FRAME_HEAD_BYTES,
+            None => LINK_HEAD_BYTES,
+        }
     }
 
     fn nothing_read(&mut self, error: &io::Error) -> Result<Step, DropReason> {
@@ -540,9 +583,9 @@ fn give_up(port: &mut impl GuestPort, reserved_bytes: usize) {
 }
 
 /// The head without the `tag_bytes` behind its addresses, which are moved up to what follows.
-fn without_tag(head: &mut [u8], tag_bytes: usize) -> &[u8] {
+fn without_tag(head: &mut [u8], tag_bytes: usize) -> &mut [u8] {
     head.copy_within(..vlan::TAG_AT, tag_bytes);
-    &head[tag_bytes..]
+    &mut head[tag_bytes..]
 }
 
 #[cfg(test)]
@@ -623,6 +666,7 @@ mod tests {
                 ip_mtu: IpMtu::DEFAULT,
                 gateway: None,
                 dhcp: None,
+                translation: None,
             };
             let mut end = LinkEnd::new(parts);
             end.guest_has_buffers();

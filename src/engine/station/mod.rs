@@ -129,7 +129,7 @@ impl Station {
 
     /// Whether an answer of DHCP may come, which is longer than other frames that are judged.
     pub fn awaits_dhcp(&self) -> bool {
-        self.dhcp.is_some()
+        self.dhcp.as_ref().is_some_and(DhcpClient::awaits_answer)
     }
 
     /// When [`Station::poll`] has something to do.

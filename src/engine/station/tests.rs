@@ -145,8 +145,9 @@ fn an_address_we_were_told_is_defended_every_ten_seconds_and_kept() {
 #[test]
 fn a_lease_is_claimed_declined_when_in_use_and_given_back() {
     let mut station = station(StationAddress::Dhcp);
-    assert!(station.awaits_dhcp());
+    assert!(!station.awaits_dhcp());
     station.poll(ms(0));
+    assert!(station.awaits_dhcp());
     let discover = station.next_frame().expect("a question");
     let packet = &discover[ethernet::HEADER_BYTES..];
     let header = ipv4::Header::parse(packet, packet.len()).unwrap();

@@ -109,6 +109,15 @@ impl DhcpClient {
         DhcpClient { mac, state, xid: 0, begun: now, tries: 0, due: now, random: seed | 1 }
     }
 
+    /// Whether something was asked that no answer came to.
+    pub fn awaits_answer(&self) -> bool {
+        match self.state {
+            State::Init { .. } => false,
+            State::Selecting | State::Requesting { .. } => true,
+            State::Bound { .. } => self.tries > 0,
+        }
+    }
+
     /// When [`DhcpClient::poll`] has something to do.
     pub fn deadline(&self) -> Instant {
         match self.state {

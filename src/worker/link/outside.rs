@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::addr::MacAddr;
@@ -28,6 +28,8 @@ pub struct SharedStation {
     /// The station's version as it was when the lock was last free.
     version: AtomicU64,
     mac: MacAddr,
+    /// Whether an answer of DHCP was asked for, as of then.
+    awaits_dhcp: AtomicBool,
     station: Mutex<Station>,
 }
 
@@ -35,12 +37,14 @@ impl SharedStation {
     /// A station for all workers.
     pub fn new(station: Station) -> SharedStation {
         let (version, mac) = (AtomicU64::new(station.version()), station.mac());
-        SharedStation { version, mac, station: Mutex::new(station) }
+        let awaits_dhcp = AtomicBool::new(station.awaits_dhcp());
+        SharedStation { version, mac, awaits_dhcp, station: Mutex::new(station) }
     }
 
     fn with<T>(&self, act: impl FnOnce(&mut Station) -> T) -> T {
         let mut station = self.station.lock().unwrap_or_else(PoisonError::into_inner);
         let outcome = act(&mut station);
+        self.awaits_dhcp.store(station.awaits_dhcp(), Ordering::Relaxed);
         self.version.store(station.version(), Ordering::Release);
         outcome
     }
@@ -97,6 +101,11 @@ impl Outside {
     /// Our MAC address on the link.
     pub(super) fn mac(&self) -> MacAddr {
         self.shared.mac
+    }
+
+    /// Whether an answer of DHCP may come.
+    pub(super) fn awaits_dhcp(&self) -> bool {
+        self.shared.awaits_dhcp.load(Ordering::Relaxed)
     }
 
     /// Our address there, if we have one. `changed` is told when it is another than before.
