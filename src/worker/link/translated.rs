@@ -3,26 +3,32 @@
 //!
 //! What is for the gateway's services is the engine's. All else of the guest passes `engine::packet`, which
 //! changes the judged copy of its first bytes; the payload leaves from guest memory, and comes to it, as on any
-//! link.
+//! link. A frame whose flow is another worker's is copied and handed to it.
 //!
-//! May touch: `engine::packet`, `engine::station` through [`super::outside`], the engine for the guest's side.
+//! May touch: `engine::packet`, the station through [`super::outside`], the engine for the guest's side.
 
+use std::collections::VecDeque;
 use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hashbrown::HashMap;
 
-use super::outside::{Outside, Way};
+use super::outside::{Outside, SharedStation, Way};
 use super::{Left, LinkEnd};
 use crate::addr::{Ipv4Subnet, MacAddr};
+use crate::config::{Protocol, Publish};
 use crate::engine::Engine;
 use crate::engine::core::Neighbour;
-use crate::engine::counters::DropReason;
+use crate::engine::counters::{Counters, DropReason};
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::HostNet;
 use crate::engine::lan;
-use crate::engine::packet::{Packet, PacketNat, Verdict};
-use crate::frame::{Payload, TxFrame};
-use crate::limits::{FRAME_HEAD_BYTES, NEIGHBOURS_MAX};
+use crate::engine::packet::head::Packet;
+use crate::engine::packet::ports::{GuestEnd, Mappings};
+use crate::engine::packet::{PacketNat, Released, Side, Verdict};
+use crate::engine::placement::{LinkFrame, WorkerId};
+use crate::frame::{Payload, QueuePair, TxFrame};
+use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, NEIGHBOURS_MAX};
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
@@ -39,11 +45,15 @@ pub struct TranslationParts {
     /// The worker's flows.
     pub nat: PacketNat,
     /// The station of all workers.
-    pub station: std::sync::Arc<super::outside::SharedStation>,
+    pub station: Arc<SharedStation>,
     /// The guest's network.
     pub guests: Ipv4Subnet,
-    /// Whether this worker does what is due of the station.
+    /// Whether this worker does what is done once for all: the station's timers, and published ports.
     pub is_first: bool,
+    /// Ports that lead to the guest.
+    pub publish: Vec<Publish>,
+    /// The mappings of all workers.
+    pub mappings: Arc<Mutex<Mappings>>,
 }
 
 /// Translation on one worker.
@@ -58,6 +68,9 @@ pub(super) struct Translation {
     /// An address of the guest's that something came for and that is not known.
     unknown: Option<Ipv4Addr>,
     head: Box<[u8; FRAME_HEAD_BYTES]>,
+    /// Frames whose flows are other workers'.
+    for_others: VecDeque<(WorkerId, LinkFrame)>,
+    published: Option<Published>,
 }
 
 /// What became of a frame of the link.
@@ -66,32 +79,101 @@ pub(super) enum Arrived {
     /// Translated, and the guest's.
     ForGuest,
     /// Our station's own.
-    Taken,
+    Ours,
+    /// Its flow is another worker's.
+    Elsewhere(WorkerId),
+    /// A fragment that waits for the first of its packet.
+    Held,
+    /// Refused, and its sender is told: the answer waits.
+    Answered,
+}
+
+/// Published ports, and the guest they lead to.
+#[derive(Debug)]
+struct Published {
+    ports: Vec<Publish>,
+    mappings: Arc<Mutex<Mappings>>,
+    guest: Option<Ipv4Addr>,
+}
+
+impl Published {
+    /// The ports lead to `guest` from now on.
+    fn lead_to(&mut self, guest: Option<Ipv4Addr>) {
+        if self.guest == guest {
+            return;
+        }
+        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut self.guest, guest);
+        for port in &self.ports {
+            let protocol = match port.protocol {
+                Protocol::Tcp => ipv4::Protocol::TCP,
+                Protocol::Udp => ipv4::Protocol::UDP,
+            };
+            let end = |addr| GuestEnd { protocol, addr, port: port.guest_port };
+            if let Some(before) = before {
+                mappings.unpublish(end(before));
+            }
+            if let Some(guest) = guest
+                && !mappings.publish(end(guest), port.host.port())
+            {
+                tracing::warn!(
+                    port = port.host.port(), guest_port = port.guest_port,
+                    "--publish: a flow of the guest has the port; it is published when the guest begins anew"
+                );
+            }
+        }
+    }
 }
 
 impl Translation {
     pub(super) fn new(parts: TranslationParts) -> Translation {
+        let TranslationParts { nat, station, guests, is_first, publish, mappings } = parts;
+        let published = Published { ports: publish, mappings, guest: None };
         Translation {
-            nat: parts.nat,
-            outside: Outside::new(parts.station, parts.is_first),
-            subnet: parts.guests,
+            nat,
+            outside: Outside::new(station, is_first),
+            subnet: guests,
             guests: HashMap::default(),
             newest: (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO),
             unknown: None,
             head: Box::new([0; FRAME_HEAD_BYTES]),
+            for_others: VecDeque::new(),
+            published: is_first.then_some(published),
         }
     }
 
     /// The guest is gone or began anew.
-    pub(super) fn forget_guest(&mut self) {
-        self.nat.forget_guest();
+    pub(super) fn forget_guest(&mut self, now: Instant) {
+        if let Err(error) = self.nat.forget(now) {
+            tracing::warn!(%error, "flows of the guest that is gone stay until they time out");
+        }
         self.guests.clear();
         self.newest = (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO);
+        self.for_others.clear();
+        if let Some(published) = &mut self.published {
+            published.lead_to(None);
+        }
     }
 
     /// Whether an answer of DHCP may come, of which all is to be read.
     pub(super) fn awaits_dhcp(&self) -> bool {
         self.outside.awaits_dhcp()
+    }
+
+    /// What was counted of flows and drops; frames are the link's to count.
+    pub(super) fn counters(&self) -> Counters {
+        Counters { frames_from_guest: 0, frames_to_guest: 0, ..self.nat.counters().clone() }
+    }
+
+    /// Our address on the link, of which the flows are told when it changes.
+    fn refresh(&mut self, now: Instant) -> Option<Ipv4Addr> {
+        let Translation { nat, outside, .. } = self;
+        let held = outside.address(|addr| {
+            if let Err(error) = nat.set_outside(now, addr) {
+                tracing::error!(%error, "flows cannot move to the new address on the link");
+            }
+        });
+        held.map(|held| held.addr)
     }
 
     fn learn(&mut self, addr: Ipv4Addr, mac: MacAddr) {
@@ -109,6 +191,15 @@ impl Translation {
         if self.newest.0 == addr { Some(self.newest.1) } else { self.guests.get(&addr).copied() }
     }
 
+    /// Hands a frame to the worker whose flow it is of; lost if too many wait.
+    fn hand_over(&mut self, to: WorkerId, frame: LinkFrame) -> Result<(), DropReason> {
+        if self.for_others.len() >= LETTERS_MAX {
+            return Err(DropReason::TableFull);
+        }
+        self.for_others.push_back((to, frame));
+        Ok(())
+    }
+
     /// Takes a frame of the link whose first bytes are `head`.
     pub(super) fn arrived(
         &mut self,
@@ -122,25 +213,32 @@ impl Translation {
             return Err(DropReason::NotForUs);
         }
         if Outside::may_be_for_station(head) && self.outside.receive(now, head) {
-            return Ok(Arrived::Taken);
+            return Ok(Arrived::Ours);
         }
         if header.ethertype != EtherType::IPV4 || header.dst.is_multicast() {
             return Err(DropReason::NotForUs);
         }
-        let Translation { nat, outside, .. } = self;
-        outside.address(|addr| nat.set_outside(addr));
-        match nat.from_world(now, &mut Packet { vnet, head, len_bytes }) {
-            Verdict::Forward => {}
-            Verdict::Drop(reason) => return Err(reason),
-            other => unreachable!("{other:?}"),
+        self.refresh(now);
+        match self.nat.from_world(now, &mut Packet { vnet, head, len_bytes }) {
+            Verdict::Forward => self.address_to_guest(head).map(|()| Arrived::ForGuest),
+            Verdict::Answer(_) => Ok(Arrived::Answered),
+            Verdict::Hold => Ok(Arrived::Held),
+            Verdict::Elsewhere(worker) => Ok(Arrived::Elsewhere(worker)),
+            // Counted there.
+            Verdict::Drop(_) => Ok(Arrived::Ours),
+            Verdict::Ours | Verdict::Hairpin => Err(DropReason::NotForUs),
         }
+    }
+
+    /// Writes the Ethernet header of a frame that is translated for the guest.
+    fn address_to_guest(&mut self, head: &mut [u8]) -> Result<(), DropReason> {
         let guest = addr_at(head, DST_AT);
         let Some(dst) = self.guest_mac(guest) else {
             self.unknown = Some(guest);
             return Err(DropReason::NoFlow);
         };
         ethernet::Header { dst, src: MacAddr::GATEWAY, ethertype: EtherType::IPV4 }.emit(head);
-        Ok(Arrived::ForGuest)
+        Ok(())
     }
 }
 
@@ -198,29 +296,45 @@ impl LinkEnd {
             return Err(DropReason::SpoofedSource);
         }
         translation.learn(guest, header.src);
-        let Translation { nat, outside, .. } = translation;
-        let held = outside.address(|addr| nat.set_outside(addr));
-        let is_hairpin = held.is_some_and(|held| held.addr == dst);
-        let way = if is_hairpin { None } else { Some(outside.way(now, dst)) };
+        let address = translation.refresh(now);
+        let is_hairpin = address == Some(dst);
+        let way = if is_hairpin { None } else { Some(translation.outside.way(now, dst)) };
         if let Some(Way::None | Way::NoAddress) = way {
-            let code = if held.is_some() { UnreachableCode::Host } else { UnreachableCode::Net };
+            let code = if address.is_some() { UnreachableCode::Host } else { UnreachableCode::Net };
             let message = Message::Unreachable { code, next_hop_mtu: 0 };
             engine.tell_guest(now, port, from, message, &frame.head[ethernet::HEADER_BYTES..]);
             return Err(DropReason::Refused);
         }
         let head = &mut translation.head[..frame.head.len()];
         head.copy_from_slice(frame.head);
-        let len_bytes = frame.whole.len();
-        let verdict = nat.from_guest(now, &mut Packet { vnet: &frame.vnet, head, len_bytes });
-        match (verdict, way) {
-            (Verdict::Forward, Some(way)) => self.leave(frame, way),
-            (Verdict::Hairpin, _) => self.turn_back(now, frame, engine, port),
-            (Verdict::Refuse(message), _) => {
-                engine.tell_guest(now, port, from, message, &frame.head[ethernet::HEADER_BYTES..]);
-                Err(DropReason::Refused)
+        let mut packet = Packet { vnet: &frame.vnet, head, len_bytes: frame.whole.len() };
+        match (translation.nat.from_guest(now, &mut packet), way) {
+            (Verdict::Forward, Some(way)) => {
+                let left = self.leave(frame, way);
+                self.send_released(now, engine, port);
+                left
             }
-            (Verdict::Drop(reason), _) => Err(reason),
-            (Verdict::Forward, None) => Err(DropReason::Refused),
+            (Verdict::Hairpin, _) => {
+                let whole = self.whole_translated(frame);
+                self.turn_back(now, frame.pair, frame.vnet, whole, engine, port)
+            }
+            (Verdict::Answer(_), _) => {
+                let answer = translation.nat.answer();
+                engine.send_to_guest(now, port, frame.pair, VnetHeader::default(), answer);
+                Ok(Left::Yes)
+            }
+            (Verdict::Hold, _) => {
+                translation.nat.hold(now, Side::Guest, &whole_frame(frame, frame.head));
+                Ok(Left::Yes)
+            }
+            (Verdict::Elsewhere(worker), _) => {
+                let bytes = whole_frame(frame, frame.head);
+                let handed = LinkFrame { side: Side::Guest, pair: frame.pair, vnet: frame.vnet, bytes };
+                translation.hand_over(worker, handed).map(|()| Left::Yes)
+            }
+            // Counted there.
+            (Verdict::Drop(_), _) => Ok(Left::Yes),
+            (Verdict::Ours, _) | (Verdict::Forward, None) => Err(DropReason::Refused),
         }
     }
 
@@ -229,43 +343,172 @@ impl LinkEnd {
         lan::check_length(&frame.vnet, frame.whole.len(), self.ip_mtu)?;
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         let src = translation.outside.mac();
-        let mut head = *translation.head;
-        let head = &mut head[..frame.head.len()];
         match way {
             Way::To(dst) => {
+                let mut head = *translation.head;
+                let head = &mut head[..frame.head.len()];
                 ethernet::Header { dst, src, ethertype: EtherType::IPV4 }.emit(head);
                 let rest = frame.whole.range(frame.head.len(), frame.whole.len());
                 self.send(frame.vnet, head, &rest)
             }
             Way::Wait(target) => {
-                let whole = whole_frame(frame, head);
-                if translation.outside.park(target, frame.vnet, whole) {
-                    Ok(Left::Yes)
-                } else {
-                    Err(DropReason::TableFull)
-                }
+                let whole = whole_frame(frame, &translation.head[..frame.head.len()]);
+                let parked = translation.outside.park(target, frame.vnet, whole);
+                if parked { Ok(Left::Yes) } else { Err(DropReason::TableFull) }
             }
             Way::None | Way::NoAddress => Err(DropReason::Refused),
         }
+    }
+
+    fn whole_translated(&self, frame: &TxFrame<'_>) -> Box<[u8]> {
+        let head = self.translation.as_ref().map_or(frame.head, |t| &t.head[..frame.head.len()]);
+        whole_frame(frame, head)
     }
 
     /// Gives the guest a frame that it sent to itself through our address.
     fn turn_back<N: HostNet>(
         &mut self,
         now: Instant,
-        frame: &TxFrame<'_>,
+        pair: QueuePair,
+        vnet: VnetHeader,
+        mut whole: Box<[u8]>,
         engine: &mut Engine<N>,
         port: &mut impl GuestPort,
     ) -> Result<Left, DropReason> {
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
-        let mut whole = whole_frame(frame, &translation.head[..frame.head.len()]);
-        let Some(dst) = translation.guest_mac(addr_at(&whole, DST_AT)) else {
-            return Err(DropReason::NoFlow);
-        };
-        lan::check_offloads(&frame.vnet, port.offloads())?;
-        ethernet::Header { dst, src: MacAddr::GATEWAY, ethertype: EtherType::IPV4 }.emit(&mut whole);
-        engine.send_to_guest(now, port, frame.pair, frame.vnet, &whole);
+        lan::check_offloads(&vnet, port.offloads())?;
+        translation.address_to_guest(&mut whole)?;
+        engine.send_to_guest(now, port, pair, vnet, &whole);
         Ok(Left::Yes)
+    }
+
+    /// What became of frames of the link that did not go on to the guest as they came: `whole` is that of a
+    /// fragment or of another worker's flow.
+    pub(super) fn settle_arrival(&mut self, now: Instant, arrived: Arrived, vnet: VnetHeader, whole: &[u8]) {
+        let Some(translation) = &mut self.translation else { return };
+        match arrived {
+            Arrived::ForGuest => {}
+            Arrived::Ours => self.send_station_frames(),
+            Arrived::Held => translation.nat.hold(now, Side::World, whole),
+            Arrived::Elsewhere(worker) => {
+                let pair = QueuePair::default();
+                let frame = LinkFrame { side: Side::World, pair, vnet, bytes: whole.into() };
+                if let Err(reason) = translation.hand_over(worker, frame) {
+                    self.counters.drop(reason);
+                }
+            }
+            Arrived::Answered => {
+                let mut answer: Box<[u8]> = translation.nat.answer().into();
+                // It goes where the packet came from.
+                answer[6..12].copy_from_slice(&translation.outside.mac().0);
+                let _ = self.send(VnetHeader::default(), &answer, &Payload::EMPTY);
+            }
+        }
+    }
+
+    /// Takes a frame whose flow is this worker's from another worker.
+    pub(in crate::worker) fn handed<N: HostNet>(
+        &mut self,
+        now: Instant,
+        mut frame: LinkFrame,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) {
+        let outcome = match frame.side {
+            Side::Guest => {
+                let head_bytes = frame.bytes.len().min(FRAME_HEAD_BYTES);
+                let tx = TxFrame {
+                    vnet: frame.vnet,
+                    head: &frame.bytes[..head_bytes],
+                    whole: Payload::from_host(&frame.bytes),
+                    pair: frame.pair,
+                };
+                self.translate(now, &tx, engine, port).map(|_| ())
+            }
+            Side::World => self.handed_from_world(now, &mut frame, engine, port),
+        };
+        if let Err(reason) = outcome {
+            self.counters.drop(reason);
+        }
+    }
+
+    fn handed_from_world<N: HostNet>(
+        &mut self,
+        now: Instant,
+        frame: &mut LinkFrame,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) -> Result<(), DropReason> {
+        let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
+        let len_bytes = frame.bytes.len();
+        let mut head = [0; FRAME_HEAD_BYTES];
+        let head = &mut head[..len_bytes.min(FRAME_HEAD_BYTES)];
+        head.copy_from_slice(&frame.bytes[..head.len()]);
+        match translation.arrived(now, &frame.vnet, head, len_bytes)? {
+            Arrived::ForGuest => {
+                frame.bytes[..head.len()].copy_from_slice(head);
+                self.counters.payload_to_guest_bytes += len_bytes as u64;
+                engine.send_to_guest(now, port, frame.pair, frame.vnet, &frame.bytes);
+                Ok(())
+            }
+            // It moved meanwhile: a frame is handed on once.
+            Arrived::Elsewhere(_) => Err(DropReason::NoFlow),
+            arrived => {
+                self.settle_arrival(now, arrived, frame.vnet, &frame.bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// The next frame for another worker.
+    pub(in crate::worker) fn next_handed(&mut self) -> Option<(WorkerId, LinkFrame)> {
+        self.translation.as_mut()?.for_others.pop_front()
+    }
+
+    /// Sends fragments that waited for the first of their packet.
+    fn send_released<N: HostNet>(
+        &mut self,
+        now: Instant,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) {
+        while let Some(released) = self.translation.as_mut().and_then(|t| t.nat.pop_released()) {
+            if let Err(reason) = self.send_one_released(now, released, engine, port) {
+                self.counters.drop(reason);
+            }
+        }
+    }
+
+    fn send_one_released<N: HostNet>(
+        &mut self,
+        now: Instant,
+        released: Released,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) -> Result<(), DropReason> {
+        let Released { side, verdict, mut frame } = released;
+        let (pair, vnet) = (QueuePair::default(), VnetHeader::default());
+        let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
+        match (verdict, side) {
+            (Verdict::Forward, Side::Guest) => {
+                let target = addr_at(&frame, DST_AT);
+                if translation.outside.park(target, vnet, frame) {
+                    self.send_parked(now);
+                    return Ok(());
+                }
+                Err(DropReason::TableFull)
+            }
+            (Verdict::Forward, Side::World) | (Verdict::Hairpin, _) => {
+                translation.address_to_guest(&mut frame)?;
+                engine.send_to_guest(now, port, pair, vnet, &frame);
+                Ok(())
+            }
+            (Verdict::Elsewhere(worker), side) => {
+                translation.hand_over(worker, LinkFrame { side, pair, vnet, bytes: frame })
+            }
+            (Verdict::Drop(reason), _) => Err(reason),
+            (Verdict::Ours | Verdict::Answer(_) | Verdict::Hold, _) => Err(DropReason::NotForUs),
+        }
     }
 
     /// Does what is due of translation and its station, and sends what waits. To be called once a batch.
@@ -276,7 +519,9 @@ impl LinkEnd {
         port: &mut impl GuestPort,
     ) {
         let Some(translation) = &mut self.translation else { return };
-        translation.nat.set_published_guest(engine.published_guest());
+        if let Some(published) = &mut translation.published {
+            published.lead_to(engine.published_guest());
+        }
         if let Some(addr) = translation.unknown.take() {
             match engine.guest_at(addr) {
                 Some(neighbour) => translation.learn(addr, neighbour.mac),
@@ -287,6 +532,7 @@ impl LinkEnd {
         translation.outside.poll(now);
         self.send_station_frames();
         self.send_parked(now);
+        self.send_released(now, engine, port);
     }
 
     /// When [`LinkEnd::run_translation`] has something to do.
@@ -310,16 +556,16 @@ impl LinkEnd {
         }
     }
 
+    /// Sends frames whose next hop has become known.
     fn send_parked(&mut self, now: Instant) {
         let Some(translation) = &mut self.translation else { return };
         if !translation.outside.has_parked() {
             return;
         }
-        let Translation { nat, outside, .. } = translation;
-        outside.address(|addr| nat.set_outside(addr));
-        let src = outside.mac();
+        translation.refresh(now);
+        let src = translation.outside.mac();
         let mut ready = Vec::new();
-        outside.unpark(now, |dst, parked| {
+        translation.outside.unpark(now, |dst, parked| {
             ready.push((dst, parked.vnet, std::mem::take(&mut parked.frame)));
         });
         for (dst, vnet, mut frame) in ready {
