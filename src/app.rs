@@ -189,7 +189,8 @@ fn run_on(
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let prepared = prepare(&config, open_files, queues, links, &stop)?;
+    let holder = joined.and_then(membership::holder);
+    let prepared = prepare(&config, (open_files, holder), queues, links, &stop)?;
     let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
     if let Some(joined) = joined {
         let _inside = runtime.enter();
@@ -244,11 +245,12 @@ struct Ports {
     bound: (Bound, Bound),
 }
 
-/// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
+/// Opens what the workers need, within the open files limit; `holder` is this process's number in the store of
+/// its named network. Published ports are the first worker's; their flows move to the worker
 /// whose queue pair the guest answers on.
 fn prepare(
     config: &Config,
-    open_files: u64,
+    (open_files, holder): (u64, Option<u64>),
     queues: Vec<DeviceQueues>,
     links: Vec<LinkParts>,
     stop: &EventFd,
@@ -267,7 +269,7 @@ fn prepare(
         true => (None, Ports { publish: nat.publish.clone(), bound }),
         false => (Some(bound), Ports::default()),
     };
-    let Services { dns, dhcp, keeper } = services::of(config, world)?;
+    let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
