@@ -6,6 +6,7 @@
 mod hold;
 mod membership;
 mod services;
+mod stations;
 
 pub use hold::hold;
 
@@ -27,6 +28,7 @@ use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstre
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
+use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -126,13 +128,18 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let used = membership::enter(joined.as_ref())?;
     let link = config.link.take();
     let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
+    let kept = link.as_ref().and_then(|link| link.keep.as_ref()).and_then(stations::open);
     let mut open = runtime.block_on(open_link(link, &config))?;
     let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
     if let (Some(joined), Some(first)) = (&joined, queues.first()) {
         let tap = first.name().to_owned();
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
-    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default());
+    let table = Arc::new(stations::table(kept.as_ref()));
+    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
+    if let Some(kept) = kept {
+        runtime.spawn(station_leases::keep(kept, table.news()));
+    }
     if let Some((place, used)) = used {
         runtime.spawn(place.stay(used));
     }
@@ -155,10 +162,14 @@ struct Judge {
 }
 
 /// Each worker's end of the link.
-fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: &Judge) -> Vec<LinkParts> {
+fn link_ends(
+    queues: Vec<TapQueue>,
+    ip_mtu: IpMtu,
+    judge: &Judge,
+    table: &Arc<SharedTable>,
+) -> Vec<LinkParts> {
     let &Judge { vlan, guard, gateway } = judge;
-    let table = Arc::new(SharedTable::default());
-    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(table), worker));
     let ends = queues.into_iter().zip(0u8..);
     let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
     ends.map(end).collect()

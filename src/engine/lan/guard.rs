@@ -16,6 +16,9 @@
 //! Beyond addresses the guest says nothing that only a router or a DHCP server may say, has no VLAN tags,
 //! and no frames but ARP, IPv4 and IPv6: bridges themselves listen to others.
 //!
+//! What the LAN's DHCP leased is told to whoever keeps it ([`SharedTable::news`]), so that the next process of
+//! the same guest knows of it: a running guest renews when half of its lease is over, not when vunet starts.
+//!
 //! All workers judge by one table. Each has a copy and looks at a number that changes with the table, so
 //! that a frame costs no lock; what is learnt is rare and takes one.
 //!
@@ -26,13 +29,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::dhcp::{self, Answer, Question};
 use super::ipv6::{self, Discovery, Upper};
 use super::vlan;
 use crate::addr::MacAddr;
 use crate::config::GuardConfig;
 use crate::engine::counters::DropReason;
-use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_QUESTIONS_MAX};
+use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_KEPT_MAX, GUARD_QUESTIONS_MAX};
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
@@ -90,9 +95,32 @@ struct Table {
     questions: Vec<(u32, Instant)>,
 }
 
+/// An address that the LAN's DHCP server leased.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StationLease {
+    /// To whom.
+    pub mac: MacAddr,
+    /// Which.
+    pub addr: Ipv4Addr,
+    /// For how long from now on; without end if `None`.
+    pub left: Option<Duration>,
+}
+
+/// All the leases of one station.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseNews {
+    /// The station.
+    pub mac: MacAddr,
+    /// At most [`GUARD_IPV4_MAX`].
+    pub leases: Vec<StationLease>,
+}
+
 /// The table all workers judge by.
 #[derive(Debug, Default)]
 pub struct SharedTable {
+    /// What is known of stations beyond the guest that is there: of earlier processes, and before it began anew.
+    kept: Mutex<Vec<(MacAddr, Lease)>>,
+    news: watch::Sender<Option<LeaseNews>>,
     /// Changes with the table.
     version: AtomicU64,
     /// Workers that do not read their queue, a bit each.
@@ -114,6 +142,25 @@ pub struct Guard {
 }
 
 impl SharedTable {
+    /// A table with leases of an earlier process, as of the beginning of time.
+    pub fn with_leases(leases: &[StationLease]) -> SharedTable {
+        let lease = |known: &StationLease| Lease {
+            addr: known.addr,
+            until: known.left.map(|left| Instant::ZERO + left),
+        };
+        let kept = leases.iter().take(GUARD_KEPT_MAX).map(|known| (known.mac, lease(known))).collect();
+        SharedTable { kept: Mutex::new(kept), ..SharedTable::default() }
+    }
+
+    /// The guest's leases of the LAN's DHCP, whenever they changed.
+    pub fn news(&self) -> watch::Receiver<Option<LeaseNews>> {
+        self.news.subscribe()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(MacAddr, Lease)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -126,7 +173,45 @@ impl Guard {
         let (bit, table) = (1 << worker, Table::default());
         let mut guard = Guard { config, shared, bit, stalled_since: None, table, seen: u64::MAX };
         guard.refresh();
+        if let Some(mac) = config.mac {
+            guard.take_up(mac);
+        }
         guard
+    }
+
+    /// Takes up the leases that `mac` had before it was known to be the guest's.
+    fn take_up(&mut self, mac: MacAddr) {
+        if self.config.ipv4.is_some() {
+            return;
+        }
+        let mut leases: Vec<Lease> = self
+            .shared
+            .kept()
+            .iter()
+            .filter(|(station, _)| *station == mac)
+            .map(|(_, lease)| *lease)
+            .collect();
+        leases.retain(|lease| !self.table.leases.iter().any(|known| known.addr == lease.addr));
+        leases.truncate(GUARD_IPV4_MAX.saturating_sub(self.table.leases.len()));
+        if !leases.is_empty() {
+            self.learn(|table| table.leases.extend(leases));
+        }
+    }
+
+    /// Keeps what leases the guest has now, and tells of them.
+    fn keep_leases(&mut self, now: Instant, mac: MacAddr) {
+        let mut kept = self.shared.kept();
+        kept.retain(|(station, _)| *station != mac);
+        kept.extend(self.table.leases.iter().map(|lease| (mac, *lease)));
+        let beyond = kept.len().saturating_sub(GUARD_KEPT_MAX);
+        kept.drain(..beyond);
+        drop(kept);
+        let news = |lease: &Lease| {
+            let left = lease.until.map(|until| until.since(now));
+            StationLease { mac, addr: lease.addr, left }
+        };
+        let leases = self.table.leases.iter().map(news).collect();
+        self.shared.news.send_replace(Some(LeaseNews { mac, leases }));
     }
 
     /// The worker stopped reading its queue for want of the guest's buffers, or has read all of it.
@@ -170,9 +255,13 @@ impl Guard {
         self.refresh();
     }
 
-    /// The guest is gone or began anew: what it showed of itself is void.
+    /// The guest is gone or began anew: what it showed of itself is void. What the LAN's DHCP leased to its MAC
+    /// address is that address's still, should it show it again.
     pub fn forget_guest(&mut self) {
         self.learn(|table| *table = Table::default());
+        if let Some(mac) = self.config.mac {
+            self.take_up(mac);
+        }
     }
 
     /// An address is the guest's, as a server of our own leased it.
@@ -234,7 +323,11 @@ impl Guard {
         self.learn(|table| {
             table.mac.get_or_insert(src);
         });
-        if self.table.mac == Some(src) { Ok(()) } else { Err(DropReason::SpoofedSource) }
+        if self.table.mac != Some(src) {
+            return Err(DropReason::SpoofedSource);
+        }
+        self.take_up(src);
+        Ok(())
     }
 
     fn has_ipv4(&self, now: Instant, addr: Ipv4Addr) -> bool {
@@ -428,6 +521,7 @@ impl Guard {
             Answer::Leased(addr, lease) => self.leased(now, addr, lease),
             Answer::Refused => self.learn(|table| table.leases.clear()),
         }
+        self.keep_leases(now, question.client);
         self.learn(|table| table.questions.retain(|(xid, _)| *xid != question.xid));
     }
 

@@ -138,7 +138,7 @@ impl Site {
         // Locks are files that stay, leases are to stay, and IPv6 settles by itself.
         let comes_and_goes = |line: &str| {
             let is_file = line.starts_with('/') && !line.contains("user-");
-            is_file && ["lock", "/run", "sqlite"].iter().any(|kind| line.contains(kind))
+            is_file && ["lock", "/run", "sqlite", "/stations"].iter().any(|kind| line.contains(kind))
                 || ["fe80::", "ff00::"].iter().any(|kind| line.contains(kind))
         };
         Ok(state.lines().filter(|line| !comes_and_goes(line)).map(|line| line.to_owned() + "\n").collect())

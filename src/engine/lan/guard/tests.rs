@@ -215,6 +215,41 @@ fn a_lease_ends_with_its_time_or_a_refusal() {
 }
 
 #[test]
+fn leases_are_told_of_and_known_to_the_next_process_of_the_same_mac_address() {
+    let data = ipv4_udp(IP, Ipv4Addr::new(198, 51, 100, 1), (4000, 53), b"question");
+    let mut guard = leased();
+    let news = guard.shared.news().borrow().clone().expect("it was leased");
+    let told = StationLease { mac: OWN, addr: IP, left: Some(Duration::from_secs(3600)) };
+    assert_eq!(news, LeaseNews { mac: OWN, leases: vec![told] });
+    guard.forget_guest();
+    assert_eq!(judge(&mut guard, 5, &data), Verdict::Pass, "a guest that began anew");
+    // The next process, told the guest's MAC address or shown it.
+    for mac in [Some(OWN), None] {
+        let table = Arc::new(SharedTable::with_leases(&news.leases));
+        let mut next = Guard::new(GuardConfig { mac, ipv4: None }, Arc::clone(&table), 0);
+        let mut worker = Guard::new(GuardConfig { mac, ipv4: None }, table, 1);
+        assert_eq!(judge(&mut next, 5, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_599_999, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_600_001, &data), SPOOFED, "{mac:?}: as long as it was to last");
+        // A refusal is the end of it, for the process after that too.
+        let mut news = next.shared.news();
+        assert_eq!(judge(&mut next, 6, &discover(9, OWN)), Verdict::Pass);
+        next.to_guest(at(7), &answer_frame(OTHER, 9, OWN, (6, Ipv4Addr::UNSPECIFIED, 0)));
+        assert_eq!(judge(&mut next, 8, &data), SPOOFED);
+        next.forget_guest();
+        assert_eq!(judge(&mut next, 9, &data), SPOOFED);
+        assert_eq!(*news.borrow_and_update(), Some(LeaseNews { mac: OWN, leases: Vec::new() }));
+    }
+    // Another's address is not the guest's because another had it.
+    let table = Arc::new(SharedTable::with_leases(&[StationLease { mac: OTHER, ..told }]));
+    let mut next = Guard::new(GuardConfig::default(), table, 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED);
+    let config = GuardConfig { mac: Some(OWN), ipv4: Some(OTHER_IP) };
+    let mut next = Guard::new(config, Arc::new(SharedTable::with_leases(&[told])), 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED, "it was told another");
+}
+
+#[test]
 fn an_address_told_is_the_only_one() {
     let mut guard = guard(GuardConfig { mac: Some(OWN), ipv4: Some(OTHER_IP) });
     judge(&mut guard, 0, &discover(7, OWN));
