@@ -334,6 +334,11 @@ impl LinkEnd {
         }
         match verdict {
             Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
+            Verdict::Recheck(probe) => {
+                // One that is lost is no worse than an answer that is.
+                let _ = self.send(VnetHeader::default(), &probe, &Payload::EMPTY);
+                lan::check_length(&frame.vnet, len_bytes, self.ip_mtu)
+            }
             Verdict::Drop(reason) => Err(reason),
             Verdict::Probe(probe) => {
                 // One that is lost is asked for again.

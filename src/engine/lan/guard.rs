@@ -10,6 +10,10 @@
 //! address detection), or after the guard asked for it, because a packet came from it: unless somebody
 //! answered, or asked for the same one. Packets from it are dropped meanwhile.
 //!
+//! An address the guest has not used for five minutes is asked for once more when it is used again, while its
+//! packets pass; an answer takes it away. So does a station that looks for the address (duplicate address
+//! detection) if the guest does not say within half a second that it has it. No timer runs for either.
+//!
 //! A guest that takes no frames could keep such answers from being read: while any of its queues stands still,
 //! no address becomes its, and after a long stand the asking begins anew.
 //!
@@ -47,6 +51,10 @@ use crate::wire::{arp, checksum};
 const TENTATIVE: Duration = Duration::from_millis(500);
 /// Until a question about it is asked once more (RFC 6620, 3.1: T_WAIT).
 const ASK_AGAIN: Duration = Duration::from_millis(250);
+/// How long an address stays the guest's without being used (RFC 6620, 3.1: DEFAULT_LT).
+const UNUSED_LIFE: Duration = Duration::from_secs(300);
+/// How exactly it is known when an address was used: taking note of it takes a lock.
+const USE_STEP: Duration = Duration::from_secs(30);
 /// How long a question of the guest's to a DHCP server may have its answer: clients repeat theirs after 64 s
 /// at the latest (RFC 2131, 4.1).
 const QUESTION_LIFE: Duration = Duration::from_secs(64);
@@ -67,6 +75,8 @@ pub enum Verdict {
     Drop(DropReason),
     /// It may not, and whether anybody has its source address is to be asked with this frame.
     Probe([u8; PROBE_BYTES]),
+    /// It may, and whether anybody else has its address by now is to be asked with this frame.
+    Recheck([u8; PROBE_BYTES]),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +94,24 @@ struct Binding {
     /// When it was asked for by the guard.
     asked: Option<Instant>,
     bound: bool,
+    /// When it was last used, to [`USE_STEP`].
+    used: Instant,
+    /// When it was asked for once more, after a time without use.
+    rechecked: Option<Instant>,
+    /// When another station looked for it, which the guest has not answered.
+    disputed: Option<Instant>,
+}
+
+impl Binding {
+    /// One that the guest asked for at `since`, or the guard at `asked`.
+    fn new(addr: Ipv6Addr, since: Instant, asked: Option<Instant>) -> Binding {
+        Binding { addr, since, asked, bound: false, used: since, rechecked: None, disputed: None }
+    }
+
+    /// Whether an answer at `now` takes it from the guest.
+    fn is_open(&self, now: Instant) -> bool {
+        !self.bound || self.rechecked.is_some_and(|at| now.since(at) < TENTATIVE)
+    }
 }
 
 /// What is known of the guest.
@@ -420,13 +448,19 @@ impl Guard {
             {
                 return Err(DropReason::SpoofedSource);
             }
+            Discovery::NeighbourAdvertisement(target, _) => self.defend(target),
             _ => {}
         }
         if packet.src.is_unspecified() {
             return self.without_source(now, discovery);
         }
         if self.settle(now, packet.src) {
-            return Ok(Verdict::Pass);
+            let others = match discovery {
+                Discovery::NeighbourAdvertisement(target, _) => self.use_again(now, mac, target),
+                _ => None,
+            };
+            let again = others.or_else(|| self.use_again(now, mac, packet.src));
+            return Ok(again.map_or(Verdict::Pass, Verdict::Recheck));
         }
         self.claim(now, mac, packet.src)
     }
@@ -439,8 +473,7 @@ impl Guard {
                     return Err(DropReason::Malformed);
                 }
                 if !self.table.bindings.iter().any(|binding| binding.addr == target) {
-                    let binding = Binding { addr: target, since: now, asked: None, bound: false };
-                    self.learn(|table| table.bind(binding));
+                    self.learn(|table| table.bind(Binding::new(target, now, None)));
                 }
                 Ok(Verdict::Pass)
             }
@@ -454,10 +487,47 @@ impl Guard {
         let Some(binding) = self.table.bindings.iter().find(|binding| binding.addr == addr) else {
             return false;
         };
+        if binding.disputed.is_some_and(|at| now.since(at) >= TENTATIVE) {
+            // It may not have been able to hear of it, but somebody has the address by now.
+            if !self.is_stalled() {
+                self.learn(|table| table.bindings.retain(|binding| binding.addr != addr));
+            }
+            return false;
+        }
         if !binding.bound && now.since(binding.since) >= TENTATIVE && !self.is_stalled() {
-            self.learn(|table| table.settle(addr));
+            self.learn(|table| table.settle(now, addr));
         }
         self.table.bindings.iter().any(|binding| binding.addr == addr && binding.bound)
+    }
+
+    /// Takes note that the guest uses `addr`, which is its; what to ask the link with if it did not for long.
+    fn use_again(&mut self, now: Instant, mac: MacAddr, addr: Ipv6Addr) -> Option<[u8; PROBE_BYTES]> {
+        let unused = now.since(self.table.bindings.iter().find(|binding| binding.addr == addr)?.used);
+        if unused < USE_STEP {
+            return None;
+        }
+        let again = unused >= UNUSED_LIFE;
+        self.learn(|table| {
+            for binding in table.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+                binding.used = now;
+                if again {
+                    binding.rechecked = Some(now);
+                }
+            }
+        });
+        again.then(|| probe(mac, addr))
+    }
+
+    /// The guest says that it has `addr`.
+    fn defend(&mut self, addr: Ipv6Addr) {
+        let is_disputed = |binding: &Binding| binding.addr == addr && binding.disputed.is_some();
+        if self.table.bindings.iter().any(is_disputed) {
+            self.learn(|table| {
+                for binding in table.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+                    binding.disputed = None;
+                }
+            });
+        }
     }
 
     /// A packet from an address that is not the guest's: it may become so.
@@ -475,7 +545,7 @@ impl Guard {
         if was_asked {
             return Err(DropReason::SpoofedSource);
         }
-        self.learn(|table| table.bind(Binding { addr, since, asked: Some(now), bound: false }));
+        self.learn(|table| table.bind(Binding::new(addr, since, Some(now))));
         Ok(Verdict::Probe(probe(mac, addr)))
     }
 
@@ -484,15 +554,20 @@ impl Guard {
     pub fn to_guest(&mut self, now: Instant, head: &[u8]) {
         self.refresh();
         let table = &self.table;
-        let waits = !table.questions.is_empty() || table.bindings.iter().any(|binding| !binding.bound);
         let Ok(header) = ethernet::Header::parse(head) else { return };
+        let packet = &head[ethernet::HEADER_BYTES..];
+        // A station without an address looks whether somebody has the one it would like.
+        let looks = header.ethertype == EtherType::IPV6
+            && !table.bindings.is_empty()
+            && packet.get(8..24).is_some_and(|src| src == [0; 16]);
+        let waits =
+            looks || !table.questions.is_empty() || table.bindings.iter().any(|binding| binding.is_open(now));
         if !waits || Some(header.src) == self.config.mac.or(table.mac) {
             return;
         }
-        let packet = &head[ethernet::HEADER_BYTES..];
         match header.ethertype {
             EtherType::IPV4 => self.answer(now, packet),
-            EtherType::IPV6 => self.claimed_by_other(packet),
+            EtherType::IPV6 => self.claimed_by_other(now, packet),
             _ => {}
         }
     }
@@ -525,7 +600,7 @@ impl Guard {
         self.learn(|table| table.questions.retain(|(xid, _)| *xid != question.xid));
     }
 
-    fn claimed_by_other(&mut self, packet: &[u8]) {
+    fn claimed_by_other(&mut self, now: Instant, packet: &[u8]) {
         let Ok(packet) = ipv6::Packet::parse(packet) else { return };
         let Upper::Icmp { message, .. } = packet.upper else { return };
         let target = match Discovery::parse(message) {
@@ -533,9 +608,18 @@ impl Guard {
             Ok(Discovery::NeighbourSolicitation(target, _)) if packet.src.is_unspecified() => target,
             _ => return,
         };
-        let is_disputed = |binding: &Binding| binding.addr == target && !binding.bound;
-        if self.table.bindings.iter().any(is_disputed) {
-            self.learn(|table| table.bindings.retain(|binding| !is_disputed(binding)));
+        let is_lost = |binding: &Binding| binding.addr == target && binding.is_open(now);
+        if self.table.bindings.iter().any(is_lost) {
+            return self.learn(|table| table.bindings.retain(|binding| !is_lost(binding)));
+        }
+        // The guest has it, unless it does not say so. What comes again does not give it more time.
+        let is_new = |binding: &Binding| binding.addr == target && binding.disputed.is_none();
+        if packet.src.is_unspecified() && self.table.bindings.iter().any(is_new) {
+            self.learn(|table| {
+                for binding in table.bindings.iter_mut().filter(|binding| is_new(binding)) {
+                    binding.disputed = Some(now);
+                }
+            });
         }
     }
 }
@@ -568,9 +652,10 @@ impl Table {
         self.bindings.push(binding);
     }
 
-    fn settle(&mut self, addr: Ipv6Addr) {
-        for binding in &mut self.bindings {
-            binding.bound |= binding.addr == addr;
+    fn settle(&mut self, now: Instant, addr: Ipv6Addr) {
+        for binding in self.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+            binding.bound = true;
+            binding.used = now;
         }
     }
 }

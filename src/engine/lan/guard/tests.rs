@@ -349,6 +349,75 @@ fn an_address_in_use_is_asked_for_on_the_guests_behalf() {
     assert_eq!(sum.finish(), 0);
 }
 
+/// A guard of a guest whose link-local address is its own since 500 ms.
+fn settled() -> Guard {
+    let mut guard = known_mac();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 500, &data(LINK_LOCAL)), Verdict::Pass);
+    guard
+}
+
+/// What somebody who has the link-local address says.
+fn claim_of_other() -> Vec<u8> {
+    ipv6_frame(OTHER, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OTHER))))
+}
+
+#[test]
+fn an_address_unused_for_long_is_asked_for_again_and_lost_only_to_an_answer() {
+    let life = 300_000;
+    let recheck = Verdict::Recheck(probe(OWN, LINK_LOCAL));
+    let mut guard = settled();
+    assert_eq!(judge(&mut guard, life - 1, &data(LINK_LOCAL)), Verdict::Pass, "in use");
+    assert_eq!(judge(&mut guard, 2 * life - 2, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(2 * life), &claim_of_other());
+    assert_eq!(judge(&mut guard, 2 * life, &data(LINK_LOCAL)), Verdict::Pass, "nobody was asked");
+    assert_eq!(judge(&mut guard, 3 * life, &data(LINK_LOCAL)), recheck, "it is asked once, and passes");
+    assert_eq!(judge(&mut guard, 3 * life + 1, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(3 * life + 500), &claim_of_other());
+    assert_eq!(
+        judge(&mut guard, 3 * life + 501, &data(LINK_LOCAL)),
+        Verdict::Pass,
+        "an answer that late is none"
+    );
+    // What it says of its address counts as a use of it, and an answer takes it away.
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    assert_eq!(judge(&mut guard, 5 * life, &reply), recheck);
+    guard.to_guest(at(5 * life + 10), &claim_of_other());
+    assert_eq!(judge(&mut guard, 5 * life + 11, &reply), SPOOFED);
+    assert!(
+        matches!(judge(&mut guard, 5 * life + 12, &data(LINK_LOCAL)), Verdict::Probe(_)),
+        "from the start"
+    );
+    assert_eq!(judge(&mut guard, 5 * life + 13, &data(LINK_LOCAL)), SPOOFED);
+}
+
+#[test]
+fn an_address_another_station_looks_for_is_the_guests_if_it_says_so() {
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    let looks = detection(OTHER, LINK_LOCAL);
+    let mut guard = settled();
+    guard.to_guest(at(1000), &looks);
+    assert_eq!(judge(&mut guard, 1100, &data(LINK_LOCAL)), Verdict::Pass, "for half a second");
+    assert_eq!(judge(&mut guard, 1200, &reply), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 2000, &data(LINK_LOCAL)), Verdict::Pass, "it said so");
+    // It no longer has it, and says nothing; repetition wins no time.
+    guard.to_guest(at(3000), &looks);
+    guard.to_guest(at(3300), &looks);
+    assert_eq!(judge(&mut guard, 3499, &data(LINK_LOCAL)), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 3500, &data(LINK_LOCAL)), Verdict::Probe(probe(OWN, LINK_LOCAL)));
+    assert_eq!(judge(&mut guard, 3501, &reply), SPOOFED);
+    // The guest's own question, reflected by a bridge, is nobody else's.
+    let mut guard = settled();
+    guard.to_guest(at(1000), &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 1600, &data(LINK_LOCAL)), Verdict::Pass);
+    // One that takes no frames says nothing either, and cannot keep by it what another has now.
+    guard.set_stalled(at(1700), true);
+    guard.to_guest(at(1700), &looks);
+    assert_eq!(judge(&mut guard, 2300, &data(LINK_LOCAL)), SPOOFED);
+    guard.set_stalled(at(2400), false);
+    assert!(matches!(judge(&mut guard, 2401, &data(LINK_LOCAL)), Verdict::Probe(_) | Verdict::Drop(_)));
+}
+
 #[test]
 fn a_guest_that_takes_no_frames_gets_no_address() {
     let mut guard = known_mac();
