@@ -345,6 +345,16 @@ pub const GUARD_IPV4_MAX: usize = 64;
 /// of temporary ones (RFC 8981), twice over.
 pub const GUARD_IPV6_MAX: usize = 64;
 
+/// Leases of all stations of a link that a guard remembers: of each of [`STATION_FILES_MAX`] a few.
+pub const GUARD_KEPT_MAX: usize = 4096;
+
+/// Stations of links whose leases by the LAN's DHCP are kept, and known to one process: a file each, more than a
+/// host has guests.
+pub const STATION_FILES_MAX: usize = 1024;
+
+/// Bytes of such a file: [`GUARD_IPV4_MAX`] leases of 60 bytes.
+pub const STATION_FILE_BYTES_MAX: u64 = 16_384;
+
 /// Questions of the guest to a DHCP server that may still have an answer.
 pub const GUARD_QUESTIONS_MAX: usize = 8;
 

@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::clock::SystemClock;
 use super::definition::{self, Definition, DefinitionError};
 use super::life::{self, LifeError};
 use super::name::NetworkName;
 use super::rootless::Place;
 use super::state_dir::{StateDir, StateDirError};
+use super::store::processes;
 use super::users::{Membership, RunFolder, User};
 
 /// Lock of making networks, in the state directory.
@@ -221,6 +223,7 @@ impl Networks {
         }
         let membership = run.join(&user).map_err(self.file_error("write to", name))?;
         users.push(user.clone());
+        self.let_go(&run, &definition, &users);
         let joined =
             Joined { networks: self.clone(), definition, user, membership: Some(membership), keeper: None };
         // If it fails, dropping what was joined leaves, and removes what was made.
@@ -237,7 +240,9 @@ impl Networks {
         for definition in all.iter().filter(|definition| Some(&definition.name) != but) {
             // One that is locked has somebody who takes care of it.
             let Ok(Some(run)) = RunFolder::try_lock(&self.folder(&definition.name)) else { continue };
-            if run.users().is_ok_and(|users| users.is_empty()) {
+            let Ok(users) = run.users() else { continue };
+            self.let_go(&run, definition, &users);
+            if users.is_empty() {
                 match life::lower(self.state.path(), definition) {
                     Ok(false) => {}
                     Ok(true) => tracing::info!(network = %definition.name, "cleaned up what was left"),
@@ -245,6 +250,27 @@ impl Networks {
                         tracing::warn!(network = %definition.name, %error, "cannot clean up what was left");
                     }
                 }
+            }
+        }
+    }
+
+    /// Lets go the leases of processes that are not among `users`, which are all that live. What cannot be done is
+    /// told of, and left to whoever looks next: nobody else needs these leases now.
+    fn let_go(&self, _run: &RunFolder, definition: &Definition, users: &[User]) {
+        if definition.kind.lan().is_none() {
+            return;
+        }
+        let network = &definition.name;
+        let live: Vec<u64> = users.iter().filter_map(|user| user.holder).collect();
+        let clock = match SystemClock::new() {
+            Ok(clock) => clock,
+            Err(error) => return tracing::warn!(%network, %error, "cannot tell this boot from others"),
+        };
+        match processes::let_go(&self.folder(network), &live, &clock) {
+            Ok(0) => {}
+            Ok(leases) => tracing::info!(%network, leases, "let go the leases of processes that are gone"),
+            Err(error) => {
+                tracing::warn!(%network, %error, "the leases of processes that are gone stay for now");
             }
         }
     }
@@ -318,6 +344,11 @@ pub struct Joined {
 }
 
 impl Joined {
+    /// This process, as others know it.
+    pub fn user(&self) -> &User {
+        &self.user
+    }
+
     /// The network.
     pub fn definition(&self) -> &Definition {
         &self.definition
@@ -385,6 +416,7 @@ impl Joined {
     fn raise(&self, run: &RunFolder) -> Result<bool, NetworkError> {
         let name = &self.definition.name;
         let users = self.networks.users_of(run, name)?;
+        self.networks.let_go(run, &self.definition, &users);
         life::raise(self.networks.state.path(), &self.definition, &users)
             .map_err(|source| NetworkError::Life { name: name.clone(), source })
     }
@@ -394,7 +426,9 @@ impl Joined {
         let run = self.lock()?;
         self.keeper = None;
         drop(membership);
-        if self.networks.users_of(&run, &self.definition.name)?.is_empty() {
+        let users = self.networks.users_of(&run, &self.definition.name)?;
+        self.networks.let_go(&run, &self.definition, &users);
+        if users.is_empty() {
             self.networks.lower(&self.definition).map(drop)
         } else if life::leads_anywhere(&self.user) {
             self.raise(&run).map(drop)

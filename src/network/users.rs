@@ -57,6 +57,9 @@ pub struct User {
     pub guest: Option<Ipv4Addr>,
     /// Ports that lead to its guest.
     pub published: Vec<PublishedPort>,
+    /// The number its leases have in the network's store; none of one that leases nothing.
+    #[serde(default)]
+    pub holder: Option<u64>,
 }
 
 impl User {
@@ -67,7 +70,8 @@ impl User {
     pub fn this_process() -> io::Result<User> {
         let net_namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
         let pid = std::process::id();
-        Ok(User { pid, net_namespace, socket: None, tap: None, guest: None, published: Vec::new() })
+        let (socket, tap, guest) = (None, None, None);
+        Ok(User { pid, net_namespace, socket, tap, guest, published: Vec::new(), holder: None })
     }
 }
 

@@ -18,7 +18,7 @@ use std::net::Ipv4Addr;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::addr::VlanId;
+use crate::addr::{MacAddr, VlanId};
 use crate::config::IpMtu;
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::gateway::SharedDhcp;
@@ -27,7 +27,10 @@ use crate::engine::lan::guard::{Guard, Verdict};
 use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES};
+use crate::limits::{
+    BATCH_BYTES, FRAME_BYTES_MAX, LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES,
+    LINK_LONG_HEAD_BYTES,
+};
 use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
@@ -110,6 +113,8 @@ pub(super) struct LinkEnd {
     told: Vec<DropReason>,
     /// When the guest's lease was last looked up.
     looked_up: Option<Instant>,
+    /// Cards of the guest whose leases were taken up, or that had none.
+    met: Vec<MacAddr>,
     counters: Counters,
 }
 
@@ -130,6 +135,7 @@ impl LinkEnd {
             spare: vec![0; FRAME_BYTES_MAX + vlan::TAG_BYTES].into(),
             complained: false,
             looked_up: None,
+            met: Vec::with_capacity(LEASES_PER_GUEST_MAX),
             told: Vec::new(),
             counters: Counters::default(),
         }
@@ -191,6 +197,7 @@ impl LinkEnd {
 
     /// The guest is gone or began anew.
     pub(super) fn forget_guest(&mut self) {
+        self.met.clear();
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
@@ -252,27 +259,43 @@ impl LinkEnd {
         true
     }
 
-    /// Looks up whether the IPv4 address that a frame of the guest was refused for is leased to it by our own
-    /// DHCP, as after a start of this process in the guest's lifetime. Whether anything was learnt.
+    /// The first frame of one of the guest's cards: the lease it has of a process that is gone is this one's from
+    /// now on, so that nobody else gets it, though the guest asks for nothing until it renews.
+    fn meet(&mut self, now: Instant, head: &[u8]) {
+        if self.parts.gateway.is_none() || self.met.len() >= LEASES_PER_GUEST_MAX {
+            return;
+        }
+        let Ok(header) = ethernet::Header::parse(head) else { return };
+        if self.met.contains(&header.src) || !header.src.is_unicast() {
+            return;
+        }
+        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(head));
+        if is_own {
+            self.look_up_lease(now, head);
+        }
+    }
+
+    /// Looks up whether the guest has a lease of our own DHCP, as after a start of this process in the guest's
+    /// lifetime. Whether anything was learnt.
     fn look_up_lease(&mut self, now: Instant, head: &[u8]) -> bool {
-        let (Some(guard), Some(dhcp), Some(_)) =
-            (&mut self.parts.guard, &self.parts.dhcp, self.parts.gateway)
-        else {
-            return false;
-        };
+        let (Some(dhcp), Some(_)) = (&self.parts.dhcp, self.parts.gateway) else { return false };
         let Ok(header) = ethernet::Header::parse(head) else { return false };
         let is_due = self.looked_up.is_none_or(|at| now.since(at) >= LEASE_LOOK_UP_PAUSE);
         if !is_due || !matches!(header.ethertype, EtherType::IPV4 | EtherType::ARP) {
             return false;
         }
         self.looked_up = Some(now);
-        let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).lease_of(now, header.src);
-        match lease {
-            Ok(Some(lease)) if lease.is_active(now) => {
+        let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).resume(now, header.src);
+        // What the store cannot say it said itself, where DHCP needs it.
+        let Ok(lease) = lease else { return false };
+        if !self.met.contains(&header.src) && self.met.len() < LEASES_PER_GUEST_MAX {
+            self.met.push(header.src);
+        }
+        match (lease, &mut self.parts.guard) {
+            (Some(lease), Some(guard)) => {
                 guard.leased(now, lease.ip, lease.until.map(|until| until.since(now)));
                 true
             }
-            // What the store cannot say it said itself, where DHCP needs it.
             _ => false,
         }
     }
@@ -304,12 +327,18 @@ impl LinkEnd {
         if self.parts.vlan.is_some() && vlan::is_tagged(frame.head) {
             return Err(DropReason::VlanTag);
         }
+        self.meet(now, frame.head);
         let mut verdict = self.guarded(now, frame.head, len_bytes);
         if verdict == Verdict::Drop(DropReason::SpoofedSource) && self.look_up_lease(now, frame.head) {
             verdict = self.guarded(now, frame.head, len_bytes);
         }
         match verdict {
             Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
+            Verdict::Recheck(probe) => {
+                // One that is lost is no worse than an answer that is.
+                let _ = self.send(VnetHeader::default(), &probe, &Payload::EMPTY);
+                lan::check_length(&frame.vnet, len_bytes, self.ip_mtu)
+            }
             Verdict::Drop(reason) => Err(reason),
             Verdict::Probe(probe) => {
                 // One that is lost is asked for again.

@@ -215,6 +215,41 @@ fn a_lease_ends_with_its_time_or_a_refusal() {
 }
 
 #[test]
+fn leases_are_told_of_and_known_to_the_next_process_of_the_same_mac_address() {
+    let data = ipv4_udp(IP, Ipv4Addr::new(198, 51, 100, 1), (4000, 53), b"question");
+    let mut guard = leased();
+    let news = guard.shared.news().borrow().clone().expect("it was leased");
+    let told = StationLease { mac: OWN, addr: IP, left: Some(Duration::from_secs(3600)) };
+    assert_eq!(news, LeaseNews { mac: OWN, leases: vec![told] });
+    guard.forget_guest();
+    assert_eq!(judge(&mut guard, 5, &data), Verdict::Pass, "a guest that began anew");
+    // The next process, told the guest's MAC address or shown it.
+    for mac in [Some(OWN), None] {
+        let table = Arc::new(SharedTable::with_leases(&news.leases));
+        let mut next = Guard::new(GuardConfig { mac, ipv4: None }, Arc::clone(&table), 0);
+        let mut worker = Guard::new(GuardConfig { mac, ipv4: None }, table, 1);
+        assert_eq!(judge(&mut next, 5, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_599_999, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_600_001, &data), SPOOFED, "{mac:?}: as long as it was to last");
+        // A refusal is the end of it, for the process after that too.
+        let mut news = next.shared.news();
+        assert_eq!(judge(&mut next, 6, &discover(9, OWN)), Verdict::Pass);
+        next.to_guest(at(7), &answer_frame(OTHER, 9, OWN, (6, Ipv4Addr::UNSPECIFIED, 0)));
+        assert_eq!(judge(&mut next, 8, &data), SPOOFED);
+        next.forget_guest();
+        assert_eq!(judge(&mut next, 9, &data), SPOOFED);
+        assert_eq!(*news.borrow_and_update(), Some(LeaseNews { mac: OWN, leases: Vec::new() }));
+    }
+    // Another's address is not the guest's because another had it.
+    let table = Arc::new(SharedTable::with_leases(&[StationLease { mac: OTHER, ..told }]));
+    let mut next = Guard::new(GuardConfig::default(), table, 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED);
+    let config = GuardConfig { mac: Some(OWN), ipv4: Some(OTHER_IP) };
+    let mut next = Guard::new(config, Arc::new(SharedTable::with_leases(&[told])), 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED, "it was told another");
+}
+
+#[test]
 fn an_address_told_is_the_only_one() {
     let mut guard = guard(GuardConfig { mac: Some(OWN), ipv4: Some(OTHER_IP) });
     judge(&mut guard, 0, &discover(7, OWN));
@@ -312,6 +347,75 @@ fn an_address_in_use_is_asked_for_on_the_guests_behalf() {
     let mut sum = checksum::pseudo_header(Ipv6Addr::UNSPECIFIED.into(), group.into(), Protocol::ICMPV6, 24);
     sum.add_bytes(message);
     assert_eq!(sum.finish(), 0);
+}
+
+/// A guard of a guest whose link-local address is its own since 500 ms.
+fn settled() -> Guard {
+    let mut guard = known_mac();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 500, &data(LINK_LOCAL)), Verdict::Pass);
+    guard
+}
+
+/// What somebody who has the link-local address says.
+fn claim_of_other() -> Vec<u8> {
+    ipv6_frame(OTHER, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OTHER))))
+}
+
+#[test]
+fn an_address_unused_for_long_is_asked_for_again_and_lost_only_to_an_answer() {
+    let life = 300_000;
+    let recheck = Verdict::Recheck(probe(OWN, LINK_LOCAL));
+    let mut guard = settled();
+    assert_eq!(judge(&mut guard, life - 1, &data(LINK_LOCAL)), Verdict::Pass, "in use");
+    assert_eq!(judge(&mut guard, 2 * life - 2, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(2 * life), &claim_of_other());
+    assert_eq!(judge(&mut guard, 2 * life, &data(LINK_LOCAL)), Verdict::Pass, "nobody was asked");
+    assert_eq!(judge(&mut guard, 3 * life, &data(LINK_LOCAL)), recheck, "it is asked once, and passes");
+    assert_eq!(judge(&mut guard, 3 * life + 1, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(3 * life + 500), &claim_of_other());
+    assert_eq!(
+        judge(&mut guard, 3 * life + 501, &data(LINK_LOCAL)),
+        Verdict::Pass,
+        "an answer that late is none"
+    );
+    // What it says of its address counts as a use of it, and an answer takes it away.
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    assert_eq!(judge(&mut guard, 5 * life, &reply), recheck);
+    guard.to_guest(at(5 * life + 10), &claim_of_other());
+    assert_eq!(judge(&mut guard, 5 * life + 11, &reply), SPOOFED);
+    assert!(
+        matches!(judge(&mut guard, 5 * life + 12, &data(LINK_LOCAL)), Verdict::Probe(_)),
+        "from the start"
+    );
+    assert_eq!(judge(&mut guard, 5 * life + 13, &data(LINK_LOCAL)), SPOOFED);
+}
+
+#[test]
+fn an_address_another_station_looks_for_is_the_guests_if_it_says_so() {
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    let looks = detection(OTHER, LINK_LOCAL);
+    let mut guard = settled();
+    guard.to_guest(at(1000), &looks);
+    assert_eq!(judge(&mut guard, 1100, &data(LINK_LOCAL)), Verdict::Pass, "for half a second");
+    assert_eq!(judge(&mut guard, 1200, &reply), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 2000, &data(LINK_LOCAL)), Verdict::Pass, "it said so");
+    // It no longer has it, and says nothing; repetition wins no time.
+    guard.to_guest(at(3000), &looks);
+    guard.to_guest(at(3300), &looks);
+    assert_eq!(judge(&mut guard, 3499, &data(LINK_LOCAL)), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 3500, &data(LINK_LOCAL)), Verdict::Probe(probe(OWN, LINK_LOCAL)));
+    assert_eq!(judge(&mut guard, 3501, &reply), SPOOFED);
+    // The guest's own question, reflected by a bridge, is nobody else's.
+    let mut guard = settled();
+    guard.to_guest(at(1000), &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 1600, &data(LINK_LOCAL)), Verdict::Pass);
+    // One that takes no frames says nothing either, and cannot keep by it what another has now.
+    guard.set_stalled(at(1700), true);
+    guard.to_guest(at(1700), &looks);
+    assert_eq!(judge(&mut guard, 2300, &data(LINK_LOCAL)), SPOOFED);
+    guard.set_stalled(at(2400), false);
+    assert!(matches!(judge(&mut guard, 2401, &data(LINK_LOCAL)), Verdict::Probe(_) | Verdict::Drop(_)));
 }
 
 #[test]
