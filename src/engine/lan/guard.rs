@@ -276,7 +276,8 @@ impl Guard {
             }
             _ => None,
         };
-        if ports.is_some_and(|(src, _)| src == dhcp::SERVER_PORT) {
+        // Clients take answers from any port, so theirs is not the guest's to send to.
+        if ports.is_some_and(|(src, dst)| src == dhcp::SERVER_PORT || dst == dhcp::CLIENT_PORT) {
             return Err(DropReason::RogueServer);
         }
         let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
@@ -304,7 +305,9 @@ impl Guard {
     fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
         let packet = ipv6::Packet::parse(packet).map_err(|_| DropReason::Malformed)?;
         let discovery = match packet.upper {
-            Upper::Udp { src_port: 547 } => return Err(DropReason::RogueServer),
+            Upper::Udp { src_port: 547, .. } | Upper::Udp { dst_port: 546, .. } => {
+                return Err(DropReason::RogueServer);
+            }
             Upper::Icmp { message, fragment } => {
                 let discovery = Discovery::parse(message).map_err(|_| DropReason::Malformed)?;
                 // RFC 6980: neighbour discovery is never fragmented, or guards could not read it.

@@ -32,8 +32,8 @@ pub(super) struct Packet<'a> {
 pub(super) enum Upper<'a> {
     /// ICMPv6, as much of it as was copied. `fragment`: it is the first of several pieces.
     Icmp { message: &'a [u8], fragment: bool },
-    /// UDP from this port.
-    Udp { src_port: u16 },
+    /// UDP from one port to another.
+    Udp { src_port: u16, dst_port: u16 },
     /// Anything else, and the further pieces of a fragmented packet.
     Other,
 }
@@ -81,8 +81,8 @@ fn upper(mut next: u8, mut rest: &[u8]) -> Result<Upper<'_>, WireError> {
 fn transport(protocol: u8, rest: &[u8], fragment: bool) -> Result<Upper<'_>, WireError> {
     match Protocol(protocol) {
         Protocol::UDP => {
-            let port = rest.get(..2).ok_or(WireError::Truncated)?;
-            Ok(Upper::Udp { src_port: u16::from_be_bytes([port[0], port[1]]) })
+            let [a, b, c, d] = *rest.first_chunk().ok_or(WireError::Truncated)?;
+            Ok(Upper::Udp { src_port: u16::from_be_bytes([a, b]), dst_port: u16::from_be_bytes([c, d]) })
         }
         Protocol::ICMPV6 if rest.len() < 4 => Err(WireError::Truncated),
         Protocol::ICMPV6 => Ok(Upper::Icmp { message: rest, fragment }),

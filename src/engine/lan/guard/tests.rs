@@ -135,6 +135,7 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
         ("cut ARP", arp(OWN, IP, Reply)[..41].to_vec(), MALFORMED),
         ("cut IPv4", data(IP)[..33].to_vec(), MALFORMED),
         ("a DHCP offer", ipv4_udp(IP, to, (67, 68), b"offer"), ROGUE),
+        ("an offer from another port", ipv4_udp(IP, to, (4000, 68), b"offer"), ROGUE),
         ("a relay's message", ipv4_udp(IP, to, (67, 67), b"relayed"), ROGUE),
         (
             "ports out of sight",
@@ -362,6 +363,7 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("hidden beyond sight", ipv6_frame(OWN, LINK_LOCAL, 60, &long), MALFORMED),
         ("redirect", nd_frame(&nd(137, target, None)), ROGUE),
         ("DHCPv6 server", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((547, 546), b"")), ROGUE),
+        ("from another port", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((4000, 546), b"")), ROGUE),
         ("DHCPv6 client", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((546, 547), b"")), Verdict::Pass),
         ("router solicitation", nd_frame(&nd(133, None, own)), Verdict::Pass),
         ("with another's MAC", nd_frame(&nd(133, None, other)), SPOOFED),
