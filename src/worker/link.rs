@@ -304,9 +304,9 @@ impl LinkEnd {
         if self.parts.vlan.is_some() && vlan::is_tagged(frame.head) {
             return Err(DropReason::VlanTag);
         }
-        let mut verdict = self.guarded(now, frame.head, len_bytes);
+        let mut verdict = self.guarded(now, frame);
         if verdict == Verdict::Drop(DropReason::SpoofedSource) && self.look_up_lease(now, frame.head) {
-            verdict = self.guarded(now, frame.head, len_bytes);
+            verdict = self.guarded(now, frame);
         }
         match verdict {
             Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
@@ -319,9 +319,9 @@ impl LinkEnd {
         }
     }
 
-    fn guarded(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    fn guarded(&mut self, now: Instant, frame: &TxFrame<'_>) -> Verdict {
         match &mut self.parts.guard {
-            Some(guard) => guard.from_guest(now, head, len_bytes),
+            Some(guard) => guard.from_guest(now, frame.vnet.checksum, frame.head, frame.whole.len()),
             None => Verdict::Pass,
         }
     }

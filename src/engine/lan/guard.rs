@@ -28,7 +28,7 @@ use std::time::Duration;
 
 use super::dhcp::{self, Answer, Question};
 use super::ipv6::{self, Discovery, Upper};
-use super::vlan;
+use super::{vlan, written};
 use crate::addr::MacAddr;
 use crate::config::GuardConfig;
 use crate::engine::counters::DropReason;
@@ -36,6 +36,7 @@ use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_QUESTIONS_MAX};
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
+use crate::wire::vnet::Checksum;
 use crate::wire::{arp, checksum};
 
 /// Until an address that nobody claimed is the guest's (RFC 6620, 3.1: TENT_LT).
@@ -199,10 +200,15 @@ impl Guard {
         self.table.questions.iter().any(|(_, asked)| now.since(*asked) < QUESTION_LIFE)
     }
 
-    /// Judges a frame of the guest by its first bytes; `len_bytes` is all of it.
-    pub fn from_guest(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    /// Judges a frame of the guest by its first bytes, and by where its checksum is still to be written;
+    /// `len_bytes` is all of it.
+    pub fn from_guest(&mut self, now: Instant, checksum: Checksum, head: &[u8], len_bytes: usize) -> Verdict {
         self.refresh();
         match self.judge(now, head, len_bytes) {
+            Ok(Verdict::Pass) => match written::check(checksum, head) {
+                Ok(()) => Verdict::Pass,
+                Err(reason) => Verdict::Drop(reason),
+            },
             Ok(verdict) => verdict,
             Err(reason) => Verdict::Drop(reason),
         }

@@ -104,7 +104,7 @@ fn leased() -> Guard {
 }
 
 fn judge(guard: &mut Guard, millis: u64, frame: &[u8]) -> Verdict {
-    guard.from_guest(at(millis), &frame[..frame.len().min(256)], frame.len())
+    guard.from_guest(at(millis), Checksum::Complete, &frame[..frame.len().min(256)], frame.len())
 }
 
 #[test]
@@ -381,6 +381,43 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("version 4 within", ethernet(OWN, 0x86dd, &[0x45; 60]), MALFORMED),
     ] {
         assert_eq!(judge(&mut guard, 600, &frame), expected, "{what}");
+    }
+}
+
+#[test]
+fn a_checksum_is_written_over_nothing_that_was_judged() {
+    let mut guard = leased();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    let tunnel = Ipv4Addr::new(198, 51, 100, 1);
+    let tcp4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::TCP, 0), &[0; 40]));
+    let piece4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::UDP, 8), &[0; 40]));
+    let udp4 = ipv4_udp(IP, tunnel, (4000, 4789), &[0; 40]);
+    let echo6 = ipv6_frame(OWN, LINK_LOCAL, 58, &[128, 0, 0, 0, 0, 1, 0, 1]);
+    let behind_options = [&[6, 0, 5, 2, 0, 0, 1, 0][..], &[0; 20]].concat();
+    let piece6 = [&[17, 0, 0, 8, 0, 0, 0, 9][..], &[0; 20]].concat();
+    for (what, frame, places) in [
+        // Each frame with the places that are allowed among the first 54 + 20; upper layers begin at 34 and 54.
+        ("TCP", tcp4, 34..74),
+        ("a further fragment", piece4, 34..74),
+        ("ARP", arp(OWN, IP, arp::Operation::Reply), 0..0),
+        ("echo", echo6, 56..57),
+        ("TCP over IPv6", ipv6_frame(OWN, LINK_LOCAL, 6, &[0; 20]), 54..74),
+        ("the same behind options", ipv6_frame(OWN, LINK_LOCAL, 0, &behind_options), 62..74),
+        ("a further fragment over IPv6", ipv6_frame(OWN, LINK_LOCAL, 44, &piece6), 62..74),
+        ("a question", discover(9, OWN), 40..41),
+    ] {
+        for place in 14..72u16 {
+            let checksum = Checksum::Partial { start: 14, offset: place - 14 };
+            let verdict = guard.from_guest(at(600), checksum, &frame[..frame.len().min(256)], frame.len());
+            let expected = if places.contains(&place) { Verdict::Pass } else { MALFORMED };
+            assert_eq!(verdict, expected, "{what}: {place}");
+        }
+    }
+    for (place, expected) in
+        [(34, MALFORMED), (37, MALFORMED), (40, Verdict::Pass), (41, MALFORMED), (42, Verdict::Pass)]
+    {
+        let checksum = Checksum::Partial { start: place, offset: 0 };
+        assert_eq!(guard.from_guest(at(600), checksum, &udp4, udp4.len()), expected, "UDP: {place}");
     }
 }
 
