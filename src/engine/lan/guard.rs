@@ -275,6 +275,13 @@ impl Guard {
         let ip = ipv4::Header::parse(packet, available_bytes).map_err(|_| DropReason::Malformed)?;
         let is_first = ip.fragment_offset_bytes == 0;
         let ports = match ip.protocol {
+            Protocol::ICMP | Protocol::IGMP if is_first => {
+                let kind = *packet.get(ip.header_bytes).ok_or(DropReason::Malformed)?;
+                if says_router(ip.protocol, kind) {
+                    return Err(DropReason::RogueServer);
+                }
+                None
+            }
             Protocol::UDP if is_first => {
                 let ports = packet[ip.header_bytes..].first_chunk::<4>().ok_or(DropReason::Malformed)?;
                 let [a, b, c, d] = *ports;
@@ -487,6 +494,16 @@ impl Table {
         for binding in &mut self.bindings {
             binding.bound |= binding.addr == addr;
         }
+    }
+}
+
+/// Whether ICMP or IGMP messages of a kind are only routers' to send: redirects and advertisements (RFC 792, RFC 1256),
+/// queries for groups (RFC 3376, 4.1), which make of who sends them the one that switches believe, and what multicast
+/// routers say of themselves (RFC 4286, 3).
+fn says_router(protocol: Protocol, kind: u8) -> bool {
+    match protocol {
+        Protocol::ICMP => matches!(kind, 5 | 9),
+        _ => matches!(kind, 0x11 | 0x30 | 0x32),
     }
 }
 

@@ -102,7 +102,8 @@ fn transport(protocol: u8, rest: &[u8], fragment: bool) -> Result<Upper<'_>, Wir
 pub(super) enum Discovery {
     /// Who is a router here? With the sender's address, if it says it.
     RouterSolicitation(Option<MacAddr>),
-    /// What only routers say: advertisements and redirects.
+    /// What only routers say: advertisements and redirects, queries for groups (RFC 3810, 5.1), and what multicast routers say
+    /// of themselves (RFC 4286, 3).
     FromRouter,
     /// Who has the target? With the sender's address, if it says it.
     NeighbourSolicitation(Ipv6Addr, Option<MacAddr>),
@@ -129,7 +130,7 @@ impl Discovery {
         };
         match message[0] {
             133 => Ok(Discovery::RouterSolicitation(option(message, 8, SOURCE_ADDRESS)?)),
-            134 | 137 => Ok(Discovery::FromRouter),
+            130 | 134 | 137 | 151 | 153 => Ok(Discovery::FromRouter),
             135 => Ok(Discovery::NeighbourSolicitation(target()?, option(message, 24, SOURCE_ADDRESS)?)),
             136 => Ok(Discovery::NeighbourAdvertisement(target()?, option(message, 24, TARGET_ADDRESS)?)),
             131 | 132 | 143 => Ok(Discovery::ListenerReport),

@@ -54,8 +54,6 @@ fn of_packet(head: &[u8]) -> Option<(usize, Option<Protocol>)> {
 
 /// Whether `place` within `upper`, the bytes behind the IP headers, may be written to.
 fn is_allowed(protocol: Option<Protocol>, upper: &[u8], place: usize) -> bool {
-    /// IGMP's protocol number.
-    const IGMP: Protocol = Protocol(2);
     match protocol {
         Some(Protocol::UDP) if place == UDP_CHECKSUM => true,
         // Of a question to a DHCP server the message is judged too. Others may carry packets of a tunnel.
@@ -63,7 +61,7 @@ fn is_allowed(protocol: Option<Protocol>, upper: &[u8], place: usize) -> bool {
             let to_server = upper.get(2..4) == Some(&dhcp::SERVER_PORT.to_be_bytes());
             place >= UDP_HEADER_BYTES && !to_server
         }
-        Some(Protocol::ICMP | Protocol::ICMPV6 | IGMP) => place == ICMP_CHECKSUM,
+        Some(Protocol::ICMP | Protocol::ICMPV6 | Protocol::IGMP) => place == ICMP_CHECKSUM,
         _ => true,
     }
 }

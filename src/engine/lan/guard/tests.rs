@@ -114,6 +114,9 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
     let to = Ipv4Addr::new(198, 51, 100, 1);
     let data = |src| ipv4_udp(src, to, (4000, 53), b"question");
     let fragment = |src| ethernet(OWN, 0x0800, &ipv4_packet(src, to, (Protocol::UDP, 8), b"8 bytes "));
+    let icmp = |protocol, kind| {
+        ethernet(OWN, 0x0800, &ipv4_packet(IP, to, (protocol, 0), &[kind, 0, 0, 0, 0, 0, 0, 0]))
+    };
     let from = |mac: MacAddr, mut frame: Vec<u8>| {
         frame[6..12].copy_from_slice(&mac.0);
         frame
@@ -135,6 +138,11 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
         ("cut ARP", arp(OWN, IP, Reply)[..41].to_vec(), MALFORMED),
         ("cut IPv4", data(IP)[..33].to_vec(), MALFORMED),
         ("a DHCP offer", ipv4_udp(IP, to, (67, 68), b"offer"), ROGUE),
+        ("an ICMP redirect", icmp(Protocol::ICMP, 5), ROGUE),
+        ("a router's advertisement", icmp(Protocol::ICMP, 9), ROGUE),
+        ("an unreachable", icmp(Protocol::ICMP, 3), Verdict::Pass),
+        ("a query for groups", icmp(Protocol::IGMP, 0x11), ROGUE),
+        ("a report of groups", icmp(Protocol::IGMP, 0x22), Verdict::Pass),
         ("an offer from another port", ipv4_udp(IP, to, (4000, 68), b"offer"), ROGUE),
         ("a relay's message", ipv4_udp(IP, to, (67, 67), b"relayed"), ROGUE),
         (
@@ -361,6 +369,8 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("hidden behind options", behind_options(&nd(134, None, None)), ROGUE),
         ("hidden in a fragment", fragment(&nd(134, None, None)), MALFORMED),
         ("hidden beyond sight", ipv6_frame(OWN, LINK_LOCAL, 60, &long), MALFORMED),
+        ("query for groups", nd_frame(&[130, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
+        ("multicast router", nd_frame(&[151, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
         ("redirect", nd_frame(&nd(137, target, None)), ROGUE),
         ("DHCPv6 server", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((547, 546), b"")), ROGUE),
         ("from another port", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((4000, 546), b"")), ROGUE),
