@@ -11,7 +11,8 @@
 //! answered, or asked for the same one. Packets from it are dropped meanwhile.
 //!
 //! A guest that takes no frames could keep such answers from being read: while any of its queues stands still,
-//! no address becomes its, and after a long stand the asking begins anew.
+//! or none has a receive ring, no address becomes its. After a long stand, and when a queue begins or ends to be read, the
+//! asking begins anew.
 //!
 //! Beyond addresses the guest says nothing that only a router or a DHCP server may say, has no VLAN tags,
 //! and no frames but ARP, IPv4 and IPv6: bridges themselves listen to others.
@@ -98,6 +99,8 @@ pub struct SharedTable {
     version: AtomicU64,
     /// Workers that do not read their queue, a bit each.
     stalled: AtomicU64,
+    /// Workers whose queue has a receive ring to be read into, a bit each.
+    reading: AtomicU64,
     table: Mutex<Table>,
 }
 
@@ -150,8 +153,19 @@ impl Guard {
         }
     }
 
+    /// The worker's queue begins or ends to be read. What came for it before, and what it still held, is lost.
+    pub fn set_reading(&mut self, reading: bool) {
+        if reading {
+            self.shared.reading.fetch_or(self.bit, Ordering::AcqRel);
+        } else {
+            self.shared.reading.fetch_and(!self.bit, Ordering::AcqRel);
+        }
+        self.learn(|table| table.bindings.retain(|binding| binding.bound));
+    }
+
+    /// Whether answers may wait unread, or be lost.
     fn is_stalled(&self) -> bool {
-        self.shared.stalled.load(Ordering::Acquire) != 0
+        self.shared.stalled.load(Ordering::Acquire) != 0 || self.shared.reading.load(Ordering::Acquire) == 0
     }
 
     fn refresh(&mut self) {

@@ -92,7 +92,9 @@ fn answer_frame(src: MacAddr, xid: u32, client: MacAddr, answer: (u8, Ipv4Addr, 
 }
 
 fn guard(config: GuardConfig) -> Guard {
-    Guard::new(config, Arc::default(), 0)
+    let mut guard = Guard::new(config, Arc::default(), 0);
+    guard.set_reading(true);
+    guard
 }
 
 /// A guard of a guest that has an address by DHCP.
@@ -344,6 +346,30 @@ fn a_guest_that_takes_no_frames_gets_no_address() {
     brief.set_stalled(at(100), true);
     brief.set_stalled(at(200), false);
     assert_eq!(judge(&mut brief, 500, &data(LINK_LOCAL)), Verdict::Pass, "a busy guest is no liar");
+}
+
+#[test]
+fn a_guest_whose_queue_nobody_reads_gets_no_address() {
+    let config = GuardConfig { mac: Some(OWN), ipv4: None };
+    let table = Arc::new(SharedTable::default());
+    let mut one = Guard::new(config, Arc::clone(&table), 0);
+    let mut two = Guard::new(config, table, 1);
+    judge(&mut one, 0, &detection(OWN, ROUTER));
+    assert_eq!(judge(&mut one, 600, &data(ROUTER)), SPOOFED, "no receive ring ran yet");
+    one.set_reading(true);
+    assert_eq!(judge(&mut one, 700, &data(ROUTER)), Verdict::Probe(probe(OWN, ROUTER)), "an answer was lost");
+    two.set_reading(true);
+    two.set_reading(false);
+    assert_eq!(
+        judge(&mut one, 1300, &data(ROUTER)),
+        Verdict::Probe(probe(OWN, ROUTER)),
+        "or with a queue that went"
+    );
+    assert_eq!(judge(&mut one, 1800, &data(ROUTER)), Verdict::Pass);
+    judge(&mut two, 1900, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut two, 2400, &data(LINK_LOCAL)), Verdict::Pass, "one queue has the answers for all");
+    one.set_reading(false);
+    assert_eq!(judge(&mut two, 2500, &data(LINK_LOCAL)), Verdict::Pass, "what is the guest's stays its");
 }
 
 #[test]
