@@ -23,7 +23,7 @@ use crate::config::{IpMtu, LinkSource};
 pub const OWN_NAME: &str = "vt-%d";
 /// Beginning of the names of macvtaps of ours; eight random hexadecimal digits follow.
 const MACVTAP_NAME: &str = "vt-";
-/// What the alias of a macvtap of ours begins with; the process's number follows.
+/// What the alias of a macvtap of ours begins with; the process's number and that of its namespace of processes follow.
 const MACVTAP_ALIAS: &str = "vunet:macvtap:";
 
 /// Why a link cannot be had.
@@ -368,7 +368,8 @@ async fn set_up_macvtap(
     queues: usize,
     ip_mtu: IpMtu,
 ) -> Result<Vec<TapQueue>, OpenError> {
-    links.set_alias(link, &format!("{MACVTAP_ALIAS}{}", std::process::id())).await?;
+    let namespace = pid_namespace().map_err(OpenError::Tap)?;
+    links.set_alias(link, &format!("{MACVTAP_ALIAS}{}:{namespace}", std::process::id())).await?;
     links.set_silent(link).await?;
     links.set_ip_mtu(link, ip_mtu.get().into()).await?;
     links.set_up(link).await?;
@@ -382,14 +383,28 @@ async fn set_up_macvtap(
     })
 }
 
+/// The namespace in which process numbers mean what they do here: an inode number.
+fn pid_namespace() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/proc/self/ns/pid").map(|meta| meta.ino())
+}
+
+/// Whether the process a macvtap's alias names was killed. A process of another namespace of processes, as in a container
+/// with the host's network, cannot be seen from here: its link is let be.
+fn is_orphan(alias: &str, namespace: u64) -> bool {
+    let Some((pid, of)) = alias.strip_prefix(MACVTAP_ALIAS).and_then(|owner| owner.split_once(':')) else {
+        return false;
+    };
+    of.parse() == Ok(namespace)
+        && pid.parse::<u32>().is_ok_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists())
+}
+
 /// Deletes the macvtaps of processes that were killed.
 async fn delete_orphans(links: &Links) -> Result<(), OpenError> {
+    let namespace = pid_namespace().map_err(OpenError::Tap)?;
     for link in links.all().await? {
-        let owner = link.alias.as_deref().and_then(|alias| alias.strip_prefix(MACVTAP_ALIAS));
-        let is_dead = |owner: &str| {
-            owner.parse::<u32>().is_ok_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists())
-        };
-        if link.kind == LinkKind::MacVtap && owner.is_some_and(is_dead) {
+        let is_orphan = link.alias.as_deref().is_some_and(|alias| is_orphan(alias, namespace));
+        if link.kind == LinkKind::MacVtap && is_orphan {
             tracing::info!(macvtap = link.name, "the macvtap of a vunet that was killed is deleted");
             links.delete(&link).await?;
         }
@@ -400,6 +415,23 @@ async fn delete_orphans(links: &Links) -> Result<(), OpenError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_macvtap_whose_process_would_be_seen_here_is_an_orphan() {
+        let own = pid_namespace().unwrap();
+        // Beyond what the kernel gives a process (`PID_MAX_LIMIT`, 2^22).
+        let (dead, live) = (1u32 << 23, std::process::id());
+        for (alias, expected) in [
+            (format!("vunet:macvtap:{dead}:{own}"), true),
+            (format!("vunet:macvtap:{live}:{own}"), false),
+            (format!("vunet:macvtap:{dead}:{}", own - 1), false),
+            (format!("vunet:macvtap:{dead}"), false),
+            (format!("other:{dead}:{own}"), false),
+            (format!("vunet:macvtap:x:{own}"), false),
+        ] {
+            assert_eq!(is_orphan(&alias, own), expected, "{alias}");
+        }
+    }
 
     #[test]
     fn an_address_of_ours_is_above_every_ordinary_one() {
