@@ -247,7 +247,8 @@ impl Guard {
             Some(_) => return Err(DropReason::SpoofedSource),
             None => {}
         }
-        if !src.is_unicast() {
+        // Who had the gateway's would be sent what all others send to it.
+        if !src.is_unicast() || src == MacAddr::GATEWAY {
             return Err(DropReason::SpoofedSource);
         }
         // Two workers may see a first frame at once: one is the first.

@@ -172,6 +172,7 @@ fn without_a_mac_told_the_first_one_is_the_guests_until_it_starts_anew() {
         frame
     };
     assert_eq!(judge(&mut one, 0, &of(ALL)), SPOOFED, "no station has this");
+    assert_eq!(judge(&mut one, 0, &of(MacAddr::GATEWAY)), SPOOFED, "the gateway has it");
     assert_eq!(judge(&mut one, 0, &of(OWN)), Verdict::Pass);
     assert_eq!(judge(&mut two, 0, &of(OTHER)), SPOOFED, "whichever queue it comes by");
     assert_eq!(judge(&mut two, 0, &of(OWN)), Verdict::Pass);
