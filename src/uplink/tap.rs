@@ -18,6 +18,7 @@ use super::links::{Link, LinkError, LinkKind, Links};
 use super::sys::tap::{CLONE_DEVICE, TapQueue};
 use crate::addr::MacAddr;
 use crate::config::{IpMtu, LinkSource};
+use crate::random;
 
 /// Name of a TAP of ours; the kernel puts the first free number.
 pub const OWN_NAME: &str = "vt-%d";
@@ -307,12 +308,8 @@ async fn make_tap(
 
 /// An address of a bridge's port: locally administered and higher than any other's.
 fn port_mac() -> Result<MacAddr, OpenError> {
-    let [a, b, c, d, e, ..] = random()?.to_ne_bytes();
+    let [a, b, c, d, e, ..] = random::bits64().map_err(OpenError::Tap)?.to_ne_bytes();
     Ok(MacAddr([0xfe, a, b, c, d, e]))
-}
-
-fn random() -> Result<u64, OpenError> {
-    getrandom::u64().map_err(|error| OpenError::Tap(io::Error::other(error)))
 }
 
 /// `queues` queues of the TAP `name`; the first one may make it and name it.
@@ -337,7 +334,7 @@ async fn open_macvtap(
         Some(mac) => mac,
         None => port_mac()?,
     };
-    let name = format!("{MACVTAP_NAME}{:08x}", random()? as u32);
+    let name = format!("{MACVTAP_NAME}{:08x}", random::bits32().map_err(OpenError::Tap)?);
     let link = links.add_macvtap(&name, below.index, mac).await.map_err(|error| {
         match error.source.raw_os_error() {
             Some(libc::EPERM) => OpenError::NotPermitted {
