@@ -43,6 +43,7 @@ use crate::network::state_dir::StateDirError;
 use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
+use crate::random;
 use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
@@ -379,8 +380,8 @@ fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {
-    let random = || getrandom::u64().map_err(|error| starting("random bytes")(io::Error::other(error)));
-    Ok((random()?, random()?))
+    let bits = || random::bits64().map_err(starting("random bytes"));
+    Ok((bits()?, bits()?))
 }
 
 fn log_dns(stats: &DnsStats) {

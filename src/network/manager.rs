@@ -236,14 +236,16 @@ impl Networks {
     /// Cleans up after networks whose processes were all killed. One that cannot be cleaned up is told of and
     /// left to whoever joins or removes it.
     pub fn sweep(&self, but: Option<&NetworkName>) {
-        let all = self.all().unwrap_or_default();
-        for definition in all.iter().filter(|definition| Some(&definition.name) != but) {
+        // One that cannot be read, as of another version, keeps nobody from cleaning up after the others.
+        let read = |name| definition::load(&self.folder(name), name).ok().flatten();
+        let names = self.state.networks().unwrap_or_default();
+        for definition in names.iter().filter(|name| Some(*name) != but).filter_map(read) {
             // One that is locked has somebody who takes care of it.
             let Ok(Some(run)) = RunFolder::try_lock(&self.folder(&definition.name)) else { continue };
             let Ok(users) = run.users() else { continue };
-            self.let_go(&run, definition, &users);
+            self.let_go(&run, &definition, &users);
             if users.is_empty() {
-                match life::lower(self.state.path(), definition) {
+                match life::lower(self.state.path(), &definition) {
                     Ok(false) => {}
                     Ok(true) => tracing::info!(network = %definition.name, "cleaned up what was left"),
                     Err(error) => {
@@ -445,5 +447,31 @@ impl Drop for Joined {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             tracing::warn!(%network, %error, cause, "cannot clean up; the next process that joins does");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::definition::{Kind, NetworkId};
+    use super::super::users::RUN_FOLDER;
+    use super::*;
+    use crate::config::IpMtu;
+
+    #[test]
+    fn a_definition_that_cannot_be_read_keeps_nobody_from_sweeping_the_others() {
+        let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let networks = Networks::new(StateDir::open(place.path().to_owned()).unwrap());
+        let [broken, left]: [NetworkName; 2] = ["a", "b"].map(|name| name.parse().unwrap());
+        for name in [&broken, &left] {
+            let kind = Kind::Bridge { bridge: "br0".to_owned(), ip_mtu: IpMtu::DEFAULT, isolate: false };
+            let definition = Definition { name: name.clone(), id: NetworkId::random().unwrap(), kind };
+            networks.create(name, |_| Ok::<_, NetworkError>(definition)).unwrap();
+        }
+        fs::write(networks.folder(&broken).join(definition::FILE_NAME), "version = 99").unwrap();
+        let run = networks.folder(&left).join(RUN_FOLDER);
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join("user-9-0"), "{}").unwrap();
+        networks.sweep(None);
+        assert!(!run.join("user-9-0").exists(), "what the dead left is gone");
     }
 }

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
+use crate::random;
 
 /// Folder of locks within a network's folder.
 pub const RUN_FOLDER: &str = "run";
@@ -170,7 +171,7 @@ impl RunFolder {
         if self.user_files()?.len() >= limits::NETWORK_USERS_MAX {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let random = getrandom::u32().map_err(io::Error::other)?;
+        let random = random::bits32()?;
         let path = self.path.join(format!("{USER_PREFIX}{}-{random:08x}", user.pid));
         let file = File::create_new(&path)?;
         file.lock()?;

@@ -161,6 +161,7 @@ impl LinkEnd {
         self.rings_ready(offloads);
         self.readable = true;
         self.set_starved(now, true);
+        self.set_reading(true);
         self.guest_has_buffers();
     }
 
@@ -181,6 +182,7 @@ impl LinkEnd {
     /// No receive ring runs: what comes for the guest is lost.
     pub(super) fn rings_down(&mut self, now: Instant) {
         self.set_attached(false);
+        self.set_reading(false);
         self.starved = true;
         // Other queues get the frames of one that is detached.
         self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
@@ -188,7 +190,14 @@ impl LinkEnd {
         self.offloads = None;
     }
 
-    /// Tells the guard whether the queue is read.
+    /// Tells the guard whether the queue has a receive ring.
+    fn set_reading(&mut self, reading: bool) {
+        if let Some(guard) = &mut self.parts.guard {
+            guard.set_reading(reading);
+        }
+    }
+
+    /// Tells the guard whether the queue stands still.
     fn set_starved(&mut self, now: Instant, starved: bool) {
         if let Some(guard) = &mut self.parts.guard {
             guard.set_stalled(now, starved);
@@ -328,9 +337,9 @@ impl LinkEnd {
             return Err(DropReason::VlanTag);
         }
         self.meet(now, frame.head);
-        let mut verdict = self.guarded(now, frame.head, len_bytes);
+        let mut verdict = self.guarded(now, frame);
         if verdict == Verdict::Drop(DropReason::SpoofedSource) && self.look_up_lease(now, frame.head) {
-            verdict = self.guarded(now, frame.head, len_bytes);
+            verdict = self.guarded(now, frame);
         }
         match verdict {
             Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
@@ -348,9 +357,9 @@ impl LinkEnd {
         }
     }
 
-    fn guarded(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    fn guarded(&mut self, now: Instant, frame: &TxFrame<'_>) -> Verdict {
         match &mut self.parts.guard {
-            Some(guard) => guard.from_guest(now, head, len_bytes),
+            Some(guard) => guard.from_guest(now, frame.vnet.checksum, frame.head, frame.whole.len()),
             None => Verdict::Pass,
         }
     }
@@ -793,6 +802,8 @@ mod tests {
     fn the_guard_drops_counts_and_asks_on_the_guests_behalf() {
         let mut rig = Rig::new(Some(9));
         rig.end.parts.guard = Some(Guard::new(GuardConfig::default(), Arc::default(), 0));
+        rig.end.rings_up(Instant::ZERO, TSO);
+        assert!(!rig.deliver(), "all is read");
         // UDP over IPv6 from an address nobody has asked for.
         let mut data = frame(14 + 40 + 8);
         data[12..14].copy_from_slice(&[0x86, 0xdd]);

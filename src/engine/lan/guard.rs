@@ -15,7 +15,8 @@
 //! detection) if the guest does not say within half a second that it has it. No timer runs for either.
 //!
 //! A guest that takes no frames could keep such answers from being read: while any of its queues stands still,
-//! no address becomes its, and after a long stand the asking begins anew.
+//! or none has a receive ring, no address becomes its. After a long stand, and when a queue begins or ends to be read, the
+//! asking begins anew.
 //!
 //! Beyond addresses the guest says nothing that only a router or a DHCP server may say, has no VLAN tags,
 //! and no frames but ARP, IPv4 and IPv6: bridges themselves listen to others.
@@ -37,7 +38,7 @@ use tokio::sync::watch;
 
 use super::dhcp::{self, Answer, Question};
 use super::ipv6::{self, Discovery, Upper};
-use super::vlan;
+use super::{vlan, written};
 use crate::addr::MacAddr;
 use crate::config::GuardConfig;
 use crate::engine::counters::DropReason;
@@ -45,6 +46,7 @@ use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_KEPT_MAX, GUARD_QUESTI
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
+use crate::wire::vnet::Checksum;
 use crate::wire::{arp, checksum};
 
 /// Until an address that nobody claimed is the guest's (RFC 6620, 3.1: TENT_LT).
@@ -153,6 +155,8 @@ pub struct SharedTable {
     version: AtomicU64,
     /// Workers that do not read their queue, a bit each.
     stalled: AtomicU64,
+    /// Workers whose queue has a receive ring to be read into, a bit each.
+    reading: AtomicU64,
     table: Mutex<Table>,
 }
 
@@ -262,8 +266,19 @@ impl Guard {
         }
     }
 
+    /// The worker's queue begins or ends to be read. What came for it before, and what it still held, is lost.
+    pub fn set_reading(&mut self, reading: bool) {
+        if reading {
+            self.shared.reading.fetch_or(self.bit, Ordering::AcqRel);
+        } else {
+            self.shared.reading.fetch_and(!self.bit, Ordering::AcqRel);
+        }
+        self.learn(|table| table.bindings.retain(|binding| binding.bound));
+    }
+
+    /// Whether answers may wait unread, or be lost.
     fn is_stalled(&self) -> bool {
-        self.shared.stalled.load(Ordering::Acquire) != 0
+        self.shared.stalled.load(Ordering::Acquire) != 0 || self.shared.reading.load(Ordering::Acquire) == 0
     }
 
     fn refresh(&mut self) {
@@ -316,10 +331,15 @@ impl Guard {
         self.table.questions.iter().any(|(_, asked)| now.since(*asked) < QUESTION_LIFE)
     }
 
-    /// Judges a frame of the guest by its first bytes; `len_bytes` is all of it.
-    pub fn from_guest(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    /// Judges a frame of the guest by its first bytes, and by where its checksum is still to be written;
+    /// `len_bytes` is all of it.
+    pub fn from_guest(&mut self, now: Instant, checksum: Checksum, head: &[u8], len_bytes: usize) -> Verdict {
         self.refresh();
         match self.judge(now, head, len_bytes) {
+            Ok(Verdict::Pass) => match written::check(checksum, head) {
+                Ok(()) => Verdict::Pass,
+                Err(reason) => Verdict::Drop(reason),
+            },
             Ok(verdict) => verdict,
             Err(reason) => Verdict::Drop(reason),
         }
@@ -344,7 +364,8 @@ impl Guard {
             Some(_) => return Err(DropReason::SpoofedSource),
             None => {}
         }
-        if !src.is_unicast() {
+        // Who had the gateway's would be sent what all others send to it.
+        if !src.is_unicast() || src == MacAddr::GATEWAY {
             return Err(DropReason::SpoofedSource);
         }
         // Two workers may see a first frame at once: one is the first.
@@ -390,6 +411,13 @@ impl Guard {
         let ip = ipv4::Header::parse(packet, available_bytes).map_err(|_| DropReason::Malformed)?;
         let is_first = ip.fragment_offset_bytes == 0;
         let ports = match ip.protocol {
+            Protocol::ICMP | Protocol::IGMP if is_first => {
+                let kind = *packet.get(ip.header_bytes).ok_or(DropReason::Malformed)?;
+                if says_router(ip.protocol, kind) {
+                    return Err(DropReason::RogueServer);
+                }
+                None
+            }
             Protocol::UDP if is_first => {
                 let ports = packet[ip.header_bytes..].first_chunk::<4>().ok_or(DropReason::Malformed)?;
                 let [a, b, c, d] = *ports;
@@ -397,7 +425,8 @@ impl Guard {
             }
             _ => None,
         };
-        if ports.is_some_and(|(src, _)| src == dhcp::SERVER_PORT) {
+        // Clients take answers from any port, so theirs is not the guest's to send to.
+        if ports.is_some_and(|(src, dst)| src == dhcp::SERVER_PORT || dst == dhcp::CLIENT_PORT) {
             return Err(DropReason::RogueServer);
         }
         let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
@@ -425,7 +454,9 @@ impl Guard {
     fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
         let packet = ipv6::Packet::parse(packet).map_err(|_| DropReason::Malformed)?;
         let discovery = match packet.upper {
-            Upper::Udp { src_port: 547 } => return Err(DropReason::RogueServer),
+            Upper::Udp { src_port: 547, .. } | Upper::Udp { dst_port: 546, .. } => {
+                return Err(DropReason::RogueServer);
+            }
             Upper::Icmp { message, fragment } => {
                 let discovery = Discovery::parse(message).map_err(|_| DropReason::Malformed)?;
                 // RFC 6980: neighbour discovery is never fragmented, or guards could not read it.
@@ -657,6 +688,16 @@ impl Table {
             binding.bound = true;
             binding.used = now;
         }
+    }
+}
+
+/// Whether ICMP or IGMP messages of a kind are only routers' to send: redirects and advertisements (RFC 792, RFC 1256),
+/// queries for groups (RFC 3376, 4.1), which make of who sends them the one that switches believe, and what multicast
+/// routers say of themselves (RFC 4286, 3).
+fn says_router(protocol: Protocol, kind: u8) -> bool {
+    match protocol {
+        Protocol::ICMP => matches!(kind, 5 | 9),
+        _ => matches!(kind, 0x11 | 0x30 | 0x32),
     }
 }
 

@@ -83,8 +83,8 @@ enum State {
     Selecting,
     /// One was chosen.
     Requesting { addr: Ipv4Addr, server: Ipv4Addr },
-    /// The lease runs. It is prolonged from `renew` on, by anybody from `rebind` on.
-    Bound { lease: ClientLease, renew: Instant, rebind: Instant, end: Instant },
+    /// The lease runs; from `rebind` on anybody is asked to prolong it.
+    Bound { lease: ClientLease, rebind: Instant, end: Instant },
 }
 
 /// The client of one address.
@@ -107,6 +107,15 @@ impl DhcpClient {
     pub fn new(now: Instant, mac: MacAddr, seed: u64) -> DhcpClient {
         let state = State::Init { at: now };
         DhcpClient { mac, state, xid: 0, begun: now, tries: 0, due: now, random: seed | 1 }
+    }
+
+    /// Whether something was asked that no answer came to.
+    pub fn awaits_answer(&self) -> bool {
+        match self.state {
+            State::Init { .. } => false,
+            State::Selecting | State::Requesting { .. } => true,
+            State::Bound { .. } => self.tries > 0,
+        }
     }
 
     /// When [`DhcpClient::poll`] has something to do.
@@ -195,7 +204,7 @@ impl DhcpClient {
         // The lease runs from when it was asked for (RFC 2131, 4.4.1).
         let end = self.begun + lease.lease_time;
         let (renew, rebind) = (self.begun + lease.renewal.0, self.begun + lease.renewal.1);
-        self.state = State::Bound { lease, renew, rebind, end };
+        self.state = State::Bound { lease, rebind, end };
         (self.tries, self.due) = (0, renew);
         Some(ClientEvent::Bound(lease))
     }

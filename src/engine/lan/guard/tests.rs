@@ -92,7 +92,9 @@ fn answer_frame(src: MacAddr, xid: u32, client: MacAddr, answer: (u8, Ipv4Addr, 
 }
 
 fn guard(config: GuardConfig) -> Guard {
-    Guard::new(config, Arc::default(), 0)
+    let mut guard = Guard::new(config, Arc::default(), 0);
+    guard.set_reading(true);
+    guard
 }
 
 /// A guard of a guest that has an address by DHCP.
@@ -104,7 +106,7 @@ fn leased() -> Guard {
 }
 
 fn judge(guard: &mut Guard, millis: u64, frame: &[u8]) -> Verdict {
-    guard.from_guest(at(millis), &frame[..frame.len().min(256)], frame.len())
+    guard.from_guest(at(millis), Checksum::Complete, &frame[..frame.len().min(256)], frame.len())
 }
 
 #[test]
@@ -114,6 +116,9 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
     let to = Ipv4Addr::new(198, 51, 100, 1);
     let data = |src| ipv4_udp(src, to, (4000, 53), b"question");
     let fragment = |src| ethernet(OWN, 0x0800, &ipv4_packet(src, to, (Protocol::UDP, 8), b"8 bytes "));
+    let icmp = |protocol, kind| {
+        ethernet(OWN, 0x0800, &ipv4_packet(IP, to, (protocol, 0), &[kind, 0, 0, 0, 0, 0, 0, 0]))
+    };
     let from = |mac: MacAddr, mut frame: Vec<u8>| {
         frame[6..12].copy_from_slice(&mac.0);
         frame
@@ -135,6 +140,12 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
         ("cut ARP", arp(OWN, IP, Reply)[..41].to_vec(), MALFORMED),
         ("cut IPv4", data(IP)[..33].to_vec(), MALFORMED),
         ("a DHCP offer", ipv4_udp(IP, to, (67, 68), b"offer"), ROGUE),
+        ("an ICMP redirect", icmp(Protocol::ICMP, 5), ROGUE),
+        ("a router's advertisement", icmp(Protocol::ICMP, 9), ROGUE),
+        ("an unreachable", icmp(Protocol::ICMP, 3), Verdict::Pass),
+        ("a query for groups", icmp(Protocol::IGMP, 0x11), ROGUE),
+        ("a report of groups", icmp(Protocol::IGMP, 0x22), Verdict::Pass),
+        ("an offer from another port", ipv4_udp(IP, to, (4000, 68), b"offer"), ROGUE),
         ("a relay's message", ipv4_udp(IP, to, (67, 67), b"relayed"), ROGUE),
         (
             "ports out of sight",
@@ -161,6 +172,7 @@ fn without_a_mac_told_the_first_one_is_the_guests_until_it_starts_anew() {
         frame
     };
     assert_eq!(judge(&mut one, 0, &of(ALL)), SPOOFED, "no station has this");
+    assert_eq!(judge(&mut one, 0, &of(MacAddr::GATEWAY)), SPOOFED, "the gateway has it");
     assert_eq!(judge(&mut one, 0, &of(OWN)), Verdict::Pass);
     assert_eq!(judge(&mut two, 0, &of(OTHER)), SPOOFED, "whichever queue it comes by");
     assert_eq!(judge(&mut two, 0, &of(OWN)), Verdict::Pass);
@@ -442,6 +454,30 @@ fn a_guest_that_takes_no_frames_gets_no_address() {
 }
 
 #[test]
+fn a_guest_whose_queue_nobody_reads_gets_no_address() {
+    let config = GuardConfig { mac: Some(OWN), ipv4: None };
+    let table = Arc::new(SharedTable::default());
+    let mut one = Guard::new(config, Arc::clone(&table), 0);
+    let mut two = Guard::new(config, table, 1);
+    judge(&mut one, 0, &detection(OWN, ROUTER));
+    assert_eq!(judge(&mut one, 600, &data(ROUTER)), SPOOFED, "no receive ring ran yet");
+    one.set_reading(true);
+    assert_eq!(judge(&mut one, 700, &data(ROUTER)), Verdict::Probe(probe(OWN, ROUTER)), "an answer was lost");
+    two.set_reading(true);
+    two.set_reading(false);
+    assert_eq!(
+        judge(&mut one, 1300, &data(ROUTER)),
+        Verdict::Probe(probe(OWN, ROUTER)),
+        "or with a queue that went"
+    );
+    assert_eq!(judge(&mut one, 1800, &data(ROUTER)), Verdict::Pass);
+    judge(&mut two, 1900, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut two, 2400, &data(LINK_LOCAL)), Verdict::Pass, "one queue has the answers for all");
+    one.set_reading(false);
+    assert_eq!(judge(&mut two, 2500, &data(LINK_LOCAL)), Verdict::Pass, "what is the guest's stays its");
+}
+
+#[test]
 fn what_routers_and_servers_say_is_not_the_guests_to_say() {
     let mut guard = known_mac();
     judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
@@ -464,8 +500,11 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("hidden behind options", behind_options(&nd(134, None, None)), ROGUE),
         ("hidden in a fragment", fragment(&nd(134, None, None)), MALFORMED),
         ("hidden beyond sight", ipv6_frame(OWN, LINK_LOCAL, 60, &long), MALFORMED),
+        ("query for groups", nd_frame(&[130, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
+        ("multicast router", nd_frame(&[151, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
         ("redirect", nd_frame(&nd(137, target, None)), ROGUE),
         ("DHCPv6 server", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((547, 546), b"")), ROGUE),
+        ("from another port", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((4000, 546), b"")), ROGUE),
         ("DHCPv6 client", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((546, 547), b"")), Verdict::Pass),
         ("router solicitation", nd_frame(&nd(133, None, own)), Verdict::Pass),
         ("with another's MAC", nd_frame(&nd(133, None, other)), SPOOFED),
@@ -483,6 +522,43 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("version 4 within", ethernet(OWN, 0x86dd, &[0x45; 60]), MALFORMED),
     ] {
         assert_eq!(judge(&mut guard, 600, &frame), expected, "{what}");
+    }
+}
+
+#[test]
+fn a_checksum_is_written_over_nothing_that_was_judged() {
+    let mut guard = leased();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    let tunnel = Ipv4Addr::new(198, 51, 100, 1);
+    let tcp4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::TCP, 0), &[0; 40]));
+    let piece4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::UDP, 8), &[0; 40]));
+    let udp4 = ipv4_udp(IP, tunnel, (4000, 4789), &[0; 40]);
+    let echo6 = ipv6_frame(OWN, LINK_LOCAL, 58, &[128, 0, 0, 0, 0, 1, 0, 1]);
+    let behind_options = [&[6, 0, 5, 2, 0, 0, 1, 0][..], &[0; 20]].concat();
+    let piece6 = [&[17, 0, 0, 8, 0, 0, 0, 9][..], &[0; 20]].concat();
+    for (what, frame, places) in [
+        // Each frame with the places that are allowed among the first 54 + 20; upper layers begin at 34 and 54.
+        ("TCP", tcp4, 34..74),
+        ("a further fragment", piece4, 34..74),
+        ("ARP", arp(OWN, IP, arp::Operation::Reply), 0..0),
+        ("echo", echo6, 56..57),
+        ("TCP over IPv6", ipv6_frame(OWN, LINK_LOCAL, 6, &[0; 20]), 54..74),
+        ("the same behind options", ipv6_frame(OWN, LINK_LOCAL, 0, &behind_options), 62..74),
+        ("a further fragment over IPv6", ipv6_frame(OWN, LINK_LOCAL, 44, &piece6), 62..74),
+        ("a question", discover(9, OWN), 40..41),
+    ] {
+        for place in 14..72u16 {
+            let checksum = Checksum::Partial { start: 14, offset: place - 14 };
+            let verdict = guard.from_guest(at(600), checksum, &frame[..frame.len().min(256)], frame.len());
+            let expected = if places.contains(&place) { Verdict::Pass } else { MALFORMED };
+            assert_eq!(verdict, expected, "{what}: {place}");
+        }
+    }
+    for (place, expected) in
+        [(34, MALFORMED), (37, MALFORMED), (40, Verdict::Pass), (41, MALFORMED), (42, Verdict::Pass)]
+    {
+        let checksum = Checksum::Partial { start: place, offset: 0 };
+        assert_eq!(guard.from_guest(at(600), checksum, &udp4, udp4.len()), expected, "UDP: {place}");
     }
 }
 
