@@ -552,6 +552,13 @@ impl TcpTracker {
     }
 }
 
+impl Default for TcpTracker {
+    /// No connection yet.
+    fn default() -> TcpTracker {
+        TcpTracker::EMPTY
+    }
+}
+
 impl std::fmt::Debug for TcpTracker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TcpTracker")
