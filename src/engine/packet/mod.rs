@@ -5,4 +5,9 @@
 //!
 //! Read first: RFC 3022 (what such a NAT is), RFC 4787, 5382 and 5508 (what it owes UDP, TCP and ICMP).
 
+pub mod flow;
+pub mod fragments;
+pub mod head;
+pub mod icmp;
+pub mod rewrite;
 pub mod tcp_state;
