@@ -5,6 +5,7 @@
 
 mod packets;
 mod rewrite;
+mod tcp;
 
 use proptest::prelude::ProptestConfig;
 use proptest::test_runner::FileFailurePersistence;

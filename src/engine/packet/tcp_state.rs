@@ -304,7 +304,8 @@ impl TcpTracker {
                 self.join_with_syn(from, segment);
                 self.acked[from.other() as usize] = segment.seq;
             }
-            (Side::SynSent, Side::SynSent) if segment.end() == self.sent[from as usize] => {}
+            // A copy of its SYN, perhaps overtaken by its answer to the other's.
+            (Side::SynSent, _) if segment.end() == self.sent[from as usize] => {}
             _ if self.opener() == from => {
                 self.pending = low_half(segment.seq);
                 self.sides |= PENDING_SYN;
@@ -458,11 +459,13 @@ impl TcpTracker {
         let peer_window = self.window_bytes(from.other()) as usize;
         // Nothing follows a FIN.
         let limit = if self.side(from).is_ended() { self.sent[me] } else { segment.end() };
-        segment.seq.at_or_before(self.edge[me])
-            && segment.end().at_or_after(self.sent[me] - peer_window)
+        // A FIN may lie behind a window that is full, and the sender's next number behind it.
+        segment.seq.at_or_before(self.edge[me] + 1)
+            && segment.end().at_or_after(self.sent[me] - peer_window - 1)
             && segment.end().at_or_before(limit)
             && segment.ack.at_or_before(self.sent[peer])
-            && segment.ack.at_or_after(self.sent[peer] - own_window)
+            // What is older its receiver need not take either (RFC 5961, 5.2).
+            && segment.ack.at_or_after(self.acked[me] - own_window)
     }
 
     /// What an accepted segment says of its sender's own direction.
