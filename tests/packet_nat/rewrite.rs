@@ -159,7 +159,9 @@ proptest! {
 
     #[test]
     fn a_partial_checksum_stays_partial_and_right(frame in frame(), end in any_end(), to in pair()) {
-        prop_assume!(!matches!(frame.body, Body::Query { .. } | Body::Plain(_)));
+        if matches!(frame.body, Body::Query { .. } | Body::Plain(_)) {
+            return Ok(());
+        }
         let (vnet, mut bytes) = frame.build_partial();
         apply(&vnet, &mut bytes, &change(&frame, end, to));
         prop_assert_eq!(bytes, frame.translated(end, to).build_partial().1);

@@ -521,7 +521,8 @@ impl Host {
         let acknowledges = segment.flags.contains(ACK) && segment.ack.after(self.una);
         let is_old = end == segment.seq || self.heard.is_some_and(|heard| end.at_or_before(heard));
         // RFC 5961, 5.2: not taken, whatever it carries.
-        let is_stale = segment.flags.contains(ACK) && segment.ack.before(self.una - 66_000);
+        let is_stale =
+            segment.flags.contains(ACK) && segment.ack.before(self.una - self.peer_room.max(66_000) as usize);
         is_stale || (is_old && !acknowledges)
     }
 

@@ -333,15 +333,15 @@ impl TcpTracker {
             self.set_side(from.other(), Side::Open);
             return TcpVerdict::Accepted;
         }
-        let is_known = segment.end().at_or_before(self.sent[me]) && segment.ack.at_or_before(self.sent[peer]);
+        let is_copy = self.is_copy(from, segment);
         match (own, other) {
             // The second answer of a simultaneous open.
-            (Side::Open, Side::SynSent) if is_known && segment.ack.after(self.acked[me]) => {
+            (Side::Open, Side::SynSent) if is_copy && segment.ack.after(self.acked[me]) => {
                 self.note_acknowledged(from, segment);
                 TcpVerdict::Accepted
             }
-            // The ACK of the first was lost, and will be repeated.
-            (Side::SynSent | Side::Open, _) if is_known && other.is_synchronised() => TcpVerdict::Unproven,
+            // The ACK of the first was lost, and will be repeated; or it is late.
+            _ if is_copy && own != Side::Silent && other.is_synchronised() => TcpVerdict::Unproven,
             _ if self.answers_pending(from, segment) => {
                 self.begin_anew_with_answer(from, segment);
                 TcpVerdict::Accepted
@@ -418,6 +418,15 @@ impl TcpTracker {
         self.set_side(from, Side::SynSent);
     }
 
+    /// Whether SYN and ACK can be a copy of those the connection began with: they lie behind what was sent, near enough.
+    fn is_copy(&self, from: Direction, segment: &Segment) -> bool {
+        let behind = |end: SeqNumber, sent: SeqNumber, window: u32| {
+            end.at_or_before(sent) && end.at_or_after(sent - window.max(ACK_LAG_BYTES_MIN) as usize)
+        };
+        behind(segment.end(), self.sent[from as usize], self.window_bytes(from.other()))
+            && behind(segment.ack, self.sent[from.other() as usize], self.window_bytes(from))
+    }
+
     /// Whether a segment acknowledges the SYN that came in the middle.
     fn answers_pending(&self, from: Direction, segment: &Segment) -> bool {
         self.sides & PENDING_SYN != 0
@@ -455,7 +464,9 @@ impl TcpTracker {
 
     fn is_in_window(&self, from: Direction, segment: &Segment) -> bool {
         let (me, peer) = (from as usize, from.other() as usize);
-        let own_window = self.window_bytes(from).max(ACK_LAG_BYTES_MIN) as usize;
+        // Its receiver need not take what lags a window behind the acknowledgements it has (RFC 5961, 5.2), and may
+        // not have the last window's.
+        let lag = (2 * self.window_bytes(from)).clamp(ACK_LAG_BYTES_MIN, 1 << 30) as usize;
         let peer_window = self.window_bytes(from.other()) as usize;
         // Nothing follows a FIN.
         let limit = if self.side(from).is_ended() { self.sent[me] } else { segment.end() };
@@ -464,8 +475,7 @@ impl TcpTracker {
             && segment.end().at_or_after(self.sent[me] - peer_window - 1)
             && segment.end().at_or_before(limit)
             && segment.ack.at_or_before(self.sent[peer])
-            // What is older its receiver need not take either (RFC 5961, 5.2).
-            && segment.ack.at_or_after(self.acked[me] - own_window)
+            && segment.ack.at_or_after(self.acked[me] - lag)
     }
 
     /// What an accepted segment says of its sender's own direction.
