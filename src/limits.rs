@@ -355,6 +355,17 @@ pub const HOLDER_USERS_MAX: usize = 256;
 /// How long a holder may take to let a process into its network: it has only two descriptors to send.
 pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
 
+/// Packets passing a packet NAT in fragments, each way, whose first fragment's way is remembered: 15 s of 270 a
+/// second, 64 KiB datagrams at 140 Mbit/s. Past it the oldest is forgotten, which at such rates has long passed.
+pub const PACKET_FRAGMENTED_MAX: usize = 4096;
+
+/// Fragments that overtook their packet's first one and wait for it, each way: those of one 64 KiB datagram
+/// whose first came last (45 at Ethernet's MTU). Past it the one that waited longest is lost.
+pub const PACKET_FRAGMENTS_HELD_MAX: usize = 64;
+
+/// Their bytes: as many of Ethernet's size, and a few of the largest.
+pub const PACKET_FRAGMENTS_HELD_BYTES_MAX: usize = 256 << 10;
+
 /// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
 /// the published ports.
 pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
