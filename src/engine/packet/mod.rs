@@ -5,9 +5,16 @@
 //!
 //! Read first: RFC 3022 (what such a NAT is), RFC 4787, 5382 and 5508 (what it owes UDP, TCP and ICMP).
 
+mod cache;
 pub mod flow;
 pub mod fragments;
+mod guests;
 pub mod head;
 pub mod icmp;
+mod index;
+pub mod ports;
+pub mod random;
 pub mod rewrite;
+pub mod table;
 pub mod tcp_state;
+mod wheel;

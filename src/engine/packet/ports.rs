@@ -406,7 +406,7 @@ impl Mappings {
         }
         let (start, end) = (*self.range.start(), *self.range.end());
         let from = start + self.random.below(u32::from(end - start) + 1) as u16;
-        let same = if guest.port % 2 == 0 { EVEN } else { !EVEN };
+        let same = if guest.port.is_multiple_of(2) { EVEN } else { !EVEN };
         let parities: &[u64] = if guest.protocol == Protocol::UDP { &[same, !same] } else { &[u64::MAX] };
         let search =
             |parity: &u64| of.first_free(from, end, *parity).or_else(|| of.first_free(start, from, *parity));

@@ -1,7 +1,7 @@
 //! The table of a worker's flows: where they are, when they end, who makes room.
 //!
 //! Flows stand in one slab and are named by their place in it; an ended flow's place is used again. Two indices
-//! ([`super::index`]) lead there, one a direction, each behind a small cache; a flow is in both or in neither. The
+//! (`index.rs`) lead there, one a direction, each behind a small cache; a flow is in both or in neither. The
 //! timer wheel and the order of idleness run through the flows themselves.
 //!
 //! A packet's way is: [`FlowTable::find_outbound`] or [`FlowTable::find_inbound`], what the caller does to the flow,
@@ -240,7 +240,7 @@ impl FlowTable {
     ///
     /// A guest at its quota gives up one of its own. When the table is full, a guest with the most flows does if
     /// it has more than `guest`, else `guest` itself. It is the longest idle one, by
-    /// the order [`super::guests`] keeps.
+    /// the order `guests.rs` keeps.
     pub fn crowded(&self, guest: Ipv4Addr) -> Option<FlowId> {
         let victim = if self.guests.flows_of(guest) >= self.guest_flows_max {
             self.guests.own_victim(guest)

@@ -15,7 +15,7 @@ use super::flow::{Flow, NIL, Ticks};
 use crate::time::Instant;
 
 /// Width of the finest slots, in milliseconds: how late a flow may end.
-pub const GRAIN_MS: u64 = 1 << GRAIN_BITS;
+pub(super) const GRAIN_MS: u64 = 1 << GRAIN_BITS;
 
 const GRAIN_BITS: u32 = 7;
 const SLOT_BITS: u32 = 8;
