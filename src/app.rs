@@ -6,6 +6,7 @@
 mod hold;
 mod membership;
 mod services;
+mod stations;
 
 pub use hold::hold;
 
@@ -27,6 +28,7 @@ use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstre
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
+use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
@@ -41,6 +43,7 @@ use crate::network::state_dir::StateDirError;
 use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
+use crate::random;
 use crate::service::dns::DnsService;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
@@ -126,13 +129,18 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let used = membership::enter(joined.as_ref())?;
     let link = config.link.take();
     let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
+    let kept = link.as_ref().and_then(|link| link.keep.as_ref()).and_then(stations::open);
     let mut open = runtime.block_on(open_link(link, &config))?;
     let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
     if let (Some(joined), Some(first)) = (&joined, queues.first()) {
         let tap = first.name().to_owned();
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
-    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default());
+    let table = Arc::new(stations::table(kept.as_ref()));
+    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
+    if let Some(kept) = kept {
+        runtime.spawn(station_leases::keep(kept, table.news()));
+    }
     if let Some((place, used)) = used {
         runtime.spawn(place.stay(used));
     }
@@ -155,10 +163,14 @@ struct Judge {
 }
 
 /// Each worker's end of the link.
-fn link_ends(queues: Vec<TapQueue>, ip_mtu: IpMtu, judge: &Judge) -> Vec<LinkParts> {
+fn link_ends(
+    queues: Vec<TapQueue>,
+    ip_mtu: IpMtu,
+    judge: &Judge,
+    table: &Arc<SharedTable>,
+) -> Vec<LinkParts> {
     let &Judge { vlan, guard, gateway } = judge;
-    let table = Arc::new(SharedTable::default());
-    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(&table), worker));
+    let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(table), worker));
     let ends = queues.into_iter().zip(0u8..);
     let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
     ends.map(end).collect()
@@ -189,7 +201,8 @@ fn run_on(
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let prepared = prepare(&config, open_files, queues, links, &stop)?;
+    let holder = joined.and_then(membership::holder);
+    let prepared = prepare(&config, (open_files, holder), queues, links, &stop)?;
     let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
     if let Some(joined) = joined {
         let _inside = runtime.enter();
@@ -244,11 +257,12 @@ struct Ports {
     bound: (Bound, Bound),
 }
 
-/// Opens what the workers need. Published ports are the first worker's; their flows move to the worker
+/// Opens what the workers need, within the open files limit; `holder` is this process's number in the store of
+/// its named network. Published ports are the first worker's; their flows move to the worker
 /// whose queue pair the guest answers on.
 fn prepare(
     config: &Config,
-    open_files: u64,
+    (open_files, holder): (u64, Option<u64>),
     queues: Vec<DeviceQueues>,
     links: Vec<LinkParts>,
     stop: &EventFd,
@@ -267,7 +281,7 @@ fn prepare(
         true => (None, Ports { publish: nat.publish.clone(), bound }),
         false => (Some(bound), Ports::default()),
     };
-    let Services { dns, dhcp, keeper } = services::of(config, world)?;
+    let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -366,8 +380,8 @@ fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {
-    let random = || getrandom::u64().map_err(|error| starting("random bytes")(io::Error::other(error)));
-    Ok((random()?, random()?))
+    let bits = || random::bits64().map_err(starting("random bytes"));
+    Ok((bits()?, bits()?))
 }
 
 fn log_dns(stats: &DnsStats) {

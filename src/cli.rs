@@ -225,7 +225,7 @@ pub struct Args {
     #[command(subcommand)]
     subcommand: Option<Subcommand>,
     // Before or behind a subcommand.
-    /// Where named networks are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
+    /// Where named networks, and leases that a LAN's DHCP gave the guest, are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
     /// ~/.local/state/vunet]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,

@@ -18,6 +18,7 @@ pub mod holder;
 pub mod limits;
 pub mod network;
 pub mod postbox;
+mod random;
 pub mod sandbox;
 pub mod service;
 pub mod time;

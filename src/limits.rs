@@ -358,6 +358,16 @@ pub const GUARD_IPV4_MAX: usize = 64;
 /// of temporary ones (RFC 8981), twice over.
 pub const GUARD_IPV6_MAX: usize = 64;
 
+/// Leases of all stations of a link that a guard remembers: of each of [`STATION_FILES_MAX`] a few.
+pub const GUARD_KEPT_MAX: usize = 4096;
+
+/// Stations of links whose leases by the LAN's DHCP are kept, and known to one process: a file each, more than a
+/// host has guests.
+pub const STATION_FILES_MAX: usize = 1024;
+
+/// Bytes of such a file: [`GUARD_IPV4_MAX`] leases of 60 bytes.
+pub const STATION_FILE_BYTES_MAX: u64 = 16_384;
+
 /// Questions of the guest to a DHCP server that may still have an answer.
 pub const GUARD_QUESTIONS_MAX: usize = 8;
 
@@ -367,6 +377,17 @@ pub const HOLDER_USERS_MAX: usize = 256;
 
 /// How long a holder may take to let a process into its network: it has only two descriptors to send.
 pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
+
+/// Packets passing a packet NAT in fragments, each way, whose first fragment's way is remembered: 15 s of 270 a
+/// second, 64 KiB datagrams at 140 Mbit/s. Past it the oldest is forgotten, which at such rates has long passed.
+pub const PACKET_FRAGMENTED_MAX: usize = 4096;
+
+/// Fragments that overtook their packet's first one and wait for it, each way: those of one 64 KiB datagram
+/// whose first came last (45 at Ethernet's MTU). Past it the one that waited longest is lost.
+pub const PACKET_FRAGMENTS_HELD_MAX: usize = 64;
+
+/// Their bytes: as many of Ethernet's size, and a few of the largest.
+pub const PACKET_FRAGMENTS_HELD_BYTES_MAX: usize = 256 << 10;
 
 /// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
 /// the published ports.
@@ -389,3 +410,24 @@ mod tests {
         assert_eq!(flows_max(u64::MAX, 4096, 2), FLOWS_MAX);
     }
 }
+
+/// Most flows a packet NAT can be told to hold for a worker: what the 24 bits of its indices' slots name.
+pub const PACKET_FLOWS_BOUND: usize = (1 << 24) - 2;
+
+/// Buckets of 16 slots of an empty index of flows, a power of two: one page.
+pub const PACKET_INDEX_BUCKETS_MIN: usize = 64;
+
+/// Buckets in a row, each full, after which an index of flows gets a new key. At half load a random key meets so many
+/// with a probability far below one in a billion.
+pub const PACKET_INDEX_PROBES_MAX: usize = 6;
+
+/// Flows a packet NAT remembers of each direction before it asks its index.
+pub const PACKET_CACHE_ENTRIES: usize = 4096;
+
+/// Flows a packet NAT looks at in one turn because their time may have come: each may cost several cache misses, all
+/// of them some 50 us.
+pub const PACKET_TIMERS_EXAMINED: usize = 256;
+
+/// Ports of an exhausted range that are looked at for one new flow, each with a lookup in the worker's table. The next flow
+/// goes on where this one stopped, so that the repetitions of a first packet come to all of them.
+pub const PACKET_PORTS_TRIED: usize = 1024;

@@ -7,18 +7,17 @@
 //! May touch: `device`, `engine`, `uplink`, `control` (its DNS client).
 
 mod link;
+pub(crate) mod names;
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::rc::Rc;
 use std::time::Duration;
 
 use epoll::Event;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::IpMtu;
-use crate::control::dns_forward::{DnsClient, DnsQuery};
+use crate::control::dns_forward::DnsClient;
 use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, Taken, TxEvent};
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
@@ -28,13 +27,14 @@ use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::postbox::Postbox;
-use crate::service::dns::{self, DnsService};
+use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::affinity::bind_to;
 use crate::uplink::sys::poll::{self, Poll};
 
 use self::link::{Left, LinkEnd};
+use self::names::Names;
 
 pub use self::link::{LinkParts, SharedStation, TranslationParts};
 
@@ -60,13 +60,11 @@ pub struct Worker {
     engine: Engine<HostSockets>,
     /// On a link, the guest's frames go there and not to the engine, but for those to services of ours.
     link: Option<LinkEnd>,
-    dns: Rc<RefCell<DnsClient>>,
+    names: Names,
     clock: Clock,
     postbox: Option<Postbox>,
     addresses_gone: EventFd,
     busy_poll: Duration,
-    /// Answers to names wait for receive buffers.
-    answers_wait: bool,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
     /// Transmit rings that wait for room in the link, a bit a pair.
@@ -130,11 +128,8 @@ impl Worker {
         poll.watch_readable(parts.queues.command_fd(), COMMANDS)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
         poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
-        let dns = Rc::new(RefCell::new(parts.dns_client));
-        poll.watch_readable(dns.borrow().event_fd().as_raw_fd(), DNS)?;
-        let dns_streams = Rc::clone(&dns);
-        let connect_dns = Box::new(move || dns_streams.borrow_mut().connect_stream());
-        let sockets = HostSockets::new(poll.clone(), connect_dns, parts.peek_offset);
+        let names = Names::new(parts.dns_client, &poll, DNS)?;
+        let sockets = HostSockets::new(poll.clone(), names.streams(), parts.peek_offset);
         if let Some(cpu) = parts.cpu
             && let Err(error) = bind_to(cpu)
         {
@@ -164,12 +159,11 @@ impl Worker {
             queues: parts.queues,
             engine,
             link,
-            dns,
+            names,
             clock: parts.clock,
             postbox: parts.postbox,
             addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
-            answers_wait: false,
             tx_waiting: 0,
             tx_blocked: 0,
             device_events: Vec::new(),
@@ -300,7 +294,7 @@ impl Worker {
                 if let Some(link) = &mut self.link {
                     link.guest_has_buffers();
                 }
-                if self.answers_wait {
+                if self.names.are_waiting() {
                     self.dns_answers(now);
                 }
             }
@@ -374,20 +368,9 @@ impl Worker {
         postbox.send_all(|| self.engine.next_letter())
     }
 
-    /// Takes answers while the guest has buffers for them; the rest waits where it is until it has.
     fn dns_answers(&mut self, now: Instant) {
-        let mut client = self.dns.borrow_mut();
-        client.clear_event();
-        self.answers_wait = false;
-        loop {
-            if !self.engine.guest_keeps_up() {
-                self.answers_wait = true;
-                return;
-            }
-            let Some(answer) = client.poll_answer() else { return };
-            let (_, rx) = self.queues.split();
-            self.engine.dns_answer(now, rx, answer.id, &answer.bytes);
-        }
+        let (_, rx) = self.queues.split();
+        self.names.answer(now, &mut self.engine, rx);
     }
 
     /// One batch. Returns whether there is more to do at once.
@@ -405,7 +388,7 @@ impl Worker {
         let (_, rx) = self.queues.split();
         self.engine.run_timers(now, rx);
         let more = self.engine.flush(rx);
-        self.forward_dns(now);
+        self.names.ask(now, &mut self.engine, rx);
         let all_sent = self.send_letters();
         let link_more = self.link_to_guest(now);
         self.queues.publish();
@@ -453,16 +436,5 @@ impl Worker {
         let (_, rx) = self.queues.split();
         link.run_translation(now, &mut self.engine, rx);
         rx.first_running().is_some_and(|pair| link.deliver(now, rx, pair))
-    }
-
-    fn forward_dns(&mut self, now: Instant) {
-        while let Some(forward) = self.engine.next_dns_forward() {
-            let query = DnsQuery { id: forward.id, bytes: forward.query };
-            if let Err(refused) = self.dns.borrow_mut().submit(query) {
-                let failure = dns::servfail(&refused.bytes);
-                let (_, rx) = self.queues.split();
-                self.engine.dns_answer(now, rx, refused.id, &failure);
-            }
-        }
     }
 }

@@ -26,7 +26,7 @@ pub fn hold(
     let dns = DnsConfig::of_gateway(&own.dns_domain, own.gateway);
     // Each process guards its own guest; what comes over the bridge is of all of them.
     let network = NetworkConfig { name: name.clone(), state: networks.state().clone(), trust_guest: true };
-    let services = services::of_network(&network, &lan, &dns, true)?;
+    let services = services::of_network(&network, &lan, &dns, true, None)?;
     let config = HolderConfig {
         lan,
         dns,

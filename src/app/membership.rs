@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, starting};
+use super::{Bound, Error, random_pair, starting};
 use crate::config::{Attach, Config, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::control::port_relay;
@@ -23,6 +23,8 @@ pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
         Attach::Listen(path) | Attach::Connect(path) => Some(path.clone()),
         Attach::Inherited(_) => None,
     };
+    // As exact in any reader's JSON.
+    user.holder = Some(random_pair()?.0 >> 11 | 1);
     if !config.lan.dhcp {
         // It configures itself, with the address it was told of if any.
         user.guest = config.lan.guest;
@@ -44,6 +46,11 @@ pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)
     let place = joined.holder();
     let used = place.enter().map_err(|source| Error::Join { name: definition.name.clone(), source })?;
     Ok(Some((place, used)))
+}
+
+/// This process's number in the network's store of leases.
+pub(super) fn holder(joined: &SharedJoined) -> Option<u64> {
+    joined.lock().unwrap_or_else(PoisonError::into_inner).user().holder
 }
 
 /// Changes what others know of this process, and waits until the host is as it must be then.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use super::{Error, random_pair, starting};
+use super::{Error, starting};
 use crate::config::{Config, DnsConfig, Lan, NetworkConfig};
 use crate::holder::Services;
 use crate::network::clock::{HostClock, SystemClock};
@@ -12,12 +12,16 @@ use crate::network::store::{LeaseStore, Pool};
 use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
 
-/// Those of `config`; with `world`, names that are not local are asked for upstream.
-pub(super) fn of(config: &Config, world: bool) -> Result<Services, Error> {
+/// The number of processes that lease for others' guests.
+const HOLDER_OF_ALL: u64 = 0;
+
+/// Those of `config`; with `world`, names that are not local are asked for upstream. `holder` is this process's
+/// number among those of its named network.
+pub(super) fn of(config: &Config, world: bool, holder: Option<u64>) -> Result<Services, Error> {
     // On a bridge of the host's both are its own network's.
     let ours = config.lan.dhcp || config.dns.enabled;
     match config.network.as_ref().filter(|_| ours) {
-        Some(network) => of_network(network, &config.lan, &config.dns, world),
+        Some(network) => of_network(network, &config.lan, &config.dns, world, holder),
         None => Ok(Services {
             dns: Arc::new(DnsService::new(&config.dns, &config.lan, world)),
             dhcp: Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns))),
@@ -26,12 +30,14 @@ pub(super) fn of(config: &Config, world: bool) -> Result<Services, Error> {
     }
 }
 
-/// Those of a named network, over its store of leases.
+/// Those of a named network, over its store of leases. Without a number of its own (`holder`) the process leases
+/// for the guests of all, and leases outlive it.
 pub(super) fn of_network(
     network: &NetworkConfig,
     lan: &Lan,
     dns: &DnsConfig,
     world: bool,
+    holder: Option<u64>,
 ) -> Result<Services, Error> {
     let folder = network.state.make_network(&network.name)?;
     let clock: Arc<dyn HostClock> =
@@ -39,8 +45,14 @@ pub(super) fn of_network(
     let mut pool = Pool::new(lan.subnet, lan.gateway);
     pool.first = lan.guest;
     pool.names_taken = dns.labels().map(str::to_owned).collect();
-    let (holder, _) = random_pair()?;
-    let leases = LeaseStore::open(&folder, pool, Arc::clone(&clock), holder)?;
+    let leases = match holder {
+        Some(holder) => LeaseStore::open(&folder, pool, Arc::clone(&clock), holder)?.of_process()?,
+        None => {
+            // Each guest's own process sees to it that it asks for itself only.
+            pool.leases_per_guest_max = pool.leases_max;
+            LeaseStore::open(&folder, pool, Arc::clone(&clock), HOLDER_OF_ALL)?
+        }
+    };
     let guests = Arc::new(LiveNames::open(&folder, clock)?);
     let dhcp = DhcpServer::over(Box::new(leases), lan, dns).shared(network.trust_guest);
     Ok(Services {

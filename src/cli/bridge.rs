@@ -3,8 +3,12 @@
 
 use super::check::UsageError;
 use super::{Args, ModeArg, UplinkArg, subnet};
-use crate::config::{DnsConfig, GuardConfig, Lan, LinkConfig, LinkSource};
+use crate::config::{DnsConfig, GuardConfig, KeepLeases, Lan, LinkConfig, LinkSource};
+use crate::network::state_dir::{self, StateDirError};
 use crate::uplink::sys::tap::{InheritedTapError, TapQueue};
+
+/// Folder of the leases of stations, in the state directory or in a network's folder.
+pub(super) const STATIONS_FOLDER: &str = "stations";
 
 /// The link of `--uplink` in bridge mode; `None` in others. Descriptors of `tap-fd` are taken.
 pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
@@ -20,7 +24,26 @@ pub(super) fn link(args: &Args) -> Result<Option<LinkConfig>, UsageError> {
     let source = source(args)?;
     let guard = GuardConfig { mac: args.mac, ipv4: args.guest_ip };
     let guard = (!args.trust_guest).then_some(guard);
-    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None, translate: None }))
+    let keep = guard.filter(|guard| guard.ipv4.is_none()).map(|_| keep(args, &source)).transpose()?;
+    Ok(Some(LinkConfig { source, vlan: args.vlan, guard, gateway: None, keep, translate: None }))
+}
+
+/// Where the guest's leases on the LAN at `source` are kept.
+fn keep(args: &Args, source: &LinkSource) -> Result<KeepLeases, UsageError> {
+    let folder = match state_dir::locate(args.state_dir.as_deref()) {
+        Ok(state) => Some(state.join(STATIONS_FOLDER)),
+        Err(StateDirError::Nowhere) => None,
+        Err(error) => return Err(UsageError::Network(Box::new(error.into()))),
+    };
+    let link = match source {
+        LinkSource::Tap(None) => "tap".to_owned(),
+        LinkSource::Tap(Some(name)) => format!("tap-{name}"),
+        LinkSource::Inherited(queues) => format!("tap-{}", queues.first().map_or("", TapQueue::name)),
+        LinkSource::Bridge(name) => format!("bridge-{name}"),
+        LinkSource::MacVtap(name) => format!("macvtap-{name}"),
+    };
+    let vlan = args.vlan.map_or(String::new(), |vlan| format!("-vlan-{}", vlan.get()));
+    Ok(KeepLeases { folder, link: link + &vlan })
 }
 
 /// The link of `--uplink`. Descriptors of `tap-fd` are taken.

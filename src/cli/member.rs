@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::check::{Parts, UsageError, dns, nat};
 use super::{Args, bridge};
-use crate::config::{DnsConfig, GuardConfig, IpMtu, Lan, LinkConfig, LinkSource, Mode, NetworkConfig};
+use crate::config::{
+    DnsConfig, GuardConfig, IpMtu, KeepLeases, Lan, LinkConfig, LinkSource, Mode, NetworkConfig,
+};
 use crate::network::definition::{Definition, Kind, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
@@ -37,8 +39,19 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
 /// A network whose DHCP and DNS are not this process's.
 fn station(args: &Args, ip_mtu: IpMtu, guard: Option<GuardConfig>, network: NetworkConfig) -> Parts {
     let (lan, dns) = bridge::no_gateway(args);
-    let link =
-        LinkConfig { source: LinkSource::Tap(None), vlan: args.vlan, guard, gateway: None, translate: None };
+    let keep = guard.filter(|guard| guard.ipv4.is_none()).map(|_| {
+        let vlan = args.vlan.map_or(String::new(), |vlan| format!("-vlan-{}", vlan.get()));
+        let folder = network.state.network(&network.name).join(bridge::STATIONS_FOLDER);
+        KeepLeases { folder: Some(folder), link: format!("bridge{vlan}") }
+    });
+    let link = LinkConfig {
+        source: LinkSource::Tap(None),
+        vlan: args.vlan,
+        guard,
+        gateway: None,
+        keep,
+        translate: None,
+    };
     let lan = Lan { ip_mtu, ..lan };
     Parts { lan, dns, mode: Mode::Isolated, link: Some(link), network: Some(network) }
 }
@@ -83,6 +96,7 @@ fn own(
         vlan: None,
         guard,
         gateway: Some(gateway),
+        keep: None,
         translate: None,
     };
     Ok(Parts { lan, dns, mode, link: Some(link), network: Some(network) })

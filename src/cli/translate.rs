@@ -85,6 +85,7 @@ pub(super) fn link(args: &Args, lan: &Lan, nat: &NatConfig) -> Result<LinkConfig
         vlan: args.vlan,
         guard: None,
         gateway: None,
+        keep: None,
         translate: Some(translate),
     })
 }

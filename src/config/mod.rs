@@ -221,6 +221,17 @@ pub struct LinkConfig {
     pub guard: Option<GuardConfig>,
     /// The guest is not on the link itself, but behind an address of ours there.
     pub translate: Option<TranslateConfig>,
+    /// Where leases of the LAN's DHCP are kept; `None` if there is nothing to keep.
+    pub keep: Option<KeepLeases>,
+}
+
+/// Where what the LAN's DHCP leased to the guest is kept for the next process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeepLeases {
+    /// The folder; `None` if this user has no place for any.
+    pub folder: Option<PathBuf>,
+    /// Tells the link from others in the folder; no `/` in it.
+    pub link: String,
 }
 
 /// Addresses the guest of a link may send from.

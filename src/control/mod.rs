@@ -2,7 +2,8 @@
 //!
 //! That is upstream DNS (`dns_forward`), and the host's network as it changes: `host_watch` sees it,
 //! `dependents` are told. For a named network, `network_watch` keeps it as it must be, `port_relay` serves
-//! published ports to the host itself, and `lease_keeping` writes the log of leases back.
+//! published ports to the host itself, and `lease_keeping` writes the log of leases back. On a LAN
+//! `station_leases` keeps what its DHCP leased to the guest.
 //!
 //! Workers talk to it through single-producer rings with an eventfd in each direction, and never
 //! wait for it.
@@ -14,3 +15,4 @@ pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;
 pub mod signals;
+pub mod station_leases;

@@ -20,6 +20,7 @@ pub mod host_net;
 pub mod lan;
 pub mod lru;
 pub mod nat;
+pub mod packet;
 pub mod placement;
 pub mod reassembly;
 pub mod station;

@@ -12,7 +12,7 @@
 //! takes anything away. A process of a virtual machine gets the namespaces at the [`door`] and moves into
 //! them before it starts a thread.
 //!
-//! May touch: `engine`, `uplink`, `control`, `service`, `sandbox`.
+//! May touch: `engine`, `uplink`, `control`, `service`, `sandbox`, `worker::names`.
 
 pub mod door;
 mod links;

@@ -1,25 +1,24 @@
 //! The holder's one worker: engine and sockets for all guests of a network, over a TAP on its bridge.
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::rc::Rc;
 use std::sync::Arc;
 
 use epoll::Event;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::tap_port::{self, TapPort, TapSource};
-use crate::control::dns_forward::{DnsClient, DnsQuery};
+use crate::control::dns_forward::DnsClient;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
 use crate::limits;
-use crate::service::dns::{self, DnsService};
+use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::poll::{self, Poll};
+use crate::worker::names::Names;
 
 /// Events taken at once.
 const EVENTS: usize = 256;
@@ -54,7 +53,7 @@ pub struct HolderWorker {
     engine: Engine<HostSockets>,
     source: TapSource,
     port: TapPort,
-    dns: Rc<RefCell<DnsClient>>,
+    names: Names,
     clock: Clock,
     addresses_gone: EventFd,
     /// Frames wait on the TAP.
@@ -72,17 +71,14 @@ impl HolderWorker {
         poll.watch_readable(source.fd(), TAP)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
         poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
-        let dns = Rc::new(RefCell::new(parts.dns_client));
-        poll.watch_readable(dns.borrow().event_fd().as_raw_fd(), DNS)?;
-        let dns_streams = Rc::clone(&dns);
-        let connect_dns = Box::new(move || dns_streams.borrow_mut().connect_stream());
-        let sockets = HostSockets::new(poll.clone(), connect_dns, true);
+        let names = Names::new(parts.dns_client, &poll, DNS)?;
+        let sockets = HostSockets::new(poll.clone(), names.streams(), true);
         Ok(HolderWorker {
             engine: Engine::new(&parts.engine, sockets, parts.dhcp, parts.dns),
             poll,
             source,
             port,
-            dns,
+            names,
             clock: Clock::start(),
             addresses_gone: parts.addresses_gone,
             tap_waits: false,
@@ -107,7 +103,7 @@ impl HolderWorker {
                         return Ok(self.engine.counters().clone());
                     }
                     TAP => self.tap_waits = true,
-                    DNS => self.dns_answers(now),
+                    DNS => self.names.answer(now, &mut self.engine, &mut self.port),
                     ADDRESSES_GONE => {
                         let _ = self.addresses_gone.read();
                         self.engine.addresses_gone(now, &mut self.port);
@@ -138,21 +134,7 @@ impl HolderWorker {
         self.engine.end_of_frames(&mut self.port);
         self.engine.run_timers(now, &mut self.port);
         let more = self.engine.flush(&mut self.port);
-        while let Some(forward) = self.engine.next_dns_forward() {
-            let query = DnsQuery { id: forward.id, bytes: forward.query };
-            if let Err(refused) = self.dns.borrow_mut().submit(query) {
-                let failure = dns::servfail(&refused.bytes);
-                self.engine.dns_answer(now, &mut self.port, refused.id, &failure);
-            }
-        }
+        self.names.ask(now, &mut self.engine, &mut self.port);
         Ok(more || self.tap_waits)
-    }
-
-    fn dns_answers(&mut self, now: Instant) {
-        let mut client = self.dns.borrow_mut();
-        client.clear_event();
-        while let Some(answer) = client.poll_answer() {
-            self.engine.dns_answer(now, &mut self.port, answer.id, &answer.bytes);
-        }
     }
 }

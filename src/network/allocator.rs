@@ -25,6 +25,9 @@ pub const OFFER_HOLD: Duration = Duration::from_secs(30);
 pub const OFFER_HOLD_MIN: Duration = Duration::from_secs(1);
 /// How long a declined address rests.
 pub const DECLINE_HOLD: Duration = Duration::from_secs(300);
+/// How long the lease of a process that is gone keeps others from its address and name: its guest may live, and
+/// whoever looks after virtual machines starts the process anew within seconds, or after some tries.
+pub const RESTART_HOLD: Duration = Duration::from_secs(300);
 
 /// Who asks.
 #[derive(Clone, Copy, Debug)]
@@ -159,6 +162,15 @@ pub trait IpAllocator: fmt::Debug + Send {
     /// # Errors
     /// Of the store.
     fn get(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError>;
+
+    /// The lease `mac` has. Of a process that is gone (as before a start of this one in the guest's lifetime) it
+    /// becomes this one's.
+    ///
+    /// # Errors
+    /// Of the store.
+    fn resume(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError> {
+        Ok(self.get(now, mac)?.filter(|lease| lease.is_active(now)))
+    }
 
     /// Everything known, by address: offers, leases and memories.
     ///

@@ -18,6 +18,7 @@ use super::name::NetworkName;
 use crate::addr::{Ipv4Subnet, ParseAddrError};
 use crate::config::IpMtu;
 use crate::limits;
+use crate::random;
 
 /// Name of the file in the network's folder.
 pub const FILE_NAME: &str = "network.toml";
@@ -34,7 +35,7 @@ impl NetworkId {
     /// # Errors
     /// The system has no randomness.
     pub fn random() -> io::Result<NetworkId> {
-        getrandom::u32().map(NetworkId).map_err(io::Error::other)
+        random::bits32().map(NetworkId)
     }
 
     /// Name of the network's own bridge: `vn-` and the digits, 11 bytes.

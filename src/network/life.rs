@@ -245,7 +245,6 @@ fn redirects(user: &User) -> Vec<Redirect> {
     user.published.iter().filter(|port| !port.host.ip().is_loopback()).map(redirect).collect()
 }
 
-/// The bridge of a bridge network, which must be there before anything is made.
 /// Puts TAPs on the bridge of a rootless network. Before this process has moved into the namespaces nothing of
 /// the network is to be seen, and nothing to be done.
 fn raise_inside(definition: &Definition, users: &[User]) -> Result<(), LifeError> {
@@ -257,6 +256,7 @@ fn raise_inside(definition: &Definition, users: &[User]) -> Result<(), LifeError
     })
 }
 
+/// The bridge of a bridge network, which must be there before anything is made.
 async fn find_bridge(links: &Links, definition: &Definition) -> Result<Link, LifeError> {
     let name = definition.bridge();
     let why = match links.find(&name).await? {

@@ -11,11 +11,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use super::clock::SystemClock;
 use super::definition::{self, Definition, DefinitionError};
 use super::life::{self, LifeError};
 use super::name::NetworkName;
 use super::rootless::Place;
 use super::state_dir::{StateDir, StateDirError};
+use super::store::processes;
 use super::users::{Membership, RunFolder, User};
 
 /// Lock of making networks, in the state directory.
@@ -221,6 +223,7 @@ impl Networks {
         }
         let membership = run.join(&user).map_err(self.file_error("write to", name))?;
         users.push(user.clone());
+        self.let_go(&run, &definition, &users);
         let joined =
             Joined { networks: self.clone(), definition, user, membership: Some(membership), keeper: None };
         // If it fails, dropping what was joined leaves, and removes what was made.
@@ -233,18 +236,43 @@ impl Networks {
     /// Cleans up after networks whose processes were all killed. One that cannot be cleaned up is told of and
     /// left to whoever joins or removes it.
     pub fn sweep(&self, but: Option<&NetworkName>) {
-        let all = self.all().unwrap_or_default();
-        for definition in all.iter().filter(|definition| Some(&definition.name) != but) {
+        // One that cannot be read, as of another version, keeps nobody from cleaning up after the others.
+        let read = |name| definition::load(&self.folder(name), name).ok().flatten();
+        let names = self.state.networks().unwrap_or_default();
+        for definition in names.iter().filter(|name| Some(*name) != but).filter_map(read) {
             // One that is locked has somebody who takes care of it.
             let Ok(Some(run)) = RunFolder::try_lock(&self.folder(&definition.name)) else { continue };
-            if run.users().is_ok_and(|users| users.is_empty()) {
-                match life::lower(self.state.path(), definition) {
+            let Ok(users) = run.users() else { continue };
+            self.let_go(&run, &definition, &users);
+            if users.is_empty() {
+                match life::lower(self.state.path(), &definition) {
                     Ok(false) => {}
                     Ok(true) => tracing::info!(network = %definition.name, "cleaned up what was left"),
                     Err(error) => {
                         tracing::warn!(network = %definition.name, %error, "cannot clean up what was left");
                     }
                 }
+            }
+        }
+    }
+
+    /// Lets go the leases of processes that are not among `users`, which are all that live. What cannot be done is
+    /// told of, and left to whoever looks next: nobody else needs these leases now.
+    fn let_go(&self, _run: &RunFolder, definition: &Definition, users: &[User]) {
+        if definition.kind.lan().is_none() {
+            return;
+        }
+        let network = &definition.name;
+        let live: Vec<u64> = users.iter().filter_map(|user| user.holder).collect();
+        let clock = match SystemClock::new() {
+            Ok(clock) => clock,
+            Err(error) => return tracing::warn!(%network, %error, "cannot tell this boot from others"),
+        };
+        match processes::let_go(&self.folder(network), &live, &clock) {
+            Ok(0) => {}
+            Ok(leases) => tracing::info!(%network, leases, "let go the leases of processes that are gone"),
+            Err(error) => {
+                tracing::warn!(%network, %error, "the leases of processes that are gone stay for now");
             }
         }
     }
@@ -318,6 +346,11 @@ pub struct Joined {
 }
 
 impl Joined {
+    /// This process, as others know it.
+    pub fn user(&self) -> &User {
+        &self.user
+    }
+
     /// The network.
     pub fn definition(&self) -> &Definition {
         &self.definition
@@ -385,6 +418,7 @@ impl Joined {
     fn raise(&self, run: &RunFolder) -> Result<bool, NetworkError> {
         let name = &self.definition.name;
         let users = self.networks.users_of(run, name)?;
+        self.networks.let_go(run, &self.definition, &users);
         life::raise(self.networks.state.path(), &self.definition, &users)
             .map_err(|source| NetworkError::Life { name: name.clone(), source })
     }
@@ -394,7 +428,9 @@ impl Joined {
         let run = self.lock()?;
         self.keeper = None;
         drop(membership);
-        if self.networks.users_of(&run, &self.definition.name)?.is_empty() {
+        let users = self.networks.users_of(&run, &self.definition.name)?;
+        self.networks.let_go(&run, &self.definition, &users);
+        if users.is_empty() {
             self.networks.lower(&self.definition).map(drop)
         } else if life::leads_anywhere(&self.user) {
             self.raise(&run).map(drop)
@@ -411,5 +447,31 @@ impl Drop for Joined {
             let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
             tracing::warn!(%network, %error, cause, "cannot clean up; the next process that joins does");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::definition::{Kind, NetworkId};
+    use super::super::users::RUN_FOLDER;
+    use super::*;
+    use crate::config::IpMtu;
+
+    #[test]
+    fn a_definition_that_cannot_be_read_keeps_nobody_from_sweeping_the_others() {
+        let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let networks = Networks::new(StateDir::open(place.path().to_owned()).unwrap());
+        let [broken, left]: [NetworkName; 2] = ["a", "b"].map(|name| name.parse().unwrap());
+        for name in [&broken, &left] {
+            let kind = Kind::Bridge { bridge: "br0".to_owned(), ip_mtu: IpMtu::DEFAULT, isolate: false };
+            let definition = Definition { name: name.clone(), id: NetworkId::random().unwrap(), kind };
+            networks.create(name, |_| Ok::<_, NetworkError>(definition)).unwrap();
+        }
+        fs::write(networks.folder(&broken).join(definition::FILE_NAME), "version = 99").unwrap();
+        let run = networks.folder(&left).join(RUN_FOLDER);
+        fs::create_dir(&run).unwrap();
+        fs::write(run.join("user-9-0"), "{}").unwrap();
+        networks.sweep(None);
+        assert!(!run.join("user-9-0").exists(), "what the dead left is gone");
     }
 }

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
+use crate::random;
 
 /// Folder of locks within a network's folder.
 pub const RUN_FOLDER: &str = "run";
@@ -57,6 +58,9 @@ pub struct User {
     pub guest: Option<Ipv4Addr>,
     /// Ports that lead to its guest.
     pub published: Vec<PublishedPort>,
+    /// The number its leases have in the network's store; none of one that leases nothing.
+    #[serde(default)]
+    pub holder: Option<u64>,
 }
 
 impl User {
@@ -67,7 +71,8 @@ impl User {
     pub fn this_process() -> io::Result<User> {
         let net_namespace = fs::metadata("/proc/thread-self/ns/net")?.ino();
         let pid = std::process::id();
-        Ok(User { pid, net_namespace, socket: None, tap: None, guest: None, published: Vec::new() })
+        let (socket, tap, guest) = (None, None, None);
+        Ok(User { pid, net_namespace, socket, tap, guest, published: Vec::new(), holder: None })
     }
 }
 
@@ -166,7 +171,7 @@ impl RunFolder {
         if self.user_files()?.len() >= limits::NETWORK_USERS_MAX {
             return Err(io::ErrorKind::QuotaExceeded.into());
         }
-        let random = getrandom::u32().map_err(io::Error::other)?;
+        let random = random::bits32()?;
         let path = self.path.join(format!("{USER_PREFIX}{}-{random:08x}", user.pid));
         let file = File::create_new(&path)?;
         file.lock()?;

@@ -95,22 +95,7 @@ impl Forwarding {
         let mut to_set = Vec::new();
         for interface in interfaces {
             let Some(forwards) = sysctl::forwards(interface)? else { continue };
-            if let Some(at) = self.position(interface) {
-                let holders = &mut self.entries[at].holders;
-                if !holders.iter().any(|known| known == holder) {
-                    holders.push(holder.to_owned());
-                }
-            } else if forwards {
-                continue;
-            } else if self.entries.len() < limits::FORWARDING_ENTRIES_MAX {
-                self.entries.push(Entry {
-                    boot: self.boot.clone(),
-                    net_namespace: self.net_namespace,
-                    interface: interface.clone(),
-                    holders: vec![holder.to_owned()],
-                });
-            }
-            if !forwards {
+            if self.note(holder, interface, forwards) && !forwards {
                 to_set.push(interface);
             }
         }
@@ -140,6 +125,36 @@ impl Forwarding {
     /// Of `interfaces`, those that forward only because of us.
     pub fn switched(&self, interfaces: &[String]) -> Vec<String> {
         interfaces.iter().filter(|interface| self.position(interface).is_some()).cloned().collect()
+    }
+
+    /// Notes that `holder` needs `interface`, which `forwards` already or not. Whether there is a note of it: without one
+    /// nobody would put it back.
+    fn note(&mut self, holder: &str, interface: &str, forwards: bool) -> bool {
+        if let Some(at) = self.position(interface) {
+            let holders = &mut self.entries[at].holders;
+            if !holders.iter().any(|known| known == holder) {
+                holders.push(holder.to_owned());
+            }
+            return true;
+        }
+        if forwards {
+            return false;
+        }
+        if self.entries.len() >= limits::FORWARDING_ENTRIES_MAX {
+            tracing::warn!(
+                interface, file = %self.path.display(), max = limits::FORWARDING_ENTRIES_MAX,
+                "too many interfaces are noted as switched; this one is not made to forward, so the network's guests \
+                 get no replies by it: end other networks, or remove the file once no VM uses a network"
+            );
+            return false;
+        }
+        self.entries.push(Entry {
+            boot: self.boot.clone(),
+            net_namespace: self.net_namespace,
+            interface: interface.to_owned(),
+            holders: vec![holder.to_owned()],
+        });
+        true
     }
 
     fn position(&self, interface: &str) -> Option<usize> {
@@ -189,4 +204,24 @@ fn put_back(entries: &[Entry]) -> Result<(), ForwardingError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn past_its_bound_no_interface_is_switched_that_nobody_would_put_back() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut forwarding = Forwarding::open(&folder.path().join("forwarding.json")).unwrap();
+        for n in 0..limits::FORWARDING_ENTRIES_MAX {
+            assert!(forwarding.note("one", &format!("if{n}"), false), "{n}");
+        }
+        assert!(!forwarding.note("one", "another", false), "one past the bound");
+        assert!(forwarding.note("two", "if0", true), "what is noted may have further holders");
+        assert_eq!(forwarding.entries.len(), limits::FORWARDING_ENTRIES_MAX);
+        assert_eq!(forwarding.switched(&["another".to_owned(), "if0".to_owned()]), ["if0"]);
+        assert!(forwarding.drop_holder("one", |_| true).iter().all(|entry| entry.interface != "if0"));
+        assert!(!forwarding.note("one", "forwards-already", true), "nothing of it is ours");
+    }
 }

@@ -18,12 +18,13 @@ use super::links::{Link, LinkError, LinkKind, Links};
 use super::sys::tap::{CLONE_DEVICE, TapQueue};
 use crate::addr::MacAddr;
 use crate::config::{IpMtu, LinkSource};
+use crate::random;
 
 /// Name of a TAP of ours; the kernel puts the first free number.
 pub const OWN_NAME: &str = "vt-%d";
 /// Beginning of the names of macvtaps of ours; eight random hexadecimal digits follow.
 const MACVTAP_NAME: &str = "vt-";
-/// What the alias of a macvtap of ours begins with; the process's number follows.
+/// What the alias of a macvtap of ours begins with; the process's number and that of its namespace of processes follow.
 const MACVTAP_ALIAS: &str = "vunet:macvtap:";
 
 /// Why a link cannot be had.
@@ -307,12 +308,8 @@ async fn make_tap(
 
 /// An address of a bridge's port: locally administered and higher than any other's.
 fn port_mac() -> Result<MacAddr, OpenError> {
-    let [a, b, c, d, e, ..] = random()?.to_ne_bytes();
+    let [a, b, c, d, e, ..] = random::bits64().map_err(OpenError::Tap)?.to_ne_bytes();
     Ok(MacAddr([0xfe, a, b, c, d, e]))
-}
-
-fn random() -> Result<u64, OpenError> {
-    getrandom::u64().map_err(|error| OpenError::Tap(io::Error::other(error)))
 }
 
 /// `queues` queues of the TAP `name`; the first one may make it and name it.
@@ -337,7 +334,7 @@ async fn open_macvtap(
         Some(mac) => mac,
         None => port_mac()?,
     };
-    let name = format!("{MACVTAP_NAME}{:08x}", random()? as u32);
+    let name = format!("{MACVTAP_NAME}{:08x}", random::bits32().map_err(OpenError::Tap)?);
     let link = links.add_macvtap(&name, below.index, mac).await.map_err(|error| {
         match error.source.raw_os_error() {
             Some(libc::EPERM) => OpenError::NotPermitted {
@@ -368,7 +365,8 @@ async fn set_up_macvtap(
     queues: usize,
     ip_mtu: IpMtu,
 ) -> Result<Vec<TapQueue>, OpenError> {
-    links.set_alias(link, &format!("{MACVTAP_ALIAS}{}", std::process::id())).await?;
+    let namespace = pid_namespace().map_err(OpenError::Tap)?;
+    links.set_alias(link, &format!("{MACVTAP_ALIAS}{}:{namespace}", std::process::id())).await?;
     links.set_silent(link).await?;
     links.set_ip_mtu(link, ip_mtu.get().into()).await?;
     links.set_up(link).await?;
@@ -382,14 +380,28 @@ async fn set_up_macvtap(
     })
 }
 
+/// The namespace in which process numbers mean what they do here: an inode number.
+fn pid_namespace() -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/proc/self/ns/pid").map(|meta| meta.ino())
+}
+
+/// Whether the process a macvtap's alias names was killed. A process of another namespace of processes, as in a container
+/// with the host's network, cannot be seen from here: its link is let be.
+fn is_orphan(alias: &str, namespace: u64) -> bool {
+    let Some((pid, of)) = alias.strip_prefix(MACVTAP_ALIAS).and_then(|owner| owner.split_once(':')) else {
+        return false;
+    };
+    of.parse() == Ok(namespace)
+        && pid.parse::<u32>().is_ok_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists())
+}
+
 /// Deletes the macvtaps of processes that were killed.
 async fn delete_orphans(links: &Links) -> Result<(), OpenError> {
+    let namespace = pid_namespace().map_err(OpenError::Tap)?;
     for link in links.all().await? {
-        let owner = link.alias.as_deref().and_then(|alias| alias.strip_prefix(MACVTAP_ALIAS));
-        let is_dead = |owner: &str| {
-            owner.parse::<u32>().is_ok_and(|pid| !PathBuf::from(format!("/proc/{pid}")).exists())
-        };
-        if link.kind == LinkKind::MacVtap && owner.is_some_and(is_dead) {
+        let is_orphan = link.alias.as_deref().is_some_and(|alias| is_orphan(alias, namespace));
+        if link.kind == LinkKind::MacVtap && is_orphan {
             tracing::info!(macvtap = link.name, "the macvtap of a vunet that was killed is deleted");
             links.delete(&link).await?;
         }
@@ -400,6 +412,23 @@ async fn delete_orphans(links: &Links) -> Result<(), OpenError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_macvtap_whose_process_would_be_seen_here_is_an_orphan() {
+        let own = pid_namespace().unwrap();
+        // Beyond what the kernel gives a process (`PID_MAX_LIMIT`, 2^22).
+        let (dead, live) = (1u32 << 23, std::process::id());
+        for (alias, expected) in [
+            (format!("vunet:macvtap:{dead}:{own}"), true),
+            (format!("vunet:macvtap:{live}:{own}"), false),
+            (format!("vunet:macvtap:{dead}:{}", own - 1), false),
+            (format!("vunet:macvtap:{dead}"), false),
+            (format!("other:{dead}:{own}"), false),
+            (format!("vunet:macvtap:x:{own}"), false),
+        ] {
+            assert_eq!(is_orphan(&alias, own), expected, "{alias}");
+        }
+    }
 
     #[test]
     fn an_address_of_ours_is_above_every_ordinary_one() {

@@ -25,6 +25,8 @@ pub struct Protocol(pub u8);
 impl Protocol {
     /// ICMP.
     pub const ICMP: Protocol = Protocol(1);
+    /// IGMP.
+    pub const IGMP: Protocol = Protocol(2);
     /// TCP.
     pub const TCP: Protocol = Protocol(6);
     /// UDP.
@@ -37,6 +39,7 @@ impl fmt::Debug for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Protocol::ICMP => f.write_str("ICMP"),
+            Protocol::IGMP => f.write_str("IGMP"),
             Protocol::TCP => f.write_str("TCP"),
             Protocol::UDP => f.write_str("UDP"),
             Protocol::ICMPV6 => f.write_str("ICMPv6"),

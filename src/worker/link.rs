@@ -21,7 +21,7 @@ use std::net::Ipv4Addr;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::addr::VlanId;
+use crate::addr::{MacAddr, VlanId};
 use crate::config::IpMtu;
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::gateway::SharedDhcp;
@@ -30,7 +30,10 @@ use crate::engine::lan::guard::{Guard, Verdict};
 use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES};
+use crate::limits::{
+    BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES,
+    LINK_LONG_HEAD_BYTES,
+};
 use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
@@ -121,6 +124,8 @@ pub(super) struct LinkEnd {
     told: Vec<DropReason>,
     /// When the guest's lease was last looked up.
     looked_up: Option<Instant>,
+    /// Cards of the guest whose leases were taken up, or that had none.
+    met: Vec<MacAddr>,
     counters: Counters,
 }
 
@@ -142,6 +147,7 @@ impl LinkEnd {
             spare: vec![0; FRAME_BYTES_MAX + vlan::TAG_BYTES].into(),
             complained: false,
             looked_up: None,
+            met: Vec::with_capacity(LEASES_PER_GUEST_MAX),
             told: Vec::new(),
             counters: Counters::default(),
         }
@@ -172,6 +178,7 @@ impl LinkEnd {
         self.rings_ready(offloads);
         self.readable = true;
         self.set_starved(now, true);
+        self.set_reading(true);
         self.guest_has_buffers();
     }
 
@@ -192,6 +199,7 @@ impl LinkEnd {
     /// No receive ring runs: what comes for the guest is lost.
     pub(super) fn rings_down(&mut self, now: Instant) {
         self.set_attached(false);
+        self.set_reading(false);
         self.starved = true;
         // Other queues get the frames of one that is detached.
         self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
@@ -199,7 +207,14 @@ impl LinkEnd {
         self.offloads = None;
     }
 
-    /// Tells the guard whether the queue is read.
+    /// Tells the guard whether the queue has a receive ring.
+    fn set_reading(&mut self, reading: bool) {
+        if let Some(guard) = &mut self.parts.guard {
+            guard.set_reading(reading);
+        }
+    }
+
+    /// Tells the guard whether the queue stands still.
     fn set_starved(&mut self, now: Instant, starved: bool) {
         if let Some(guard) = &mut self.parts.guard {
             guard.set_stalled(now, starved);
@@ -208,6 +223,7 @@ impl LinkEnd {
 
     /// The guest is gone or began anew.
     pub(super) fn forget_guest(&mut self) {
+        self.met.clear();
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
@@ -275,27 +291,43 @@ impl LinkEnd {
         true
     }
 
-    /// Looks up whether the IPv4 address that a frame of the guest was refused for is leased to it by our own
-    /// DHCP, as after a start of this process in the guest's lifetime. Whether anything was learnt.
+    /// The first frame of one of the guest's cards: the lease it has of a process that is gone is this one's from
+    /// now on, so that nobody else gets it, though the guest asks for nothing until it renews.
+    fn meet(&mut self, now: Instant, head: &[u8]) {
+        if self.parts.gateway.is_none() || self.met.len() >= LEASES_PER_GUEST_MAX {
+            return;
+        }
+        let Ok(header) = ethernet::Header::parse(head) else { return };
+        if self.met.contains(&header.src) || !header.src.is_unicast() {
+            return;
+        }
+        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(head));
+        if is_own {
+            self.look_up_lease(now, head);
+        }
+    }
+
+    /// Looks up whether the guest has a lease of our own DHCP, as after a start of this process in the guest's
+    /// lifetime. Whether anything was learnt.
     fn look_up_lease(&mut self, now: Instant, head: &[u8]) -> bool {
-        let (Some(guard), Some(dhcp), Some(_)) =
-            (&mut self.parts.guard, &self.parts.dhcp, self.parts.gateway)
-        else {
-            return false;
-        };
+        let (Some(dhcp), Some(_)) = (&self.parts.dhcp, self.parts.gateway) else { return false };
         let Ok(header) = ethernet::Header::parse(head) else { return false };
         let is_due = self.looked_up.is_none_or(|at| now.since(at) >= LEASE_LOOK_UP_PAUSE);
         if !is_due || !matches!(header.ethertype, EtherType::IPV4 | EtherType::ARP) {
             return false;
         }
         self.looked_up = Some(now);
-        let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).lease_of(now, header.src);
-        match lease {
-            Ok(Some(lease)) if lease.is_active(now) => {
+        let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).resume(now, header.src);
+        // What the store cannot say it said itself, where DHCP needs it.
+        let Ok(lease) = lease else { return false };
+        if !self.met.contains(&header.src) && self.met.len() < LEASES_PER_GUEST_MAX {
+            self.met.push(header.src);
+        }
+        match (lease, &mut self.parts.guard) {
+            (Some(lease), Some(guard)) => {
                 guard.leased(now, lease.ip, lease.until.map(|until| until.since(now)));
                 true
             }
-            // What the store cannot say it said itself, where DHCP needs it.
             _ => false,
         }
     }
@@ -327,12 +359,18 @@ impl LinkEnd {
         if self.parts.vlan.is_some() && vlan::is_tagged(frame.head) {
             return Err(DropReason::VlanTag);
         }
-        let mut verdict = self.guarded(now, frame.head, len_bytes);
+        self.meet(now, frame.head);
+        let mut verdict = self.guarded(now, frame);
         if verdict == Verdict::Drop(DropReason::SpoofedSource) && self.look_up_lease(now, frame.head) {
-            verdict = self.guarded(now, frame.head, len_bytes);
+            verdict = self.guarded(now, frame);
         }
         match verdict {
             Verdict::Pass => lan::check_length(&frame.vnet, len_bytes, self.ip_mtu),
+            Verdict::Recheck(probe) => {
+                // One that is lost is no worse than an answer that is.
+                let _ = self.send(VnetHeader::default(), &probe, &Payload::EMPTY);
+                lan::check_length(&frame.vnet, len_bytes, self.ip_mtu)
+            }
             Verdict::Drop(reason) => Err(reason),
             Verdict::Probe(probe) => {
                 // One that is lost is asked for again.
@@ -342,9 +380,9 @@ impl LinkEnd {
         }
     }
 
-    fn guarded(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    fn guarded(&mut self, now: Instant, frame: &TxFrame<'_>) -> Verdict {
         match &mut self.parts.guard {
-            Some(guard) => guard.from_guest(now, head, len_bytes),
+            Some(guard) => guard.from_guest(now, frame.vnet.checksum, frame.head, frame.whole.len()),
             None => Verdict::Pass,
         }
     }
@@ -808,6 +846,8 @@ mod tests {
     fn the_guard_drops_counts_and_asks_on_the_guests_behalf() {
         let mut rig = Rig::new(Some(9));
         rig.end.parts.guard = Some(Guard::new(GuardConfig::default(), Arc::default(), 0));
+        rig.end.rings_up(Instant::ZERO, TSO);
+        assert!(!rig.deliver(), "all is read");
         // UDP over IPv6 from an address nobody has asked for.
         let mut data = frame(14 + 40 + 8);
         data[12..14].copy_from_slice(&[0x86, 0xdd]);

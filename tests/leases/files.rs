@@ -42,9 +42,9 @@ fn a_store_of_a_later_version_is_not_touched() {
     let folder = store::folder();
     lease(&mut open(folder.path()).unwrap(), at(0), &client(1));
     let file = Connection::open(folder.path().join(FILE_NAME)).unwrap();
-    file.pragma_update(None, "user_version", 2).unwrap();
+    file.pragma_update(None, "user_version", 3).unwrap();
     let error = error_of(folder.path());
-    assert!(error.contains("layout 2, this version knows 1"), "{error}");
+    assert!(error.contains("layout 3, this version knows 2"), "{error}");
     assert_eq!(file.query_row("SELECT count(*) FROM lease", [], |row| row.get::<_, i64>(0)), Ok(1));
 }
 

@@ -6,6 +6,7 @@ mod boots;
 mod files;
 mod kills;
 mod names;
+mod processes;
 mod reservations;
 mod rules;
 mod shared;

@@ -4,11 +4,17 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use vunet::addr::MacAddr;
 use vunet::config::IpMtu;
 use vunet::control::network_watch;
+use vunet::network::allocator::{Client, IpAllocator as _};
+use vunet::network::clock::SystemClock;
 use vunet::network::definition::{Definition, Kind, NetworkId, OwnLan};
+use vunet::network::guest_names::GuestNames as _;
 use vunet::network::manager::{Joined, NetworkError, Networks};
 use vunet::network::name::NetworkName;
+use vunet::network::store::live_names::LiveNames;
+use vunet::network::store::{LeaseStore, Pool};
 use vunet::network::users::{PublishedPort, User};
 
 use crate::host::{forwarding, host_state, nft, on_a_host, run, set_sysctl, state_dir, sysctl};
@@ -327,4 +333,53 @@ fn ports_of_an_isolated_network_are_kept_from_each_other() {
         let cause = std::error::Error::source(&gone).unwrap().to_string();
         has(&cause, &["bridge br0 of network wire", "no such link", "--bridge"]);
     });
+}
+
+/// A process of `lab` that leases an address to card `n`, and the address.
+fn lease_of_process(folder: &std::path::Path, holder: u64, n: u8) -> Ipv4Addr {
+    let clock = Arc::new(SystemClock::new().unwrap());
+    let pool = Pool::new("10.0.2.0/24".parse().unwrap(), Ipv4Addr::new(10, 0, 2, 1));
+    let mut store = LeaseStore::open(folder, pool, clock, holder).unwrap().of_process().unwrap();
+    let name = format!("vm{n}");
+    let client = Client { mac: MacAddr([2, 0, 0, 0, 0, n]), id: None, host_name: Some(&name) };
+    let now = vunet::time::Instant::ZERO;
+    let offer = store.offer(now, &client, None).unwrap();
+    store.bind(now, &client, offer.ip).unwrap().1.ip
+}
+
+#[test]
+fn leases_of_a_process_that_is_gone_are_let_go_at_the_next_start_of_any_and_at_its_own_end() {
+    on_a_host(
+        "life::leases_of_a_process_that_is_gone_are_let_go_at_the_next_start_of_any_and_at_its_own_end",
+        || {
+            let (_place, state) = state_dir();
+            let networks = Networks::new(state);
+            let lab = create(&networks, "lab", nat());
+            create(&networks, "web", Kind::HostOnly { lan: lan(3, false) });
+            let folder = networks.folder(&lab.name);
+            let user = |holder| User { holder: Some(holder), ..User::this_process().unwrap() };
+            let first = networks.join(&lab.name, user(1)).unwrap();
+            let second = networks.join(&lab.name, user(2)).unwrap();
+            let [one, two] = [1, 2].map(|n| lease_of_process(&folder, n, n as u8));
+            // Killed: there is no user file, or one that nobody has locked.
+            let dead = lease_of_process(&folder, 3, 3);
+            let clock = Arc::new(SystemClock::new().unwrap());
+            let names = LiveNames::open(&folder, clock).unwrap();
+            let of = |n: u8| names.address_of(&format!("vm{n}"));
+            assert_eq!((of(1), of(2), of(3)), (Some(one), Some(two), Some(dead)));
+            let web = join(&networks, "web");
+            assert_eq!((of(1), of(2), of(3)), (Some(one), Some(two), None), "on another network");
+            let dead = lease_of_process(&folder, 4, 4);
+            assert_eq!(of(4), Some(dead));
+            second.restore().unwrap();
+            assert_eq!(of(4), None, "whoever keeps the network sees it at once");
+            assert_eq!(lease_of_process(&folder, 5, 5), Ipv4Addr::new(10, 0, 2, 6));
+            let third = networks.join(&lab.name, user(6)).unwrap();
+            assert_eq!((of(1), of(2), of(5)), (Some(one), Some(two), None), "at a start");
+            drop(first);
+            assert_eq!((of(1), of(2)), (None, Some(two)), "at its own end");
+            drop((third, second, web));
+            assert_eq!(of(2), None, "the last one's too");
+        },
+    );
 }

@@ -64,7 +64,14 @@ impl Lab {
             Some((meta.ino(), meta.ctime(), meta.ctime_nsec()))
         };
         let stale = identity(&socket);
-        let process = self.start_vunet(options, &["--socket-path", &socket.display().to_string()])?;
+        let (at, state) = (socket.display().to_string(), self.state_dir().display().to_string());
+        let mut words = vec!["--socket-path", &*at];
+        // On a LAN it keeps leases: the lab's, not the host's.
+        let has = |word: &str| options.args.iter().any(|arg| arg == word);
+        if has("bridge") && !has("--state-dir") {
+            words.extend(["--state-dir", &*state]);
+        }
+        let process = self.start_vunet(options, &words)?;
         let deadline = Instant::now() + SHORT;
         let mut backend = Backend { process, socket };
         while identity(&backend.socket).is_none_or(|now| Some(now) == stale) {
@@ -75,6 +82,11 @@ impl Lab {
             std::thread::sleep(Duration::from_millis(5));
         }
         Ok(backend)
+    }
+
+    /// The state directory of the lab's vunet, which makes it.
+    pub fn state_dir(&self) -> PathBuf {
+        self.dir().join("state")
     }
 
     /// Starts vunet with `args` and the options' arguments, without waiting for anything. `VUNET_ARGS`

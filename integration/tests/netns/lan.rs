@@ -1,6 +1,8 @@
 //! The guest as a station of a LAN: on a bridge, on a TAP, on a macvtap.
 
-use vunet_integration::lab::{LAN_DOMAIN, LAN_POOL, Lease, WORLD};
+use std::time::{Duration, Instant};
+
+use vunet_integration::lab::{LAN_DOMAIN, LAN_POOL, Lease, SHORT, WORLD};
 
 use crate::bench::{Bench, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
 
@@ -57,6 +59,65 @@ fn a_guest_without_offloads_and_buffers_of_any_size_are_served() {
             check(&bench.lease()?)?;
             bench.http_both_ways(4 * MIB, 2)?;
         }
+        Ok(())
+    });
+}
+
+const MAC: &str = "52:54:00:00:00:31";
+
+/// Kills vunet and starts another; the guest goes on with the address it has, without a word of DHCP.
+fn killed_and_started(bench: &mut Bench, setup: &Setup, lease: &Lease) -> Outcome {
+    bench.vunet.process.kill();
+    // The front-end made the guest's interface, so it is made anew.
+    bench.guest = None;
+    bench.vunet = bench.lab.vunet(&setup.vunet)?;
+    bench.attach(&["--mac", MAC])?;
+    bench.in_guest(&["ip", "addr", "replace", &format!("{}/24", lease.ip), "dev", "eth0"]).map(drop)
+}
+
+#[test]
+fn a_guest_that_lives_on_is_not_cut_off_by_a_killed_vunet() {
+    for args in [&["--mac", MAC][..], &[]] {
+        let setup = Setup::on_bridge().tools(&["ping"]).vunet(args);
+        bare(&setup, |bench| {
+            bench.attach(&["--mac", MAC])?;
+            let lease = bench.lease()?;
+            let kept = bench.lab.state_dir().join("stations");
+            let names = || std::fs::read_dir(&kept).map(|files| files.flatten().count()).unwrap_or(0);
+            let deadline = Instant::now() + SHORT;
+            while names() == 0 {
+                ensure!(Instant::now() < deadline, "the lease was not written down");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            for _ in 0..2 {
+                killed_and_started(bench, &setup, &lease)?;
+                ping(bench, &WORLD.to_string())?;
+            }
+            // It may send from no other address, and from none that nobody leased.
+            bench.in_guest(&["ip", "addr", "replace", "192.0.2.77/24", "dev", "eth0"])?;
+            let spoofed = ["ping", "-n", "-c", "3", "-i", "0.05", "-W", "1", "-I", "192.0.2.77", "192.0.2.2"];
+            let output = bench.lab.guest.run_any(&spoofed, SHORT)?.stdout;
+            ensure!(output.contains(" 0 received"), "{output}");
+            std::fs::remove_dir_all(&kept)?;
+            killed_and_started(bench, &setup, &lease)?;
+            let words = ["ping", "-n", "-c", "3", "-i", "0.05", "-W", "1", "192.0.2.2"];
+            let output = bench.lab.guest.run_any(&words, SHORT)?.stdout;
+            ensure!(output.contains(" 0 received"), "nothing was known of its lease: {output}");
+            check(&bench.lease()?)?;
+            ping(bench, &WORLD.to_string())
+        });
+    }
+}
+
+#[test]
+fn without_a_place_for_leases_vunet_says_so_once_and_goes_on() {
+    bare(&Setup::on_bridge().tools(&["ping"]).vunet(&["--state-dir", "/proc/nowhere"]), |bench| {
+        bench.attach(&[])?;
+        check(&bench.lease()?)?;
+        ping(bench, &WORLD.to_string())?;
+        let told = bench.vunet.process.errors().join("\n");
+        let (times, names_flag) = (told.matches("cannot be kept").count(), told.contains("--state-dir DIR"));
+        ensure!(times == 1 && names_flag && told.contains("/proc/nowhere"), "{told}");
         Ok(())
     });
 }

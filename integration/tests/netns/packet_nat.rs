@@ -78,8 +78,10 @@ fn packets_longer_than_the_link_and_other_protocols_pass() {
         for size in ["1472", "1473", "20000"] {
             ping(bench, WORLD, &["-s", size])?;
         }
-        let trace = bench.in_guest(&["traceroute", "-n", "-q", "1", "-w", "2", "-m", "4", &WORLD.to_string()])?;
-        let hops: Vec<&str> = trace.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
+        let trace =
+            bench.in_guest(&["traceroute", "-n", "-q", "1", "-w", "2", "-m", "4", &WORLD.to_string()])?;
+        let hops: Vec<&str> =
+            trace.lines().skip(1).filter_map(|line| line.split_whitespace().nth(1)).collect();
         ensure!(hops == ["10.0.2.1", "192.0.2.2"], "{trace}");
         Ok(())
     });

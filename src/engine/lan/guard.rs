@@ -10,11 +10,19 @@
 //! address detection), or after the guard asked for it, because a packet came from it: unless somebody
 //! answered, or asked for the same one. Packets from it are dropped meanwhile.
 //!
+//! An address the guest has not used for five minutes is asked for once more when it is used again, while its
+//! packets pass; an answer takes it away. So does a station that looks for the address (duplicate address
+//! detection) if the guest does not say within half a second that it has it. No timer runs for either.
+//!
 //! A guest that takes no frames could keep such answers from being read: while any of its queues stands still,
-//! no address becomes its, and after a long stand the asking begins anew.
+//! or none has a receive ring, no address becomes its. After a long stand, and when a queue begins or ends to be read, the
+//! asking begins anew.
 //!
 //! Beyond addresses the guest says nothing that only a router or a DHCP server may say, has no VLAN tags,
 //! and no frames but ARP, IPv4 and IPv6: bridges themselves listen to others.
+//!
+//! What the LAN's DHCP leased is told to whoever keeps it ([`SharedTable::news`]), so that the next process of
+//! the same guest knows of it: a running guest renews when half of its lease is over, not when vunet starts.
 //!
 //! All workers judge by one table. Each has a copy and looks at a number that changes with the table, so
 //! that a frame costs no lock; what is learnt is rare and takes one.
@@ -26,22 +34,29 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::dhcp::{self, Answer, Question};
 use super::ipv6::{self, Discovery, Upper};
-use super::vlan;
+use super::{vlan, written};
 use crate::addr::MacAddr;
 use crate::config::GuardConfig;
 use crate::engine::counters::DropReason;
-use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_QUESTIONS_MAX};
+use crate::limits::{GUARD_IPV4_MAX, GUARD_IPV6_MAX, GUARD_KEPT_MAX, GUARD_QUESTIONS_MAX};
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
+use crate::wire::vnet::Checksum;
 use crate::wire::{arp, checksum};
 
 /// Until an address that nobody claimed is the guest's (RFC 6620, 3.1: TENT_LT).
 const TENTATIVE: Duration = Duration::from_millis(500);
 /// Until a question about it is asked once more (RFC 6620, 3.1: T_WAIT).
 const ASK_AGAIN: Duration = Duration::from_millis(250);
+/// How long an address stays the guest's without being used (RFC 6620, 3.1: DEFAULT_LT).
+const UNUSED_LIFE: Duration = Duration::from_secs(300);
+/// How exactly it is known when an address was used: taking note of it takes a lock.
+const USE_STEP: Duration = Duration::from_secs(30);
 /// How long a question of the guest's to a DHCP server may have its answer: clients repeat theirs after 64 s
 /// at the latest (RFC 2131, 4.1).
 const QUESTION_LIFE: Duration = Duration::from_secs(64);
@@ -62,6 +77,8 @@ pub enum Verdict {
     Drop(DropReason),
     /// It may not, and whether anybody has its source address is to be asked with this frame.
     Probe([u8; PROBE_BYTES]),
+    /// It may, and whether anybody else has its address by now is to be asked with this frame.
+    Recheck([u8; PROBE_BYTES]),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +96,24 @@ struct Binding {
     /// When it was asked for by the guard.
     asked: Option<Instant>,
     bound: bool,
+    /// When it was last used, to [`USE_STEP`].
+    used: Instant,
+    /// When it was asked for once more, after a time without use.
+    rechecked: Option<Instant>,
+    /// When another station looked for it, which the guest has not answered.
+    disputed: Option<Instant>,
+}
+
+impl Binding {
+    /// One that the guest asked for at `since`, or the guard at `asked`.
+    fn new(addr: Ipv6Addr, since: Instant, asked: Option<Instant>) -> Binding {
+        Binding { addr, since, asked, bound: false, used: since, rechecked: None, disputed: None }
+    }
+
+    /// Whether an answer at `now` takes it from the guest.
+    fn is_open(&self, now: Instant) -> bool {
+        !self.bound || self.rechecked.is_some_and(|at| now.since(at) < TENTATIVE)
+    }
 }
 
 /// What is known of the guest.
@@ -90,13 +125,38 @@ struct Table {
     questions: Vec<(u32, Instant)>,
 }
 
+/// An address that the LAN's DHCP server leased.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StationLease {
+    /// To whom.
+    pub mac: MacAddr,
+    /// Which.
+    pub addr: Ipv4Addr,
+    /// For how long from now on; without end if `None`.
+    pub left: Option<Duration>,
+}
+
+/// All the leases of one station.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseNews {
+    /// The station.
+    pub mac: MacAddr,
+    /// At most [`GUARD_IPV4_MAX`].
+    pub leases: Vec<StationLease>,
+}
+
 /// The table all workers judge by.
 #[derive(Debug, Default)]
 pub struct SharedTable {
+    /// What is known of stations beyond the guest that is there: of earlier processes, and before it began anew.
+    kept: Mutex<Vec<(MacAddr, Lease)>>,
+    news: watch::Sender<Option<LeaseNews>>,
     /// Changes with the table.
     version: AtomicU64,
     /// Workers that do not read their queue, a bit each.
     stalled: AtomicU64,
+    /// Workers whose queue has a receive ring to be read into, a bit each.
+    reading: AtomicU64,
     table: Mutex<Table>,
 }
 
@@ -114,6 +174,25 @@ pub struct Guard {
 }
 
 impl SharedTable {
+    /// A table with leases of an earlier process, as of the beginning of time.
+    pub fn with_leases(leases: &[StationLease]) -> SharedTable {
+        let lease = |known: &StationLease| Lease {
+            addr: known.addr,
+            until: known.left.map(|left| Instant::ZERO + left),
+        };
+        let kept = leases.iter().take(GUARD_KEPT_MAX).map(|known| (known.mac, lease(known))).collect();
+        SharedTable { kept: Mutex::new(kept), ..SharedTable::default() }
+    }
+
+    /// The guest's leases of the LAN's DHCP, whenever they changed.
+    pub fn news(&self) -> watch::Receiver<Option<LeaseNews>> {
+        self.news.subscribe()
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<(MacAddr, Lease)>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -126,7 +205,45 @@ impl Guard {
         let (bit, table) = (1 << worker, Table::default());
         let mut guard = Guard { config, shared, bit, stalled_since: None, table, seen: u64::MAX };
         guard.refresh();
+        if let Some(mac) = config.mac {
+            guard.take_up(mac);
+        }
         guard
+    }
+
+    /// Takes up the leases that `mac` had before it was known to be the guest's.
+    fn take_up(&mut self, mac: MacAddr) {
+        if self.config.ipv4.is_some() {
+            return;
+        }
+        let mut leases: Vec<Lease> = self
+            .shared
+            .kept()
+            .iter()
+            .filter(|(station, _)| *station == mac)
+            .map(|(_, lease)| *lease)
+            .collect();
+        leases.retain(|lease| !self.table.leases.iter().any(|known| known.addr == lease.addr));
+        leases.truncate(GUARD_IPV4_MAX.saturating_sub(self.table.leases.len()));
+        if !leases.is_empty() {
+            self.learn(|table| table.leases.extend(leases));
+        }
+    }
+
+    /// Keeps what leases the guest has now, and tells of them.
+    fn keep_leases(&mut self, now: Instant, mac: MacAddr) {
+        let mut kept = self.shared.kept();
+        kept.retain(|(station, _)| *station != mac);
+        kept.extend(self.table.leases.iter().map(|lease| (mac, *lease)));
+        let beyond = kept.len().saturating_sub(GUARD_KEPT_MAX);
+        kept.drain(..beyond);
+        drop(kept);
+        let news = |lease: &Lease| {
+            let left = lease.until.map(|until| until.since(now));
+            StationLease { mac, addr: lease.addr, left }
+        };
+        let leases = self.table.leases.iter().map(news).collect();
+        self.shared.news.send_replace(Some(LeaseNews { mac, leases }));
     }
 
     /// The worker stopped reading its queue for want of the guest's buffers, or has read all of it.
@@ -149,8 +266,19 @@ impl Guard {
         }
     }
 
+    /// The worker's queue begins or ends to be read. What came for it before, and what it still held, is lost.
+    pub fn set_reading(&mut self, reading: bool) {
+        if reading {
+            self.shared.reading.fetch_or(self.bit, Ordering::AcqRel);
+        } else {
+            self.shared.reading.fetch_and(!self.bit, Ordering::AcqRel);
+        }
+        self.learn(|table| table.bindings.retain(|binding| binding.bound));
+    }
+
+    /// Whether answers may wait unread, or be lost.
     fn is_stalled(&self) -> bool {
-        self.shared.stalled.load(Ordering::Acquire) != 0
+        self.shared.stalled.load(Ordering::Acquire) != 0 || self.shared.reading.load(Ordering::Acquire) == 0
     }
 
     fn refresh(&mut self) {
@@ -170,9 +298,13 @@ impl Guard {
         self.refresh();
     }
 
-    /// The guest is gone or began anew: what it showed of itself is void.
+    /// The guest is gone or began anew: what it showed of itself is void. What the LAN's DHCP leased to its MAC
+    /// address is that address's still, should it show it again.
     pub fn forget_guest(&mut self) {
         self.learn(|table| *table = Table::default());
+        if let Some(mac) = self.config.mac {
+            self.take_up(mac);
+        }
     }
 
     /// An address is the guest's, as a server of our own leased it.
@@ -199,10 +331,15 @@ impl Guard {
         self.table.questions.iter().any(|(_, asked)| now.since(*asked) < QUESTION_LIFE)
     }
 
-    /// Judges a frame of the guest by its first bytes; `len_bytes` is all of it.
-    pub fn from_guest(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Verdict {
+    /// Judges a frame of the guest by its first bytes, and by where its checksum is still to be written;
+    /// `len_bytes` is all of it.
+    pub fn from_guest(&mut self, now: Instant, checksum: Checksum, head: &[u8], len_bytes: usize) -> Verdict {
         self.refresh();
         match self.judge(now, head, len_bytes) {
+            Ok(Verdict::Pass) => match written::check(checksum, head) {
+                Ok(()) => Verdict::Pass,
+                Err(reason) => Verdict::Drop(reason),
+            },
             Ok(verdict) => verdict,
             Err(reason) => Verdict::Drop(reason),
         }
@@ -227,14 +364,19 @@ impl Guard {
             Some(_) => return Err(DropReason::SpoofedSource),
             None => {}
         }
-        if !src.is_unicast() {
+        // Who had the gateway's would be sent what all others send to it.
+        if !src.is_unicast() || src == MacAddr::GATEWAY {
             return Err(DropReason::SpoofedSource);
         }
         // Two workers may see a first frame at once: one is the first.
         self.learn(|table| {
             table.mac.get_or_insert(src);
         });
-        if self.table.mac == Some(src) { Ok(()) } else { Err(DropReason::SpoofedSource) }
+        if self.table.mac != Some(src) {
+            return Err(DropReason::SpoofedSource);
+        }
+        self.take_up(src);
+        Ok(())
     }
 
     fn has_ipv4(&self, now: Instant, addr: Ipv4Addr) -> bool {
@@ -269,6 +411,13 @@ impl Guard {
         let ip = ipv4::Header::parse(packet, available_bytes).map_err(|_| DropReason::Malformed)?;
         let is_first = ip.fragment_offset_bytes == 0;
         let ports = match ip.protocol {
+            Protocol::ICMP | Protocol::IGMP if is_first => {
+                let kind = *packet.get(ip.header_bytes).ok_or(DropReason::Malformed)?;
+                if says_router(ip.protocol, kind) {
+                    return Err(DropReason::RogueServer);
+                }
+                None
+            }
             Protocol::UDP if is_first => {
                 let ports = packet[ip.header_bytes..].first_chunk::<4>().ok_or(DropReason::Malformed)?;
                 let [a, b, c, d] = *ports;
@@ -276,7 +425,8 @@ impl Guard {
             }
             _ => None,
         };
-        if ports.is_some_and(|(src, _)| src == dhcp::SERVER_PORT) {
+        // Clients take answers from any port, so theirs is not the guest's to send to.
+        if ports.is_some_and(|(src, dst)| src == dhcp::SERVER_PORT || dst == dhcp::CLIENT_PORT) {
             return Err(DropReason::RogueServer);
         }
         let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
@@ -304,7 +454,9 @@ impl Guard {
     fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
         let packet = ipv6::Packet::parse(packet).map_err(|_| DropReason::Malformed)?;
         let discovery = match packet.upper {
-            Upper::Udp { src_port: 547 } => return Err(DropReason::RogueServer),
+            Upper::Udp { src_port: 547, .. } | Upper::Udp { dst_port: 546, .. } => {
+                return Err(DropReason::RogueServer);
+            }
             Upper::Icmp { message, fragment } => {
                 let discovery = Discovery::parse(message).map_err(|_| DropReason::Malformed)?;
                 // RFC 6980: neighbour discovery is never fragmented, or guards could not read it.
@@ -327,13 +479,19 @@ impl Guard {
             {
                 return Err(DropReason::SpoofedSource);
             }
+            Discovery::NeighbourAdvertisement(target, _) => self.defend(target),
             _ => {}
         }
         if packet.src.is_unspecified() {
             return self.without_source(now, discovery);
         }
         if self.settle(now, packet.src) {
-            return Ok(Verdict::Pass);
+            let others = match discovery {
+                Discovery::NeighbourAdvertisement(target, _) => self.use_again(now, mac, target),
+                _ => None,
+            };
+            let again = others.or_else(|| self.use_again(now, mac, packet.src));
+            return Ok(again.map_or(Verdict::Pass, Verdict::Recheck));
         }
         self.claim(now, mac, packet.src)
     }
@@ -346,8 +504,7 @@ impl Guard {
                     return Err(DropReason::Malformed);
                 }
                 if !self.table.bindings.iter().any(|binding| binding.addr == target) {
-                    let binding = Binding { addr: target, since: now, asked: None, bound: false };
-                    self.learn(|table| table.bind(binding));
+                    self.learn(|table| table.bind(Binding::new(target, now, None)));
                 }
                 Ok(Verdict::Pass)
             }
@@ -361,10 +518,47 @@ impl Guard {
         let Some(binding) = self.table.bindings.iter().find(|binding| binding.addr == addr) else {
             return false;
         };
+        if binding.disputed.is_some_and(|at| now.since(at) >= TENTATIVE) {
+            // It may not have been able to hear of it, but somebody has the address by now.
+            if !self.is_stalled() {
+                self.learn(|table| table.bindings.retain(|binding| binding.addr != addr));
+            }
+            return false;
+        }
         if !binding.bound && now.since(binding.since) >= TENTATIVE && !self.is_stalled() {
-            self.learn(|table| table.settle(addr));
+            self.learn(|table| table.settle(now, addr));
         }
         self.table.bindings.iter().any(|binding| binding.addr == addr && binding.bound)
+    }
+
+    /// Takes note that the guest uses `addr`, which is its; what to ask the link with if it did not for long.
+    fn use_again(&mut self, now: Instant, mac: MacAddr, addr: Ipv6Addr) -> Option<[u8; PROBE_BYTES]> {
+        let unused = now.since(self.table.bindings.iter().find(|binding| binding.addr == addr)?.used);
+        if unused < USE_STEP {
+            return None;
+        }
+        let again = unused >= UNUSED_LIFE;
+        self.learn(|table| {
+            for binding in table.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+                binding.used = now;
+                if again {
+                    binding.rechecked = Some(now);
+                }
+            }
+        });
+        again.then(|| probe(mac, addr))
+    }
+
+    /// The guest says that it has `addr`.
+    fn defend(&mut self, addr: Ipv6Addr) {
+        let is_disputed = |binding: &Binding| binding.addr == addr && binding.disputed.is_some();
+        if self.table.bindings.iter().any(is_disputed) {
+            self.learn(|table| {
+                for binding in table.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+                    binding.disputed = None;
+                }
+            });
+        }
     }
 
     /// A packet from an address that is not the guest's: it may become so.
@@ -382,7 +576,7 @@ impl Guard {
         if was_asked {
             return Err(DropReason::SpoofedSource);
         }
-        self.learn(|table| table.bind(Binding { addr, since, asked: Some(now), bound: false }));
+        self.learn(|table| table.bind(Binding::new(addr, since, Some(now))));
         Ok(Verdict::Probe(probe(mac, addr)))
     }
 
@@ -391,15 +585,20 @@ impl Guard {
     pub fn to_guest(&mut self, now: Instant, head: &[u8]) {
         self.refresh();
         let table = &self.table;
-        let waits = !table.questions.is_empty() || table.bindings.iter().any(|binding| !binding.bound);
         let Ok(header) = ethernet::Header::parse(head) else { return };
+        let packet = &head[ethernet::HEADER_BYTES..];
+        // A station without an address looks whether somebody has the one it would like.
+        let looks = header.ethertype == EtherType::IPV6
+            && !table.bindings.is_empty()
+            && packet.get(8..24).is_some_and(|src| src == [0; 16]);
+        let waits =
+            looks || !table.questions.is_empty() || table.bindings.iter().any(|binding| binding.is_open(now));
         if !waits || Some(header.src) == self.config.mac.or(table.mac) {
             return;
         }
-        let packet = &head[ethernet::HEADER_BYTES..];
         match header.ethertype {
             EtherType::IPV4 => self.answer(now, packet),
-            EtherType::IPV6 => self.claimed_by_other(packet),
+            EtherType::IPV6 => self.claimed_by_other(now, packet),
             _ => {}
         }
     }
@@ -428,10 +627,11 @@ impl Guard {
             Answer::Leased(addr, lease) => self.leased(now, addr, lease),
             Answer::Refused => self.learn(|table| table.leases.clear()),
         }
+        self.keep_leases(now, question.client);
         self.learn(|table| table.questions.retain(|(xid, _)| *xid != question.xid));
     }
 
-    fn claimed_by_other(&mut self, packet: &[u8]) {
+    fn claimed_by_other(&mut self, now: Instant, packet: &[u8]) {
         let Ok(packet) = ipv6::Packet::parse(packet) else { return };
         let Upper::Icmp { message, .. } = packet.upper else { return };
         let target = match Discovery::parse(message) {
@@ -439,9 +639,18 @@ impl Guard {
             Ok(Discovery::NeighbourSolicitation(target, _)) if packet.src.is_unspecified() => target,
             _ => return,
         };
-        let is_disputed = |binding: &Binding| binding.addr == target && !binding.bound;
-        if self.table.bindings.iter().any(is_disputed) {
-            self.learn(|table| table.bindings.retain(|binding| !is_disputed(binding)));
+        let is_lost = |binding: &Binding| binding.addr == target && binding.is_open(now);
+        if self.table.bindings.iter().any(is_lost) {
+            return self.learn(|table| table.bindings.retain(|binding| !is_lost(binding)));
+        }
+        // The guest has it, unless it does not say so. What comes again does not give it more time.
+        let is_new = |binding: &Binding| binding.addr == target && binding.disputed.is_none();
+        if packet.src.is_unspecified() && self.table.bindings.iter().any(is_new) {
+            self.learn(|table| {
+                for binding in table.bindings.iter_mut().filter(|binding| is_new(binding)) {
+                    binding.disputed = Some(now);
+                }
+            });
         }
     }
 }
@@ -474,10 +683,21 @@ impl Table {
         self.bindings.push(binding);
     }
 
-    fn settle(&mut self, addr: Ipv6Addr) {
-        for binding in &mut self.bindings {
-            binding.bound |= binding.addr == addr;
+    fn settle(&mut self, now: Instant, addr: Ipv6Addr) {
+        for binding in self.bindings.iter_mut().filter(|binding| binding.addr == addr) {
+            binding.bound = true;
+            binding.used = now;
         }
+    }
+}
+
+/// Whether ICMP or IGMP messages of a kind are only routers' to send: redirects and advertisements (RFC 792, RFC 1256),
+/// queries for groups (RFC 3376, 4.1), which make of who sends them the one that switches believe, and what multicast
+/// routers say of themselves (RFC 4286, 3).
+fn says_router(protocol: Protocol, kind: u8) -> bool {
+    match protocol {
+        Protocol::ICMP => matches!(kind, 5 | 9),
+        _ => matches!(kind, 0x11 | 0x30 | 0x32),
     }
 }
 

@@ -25,6 +25,10 @@ const EXTENSIONS_MAX: usize = 8;
 pub(super) struct Packet<'a> {
     pub(super) src: Ipv6Addr,
     pub(super) upper: Upper<'a>,
+    /// Where that begins, in bytes.
+    pub(super) upper_at: usize,
+    /// Its protocol; none of the further pieces of a fragmented packet.
+    pub(super) protocol: Option<Protocol>,
 }
 
 /// What stands behind the extension headers.
@@ -32,8 +36,8 @@ pub(super) struct Packet<'a> {
 pub(super) enum Upper<'a> {
     /// ICMPv6, as much of it as was copied. `fragment`: it is the first of several pieces.
     Icmp { message: &'a [u8], fragment: bool },
-    /// UDP from this port.
-    Udp { src_port: u16 },
+    /// UDP from one port to another.
+    Udp { src_port: u16, dst_port: u16 },
     /// Anything else, and the further pieces of a fragmented packet.
     Other,
 }
@@ -48,13 +52,16 @@ impl Packet<'_> {
         let src: [u8; 16] = header[8..24].try_into().expect("16 of 40 bytes");
         let payload_bytes = usize::from(u16::from_be_bytes([header[4], header[5]]));
         let behind = &bytes[HEADER_BYTES..];
-        let upper = upper(header[6], &behind[..payload_bytes.min(behind.len())])?;
-        Ok(Packet { src: src.into(), upper })
+        let payload = &behind[..payload_bytes.min(behind.len())];
+        let (protocol, rest, upper) = upper(header[6], payload)?;
+        let upper_at = HEADER_BYTES + payload.len() - rest.len();
+        Ok(Packet { src: src.into(), upper, upper_at, protocol })
     }
 }
 
-/// Walks the extension headers in `rest`, of which the first is of type `next`.
-fn upper(mut next: u8, mut rest: &[u8]) -> Result<Upper<'_>, WireError> {
+/// Walks the extension headers in `rest`, of which the first is of type `next`. Returns what stands behind them: its
+/// protocol, unless it is a further piece of a packet, its bytes, and what they are.
+fn upper(mut next: u8, mut rest: &[u8]) -> Result<(Option<Protocol>, &[u8], Upper<'_>), WireError> {
     let mut fragment = false;
     for _ in 0..=EXTENSIONS_MAX {
         let len = match next {
@@ -65,12 +72,12 @@ fn upper(mut next: u8, mut rest: &[u8]) -> Result<Upper<'_>, WireError> {
             FRAGMENT => {
                 let offset = rest.get(2..4).ok_or(WireError::Truncated)?;
                 if u16::from_be_bytes([offset[0], offset[1]]) & 0xfff8 != 0 {
-                    return Ok(Upper::Other);
+                    return Ok((None, rest.get(8..).ok_or(WireError::Truncated)?, Upper::Other));
                 }
                 fragment |= offset[1] & 1 != 0;
                 8
             }
-            _ => return transport(next, rest, fragment),
+            _ => return Ok((Some(Protocol(next)), rest, transport(next, rest, fragment)?)),
         };
         next = rest[0];
         rest = rest.get(len..).ok_or(WireError::Truncated)?;
@@ -81,8 +88,8 @@ fn upper(mut next: u8, mut rest: &[u8]) -> Result<Upper<'_>, WireError> {
 fn transport(protocol: u8, rest: &[u8], fragment: bool) -> Result<Upper<'_>, WireError> {
     match Protocol(protocol) {
         Protocol::UDP => {
-            let port = rest.get(..2).ok_or(WireError::Truncated)?;
-            Ok(Upper::Udp { src_port: u16::from_be_bytes([port[0], port[1]]) })
+            let [a, b, c, d] = *rest.first_chunk().ok_or(WireError::Truncated)?;
+            Ok(Upper::Udp { src_port: u16::from_be_bytes([a, b]), dst_port: u16::from_be_bytes([c, d]) })
         }
         Protocol::ICMPV6 if rest.len() < 4 => Err(WireError::Truncated),
         Protocol::ICMPV6 => Ok(Upper::Icmp { message: rest, fragment }),
@@ -95,7 +102,8 @@ fn transport(protocol: u8, rest: &[u8], fragment: bool) -> Result<Upper<'_>, Wir
 pub(super) enum Discovery {
     /// Who is a router here? With the sender's address, if it says it.
     RouterSolicitation(Option<MacAddr>),
-    /// What only routers say: advertisements and redirects.
+    /// What only routers say: advertisements and redirects, queries for groups (RFC 3810, 5.1), and what multicast routers say
+    /// of themselves (RFC 4286, 3).
     FromRouter,
     /// Who has the target? With the sender's address, if it says it.
     NeighbourSolicitation(Ipv6Addr, Option<MacAddr>),
@@ -122,7 +130,7 @@ impl Discovery {
         };
         match message[0] {
             133 => Ok(Discovery::RouterSolicitation(option(message, 8, SOURCE_ADDRESS)?)),
-            134 | 137 => Ok(Discovery::FromRouter),
+            130 | 134 | 137 | 151 | 153 => Ok(Discovery::FromRouter),
             135 => Ok(Discovery::NeighbourSolicitation(target()?, option(message, 24, SOURCE_ADDRESS)?)),
             136 => Ok(Discovery::NeighbourAdvertisement(target()?, option(message, 24, TARGET_ADDRESS)?)),
             131 | 132 | 143 => Ok(Discovery::ListenerReport),

@@ -1,7 +1,8 @@
 //! A guest on a link with others: what of its frames may leave, and what of the link's is for it.
 //!
 //! Pure judgement on the host's copy of a frame's first bytes; the worker moves the frames. Towards the
-//! link: [`guard`] lets the guest send from its own addresses only, [`vlan`] adds the network's 802.1Q tag.
+//! link: [`guard`] lets the guest send from its own addresses only (`written`: nor have the kernel write others into what
+//! was judged), [`vlan`] adds the network's 802.1Q tag.
 //! Towards the guest: the tag is taken away, and what the guest's driver did not accept, or could not
 //! receive, is refused. On a named network, [`services`] says which frames are for DHCP and DNS of ours.
 //!
@@ -12,6 +13,7 @@ pub mod guard;
 mod ipv6;
 pub mod services;
 pub mod vlan;
+mod written;
 
 use crate::engine::counters::DropReason;
 use crate::engine::guest_port::GuestOffloads;

@@ -26,7 +26,7 @@ pub const FILE_NAME: &str = "leases.sqlite";
 /// `vnet`: tells the file from others.
 const APPLICATION_ID: i64 = 0x766e_6574;
 /// The layout written by this version.
-const LAYOUT: i64 = 1;
+const LAYOUT: i64 = 2;
 /// How long opening waits for other processes: several may lay the file out at once, or one recovers the log
 /// of a dead one.
 const OPEN_PATIENCE: Duration = Duration::from_secs(5);
@@ -61,6 +61,15 @@ CREATE TABLE reservation(
   client_id BLOB UNIQUE CHECK(length(client_id) <= 255),
   host_name TEXT UNIQUE,
   CHECK(mac IS NOT NULL OR client_id IS NOT NULL)
+) STRICT;
+";
+
+/// What layout 2 has more: the processes that lease, and when one was found gone ([`super::processes`]).
+const PROCESSES: &str = "
+CREATE TABLE process(
+  holder INTEGER PRIMARY KEY,
+  ended_us INTEGER,
+  ended_wall_us INTEGER
 ) STRICT;
 ";
 
@@ -210,6 +219,7 @@ fn lay_out(tx: &Transaction<'_>, path: &Path, pool: &Pool) -> Result<(), StoreEr
     let asked = (pool.subnet.to_string(), pool.gateway.to_string());
     if (id, layout, tables) == (0, 0, 0) {
         tx.execute_batch(TABLES).map_err(failed)?;
+        tx.execute_batch(PROCESSES).map_err(failed)?;
         tx.pragma_update(None, "application_id", APPLICATION_ID).map_err(failed)?;
         tx.pragma_update(None, "user_version", LAYOUT).map_err(failed)?;
         tx.execute("INSERT INTO pool VALUES(?1, ?2)", params![asked.0, asked.1]).map_err(failed)?;
@@ -228,12 +238,18 @@ fn lay_out(tx: &Transaction<'_>, path: &Path, pool: &Pool) -> Result<(), StoreEr
         let text = |(subnet, gateway): (String, String)| format!("{subnet} with gateway {gateway}");
         return Err(StoreError::OtherPool { path: path.to_owned(), found: text(found), asked: text(asked) });
     }
+    if layout < LAYOUT {
+        // Processes of the earlier version that still run go on: what they know is as it was.
+        tx.execute_batch(PROCESSES).map_err(failed)?;
+        tx.pragma_update(None, "user_version", LAYOUT).map_err(failed)?;
+    }
     Ok(())
 }
 
 /// Times of an earlier boot become times of this one: what was left by the time of day, but no more than there
-/// can be, should one of the two clocks have been wrong. Offers are void: their clients are gone.
-fn carry_over(tx: &Transaction<'_>, clock: &dyn HostClock) -> rusqlite::Result<()> {
+/// can be, should one of the two clocks have been wrong. Offers are void: their clients are gone, and so is every
+/// process.
+pub(super) fn carry_over(tx: &Transaction<'_>, clock: &dyn HostClock) -> rusqlite::Result<()> {
     let written: Option<String> = match tx.query_row("SELECT id FROM boot", [], |row| row.get(0)) {
         Ok(id) => Some(id),
         Err(rusqlite::Error::QueryReturnedNoRows) => None,
@@ -252,6 +268,9 @@ fn carry_over(tx: &Transaction<'_>, clock: &dyn HostClock) -> rusqlite::Result<(
             format!("UPDATE {table} SET until_us = ?1 + max(-?4, min(until_wall_us - ?2, ?3)) WHERE true");
         tx.execute(&sql, params![boottime_us, wall_us, micros(most), ages_us])?;
     }
+    let sql = "UPDATE process SET ended_us = ?1 + max(-?3, min(coalesce(ended_wall_us - ?2, 0), 0)), \
+               ended_wall_us = coalesce(ended_wall_us, ?2) WHERE true";
+    tx.execute(sql, params![boottime_us, wall_us, ages_us])?;
     tx.execute("DELETE FROM boot", [])?;
     tx.execute("INSERT INTO boot VALUES(?1)", [clock.boot_id()])?;
     Ok(())

@@ -78,8 +78,8 @@ impl Known {
         if self.version == Some(version) {
             return Ok(());
         }
-        let sql =
-            "SELECT host_name, ip, until_us FROM lease WHERE host_name IS NOT NULL AND until_us IS NOT NULL";
+        let sql = "SELECT host_name, ip, until_us FROM lease WHERE host_name IS NOT NULL AND until_us IS NOT NULL \
+             AND holder NOT IN (SELECT holder FROM process WHERE ended_us IS NOT NULL)";
         let mut statement = connection.prepare_cached(sql)?;
         let rows = statement.query_map([], |row| {
             Ok((row.get::<_, String>(0)?, Held { ip: ip_at(row, 1)?, until_us: row.get(2)? }))

@@ -11,6 +11,8 @@
 //! - A host name belongs to who came with it first, as long as its lease runs. Some are nobody's
 //!   ([`NAMES_OF_NOBODY`], and what the network itself answers to).
 //!
+//! - Leases of a process that is gone are let go ([`processes`]).
+//!
 //! `file` opens and lays out, `pool` decides within a transaction, [`live_names`] reads for DNS, [`keeper`]
 //! writes the log back, `reservations` says what is reserved.
 //!
@@ -21,6 +23,7 @@ mod file;
 pub mod keeper;
 pub mod live_names;
 mod pool;
+pub mod processes;
 mod reservations;
 
 use std::net::Ipv4Addr;
@@ -170,6 +173,17 @@ impl IpAllocator for LeaseStore {
         Ok(row.map(|row| lease(&row, now, moment)))
     }
 
+    fn resume(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError> {
+        let moment = self.clock.at(now);
+        let row = pool::row_of(&self.file.connection, mac);
+        let row = row.map_err(|error| StoreError::of(&self.file.path, error))?;
+        let row = match row {
+            Some(row) if row.is_let_go(moment) => self.write(now, |ledger| ledger.resume(mac))?,
+            row => row,
+        };
+        Ok(row.map(|row| lease(&row, now, moment)).filter(|lease| lease.is_active(now)))
+    }
+
     fn leases(&mut self, now: Instant) -> Result<Vec<Lease>, StoreError> {
         let moment = self.clock.at(now);
         let rows = pool::rows(&self.file.connection);
@@ -180,7 +194,7 @@ impl IpAllocator for LeaseStore {
 
 /// A row in the caller's time.
 fn lease(row: &Row, now: Instant, moment: Moment) -> Lease {
-    let until = row.until_us.map(|until_us| {
+    let until = row.end_us().map(|until_us| {
         let left_us = until_us.saturating_sub(moment.boottime_us);
         match u64::try_from(left_us) {
             Ok(left_us) => now + Duration::from_micros(left_us),

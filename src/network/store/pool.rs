@@ -8,20 +8,25 @@ use std::net::Ipv4Addr;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, Transaction, params};
 
+use super::processes::{ENDED_US, keeps};
 use super::reservations::{self, Reservation};
 use super::{Pool, micros};
 use crate::addr::MacAddr;
 use crate::limits;
 use crate::network::allocator::{
-    Bind, BindRefusal, Client, DECLINE_HOLD, Grant, LEASE_TIME, OFFER_HOLD, OFFER_HOLD_MIN, Refusal,
+    Bind, BindRefusal, Client, DECLINE_HOLD, Grant, LEASE_TIME, OFFER_HOLD, OFFER_HOLD_MIN, RESTART_HOLD,
+    Refusal,
 };
 use crate::network::clock::Moment;
 
 type Result<T> = rusqlite::Result<T>;
 
 const COLUMNS: &str = "ip, mac, offered_us, until_us, host_name, holder";
+
 /// Whether a row is held at `?1`; `?2` is the latest time an offer can be from and have run out.
-const HELD: &str = "(coalesce(until_us > ?1, false) OR coalesce(offered_us > ?2, false))";
+fn held() -> String {
+    format!("(coalesce(until_us > ?1, false) AND {} OR coalesce(offered_us > ?2, false))", keeps("?1"))
+}
 
 /// One address and who has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,9 +37,27 @@ pub(super) struct Row {
     pub(super) until_us: Option<i64>,
     pub(super) host_name: Option<String>,
     holder: i64,
+    /// When the process it belongs to was found gone.
+    ended_us: Option<i64>,
 }
 
 impl Row {
+    /// The rows of all leases, to be narrowed by what follows.
+    fn select() -> String {
+        format!("SELECT {COLUMNS}, {ENDED_US} FROM lease")
+    }
+
+    /// Whether its process is gone, but its lease would run on.
+    pub(super) fn is_let_go(&self, now: Moment) -> bool {
+        self.ended_us.is_some() && self.until_us.is_some_and(|until| until > now.boottime_us)
+    }
+
+    /// When its lease ends or ended, at the latest with its process.
+    pub(super) fn end_us(&self) -> Option<i64> {
+        let until = self.until_us?;
+        Some(self.ended_us.map_or(until, |ended| until.min(ended)))
+    }
+
     fn read(row: &SqlRow<'_>) -> Result<Row> {
         Ok(Row {
             ip: ip_at(row, 0)?,
@@ -43,6 +66,7 @@ impl Row {
             until_us: row.get(3)?,
             host_name: row.get(4)?,
             holder: row.get(5)?,
+            ended_us: row.get(6)?,
         })
     }
 }
@@ -62,13 +86,13 @@ pub(super) fn ip_at(row: &SqlRow<'_>, at: usize) -> Result<Ipv4Addr> {
 
 /// What is known of `mac`.
 pub(super) fn row_of(connection: &Connection, mac: MacAddr) -> Result<Option<Row>> {
-    let sql = format!("SELECT {COLUMNS} FROM lease WHERE mac = ?1");
+    let sql = format!("{} WHERE mac = ?1", Row::select());
     connection.prepare_cached(&sql)?.query_row([mac.0], Row::read).optional()
 }
 
 /// Everything known, by address.
 pub(super) fn rows(connection: &Connection) -> Result<Vec<Row>> {
-    let sql = format!("SELECT {COLUMNS} FROM lease ORDER BY ip");
+    let sql = format!("{} ORDER BY ip", Row::select());
     connection.prepare_cached(&sql)?.query_map([], Row::read)?.collect()
 }
 
@@ -90,7 +114,13 @@ impl Ledger<'_> {
     }
 
     fn is_active(&self, row: &Row) -> bool {
+        row.end_us().is_some_and(|until| until > self.now_us())
+    }
+
+    /// Whether the row's lease keeps others from what it has: it runs, and its process lives or may be back soon.
+    fn is_kept(&self, row: &Row) -> bool {
         row.until_us.is_some_and(|until| until > self.now_us())
+            && row.ended_us.is_none_or(|ended| ended > self.now_us() - micros(RESTART_HOLD))
     }
 
     fn is_offered(&self, row: &Row) -> bool {
@@ -98,7 +128,7 @@ impl Ledger<'_> {
     }
 
     fn is_memory(&self, row: &Row) -> bool {
-        !self.is_active(row) && !self.is_offered(row)
+        !self.is_kept(row) && !self.is_offered(row)
     }
 
     /// Drops offers that ran out and were never taken, and ends the rest of declined addresses.
@@ -176,7 +206,7 @@ impl Ledger<'_> {
         }
         match own {
             Some(own) if own.ip == ip => {
-                let free = self.is_active(&own) || self.is_reservable(client, ip)?;
+                let free = self.is_kept(&own) || self.is_reservable(client, ip)?;
                 return Ok(if free { Ok(()) } else { Err(BindRefusal::Taken) });
             }
             // Who has a reservation leaves for it whatever it had.
@@ -186,6 +216,18 @@ impl Ledger<'_> {
             _ => {}
         }
         Ok(if self.is_free(client, ip)? { Ok(()) } else { Err(BindRefusal::Taken) })
+    }
+
+    /// Makes the lease of `mac` that was let go this process's; what is known of `mac` then.
+    pub(super) fn resume(&self, mac: MacAddr) -> Result<Option<Row>> {
+        let row = row_of(self.tx, mac)?;
+        let client = Client { mac, id: None, host_name: None };
+        if !row.as_ref().is_some_and(|row| row.is_let_go(self.now)) || !self.has_share(&client)? {
+            return Ok(row);
+        }
+        let sql = "UPDATE lease SET holder = ?2 WHERE mac = ?1";
+        self.tx.prepare_cached(sql)?.execute(params![mac.0, self.holder])?;
+        row_of(self.tx, mac)
     }
 
     pub(super) fn withdraw(&self, mac: MacAddr) -> Result<()> {
@@ -228,7 +270,8 @@ impl Ledger<'_> {
     /// Whether this process's guest may hold one more address, or `client` has one already.
     fn has_share(&self, client: &Client<'_>) -> Result<bool> {
         let sql = format!(
-            "SELECT count(*) < ?5 FROM (SELECT 1 FROM lease WHERE holder = ?3 AND mac <> ?4 AND {HELD} LIMIT ?5)"
+            "SELECT count(*) < ?5 FROM (SELECT 1 FROM lease WHERE holder = ?3 AND mac <> ?4 AND {} LIMIT ?5)",
+            held()
         );
         let most = count(self.pool.leases_per_guest_max);
         let values = params![self.now_us(), self.offers_out_us(), self.holder, client.mac.0, most];
@@ -248,7 +291,7 @@ impl Ledger<'_> {
         }
         // Reserved for another since it was this client's, who is not using it.
         if let Some(row) = &own
-            && !self.is_active(row)
+            && !self.is_kept(row)
             && !self.is_reservable(client, row.ip)?
         {
             self.forget(client.mac)?;
@@ -302,7 +345,7 @@ impl Ledger<'_> {
     }
 
     fn row_at(&self, ip: Ipv4Addr) -> Result<Option<Row>> {
-        let sql = format!("SELECT {COLUMNS} FROM lease WHERE ip = ?1");
+        let sql = format!("{} WHERE ip = ?1", Row::select());
         self.tx.prepare_cached(&sql)?.query_row([number(ip)], Row::read).optional()
     }
 
@@ -344,8 +387,11 @@ impl Ledger<'_> {
     /// returns it. What is reserved is no use to whoever it is freed for.
     fn evict(&self) -> Result<Option<Ipv4Addr>> {
         let open = "ip NOT IN (SELECT ip FROM reservation)";
-        let memory =
-            format!("SELECT ip FROM lease WHERE NOT {HELD} AND {open} ORDER BY until_us, ip LIMIT 1");
+        let memory = format!(
+            "SELECT ip FROM lease WHERE NOT {} AND {open} \
+             ORDER BY min(until_us, coalesce({ENDED_US}, until_us)), ip LIMIT 1",
+            held()
+        );
         let offer = format!(
             "SELECT ip FROM lease WHERE coalesce(until_us <= ?1, true) AND offered_us <= ?2 AND {open} \
              ORDER BY offered_us, ip LIMIT 1"
@@ -379,7 +425,8 @@ impl Ledger<'_> {
                 let sql = "INSERT INTO lease(ip, mac, holder) VALUES(?1, ?2, ?3)";
                 self.tx.prepare_cached(sql)?.execute(params![number(ip), client.mac.0, holder])?;
                 let mac = client.mac;
-                Ok(Row { ip, mac, offered_us: None, until_us: None, host_name: None, holder })
+                let (offered_us, until_us, host_name, ended_us) = (None, None, None, None);
+                Ok(Row { ip, mac, offered_us, until_us, host_name, holder, ended_us })
             }
         }
     }
@@ -407,7 +454,7 @@ impl Ledger<'_> {
         let got = theirs
             && match &other {
                 None => true,
-                Some(other) => bound && (reserved.is_some() || !self.is_active(other)),
+                Some(other) => bound && (reserved.is_some() || !self.is_kept(other)),
             };
         if got && other.is_some() {
             let sql = "UPDATE lease SET host_name = NULL WHERE host_name = ?1";
@@ -421,7 +468,7 @@ impl Ledger<'_> {
     }
 
     fn row_named(&self, name: &str) -> Result<Option<Row>> {
-        let sql = format!("SELECT {COLUMNS} FROM lease WHERE host_name = ?1");
+        let sql = format!("{} WHERE host_name = ?1", Row::select());
         self.tx.prepare_cached(&sql)?.query_row([name], Row::read).optional()
     }
 }

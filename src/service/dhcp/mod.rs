@@ -242,6 +242,15 @@ impl DhcpServer {
         self.leases.get(now, mac)
     }
 
+    /// The lease the client with this hardware address has, be it of a process of the network that is gone: then
+    /// it is this one's from now on.
+    ///
+    /// # Errors
+    /// Of the store.
+    pub fn resume(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError> {
+        self.leases.resume(now, mac)
+    }
+
     /// Every client known, by address: offers, leases and leases that ended.
     ///
     /// # Errors

@@ -117,7 +117,8 @@ impl Published {
                 && !mappings.publish(end(guest), port.host.port())
             {
                 tracing::warn!(
-                    port = port.host.port(), guest_port = port.guest_port,
+                    port = port.host.port(),
+                    guest_port = port.guest_port,
                     "--publish: a flow of the guest has the port; it is published when the guest begins anew"
                 );
             }
@@ -466,12 +467,7 @@ impl LinkEnd {
     }
 
     /// Sends fragments that waited for the first of their packet.
-    fn send_released<N: HostNet>(
-        &mut self,
-        now: Instant,
-        engine: &mut Engine<N>,
-        port: &mut impl GuestPort,
-    ) {
+    fn send_released<N: HostNet>(&mut self, now: Instant, engine: &mut Engine<N>, port: &mut impl GuestPort) {
         while let Some(released) = self.translation.as_mut().and_then(|t| t.nat.pop_released()) {
             if let Err(reason) = self.send_one_released(now, released, engine, port) {
                 self.counters.drop(reason);

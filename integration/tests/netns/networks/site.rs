@@ -26,6 +26,8 @@ pub(super) struct Vm {
     pub(super) vunet: Process,
     pub(super) netns: Netns,
     pub(super) ip: Ipv4Addr,
+    /// Of its card, as a text.
+    mac: String,
     socket: PathBuf,
 }
 
@@ -107,20 +109,20 @@ impl Site {
         let netns = Netns::create(label)?;
         netns.set_resolver("10.0.2.1")?;
         let guest = self.lab.attach_in(&netns, &socket, &[])?;
-        Ok(Vm { guest: Some(guest), vunet, netns, ip: Ipv4Addr::UNSPECIFIED, socket })
+        let mac = netns.run(&["cat", "/sys/class/net/eth0/address"], SHORT)?.stdout.trim().to_owned();
+        Ok(Vm { guest: Some(guest), vunet, netns, ip: Ipv4Addr::UNSPECIFIED, mac, socket })
     }
 
     /// Kills the vunet of `vm`, starts another in its place and attaches the guest anew, as its VMM would.
     pub(super) fn revive(&self, vm: &mut Vm, network: &str, args: &[&str]) -> Outcome {
         // A front-end that reconnects keeps the guest's interface; this one makes it anew, so that it gets back
         // what the guest's stack still knows.
-        let mac = vm.run("cat /sys/class/net/eth0/address")?.trim().to_owned();
         vm.vunet.kill();
         vm.guest = None;
         std::fs::remove_file(&vm.socket)?;
         vm.vunet = self.start(network, &vm.socket, args)?;
         until("vunet's socket", || vm.socket.exists() || !vm.vunet.is_running())?;
-        vm.guest = Some(self.lab.attach_in(&vm.netns, &vm.socket, &["--mac", &mac])?);
+        vm.guest = Some(self.lab.attach_in(&vm.netns, &vm.socket, &["--mac", &vm.mac])?);
         vm.run(&format!("ip addr replace {}/24 dev eth0", vm.ip))?;
         vm.run("ip route replace default via 10.0.2.1").map(drop)
     }
@@ -136,7 +138,7 @@ impl Site {
         // Locks are files that stay, leases are to stay, and IPv6 settles by itself.
         let comes_and_goes = |line: &str| {
             let is_file = line.starts_with('/') && !line.contains("user-");
-            is_file && ["lock", "/run", "sqlite"].iter().any(|kind| line.contains(kind))
+            is_file && ["lock", "/run", "sqlite", "/stations"].iter().any(|kind| line.contains(kind))
                 || ["fe80::", "ff00::"].iter().any(|kind| line.contains(kind))
         };
         Ok(state.lines().filter(|line| !comes_and_goes(line)).map(|line| line.to_owned() + "\n").collect())

@@ -92,7 +92,9 @@ fn answer_frame(src: MacAddr, xid: u32, client: MacAddr, answer: (u8, Ipv4Addr, 
 }
 
 fn guard(config: GuardConfig) -> Guard {
-    Guard::new(config, Arc::default(), 0)
+    let mut guard = Guard::new(config, Arc::default(), 0);
+    guard.set_reading(true);
+    guard
 }
 
 /// A guard of a guest that has an address by DHCP.
@@ -104,7 +106,7 @@ fn leased() -> Guard {
 }
 
 fn judge(guard: &mut Guard, millis: u64, frame: &[u8]) -> Verdict {
-    guard.from_guest(at(millis), &frame[..frame.len().min(256)], frame.len())
+    guard.from_guest(at(millis), Checksum::Complete, &frame[..frame.len().min(256)], frame.len())
 }
 
 #[test]
@@ -114,6 +116,9 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
     let to = Ipv4Addr::new(198, 51, 100, 1);
     let data = |src| ipv4_udp(src, to, (4000, 53), b"question");
     let fragment = |src| ethernet(OWN, 0x0800, &ipv4_packet(src, to, (Protocol::UDP, 8), b"8 bytes "));
+    let icmp = |protocol, kind| {
+        ethernet(OWN, 0x0800, &ipv4_packet(IP, to, (protocol, 0), &[kind, 0, 0, 0, 0, 0, 0, 0]))
+    };
     let from = |mac: MacAddr, mut frame: Vec<u8>| {
         frame[6..12].copy_from_slice(&mac.0);
         frame
@@ -135,6 +140,12 @@ fn the_guest_speaks_from_its_leased_address_and_its_mac_only() {
         ("cut ARP", arp(OWN, IP, Reply)[..41].to_vec(), MALFORMED),
         ("cut IPv4", data(IP)[..33].to_vec(), MALFORMED),
         ("a DHCP offer", ipv4_udp(IP, to, (67, 68), b"offer"), ROGUE),
+        ("an ICMP redirect", icmp(Protocol::ICMP, 5), ROGUE),
+        ("a router's advertisement", icmp(Protocol::ICMP, 9), ROGUE),
+        ("an unreachable", icmp(Protocol::ICMP, 3), Verdict::Pass),
+        ("a query for groups", icmp(Protocol::IGMP, 0x11), ROGUE),
+        ("a report of groups", icmp(Protocol::IGMP, 0x22), Verdict::Pass),
+        ("an offer from another port", ipv4_udp(IP, to, (4000, 68), b"offer"), ROGUE),
         ("a relay's message", ipv4_udp(IP, to, (67, 67), b"relayed"), ROGUE),
         (
             "ports out of sight",
@@ -161,6 +172,7 @@ fn without_a_mac_told_the_first_one_is_the_guests_until_it_starts_anew() {
         frame
     };
     assert_eq!(judge(&mut one, 0, &of(ALL)), SPOOFED, "no station has this");
+    assert_eq!(judge(&mut one, 0, &of(MacAddr::GATEWAY)), SPOOFED, "the gateway has it");
     assert_eq!(judge(&mut one, 0, &of(OWN)), Verdict::Pass);
     assert_eq!(judge(&mut two, 0, &of(OTHER)), SPOOFED, "whichever queue it comes by");
     assert_eq!(judge(&mut two, 0, &of(OWN)), Verdict::Pass);
@@ -212,6 +224,41 @@ fn a_lease_ends_with_its_time_or_a_refusal() {
     guard.leased(at(5), OTHER_IP, None);
     let data = ipv4_udp(OTHER_IP, Ipv4Addr::new(198, 51, 100, 1), (4000, 53), b"question");
     assert_eq!(judge(&mut guard, u64::MAX / 2000, &data), Verdict::Pass, "one for ever");
+}
+
+#[test]
+fn leases_are_told_of_and_known_to_the_next_process_of_the_same_mac_address() {
+    let data = ipv4_udp(IP, Ipv4Addr::new(198, 51, 100, 1), (4000, 53), b"question");
+    let mut guard = leased();
+    let news = guard.shared.news().borrow().clone().expect("it was leased");
+    let told = StationLease { mac: OWN, addr: IP, left: Some(Duration::from_secs(3600)) };
+    assert_eq!(news, LeaseNews { mac: OWN, leases: vec![told] });
+    guard.forget_guest();
+    assert_eq!(judge(&mut guard, 5, &data), Verdict::Pass, "a guest that began anew");
+    // The next process, told the guest's MAC address or shown it.
+    for mac in [Some(OWN), None] {
+        let table = Arc::new(SharedTable::with_leases(&news.leases));
+        let mut next = Guard::new(GuardConfig { mac, ipv4: None }, Arc::clone(&table), 0);
+        let mut worker = Guard::new(GuardConfig { mac, ipv4: None }, table, 1);
+        assert_eq!(judge(&mut next, 5, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_599_999, &data), Verdict::Pass, "{mac:?}");
+        assert_eq!(judge(&mut worker, 3_600_001, &data), SPOOFED, "{mac:?}: as long as it was to last");
+        // A refusal is the end of it, for the process after that too.
+        let mut news = next.shared.news();
+        assert_eq!(judge(&mut next, 6, &discover(9, OWN)), Verdict::Pass);
+        next.to_guest(at(7), &answer_frame(OTHER, 9, OWN, (6, Ipv4Addr::UNSPECIFIED, 0)));
+        assert_eq!(judge(&mut next, 8, &data), SPOOFED);
+        next.forget_guest();
+        assert_eq!(judge(&mut next, 9, &data), SPOOFED);
+        assert_eq!(*news.borrow_and_update(), Some(LeaseNews { mac: OWN, leases: Vec::new() }));
+    }
+    // Another's address is not the guest's because another had it.
+    let table = Arc::new(SharedTable::with_leases(&[StationLease { mac: OTHER, ..told }]));
+    let mut next = Guard::new(GuardConfig::default(), table, 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED);
+    let config = GuardConfig { mac: Some(OWN), ipv4: Some(OTHER_IP) };
+    let mut next = Guard::new(config, Arc::new(SharedTable::with_leases(&[told])), 0);
+    assert_eq!(judge(&mut next, 5, &data), SPOOFED, "it was told another");
 }
 
 #[test]
@@ -314,6 +361,75 @@ fn an_address_in_use_is_asked_for_on_the_guests_behalf() {
     assert_eq!(sum.finish(), 0);
 }
 
+/// A guard of a guest whose link-local address is its own since 500 ms.
+fn settled() -> Guard {
+    let mut guard = known_mac();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 500, &data(LINK_LOCAL)), Verdict::Pass);
+    guard
+}
+
+/// What somebody who has the link-local address says.
+fn claim_of_other() -> Vec<u8> {
+    ipv6_frame(OTHER, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OTHER))))
+}
+
+#[test]
+fn an_address_unused_for_long_is_asked_for_again_and_lost_only_to_an_answer() {
+    let life = 300_000;
+    let recheck = Verdict::Recheck(probe(OWN, LINK_LOCAL));
+    let mut guard = settled();
+    assert_eq!(judge(&mut guard, life - 1, &data(LINK_LOCAL)), Verdict::Pass, "in use");
+    assert_eq!(judge(&mut guard, 2 * life - 2, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(2 * life), &claim_of_other());
+    assert_eq!(judge(&mut guard, 2 * life, &data(LINK_LOCAL)), Verdict::Pass, "nobody was asked");
+    assert_eq!(judge(&mut guard, 3 * life, &data(LINK_LOCAL)), recheck, "it is asked once, and passes");
+    assert_eq!(judge(&mut guard, 3 * life + 1, &data(LINK_LOCAL)), Verdict::Pass);
+    guard.to_guest(at(3 * life + 500), &claim_of_other());
+    assert_eq!(
+        judge(&mut guard, 3 * life + 501, &data(LINK_LOCAL)),
+        Verdict::Pass,
+        "an answer that late is none"
+    );
+    // What it says of its address counts as a use of it, and an answer takes it away.
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    assert_eq!(judge(&mut guard, 5 * life, &reply), recheck);
+    guard.to_guest(at(5 * life + 10), &claim_of_other());
+    assert_eq!(judge(&mut guard, 5 * life + 11, &reply), SPOOFED);
+    assert!(
+        matches!(judge(&mut guard, 5 * life + 12, &data(LINK_LOCAL)), Verdict::Probe(_)),
+        "from the start"
+    );
+    assert_eq!(judge(&mut guard, 5 * life + 13, &data(LINK_LOCAL)), SPOOFED);
+}
+
+#[test]
+fn an_address_another_station_looks_for_is_the_guests_if_it_says_so() {
+    let reply = ipv6_frame(OWN, LINK_LOCAL, 58, &nd(136, Some(LINK_LOCAL), Some((2, OWN))));
+    let looks = detection(OTHER, LINK_LOCAL);
+    let mut guard = settled();
+    guard.to_guest(at(1000), &looks);
+    assert_eq!(judge(&mut guard, 1100, &data(LINK_LOCAL)), Verdict::Pass, "for half a second");
+    assert_eq!(judge(&mut guard, 1200, &reply), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 2000, &data(LINK_LOCAL)), Verdict::Pass, "it said so");
+    // It no longer has it, and says nothing; repetition wins no time.
+    guard.to_guest(at(3000), &looks);
+    guard.to_guest(at(3300), &looks);
+    assert_eq!(judge(&mut guard, 3499, &data(LINK_LOCAL)), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 3500, &data(LINK_LOCAL)), Verdict::Probe(probe(OWN, LINK_LOCAL)));
+    assert_eq!(judge(&mut guard, 3501, &reply), SPOOFED);
+    // The guest's own question, reflected by a bridge, is nobody else's.
+    let mut guard = settled();
+    guard.to_guest(at(1000), &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut guard, 1600, &data(LINK_LOCAL)), Verdict::Pass);
+    // One that takes no frames says nothing either, and cannot keep by it what another has now.
+    guard.set_stalled(at(1700), true);
+    guard.to_guest(at(1700), &looks);
+    assert_eq!(judge(&mut guard, 2300, &data(LINK_LOCAL)), SPOOFED);
+    guard.set_stalled(at(2400), false);
+    assert!(matches!(judge(&mut guard, 2401, &data(LINK_LOCAL)), Verdict::Probe(_) | Verdict::Drop(_)));
+}
+
 #[test]
 fn a_guest_that_takes_no_frames_gets_no_address() {
     let mut guard = known_mac();
@@ -335,6 +451,30 @@ fn a_guest_that_takes_no_frames_gets_no_address() {
     brief.set_stalled(at(100), true);
     brief.set_stalled(at(200), false);
     assert_eq!(judge(&mut brief, 500, &data(LINK_LOCAL)), Verdict::Pass, "a busy guest is no liar");
+}
+
+#[test]
+fn a_guest_whose_queue_nobody_reads_gets_no_address() {
+    let config = GuardConfig { mac: Some(OWN), ipv4: None };
+    let table = Arc::new(SharedTable::default());
+    let mut one = Guard::new(config, Arc::clone(&table), 0);
+    let mut two = Guard::new(config, table, 1);
+    judge(&mut one, 0, &detection(OWN, ROUTER));
+    assert_eq!(judge(&mut one, 600, &data(ROUTER)), SPOOFED, "no receive ring ran yet");
+    one.set_reading(true);
+    assert_eq!(judge(&mut one, 700, &data(ROUTER)), Verdict::Probe(probe(OWN, ROUTER)), "an answer was lost");
+    two.set_reading(true);
+    two.set_reading(false);
+    assert_eq!(
+        judge(&mut one, 1300, &data(ROUTER)),
+        Verdict::Probe(probe(OWN, ROUTER)),
+        "or with a queue that went"
+    );
+    assert_eq!(judge(&mut one, 1800, &data(ROUTER)), Verdict::Pass);
+    judge(&mut two, 1900, &detection(OWN, LINK_LOCAL));
+    assert_eq!(judge(&mut two, 2400, &data(LINK_LOCAL)), Verdict::Pass, "one queue has the answers for all");
+    one.set_reading(false);
+    assert_eq!(judge(&mut two, 2500, &data(LINK_LOCAL)), Verdict::Pass, "what is the guest's stays its");
 }
 
 #[test]
@@ -360,8 +500,11 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("hidden behind options", behind_options(&nd(134, None, None)), ROGUE),
         ("hidden in a fragment", fragment(&nd(134, None, None)), MALFORMED),
         ("hidden beyond sight", ipv6_frame(OWN, LINK_LOCAL, 60, &long), MALFORMED),
+        ("query for groups", nd_frame(&[130, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
+        ("multicast router", nd_frame(&[151, 0, 0, 0, 0, 0, 0, 0]), ROGUE),
         ("redirect", nd_frame(&nd(137, target, None)), ROGUE),
         ("DHCPv6 server", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((547, 546), b"")), ROGUE),
+        ("from another port", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((4000, 546), b"")), ROGUE),
         ("DHCPv6 client", ipv6_frame(OWN, LINK_LOCAL, 17, &udp((546, 547), b"")), Verdict::Pass),
         ("router solicitation", nd_frame(&nd(133, None, own)), Verdict::Pass),
         ("with another's MAC", nd_frame(&nd(133, None, other)), SPOOFED),
@@ -379,6 +522,43 @@ fn what_routers_and_servers_say_is_not_the_guests_to_say() {
         ("version 4 within", ethernet(OWN, 0x86dd, &[0x45; 60]), MALFORMED),
     ] {
         assert_eq!(judge(&mut guard, 600, &frame), expected, "{what}");
+    }
+}
+
+#[test]
+fn a_checksum_is_written_over_nothing_that_was_judged() {
+    let mut guard = leased();
+    judge(&mut guard, 0, &detection(OWN, LINK_LOCAL));
+    let tunnel = Ipv4Addr::new(198, 51, 100, 1);
+    let tcp4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::TCP, 0), &[0; 40]));
+    let piece4 = ethernet(OWN, 0x0800, &ipv4_packet(IP, tunnel, (Protocol::UDP, 8), &[0; 40]));
+    let udp4 = ipv4_udp(IP, tunnel, (4000, 4789), &[0; 40]);
+    let echo6 = ipv6_frame(OWN, LINK_LOCAL, 58, &[128, 0, 0, 0, 0, 1, 0, 1]);
+    let behind_options = [&[6, 0, 5, 2, 0, 0, 1, 0][..], &[0; 20]].concat();
+    let piece6 = [&[17, 0, 0, 8, 0, 0, 0, 9][..], &[0; 20]].concat();
+    for (what, frame, places) in [
+        // Each frame with the places that are allowed among the first 54 + 20; upper layers begin at 34 and 54.
+        ("TCP", tcp4, 34..74),
+        ("a further fragment", piece4, 34..74),
+        ("ARP", arp(OWN, IP, arp::Operation::Reply), 0..0),
+        ("echo", echo6, 56..57),
+        ("TCP over IPv6", ipv6_frame(OWN, LINK_LOCAL, 6, &[0; 20]), 54..74),
+        ("the same behind options", ipv6_frame(OWN, LINK_LOCAL, 0, &behind_options), 62..74),
+        ("a further fragment over IPv6", ipv6_frame(OWN, LINK_LOCAL, 44, &piece6), 62..74),
+        ("a question", discover(9, OWN), 40..41),
+    ] {
+        for place in 14..72u16 {
+            let checksum = Checksum::Partial { start: 14, offset: place - 14 };
+            let verdict = guard.from_guest(at(600), checksum, &frame[..frame.len().min(256)], frame.len());
+            let expected = if places.contains(&place) { Verdict::Pass } else { MALFORMED };
+            assert_eq!(verdict, expected, "{what}: {place}");
+        }
+    }
+    for (place, expected) in
+        [(34, MALFORMED), (37, MALFORMED), (40, Verdict::Pass), (41, MALFORMED), (42, Verdict::Pass)]
+    {
+        let checksum = Checksum::Partial { start: place, offset: 0 };
+        assert_eq!(guard.from_guest(at(600), checksum, &udp4, udp4.len()), expected, "UDP: {place}");
     }
 }
 

@@ -1,0 +1,17 @@
+//! The packet NAT: what it changes in a frame, and what becomes of frames that pass it.
+//!
+//! A failing case is printed shrunk; its seed goes to `tests/packet_nat/*.regressions` and is replayed first by every
+//! later run.
+
+mod packets;
+mod rewrite;
+mod tcp;
+
+use proptest::prelude::ProptestConfig;
+use proptest::test_runner::FileFailurePersistence;
+
+/// Random cases of each property.
+pub(crate) fn config() -> ProptestConfig {
+    let persistence = FileFailurePersistence::WithSource("regressions");
+    ProptestConfig { failure_persistence: Some(Box::new(persistence)), ..ProptestConfig::with_cases(512) }
+}
