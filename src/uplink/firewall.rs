@@ -6,12 +6,13 @@
 //! does not override a drop in another, so `ip filter FORWARD` and `ip6 filter FORWARD` (iptables, Docker,
 //! ufw) get accepts too, in Docker's own chain for them if it is there. Those match interfaces only, in the
 //! form `iptables` understands, because our own table is the strict one; each carries the network's comment,
-//! and nothing else is ever removed.
+//! and nothing else is ever removed. `iptables-legacy` has tables of its own, which `legacy` gives the same accepts.
 //!
-//! Runs the program `nft` (through the crate `nftables`), so callers are not on a worker's thread.
+//! Runs the program `nft` (through the crate `nftables`), and iptables' where its tables are in use, so callers are not on a worker's thread.
 //!
 //! Read first: nft(8), libnftables-json(5); `Documentation/networking/nf_conntrack-sysctl.rst` of Linux.
 
+mod legacy;
 mod listing;
 mod rules;
 
@@ -19,7 +20,7 @@ use std::ffi::OsStr;
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nftables::batch::Batch;
 use nftables::helper::{self, NftablesError};
@@ -108,6 +109,17 @@ pub enum FirewallError {
         /// What it said, if it could be read.
         said: String,
     },
+    /// A program of iptables refused.
+    #[error(
+        "legacy tables of iptables filter here and must let this network's guests pass, but {} failed: {said}",
+        program.display()
+    )]
+    Legacy {
+        /// The program.
+        program: PathBuf,
+        /// What it said.
+        said: String,
+    },
 }
 
 /// Makes what must hold hold. Whether anything had to be changed.
@@ -115,7 +127,7 @@ pub enum FirewallError {
 /// # Errors
 /// [`FirewallError`].
 pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
-    transact(|listing, batch| {
+    let changed = transact(|listing, batch| {
         if !listing.table_is(&ruleset.table, &ruleset.mark(), rules::count(ruleset)) {
             rules::replace_table(ruleset, batch);
         }
@@ -124,7 +136,10 @@ pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
             listing.delete_tagged(&ruleset.comment, batch);
             rules::insert_accepts(&wanted, &ruleset.comment, batch);
         }
-    })
+    })?;
+    let accepted =
+        legacy::apply(&ruleset.comment, |family, chain| rules::accepts_in(ruleset, family, chain))?;
+    Ok(changed || accepted)
 }
 
 /// Removes the table and everything with the comment. Whether there was anything.
@@ -132,12 +147,15 @@ pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
 /// # Errors
 /// [`FirewallError`].
 pub fn remove(table: &str, comment: &str) -> Result<bool, FirewallError> {
-    transact(|listing, batch| {
+    // In spite of each other's failure.
+    let accepted = legacy::apply(comment, |_, _| Vec::new());
+    let changed = transact(|listing, batch| {
         if listing.has_table(table) {
             rules::delete_table(table, batch);
         }
         listing.delete_tagged(comment, batch);
-    })
+    })?;
+    Ok(changed | accepted?)
 }
 
 /// Lists, lets `plan` say what to change, and changes it in one transaction; again if that fails, because

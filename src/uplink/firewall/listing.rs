@@ -48,9 +48,9 @@ impl Family {
 /// The table of iptables that filters.
 pub(super) const FILTER: &str = "filter";
 /// Its chain for what is forwarded.
-const FORWARD: &str = "FORWARD";
+pub(super) const FORWARD: &str = "FORWARD";
 /// Docker's chain for users' rules, which `FORWARD` goes to first.
-const DOCKER_USER: &str = "DOCKER-USER";
+pub(super) const DOCKER_USER: &str = "DOCKER-USER";
 
 /// The ruleset of a network namespace.
 #[derive(Debug, Default)]

@@ -197,6 +197,47 @@ fn a_policy_of_drop_like_dockers_is_lived_with_before_and_after_its_rules_are_fl
 }
 
 #[test]
+fn a_policy_of_drop_of_iptables_legacy_is_lived_with_and_its_rules_stay() {
+    on_a_site(&["iptables-legacy"], |site| {
+        let legacy = |program: &str, words: &str| {
+            let words: Vec<&str> = std::iter::once(program).chain(words.split(' ')).collect();
+            site.lab.host.run(&words, PATIENCE).map(|output| output.stdout)
+        };
+        for program in ["iptables-legacy", "ip6tables-legacy"] {
+            legacy(program, "-P FORWARD DROP")?;
+            legacy(program, "-A FORWARD -i nobody -j ACCEPT")?;
+        }
+        site.lab.host.sysctl("net.bridge.bridge-nf-call-iptables", "1")?;
+        let here = || -> Result<String, Failure> {
+            Ok(legacy("iptables-legacy", "-S")? + &legacy("ip6tables-legacy", "-S")?)
+        };
+        site.network("create lab")?;
+        let (before, rules_before) = (site.host_state()?, here()?);
+        let one = site.vm("lab", "vm1", &PUBLISH)?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
+        until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+        let shown = here()?;
+        // The bridge to itself, out and in over IPv4; to itself over IPv6.
+        ensure!(shown.matches("vunet:").count() == 4, "{shown}");
+        coexists("at first", site, &one, &two)?;
+        // Docker comes, and with it a chain for users; what was flushed comes back with the next change.
+        legacy("iptables-legacy", "-N DOCKER-USER")?;
+        legacy("iptables-legacy", "-I FORWARD -j DOCKER-USER")?;
+        let three = site.vm("lab", "vm3", &[])?;
+        let shown = here()?;
+        ensure!(shown.matches("-A DOCKER-USER").count() == 3, "{shown}");
+        coexists("with Docker", site, &one, &two)?;
+        [one, two, three].into_iter().try_for_each(Vm::stop)?;
+        legacy("iptables-legacy", "-D FORWARD -j DOCKER-USER")?;
+        legacy("iptables-legacy", "-X DOCKER-USER")?;
+        ensure_as_before(&before, &site.host_state()?)?;
+        ensure_as_before(&rules_before, &here()?)
+    });
+}
+
+#[test]
 fn another_default_route_is_followed() {
     on_a_site(&[], |site| {
         site.network("create lab")?;
