@@ -21,6 +21,7 @@ use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use nftables::batch::Batch;
 use nftables::helper::{self, NftablesError};
@@ -128,6 +129,9 @@ pub enum FirewallError {
 /// [`FirewallError`].
 pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
     let changed = transact(|listing, batch| {
+        if listing.firewalld_rejects(&ruleset.bridge, rules::OWN_BRIDGES) {
+            warn_of_firewalld();
+        }
         if !listing.table_is(&ruleset.table, &ruleset.mark(), rules::count(ruleset)) {
             rules::replace_table(ruleset, batch);
         }
@@ -140,6 +144,17 @@ pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
     let accepted =
         legacy::apply(&ruleset.comment, |family, chain| rules::accepts_in(ruleset, family, chain))?;
     Ok(changed || accepted)
+}
+
+/// firewalld may own its table, so that nobody else can put an accept there.
+fn warn_of_firewalld() {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        tracing::warn!(
+            "firewalld rejects what this network's guests send to the world and to each other until it trusts the \
+             bridges: firewall-cmd --permanent --zone=trusted --add-interface=vn-+; firewall-cmd --reload"
+        );
+    });
 }
 
 /// Removes the table and everything with the comment. Whether there was anything.

@@ -33,7 +33,7 @@ const FILTER_PRIORITY: i32 = -10;
 const DSTNAT_PRIORITY: i32 = -100;
 const SRCNAT_PRIORITY: i32 = 100;
 /// Bridges of all named networks.
-const OWN_BRIDGES: &str = "vn-*";
+pub(super) const OWN_BRIDGES: &str = "vn-*";
 
 type Expr = Expression<'static>;
 type Stmt = Statement<'static>;

@@ -237,6 +237,35 @@ fn a_policy_of_drop_of_iptables_legacy_is_lived_with_and_its_rules_stay() {
     });
 }
 
+/// What firewalld 1.3.3 has about forwarding, without its zones.
+const FIREWALLD: &str = "add table inet firewalld; \
+    add chain inet firewalld filter_FORWARD { type filter hook forward priority 10; }; \
+    add chain inet firewalld filter_FORWARD_ZONES; \
+    add rule inet firewalld filter_FORWARD ct state established,related accept; \
+    add rule inet firewalld filter_FORWARD ct status dnat accept; \
+    add rule inet firewalld filter_FORWARD jump filter_FORWARD_ZONES; \
+    add rule inet firewalld filter_FORWARD reject with icmpx admin-prohibited";
+
+#[test]
+fn what_to_do_about_firewalld_is_said_until_it_is_done() {
+    on_a_site(&[], |site| {
+        let nft = |rules: &str| site.lab.host.run(&["nft", rules], PATIENCE).map(drop);
+        nft(FIREWALLD)?;
+        site.network("create lab")?;
+        let says = |vm: &Vm| vm.vunet.errors().join("\n").matches("--add-interface=vn-+").count();
+        let one = site.vm("lab", "vm1", &[])?;
+        ensure!(!one.pings_soon(WORLD)?, "this firewalld rejects nothing");
+        ensure!(says(&one) == 1, "said {} times", says(&one));
+        // What that command makes of its rules.
+        nft("add rule inet firewalld filter_FORWARD_ZONES iifname \"vn-*\" accept")?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.pings(WORLD)? && two.pings(one.ip)?, "what is said does not help");
+        ensure!(says(&two) == 0, "it is said although it is done");
+        one.stop()?;
+        two.stop()
+    });
+}
+
 #[test]
 fn another_default_route_is_followed() {
     on_a_site(&[], |site| {
