@@ -355,12 +355,15 @@ pub const HOLDER_USERS_MAX: usize = 256;
 /// How long a holder may take to let a process into its network: it has only two descriptors to send.
 pub const HOLDER_ANSWER: Duration = Duration::from_secs(5);
 
+/// Flows there are in any case, however few descriptors there are: a guest with none could not even ask for a name.
+pub const FLOWS_MIN: usize = 16;
+
 /// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
 /// the published ports.
 pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
     let reserved = RESERVED_FDS_DNS + RESERVED_FDS_WORKER * workers + published;
-    (open_files.saturating_sub(reserved) / workers).clamp(16, FLOWS_MAX)
+    (open_files.saturating_sub(reserved) / workers).clamp(FLOWS_MIN, FLOWS_MAX)
 }
 
 #[cfg(test)]
