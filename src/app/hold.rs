@@ -25,7 +25,8 @@ pub fn hold(
     let lan = Lan { subnet: own.subnet, gateway: own.gateway, guest: None, ip_mtu: own.ip_mtu, dhcp: true };
     let dns = DnsConfig::of_gateway(&own.dns_domain, own.gateway);
     // Each process guards its own guest; what comes over the bridge is of all of them.
-    let network = NetworkConfig { name: name.clone(), state: networks.state().clone(), trust_guest: true };
+    let state = networks.state().clone();
+    let network = NetworkConfig { name: name.clone(), state, trust_guest: true, lent: Vec::new() };
     let services = services::of_network(&network, &lan, &dns, true)?;
     let config = HolderConfig {
         lan,

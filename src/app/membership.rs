@@ -6,11 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, starting};
-use crate::config::{Attach, Config, Protocol, Publish};
+use super::{Bound, Error, bind, starting};
+use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::control::port_relay;
+use crate::engine::lan::guard::SharedTable;
 use crate::holder::door::Use;
+use crate::holder::ports::Lent;
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
 use crate::network::users::{PublishedPort, User};
@@ -33,8 +35,23 @@ pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
     Ok(Some(Arc::new(Mutex::new(joined))))
 }
 
-/// Moves this process into the namespaces of its network, if those are a holder's; with the way to stay there.
-pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)>, Error> {
+/// Binds the published ports that a holder is to serve; port 0 is picked by the kernel and put in its place.
+pub(super) fn bind_lent(network: Option<&mut NetworkConfig>) -> Result<Vec<Lent>, Error> {
+    let Some(network) = network else { return Ok(Vec::new()) };
+    network.lent.iter_mut().map(|port| bind(port).map(|socket| Lent { socket, port: *port })).collect()
+}
+
+/// The guest's address on a network with a holder: the configured one, else what the guard sees of DHCP.
+pub(super) fn address(config: &Config, table: &SharedTable) -> watch::Receiver<Option<Ipv4Addr>> {
+    match config.lan.guest {
+        Some(addr) => watch::channel(Some(addr)).1,
+        None => table.leased(),
+    }
+}
+
+/// Moves this process into the namespaces of its network, if those are a holder's, and lends that its ports; with
+/// the way to stay there.
+pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Option<(Place, Use)>, Error> {
     let Some(joined) = joined else { return Ok(None) };
     let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
     let definition = joined.definition();
@@ -42,7 +59,7 @@ pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)
         return Ok(None);
     }
     let place = joined.holder();
-    let used = place.enter().map_err(|source| Error::Join { name: definition.name.clone(), source })?;
+    let used = place.enter(lent).map_err(|source| Error::Join { name: definition.name.clone(), source })?;
     Ok(Some((place, used)))
 }
 

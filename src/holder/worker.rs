@@ -7,9 +7,12 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use epoll::Event;
+use socket2::Socket;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ports::{Order, Orders};
 use super::tap_port::{self, TapPort, TapSource};
+use crate::config::{Protocol, Publish};
 use crate::control::dns_forward::{DnsClient, DnsQuery};
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
@@ -28,6 +31,7 @@ const EVENTS: usize = 256;
 const TAP: Token = Token(0x80 << 56);
 const DNS: Token = Token(0x82 << 56);
 const STOP: Token = Token(0x83 << 56);
+const ORDERS: Token = Token(0x84 << 56);
 const ADDRESSES_GONE: Token = Token(0x85 << 56);
 
 /// What a worker is made of.
@@ -42,6 +46,8 @@ pub struct HolderParts {
     pub dns_client: DnsClient,
     /// The network's leases.
     pub dhcp: SharedDhcp,
+    /// Ports that processes publish, and their guests' addresses.
+    pub orders: Orders,
     /// Written to end the worker.
     pub stop: EventFd,
     /// Written when addresses of the host went and did not come back.
@@ -55,6 +61,7 @@ pub struct HolderWorker {
     source: TapSource,
     port: TapPort,
     dns: Rc<RefCell<DnsClient>>,
+    orders: Orders,
     clock: Clock,
     addresses_gone: EventFd,
     /// Frames wait on the TAP.
@@ -72,6 +79,7 @@ impl HolderWorker {
         poll.watch_readable(source.fd(), TAP)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
         poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
+        poll.watch_readable(parts.orders.event_fd().as_raw_fd(), ORDERS)?;
         let dns = Rc::new(RefCell::new(parts.dns_client));
         poll.watch_readable(dns.borrow().event_fd().as_raw_fd(), DNS)?;
         let dns_streams = Rc::clone(&dns);
@@ -83,6 +91,7 @@ impl HolderWorker {
             source,
             port,
             dns,
+            orders: parts.orders,
             clock: Clock::start(),
             addresses_gone: parts.addresses_gone,
             tap_waits: false,
@@ -108,6 +117,7 @@ impl HolderWorker {
                     }
                     TAP => self.tap_waits = true,
                     DNS => self.dns_answers(now),
+                    ORDERS => self.carry_out(),
                     ADDRESSES_GONE => {
                         let _ = self.addresses_gone.read();
                         self.engine.addresses_gone(now, &mut self.port);
@@ -148,6 +158,28 @@ impl HolderWorker {
         Ok(more || self.tap_waits)
     }
 
+    fn carry_out(&mut self) {
+        self.orders.clear_event();
+        let HolderWorker { engine, orders, .. } = self;
+        orders.take(|order| match order {
+            Order::Publish(number, port, socket) => {
+                let outcome = publish(engine, number, port, socket);
+                if let Err(error) = &outcome {
+                    tracing::warn!(%error, host = %port.host, "a published port cannot be watched");
+                }
+                outcome.is_ok()
+            }
+            Order::Guest(number, addr) => {
+                engine.set_guest(number, addr);
+                true
+            }
+            Order::Gone(number) => {
+                engine.unpublish(number);
+                true
+            }
+        });
+    }
+
     fn dns_answers(&mut self, now: Instant) {
         let mut client = self.dns.borrow_mut();
         client.clear_event();
@@ -155,4 +187,20 @@ impl HolderWorker {
             self.engine.dns_answer(now, &mut self.port, answer.id, &answer.bytes);
         }
     }
+}
+
+fn publish(engine: &mut Engine<HostSockets>, number: u64, port: Publish, socket: Socket) -> io::Result<()> {
+    match port.protocol {
+        Protocol::Tcp => {
+            let token = engine.nat().next_listener_token();
+            let listener = engine.nat().net().listener(token, socket)?;
+            engine.publish_tcp_of(number, port, listener);
+        }
+        Protocol::Udp => {
+            let token = engine.nat().next_datagram_token();
+            let socket = engine.nat().net().published_udp(token, socket)?;
+            engine.publish_udp_of(number, port, socket);
+        }
+    }
+    Ok(())
 }

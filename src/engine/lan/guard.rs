@@ -26,6 +26,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
 use super::dhcp::{self, Answer, Question};
 use super::ipv6::{self, Discovery, Upper};
 use super::vlan;
@@ -98,6 +100,8 @@ pub struct SharedTable {
     /// Workers that do not read their queue, a bit each.
     stalled: AtomicU64,
     table: Mutex<Table>,
+    /// The IPv4 address the guest leased last, for those who lead others to it.
+    leased: watch::Sender<Option<Ipv4Addr>>,
 }
 
 /// The guard of one worker.
@@ -114,6 +118,11 @@ pub struct Guard {
 }
 
 impl SharedTable {
+    /// The IPv4 address the guest leased last, as it comes and goes; `None` of one whose address is configured.
+    pub fn leased(&self) -> watch::Receiver<Option<Ipv4Addr>> {
+        self.leased.subscribe()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -165,6 +174,8 @@ impl Guard {
     fn learn(&mut self, change: impl FnOnce(&mut Table)) {
         let mut table = self.shared.lock();
         change(&mut table);
+        let newest = table.leases.last().map(|lease| lease.addr);
+        self.shared.leased.send_if_modified(|known| std::mem::replace(known, newest) != newest);
         self.shared.version.fetch_add(1, Ordering::AcqRel);
         drop(table);
         self.refresh();
