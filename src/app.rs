@@ -53,12 +53,14 @@ use crate::worker::{LinkParts, Worker, WorkerParts};
 #[derive(Debug, Error)]
 pub enum Error {
     /// A published port could not be bound.
-    #[error("--publish: cannot listen on {kind} {host}")]
+    #[error("--publish: cannot listen on {kind} {host}{taken_by}")]
     Publish {
         /// `tcp` or `udp`.
         kind: &'static str,
         /// The host address asked for.
         host: std::net::SocketAddr,
+        /// Whose it is, if that is known; begins with a comma.
+        taken_by: String,
         /// The kernel's refusal.
         source: io::Error,
     },
@@ -268,7 +270,8 @@ fn prepare(
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let bound = bind_all(&mut nat.publish)?;
+    let named = |error| membership::with_owner(error, config.network.as_ref());
+    let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
     // On a named network the kernel translates, and names are all that is asked of the world here.
     let is_shared = config.network.is_some();
@@ -380,7 +383,7 @@ fn bind(port: &mut Publish) -> Result<Socket, Error> {
         Protocol::Tcp => ("tcp", Type::STREAM),
         Protocol::Udp => ("udp", Type::DGRAM),
     };
-    let refused = |source| Error::Publish { kind, host: port.host, source };
+    let refused = |source| Error::Publish { kind, host: port.host, taken_by: String::new(), source };
     let socket = bind_published(socket_type, port.host).map_err(refused)?;
     let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(port.host);
     tracing::info!(kind, %host, guest_port = port.guest_port, "published");

@@ -237,7 +237,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Bound of flows and sockets: what ports that came later hold is not there for flows.
     fn flows_max(&self) -> usize {
-        self.flows_max.saturating_sub(self.lent.len()).max(limits::FLOWS_MIN)
+        self.flows_max.saturating_sub(self.lent.len()).max(limits::FLOWS_MIN.min(self.flows_max))
     }
 
     /// The token the next datagram socket will have.

@@ -54,7 +54,10 @@ fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() 
 }
 
 /// A datagram's way: the address its server in the guest sees, asked from `netns`.
-fn seen_by_udp(netns: &vunet_integration::lab::Netns, to: (Ipv4Addr, u16)) -> Result<String, Failure> {
+pub(super) fn seen_by_udp(
+    netns: &vunet_integration::lab::Netns,
+    to: (Ipv4Addr, u16),
+) -> Result<String, Failure> {
     let socket = netns.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
     socket.set_read_timeout(Some(Duration::from_secs(3)))?;
     socket.connect(to)?;

@@ -2,11 +2,13 @@
 
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use vunet_integration::lab::{Netns, SHORT};
 use vunet_integration::world::ports;
 
-use super::site::{Site, Vm, on_a_site, seen, until};
+use super::reach::seen_by_udp;
+use super::site::{Site, Vm, connect, on_a_site, seen, until};
 use crate::bench::{Failure, Outcome, PATIENCE, ensure};
 
 /// As whom.
@@ -117,6 +119,135 @@ fn a_holder_that_is_killed_leaves_guests_together_and_is_succeeded() {
             vm.stop()?;
         }
         Ok(())
+    });
+}
+
+/// The world's client of a published port is seen under its own address, over TCP and UDP.
+fn is_published(site: &Site, port: u16) -> Outcome {
+    let peer = seen(&site.lab.world, (HOST, port))?;
+    ensure!(peer.ip() == WORLD, "port {port}: the guest saw {peer} for the world's client");
+    let peer = seen_by_udp(&site.lab.world, (HOST, port))?;
+    ensure!(peer == WORLD.to_string(), "port {port}: the guest saw {peer} over UDP");
+    Ok(())
+}
+
+/// Waits until the network's holder leads the port to a guest: it hears of the guest's address a moment later
+/// than the guest.
+fn until_published(site: &Site, port: u16) -> Outcome {
+    until("the published port", || seen(&site.lab.world, (HOST, port)).is_ok())?;
+    is_published(site, port)
+}
+
+#[test]
+fn published_ports_lead_to_their_guests_under_the_clients_addresses() {
+    on_a_users_site("", |site| {
+        let publish = |host: &'static str| ["--publish", host, "--publish", "127.0.0.1:7006:9006"];
+        let one =
+            site.vm("lab", "vm1", &[&publish("8006:9006")[..], &["--publish", "udp:8006:9006"]].concat())?;
+        let two = site.vm("lab", "vm2", &["--publish", "8007:9006", "--publish", "udp:8007:9006"])?;
+        let (_first, _second) = (site.serve(&one.netns)?, site.serve(&two.netns)?);
+        until_published(site, 8006)?;
+        until_published(site, 8007)?;
+        let gateway = Ipv4Addr::new(10, 0, 2, 1);
+        for to in [(Ipv4Addr::LOCALHOST, 8006), (Ipv4Addr::LOCALHOST, 7006)] {
+            let peer = seen(&site.lab.host, to)?;
+            ensure!(peer.ip() == gateway, "the guest saw {peer} for the host's own client of {to:?}");
+        }
+        let refused = connect(&site.lab.world, (HOST, 7006), Duration::from_secs(2));
+        ensure!(refused.is_err(), "a port published on loopback is open to the world");
+        // One guest reaches the other by way of the host.
+        let peer = seen(&one.netns, (HOST, 8007))?;
+        ensure!(peer.ip() == HOST, "the guest saw {peer} for another guest's client");
+        // Who has which port is known.
+        let shown = site.inspect("lab")?;
+        let has = |user: &serde_json::Value| user["published"].as_array().map_or(0, Vec::len);
+        let count: Vec<usize> =
+            shown["users"].as_array().map(|all| all.iter().map(has).collect()).unwrap_or_default();
+        ensure!(count.iter().sum::<usize>() == 5, "{shown}");
+        one.stop()?;
+        let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
+        ensure!(gone.is_err(), "the port outlives its process");
+        is_published(site, 8007)?;
+        two.stop()
+    });
+}
+
+#[test]
+fn a_published_port_is_one_processs_and_free_once_that_is_killed() {
+    on_a_users_site("", |site| {
+        let publish = ["--publish", "8006:9006", "--publish", "udp:8006:9006"];
+        let mut one = site.vm("lab", "vm1", &publish)?;
+        let served = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        let socket = site.lab.dir().join("vm2.sock");
+        let mut refused = site.start("lab", &socket, &publish)?;
+        until("the refusal", || !refused.is_running())?;
+        let words = refused.wait_error(PATIENCE, "the reason", |line| line.contains("--publish"))?;
+        ensure!(words.contains("8006"), "{words}");
+        let owner = one.vunet.pid().to_string();
+        ensure!(words.contains(&owner) && words.contains("network lab"), "not whose the port is: {words}");
+        let mut open = connect(&site.lab.world, (HOST, 8006), PATIENCE)?;
+        one.vunet.kill();
+        let ended = std::io::Read::read_to_end(&mut open, &mut Vec::new());
+        drop(served);
+        // What came of it before is read; what matters is that it does not hang.
+        ensure!(
+            ended.is_ok() || ended.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionReset),
+            "an open connection outlives its guest"
+        );
+        let two = site.vm("lab", "vm3", &publish)?;
+        let _server = site.serve(&two.netns)?;
+        until_published(site, 8006)?;
+        two.stop()
+    });
+}
+
+#[test]
+fn ports_are_published_again_by_the_next_holder() {
+    on_a_users_site("", |site| {
+        let publish = ["--publish", "8006:9006", "--publish", "udp:8006:9006"];
+        let one = site.vm("lab", "vm1", &publish)?;
+        let _server = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        let pid = holder(site)?.ok_or_else(|| Failure("nobody holds the network".into()))?;
+        kill(&site.lab.host, pid)?;
+        until("word of it", || one.vunet.errors().iter().any(|line| line.contains("holder ended")))?;
+        // The port is not free meanwhile: who comes waits for the next holder.
+        let waits = connect(&site.lab.world, (HOST, 8006), PATIENCE)?;
+        let two = site.vm("lab", "vm2", &["--publish", "0:9006"])?;
+        until("its return", || one.vunet.errors().iter().any(|line| line.contains("has a holder again")))?;
+        until_published(site, 8006)?;
+        drop(waits);
+        // Port 0 is picked, and told.
+        let shown = site.inspect("lab")?;
+        let users = shown["users"].as_array().cloned().unwrap_or_default();
+        let hosts = users.iter().filter_map(|user| user["published"][0]["host"].as_str());
+        let mut ports = hosts.filter_map(|host| host.rsplit_once(':')?.1.parse::<u16>().ok());
+        let port = ports.find(|port| *port != 8006).ok_or_else(|| Failure(shown.to_string()))?;
+        ensure!(port != 0, "{shown}");
+        let _too = site.serve(&two.netns)?;
+        until("the picked port", || {
+            seen(&site.lab.world, (HOST, port)).is_ok_and(|peer| peer.ip() == WORLD)
+        })?;
+        one.stop()?;
+        two.stop()
+    });
+}
+
+#[test]
+fn a_port_of_a_guest_with_a_fixed_address_needs_no_lease() {
+    on_a_users_site("", |site| {
+        let fixed = "10.0.2.77";
+        let vm = site.vm_without_lease(
+            "lab",
+            "vm1",
+            &["--guest-ip", fixed, "--publish", "8006:9006", "--publish", "udp:8006:9006"],
+        )?;
+        vm.run("ip addr add 10.0.2.77/24 dev eth0")?;
+        vm.run("ip route add default via 10.0.2.1")?;
+        let _server = site.serve(&vm.netns)?;
+        until_published(site, 8006)?;
+        vm.stop()
     });
 }
 
