@@ -24,7 +24,6 @@ use crate::uplink::firewall::{self, Beyond, FirewallError, Redirect, Ruleset};
 use crate::uplink::forwarding::{Forwarding, ForwardingError};
 use crate::uplink::links::{Link, LinkError, LinkKind, Links};
 use crate::uplink::own_bridge::{BridgeError, OwnBridge};
-use crate::uplink::sys::routes;
 use crate::uplink::sysctl::{self, SysctlError};
 
 /// Name of the note of switched interfaces, in the state directory: all its networks share it.
@@ -197,7 +196,7 @@ pub fn lower(state_dir: &Path, definition: &Definition) -> Result<bool, LifeErro
 /// Interfaces that lead to the world, for those that may go there.
 fn uplinks(definition: &Definition) -> Result<Vec<String>, LifeError> {
     match definition.kind {
-        Kind::Nat { .. } => routes::default_interfaces().map_err(host("read this host's routes")),
+        Kind::Nat { .. } => with_links(async |links| Ok(links.to_the_world().await?)),
         Kind::HostOnly { .. } | Kind::Rootless { .. } | Kind::Bridge { .. } => Ok(Vec::new()),
     }
 }
