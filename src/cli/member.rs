@@ -24,8 +24,11 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
             refuse_host_only(args, name)?;
             own(args, lan, Mode::Isolated, guard, config)
         }
-        Kind::Rootless { lan } => {
+        Kind::Rootless { lan, world } => {
             refuse_rootless(args, name)?;
+            if !world {
+                refuse_host_only(args, name)?;
+            }
             let config = NetworkConfig { lent: published(&args.publish)?, ..config };
             let parts = station(args, lan.ip_mtu, guard, config);
             Ok(Parts { lan: Lan { guest: args.guest_ip, ..parts.lan }, ..parts })

@@ -58,6 +58,8 @@ pub struct HolderConfig {
     pub lan: Lan,
     /// DNS as they meet it.
     pub dns: DnsConfig,
+    /// Whether anything lies beyond the guests and their gateway.
+    pub world: bool,
     /// Keys the initial sequence numbers (RFC 6528).
     pub isn_secret: (u64, u64),
     /// Alias of the bridge, which marks it as this network's.
@@ -133,7 +135,7 @@ pub fn run(config: &HolderConfig, services: Services, ready: impl FnOnce()) -> R
     let Prepared { parts, forwarder, resolver, ports } = prepare(config, open_files, tap, &stop, services)?;
     let dns = Arc::clone(&parts.dns);
     let host = Dependents {
-        resolver: config.dns.enabled.then_some(resolver),
+        resolver: (config.dns.enabled && config.world).then_some(resolver),
         dhcp: Arc::clone(&parts.dhcp),
         workers: vec![parts.addresses_gone.try_clone().map_err(starting("an eventfd"))?],
         subnet: config.lan.subnet,
@@ -185,7 +187,7 @@ fn prepare(
         engine: EngineConfig {
             lan: config.lan,
             dns: config.dns.clone(),
-            mode: Mode::Nat(nat),
+            mode: if config.world { Mode::Nat(nat) } else { Mode::Isolated },
             mac: None,
             flows_max: limits::flows_max(open_files, limits::HOLDER_USERS_MAX, 1),
             isn_secret: config.isn_secret,

@@ -122,13 +122,13 @@ mod tests {
         let oif = || vec![RouteAttribute::Oif(7)];
         assert_eq!(default_route(&route(0, oif())), [7]);
         assert_eq!(default_route(&route(1, oif())), [7]);
-        assert_eq!(default_route(&route(2, oif())), []);
+        assert!(default_route(&route(2, oif())).is_empty());
         let mut refusing = route(0, oif());
         refusing.header.kind = RouteType::Unreachable;
-        assert_eq!(default_route(&refusing), []);
+        assert!(default_route(&refusing).is_empty());
         let mut dead = route(0, oif());
         dead.header.flags = RouteFlags::Dead;
-        assert_eq!(default_route(&dead), []);
+        assert!(default_route(&dead).is_empty());
     }
 
     #[test]

@@ -251,6 +251,73 @@ fn a_port_of_a_guest_with_a_fixed_address_needs_no_lease() {
     });
 }
 
+/// Where there is no `nft`, neither in PATH nor elsewhere.
+const WITHOUT_NFT: &[&str] =
+    &["unshare", "-m", "sh", "-ec", "mount --bind /dev/null $(command -v nft); exec \"$@\"", "sh"];
+
+#[test]
+fn without_nft_root_is_told_of_the_network_in_user_space_and_has_it() {
+    on_a_site(&["unshare", "pgrep", "dig"], |site| {
+        site.through = WITHOUT_NFT;
+        // The first makes the folder of all networks, which stays.
+        site.network("create lab")?;
+        site.network("remove lab")?;
+        let before = site.host_state()?;
+        for mode in ["nat", "host-only"] {
+            let made =
+                site.network_any(&format!("create lab --mode {mode} --isolate --subnet 10.0.2.0/24"))?;
+            ensure!(made.code == Some(0) && made.stderr.contains("--rootless"), "{made:?}");
+            let socket = site.lab.dir().join("refused.sock");
+            let mut refused = site.start("lab", &socket, &[])?;
+            until("the refusal", || !refused.is_running())?;
+            let words = refused.wait_error(PATIENCE, "the reason", |line| line.contains("nft"))?;
+            let state = site.state_dir().display();
+            let of_mode = if mode == "nat" { "" } else { " --mode host-only" };
+            let instead = format!(
+                "vunet network remove lab --state-dir {state} && vunet network create lab --state-dir \
+                 {state}{of_mode} --rootless --isolate --subnet 10.0.2.0/24 --gateway 10.0.2.1"
+            );
+            ensure!(words.contains(&instead), "{words} without {instead}");
+            site.network("remove lab")?;
+        }
+        site.network("create lab --rootless --subnet 10.0.2.0/24")?;
+        let one = site.vm("lab", "vm1", &["--publish", "8006:9006", "--publish", "udp:8006:9006"])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        ensure!(two.pings(one.ip)?, "the guests do not reach each other");
+        reaches_the_world(&two)?;
+        one.stop()?;
+        two.stop()?;
+        site.network("remove lab")?;
+        super::site::ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn host_only_guests_reach_each_other_and_nothing_else() {
+    on_a_users_site(" --mode host-only", |site| {
+        let _server = site.serve(&site.lab.host)?;
+        let one = site.vm("lab", "vm1", &[])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.pings(two.ip)? && two.pings(one.ip)?, "the guests do not reach each other");
+        ensure!(one.pings(Ipv4Addr::new(10, 0, 2, 1))?, "the gateway does not answer");
+        finds(&one, "vm2", two.ip)?;
+        for to in [WORLD, HOST, Ipv4Addr::new(10, 0, 2, 1)] {
+            let outcome = connect(&one.netns, (to, ports::PEER), Duration::from_secs(2));
+            ensure!(outcome.is_err(), "{to} is in reach");
+        }
+        ensure!(!one.pings_soon(WORLD)?, "the world is in reach");
+        let name = one.run("dig +short @10.0.2.1 www.example.test")?;
+        ensure!(!name.contains(&WORLD.to_string()), "the world's names are answered: {name}");
+        let socket = site.lab.dir().join("vm3.sock");
+        let refused = site.start("lab", &socket, &["--publish", "8006:9006"])?;
+        refused.wait_error(PATIENCE, "the refusal", |line| line.contains("--publish"))?;
+        one.stop()?;
+        two.stop()
+    });
+}
+
 #[test]
 fn isolated_guests_reach_the_world_and_not_each_other() {
     on_a_users_site(" --isolate", |site| {
