@@ -18,7 +18,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::ports::{self, LendError, Lent, Ports, PortsOf, Record, Said};
+use super::ports::{self, LendError, Lent, Ports, PortsOf, Record, Said, address};
 use crate::limits;
 use crate::sandbox::namespaces::{Namespaces, effective_user};
 
@@ -130,11 +130,16 @@ impl Use {
         (&self.0).write_all(&ports::end())
     }
 
-    /// Lends the holder the process's published ports. They lead nowhere until it is told of the guest's address.
+    /// Lends the holder the process's published ports. They lead to `guest`, or nowhere until it is told of another
+    /// address.
     ///
     /// # Errors
     /// [`LendError`], with the port.
-    pub fn lend(&self, ports: &[Lent]) -> Result<(), (SocketAddr, LendError)> {
+    pub fn lend(&self, ports: &[Lent], guest: Option<Ipv4Addr>) -> Result<(), (SocketAddr, LendError)> {
+        if let (Some(addr), Some(first)) = (guest, ports.first()) {
+            let told = (&self.0).write_all(&address(Some(addr)));
+            told.map_err(|error| (first.port.host, LendError::Silent(error)))?;
+        }
         ports.iter().try_for_each(|lent| lent.lend(&self.0).map_err(|error| (lent.port.host, error)))
     }
 
@@ -149,7 +154,7 @@ impl Use {
         let tells = async {
             loop {
                 let addr = *guest.borrow_and_update();
-                if addr != told && to_holder.write_all(&ports::address(addr)).await.is_err() {
+                if addr != told && to_holder.write_all(&address(addr)).await.is_err() {
                     return;
                 }
                 told = addr;

@@ -233,7 +233,7 @@ impl Ports {
 
     /// Those of one process, by the number of its connection.
     pub(super) fn of(&self, number: u64) -> PortsOf {
-        PortsOf { ports: self.clone(), number, published: 0 }
+        PortsOf { ports: self.clone(), number, guest: None, published: 0 }
     }
 }
 
@@ -242,6 +242,8 @@ impl Ports {
 pub(super) struct PortsOf {
     ports: Ports,
     number: u64,
+    /// Its guest's address, if it has said so.
+    guest: Option<Ipv4Addr>,
     published: usize,
 }
 
@@ -257,6 +259,10 @@ impl PortsOf {
             return TOO_MANY;
         }
         self.published += 1;
+        if self.published == 1 && self.guest.is_some() {
+            // Before clients that wait already are taken.
+            self.ports.order(Order::Guest(self.number, self.guest)).await;
+        }
         tracing::info!(protocol = ?port.protocol, host = %port.host, guest_port, "published");
         match self.ports.order(Order::Publish(self.number, port, socket)).await {
             true => TAKEN,
@@ -265,7 +271,8 @@ impl PortsOf {
     }
 
     /// Its guest has this address.
-    pub(super) async fn lead_to(&self, addr: Option<Ipv4Addr>) {
+    pub(super) async fn lead_to(&mut self, addr: Option<Ipv4Addr>) {
+        self.guest = addr;
         if self.published > 0 {
             self.ports.order(Order::Guest(self.number, addr)).await;
         }
@@ -361,10 +368,14 @@ mod tests {
         let worker = std::thread::spawn(move || {
             let mut seen = Vec::new();
             while let Ok((order, done)) = orders.orders.recv() {
-                seen.push(std::mem::discriminant(&order));
+                seen.push(match order {
+                    Order::Publish(number, ..) => (number, "port"),
+                    Order::Guest(number, _) => (number, "guest"),
+                    Order::Gone(number) => (number, "gone"),
+                });
                 let _ = done.send(true);
             }
-            seen.len()
+            seen
         });
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
         let socket = || Some(file(bind_published(Type::DGRAM, any).unwrap()));
@@ -379,7 +390,12 @@ mod tests {
         second.close().await;
         assert_eq!(ports.published.load(Ordering::Relaxed), limits::PUBLISHED_PORTS_MAX - 1);
         drop(ports);
-        assert_eq!(worker.join().unwrap(), 4, "two published, two gone, nothing of a process without ports");
+        let expected = [(1, "port"), (1, "gone"), (2, "guest"), (2, "port"), (2, "gone")];
+        assert_eq!(
+            worker.join().unwrap(),
+            expected,
+            "an address is told before the first port, or not at all"
+        );
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Place {
     /// [`JoinError`].
     pub fn enter(&self, ports: &[Lent]) -> Result<Use, JoinError> {
         let (namespaces, used) = self.knock()?;
-        used.lend(ports).map_err(|(host, source)| JoinError::Lend { host, source })?;
+        used.lend(ports, None).map_err(|(host, source)| JoinError::Lend { host, source })?;
         namespaces.enter()?;
         Ok(used)
     }
@@ -154,9 +154,9 @@ impl Place {
             );
             used = loop {
                 tokio::time::sleep(RETURN_PAUSE).await;
-                let (place, ports) = (Arc::clone(&place), Arc::clone(&ports));
+                let (place, ports, addr) = (Arc::clone(&place), Arc::clone(&ports), *guest.borrow());
                 // The holder may let it wait for a moment.
-                match tokio::task::spawn_blocking(move || place.knock_again(&ports)).await {
+                match tokio::task::spawn_blocking(move || place.knock_again(&ports, addr)).await {
                     Ok(Ok(used)) => break used,
                     Ok(Err(Some((host, error)))) => {
                         tracing::warn!(%host, %error, "a port is published no more; tried again in a second");
@@ -169,9 +169,13 @@ impl Place {
     }
 
     /// Knocks at the door of a holder that may not be there yet, which is no error to tell of.
-    fn knock_again(&self, ports: &[Lent]) -> Result<Use, Option<(SocketAddr, LendError)>> {
+    fn knock_again(
+        &self,
+        ports: &[Lent],
+        guest: Option<Ipv4Addr>,
+    ) -> Result<Use, Option<(SocketAddr, LendError)>> {
         let (_, used) = door::knock(&self.door()).map_err(|_| None)?;
-        match used.lend(ports) {
+        match used.lend(ports, guest) {
             Ok(()) => Ok(used),
             // Gone again.
             Err((_, LendError::Silent(_))) => Err(None),
