@@ -99,7 +99,8 @@ pub enum FirewallError {
     /// No `nft`.
     #[error(
         "the program nft is needed to keep this network apart and to translate its addresses, and is neither \
-         in PATH nor in /usr/sbin or /sbin: install the package nftables"
+         in PATH nor in /usr/sbin or /sbin: install the package nftables, or make the network with --rootless, \
+         which does both in user space, for root too"
     )]
     NoProgram,
     /// `nft` refused.
@@ -200,17 +201,30 @@ fn list() -> Result<Listing, FirewallError> {
         .map_err(|error| FirewallError::Refused { what: "listing rules", said: error.to_string() })
 }
 
+/// Whether there is a program `nft`.
+pub fn has_program() -> bool {
+    in_path() || elsewhere().is_some()
+}
+
 /// `nft` where it is: services often have no `sbin` in their `PATH`.
 fn program() -> &'static OsStr {
-    let in_path = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join("nft").is_file()));
-    let elsewhere = ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|file| Path::new(file).is_file());
-    OsStr::new(if in_path { "nft" } else { elsewhere.unwrap_or("nft") })
+    OsStr::new(if in_path() { "nft" } else { elsewhere().unwrap_or("nft") })
+}
+
+fn in_path() -> bool {
+    let has = |path| std::env::split_paths(&path).any(|dir| dir.join("nft").is_file());
+    std::env::var_os("PATH").is_some_and(has)
+}
+
+fn elsewhere() -> Option<&'static str> {
+    ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|file| Path::new(file).is_file())
 }
 
 fn refused(what: &'static str, error: NftablesError) -> FirewallError {
     match error {
-        NftablesError::NftExecution { inner, .. } if inner.kind() == io::ErrorKind::NotFound => {
+        NftablesError::NftExecution { inner, .. }
+            if inner.kind() == io::ErrorKind::NotFound || !has_program() =>
+        {
             FirewallError::NoProgram
         }
         NftablesError::NftFailed { stdout, stderr, .. } => {

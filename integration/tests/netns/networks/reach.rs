@@ -54,7 +54,10 @@ fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() 
 }
 
 /// A datagram's way: the address its server in the guest sees, asked from `netns`.
-fn seen_by_udp(netns: &vunet_integration::lab::Netns, to: (Ipv4Addr, u16)) -> Result<String, Failure> {
+pub(super) fn seen_by_udp(
+    netns: &vunet_integration::lab::Netns,
+    to: (Ipv4Addr, u16),
+) -> Result<String, Failure> {
     let socket = netns.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
     socket.set_read_timeout(Some(Duration::from_secs(3)))?;
     socket.connect(to)?;
@@ -291,6 +294,44 @@ fn another_default_route_is_followed() {
         vm.stop()?;
         site.lab.ip(&site.lab.host, &format!("addr add {HOST}/24 dev p0"))?;
         site.lab.ip(&site.lab.host, &format!("route replace default via {WORLD}"))?;
+        ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn a_default_route_in_a_table_of_its_own_or_in_halves_leads_to_the_world_too() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        site.lab.link_too()?;
+        let (host_too, world_too) = (vunet_integration::lab::HOST_TOO, vunet_integration::lab::WORLD_TOO);
+        let ip = |words: &str| site.lab.ip(&site.lab.host, words);
+        // A VPN's way of doing it; the world is on no link of the host's, so that only this leads there.
+        ip("addr flush dev p0")?;
+        ip(&format!("route add default via {world_too} table 51820"))?;
+        // Else what comes back for the guest would leave by that route too.
+        ip("rule add lookup main suppress_prefixlength 0 priority 999")?;
+        let before = site.host_state()?;
+        let vm = site.vm("lab", "vm1", &[])?;
+        let reaches = || seen(&vm.netns, (WORLD, ports::PEER)).is_ok_and(|peer| peer.ip() == host_too);
+        let refused = connect(&vm.netns, (WORLD, ports::PEER), Duration::from_secs(1));
+        ensure!(refused.is_err(), "a table that no rule leads to leads to the world");
+        ip("rule add lookup 51820 priority 1000")?;
+        until("the table's way", reaches)?;
+        let forwards = || {
+            let key = "net.ipv4.conf.p1.forwarding";
+            site.lab.host.run(&["sysctl", "-n", key], PATIENCE).map(|output| output.stdout.trim().to_owned())
+        };
+        ensure!(forwards()? == "1", "p1 does not forward");
+        ip("rule del lookup 51820 priority 1000")?;
+        until("the end of it", || forwards().is_ok_and(|is| is == "0"))?;
+        for half in ["0.0.0.0/1", "128.0.0.0/1"] {
+            ip(&format!("route add {half} via {world_too}"))?;
+        }
+        until("the halves' way", reaches)?;
+        for half in ["0.0.0.0/1", "128.0.0.0/1"] {
+            ip(&format!("route del {half}"))?;
+        }
+        vm.stop()?;
         ensure_as_before(&before, &site.host_state()?)
     });
 }
