@@ -374,6 +374,27 @@ pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     (open_files.saturating_sub(reserved) / workers).clamp(16, FLOWS_MAX)
 }
 
+/// Most flows a packet NAT can be told to hold for a worker: what the 24 bits of its indices' slots name.
+pub const PACKET_FLOWS_BOUND: usize = (1 << 24) - 2;
+
+/// Buckets of 16 slots of an empty index of flows, a power of two: one page.
+pub const PACKET_INDEX_BUCKETS_MIN: usize = 64;
+
+/// Buckets in a row, each full, after which an index of flows gets a new key. At half load a random key meets so many
+/// with a probability far below one in a billion.
+pub const PACKET_INDEX_PROBES_MAX: usize = 6;
+
+/// Flows a packet NAT remembers of each direction before it asks its index.
+pub const PACKET_CACHE_ENTRIES: usize = 4096;
+
+/// Flows a packet NAT looks at in one turn because their time may have come: each may cost several cache misses, all
+/// of them some 50 us.
+pub const PACKET_TIMERS_EXAMINED: usize = 256;
+
+/// Ports of an exhausted range that are looked at for one new flow, each with a lookup in the worker's table. The next flow
+/// goes on where this one stopped, so that the repetitions of a first packet come to all of them.
+pub const PACKET_PORTS_TRIED: usize = 1024;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -465,7 +465,7 @@ fn a_connection_older_than_the_nat_goes_on_where_its_port_can() {
     // The world cannot begin in the middle, and a reset begins nothing.
     rig.dropped(Side::World, &Frame { src: (OTHER, 80), ..answer }, DropReason::Filtered);
     let reset = Frame::tcp((GUEST, 50_001), (REMOTE, 80), Flags::RST, 7000, 0);
-    rig.dropped(Side::Guest, &reset, DropReason::Filtered);
+    rig.dropped(Side::Guest, &reset, DropReason::NoFlow);
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub mod random;
 pub mod rewrite;
 pub mod table;
 pub mod tcp_state;
-pub mod wheel;
+mod wheel;
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
