@@ -11,12 +11,34 @@ use std::sync::Arc;
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::engine::packet::Side;
 use crate::engine::placement::{Post, WorkerId};
+use crate::frame::QueuePair;
 use crate::limits;
 use crate::uplink::sockets::{DetachedDatagram, DetachedStream};
+use crate::wire::vnet::VnetHeader;
 
-/// What workers over host sockets tell each other.
-pub type HostLetter = Post<DetachedStream, DetachedDatagram>;
+/// What workers tell each other.
+#[derive(Debug)]
+pub enum HostLetter {
+    /// Of the engine over host sockets.
+    Engine(Post<DetachedStream, DetachedDatagram>),
+    /// A frame of a link whose flow is the receiver's.
+    Link(Box<LinkFrame>),
+}
+
+/// A frame that is translated by another worker than the one it came to.
+#[derive(Debug)]
+pub struct LinkFrame {
+    /// Where it came from.
+    pub side: Side,
+    /// The guest's queue pair it came by, if it is the guest's.
+    pub pair: QueuePair,
+    /// Its virtio-net header.
+    pub vnet: VnetHeader,
+    /// All of it.
+    pub bytes: Box<[u8]>,
+}
 
 #[derive(Debug)]
 struct Outbox {

@@ -26,7 +26,7 @@ use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
 use crate::limits;
-use crate::postbox::Postbox;
+use crate::postbox::{HostLetter, Postbox};
 use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
@@ -355,17 +355,28 @@ impl Worker {
 
     fn letters(&mut self, now: Instant) {
         let Some(postbox) = &mut self.postbox else { return };
-        let (engine, queues) = (&mut self.engine, &mut self.queues);
+        let (engine, queues, link) = (&mut self.engine, &mut self.queues, &mut self.link);
         postbox.take_turn(|letter| {
             let (_, rx) = queues.split();
-            engine.letter(now, rx, letter);
+            match (letter, &mut *link) {
+                (HostLetter::Engine(post), _) => engine.letter(now, rx, post),
+                (HostLetter::Link(frame), Some(link)) => link.handed(now, *frame, engine, rx),
+                (HostLetter::Link(_), None) => {}
+            }
         });
     }
 
     /// Sends what the engine has for other workers. Returns whether all of it is gone.
     fn send_letters(&mut self) -> bool {
         let Some(postbox) = &mut self.postbox else { return true };
-        postbox.send_all(|| self.engine.next_letter())
+        let (engine, link) = (&mut self.engine, &mut self.link);
+        postbox.send_all(|| {
+            let of_engine = || engine.next_letter().map(|(to, post)| (to, HostLetter::Engine(post)));
+            let of_link = |link: &mut LinkEnd| {
+                link.next_handed().map(|(to, frame)| (to, HostLetter::Link(Box::new(frame))))
+            };
+            link.as_mut().and_then(of_link).or_else(of_engine)
+        })
     }
 
     fn dns_answers(&mut self, now: Instant) {

@@ -52,9 +52,11 @@ pub enum DropReason {
     NotNegotiated,
     /// The TAP interface would not take it.
     LinkRefused,
+    /// Its hops are used up.
+    HopLimit,
 }
 
-const REASONS: [(DropReason, &str); 24] = [
+const REASONS: [(DropReason, &str); 25] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -79,6 +81,7 @@ const REASONS: [(DropReason, &str); 24] = [
     (DropReason::TooLong, "too_long"),
     (DropReason::NotNegotiated, "not_negotiated"),
     (DropReason::LinkRefused, "link_refused"),
+    (DropReason::HopLimit, "hop_limit"),
 ];
 
 /// Counters of one engine; plain numbers, owned by its worker.

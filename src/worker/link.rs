@@ -512,20 +512,17 @@ impl LinkEnd {
         if let Some(guard) = &mut self.parts.guard {
             guard.to_guest(now, head);
         }
-        if let Some(translation) = &mut self.translation {
-            match translation.arrived(now, &vnet, head, len) {
-                Ok(Arrived::ForGuest) => {}
-                Ok(Arrived::Taken) => {
-                    give_up(port, reserved_bytes);
-                    self.send_station_frames();
-                    return Ok(Step::Moved(0));
-                }
-                Err(reason) => {
-                    give_up(port, reserved_bytes);
-                    return Err(reason);
-                }
+        let arrived = match &mut self.translation {
+            Some(translation) => translation.arrived(now, &vnet, head, len),
+            None => Ok(Arrived::ForGuest),
+        };
+        let arrived = match arrived {
+            Ok(arrived) => arrived,
+            Err(reason) => {
+                give_up(port, reserved_bytes);
+                return Err(reason);
             }
-        }
+        };
         if reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));

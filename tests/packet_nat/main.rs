@@ -3,8 +3,10 @@
 //! A failing case is printed shrunk; its seed goes to `tests/packet_nat/*.regressions` and is replayed first by every
 //! later run.
 
+mod nat;
 mod packets;
 mod rewrite;
+mod rig;
 mod tcp;
 
 use proptest::prelude::ProptestConfig;

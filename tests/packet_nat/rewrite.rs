@@ -114,7 +114,7 @@ fn change(frame: &Frame, end: End, to: Pair) -> NewEnd {
 
 fn apply(vnet: &VnetHeader, bytes: &mut [u8], new: &NewEnd) {
     let len_bytes = bytes.len();
-    let view = View::read(&Packet { vnet, head: bytes, len_bytes }).expect("a frame that can be translated");
+    let view = View::read(&Packet::new(vnet, bytes, len_bytes)).expect("a frame that can be translated");
     translate(bytes, &view, new);
     take_hop(bytes);
 }
@@ -150,7 +150,7 @@ proptest! {
         let mut bytes = original.clone();
         let new = change(&frame, end, to);
         let vnet = VnetHeader::default();
-        let view = View::read(&Packet { vnet: &vnet, head: &mut bytes, len_bytes: original.len() }).unwrap();
+        let view = View::read(&Packet::new(&vnet, &mut bytes, original.len())).unwrap();
         translate(&mut bytes, &view, &new);
         let (addr, port) = frame.end(end);
         translate(&mut bytes, &view, &NewEnd { end, addr, port, deltas: new.deltas.inverse() });
@@ -205,7 +205,7 @@ proptest! {
         let mut bytes = packets::error((kind, 1), router.0, host.0, &passed.build(), quoted);
         let vnet = VnetHeader::default();
         let len_bytes = bytes.len();
-        let view = View::read(&Packet { vnet: &vnet, head: &mut bytes, len_bytes }).unwrap();
+        let view = View::read(&Packet::new(&vnet, &mut bytes, len_bytes)).unwrap();
         let quote = Quote::read(&bytes, &view).unwrap();
         let (addr, port) = frame.end(end);
         let deltas = change(&frame, end, to).deltas.inverse();
@@ -234,7 +234,7 @@ proptest! {
             bytes[IP_AT + 10..IP_AT + 12].copy_from_slice(&sum.finish().to_be_bytes());
         }
         let (vnet, len_bytes) = (VnetHeader::default(), claimed.max(bytes.len()));
-        if let Ok(view) = View::read(&Packet { vnet: &vnet, head: &mut bytes, len_bytes })
+        if let Ok(view) = View::read(&Packet::new(&vnet, &mut bytes, len_bytes))
             && let Ok(quote) = Quote::read(&bytes, &view)
         {
             let to = (Ipv4Addr::LOCALHOST, 1);
@@ -294,7 +294,7 @@ fn a_checksum_to_be_completed_elsewhere_is_refused() {
     let frame = Frame::udp((Ipv4Addr::new(10, 0, 2, 2), 5), (Ipv4Addr::new(192, 0, 2, 1), 6), b"abcd");
     let read = |checksum, mut bytes: Vec<u8>| {
         let (vnet, len_bytes) = (VnetHeader { checksum, ..VnetHeader::default() }, bytes.len());
-        View::read(&Packet { vnet: &vnet, head: &mut bytes, len_bytes }).map(|view| view.partial)
+        View::read(&Packet::new(&vnet, &mut bytes, len_bytes)).map(|view| view.partial)
     };
     let (vnet, bytes) = frame.build_partial();
     assert_eq!(read(vnet.checksum, bytes.clone()), Ok(true));
@@ -313,7 +313,7 @@ fn fragments_that_could_hide_a_header_are_refused() {
     frame.payload = vec![0; 40];
     let read = |bytes: &mut Vec<u8>| {
         let (vnet, len_bytes) = (VnetHeader::default(), bytes.len());
-        View::read(&Packet { vnet: &vnet, head: bytes, len_bytes }).map(|view| view.transport)
+        View::read(&Packet::new(&vnet, bytes, len_bytes)).map(|view| view.transport)
     };
     // RFC 1858: a first fragment without all of the header, and one that would overwrite its flags.
     for piece in &mut frame.fragments(8)[..3] {

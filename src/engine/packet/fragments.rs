@@ -58,6 +58,8 @@ pub enum Way {
         /// Whether it turns back to the guest's side.
         hairpin: bool,
     },
+    /// To the gateway's, or the link's station's, own services.
+    Ours,
     /// To another worker, which has the flow.
     Elsewhere(WorkerId),
 }

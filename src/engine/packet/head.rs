@@ -5,6 +5,7 @@
 //!
 //! Read first: RFC 791, RFC 792, RFC 1858 and 3128 (fragments made to fool filters), virtio 1.3, 5.1.6.2.
 
+use super::ports::WorkerSet;
 use super::tcp_state::Segment;
 use crate::engine::counters::DropReason;
 use crate::wire::ethernet::{self, EtherType};
@@ -23,6 +24,15 @@ pub struct Packet<'a> {
     pub head: &'a mut [u8],
     /// Length of the whole frame, in bytes.
     pub len_bytes: usize,
+    /// Workers that have looked at it and did not have its flow.
+    pub tried: WorkerSet,
+}
+
+impl<'a> Packet<'a> {
+    /// A frame nobody has looked at yet.
+    pub fn new(vnet: &'a VnetHeader, head: &'a mut [u8], len_bytes: usize) -> Packet<'a> {
+        Packet { vnet, head, len_bytes, tried: WorkerSet::default() }
+    }
 }
 
 /// Where the IP header starts in a frame.

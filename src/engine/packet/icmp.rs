@@ -62,6 +62,11 @@ impl Quote {
         })
     }
 
+    /// Whether what identifies it is one number for both ends.
+    pub const fn has_ident(&self) -> bool {
+        matches!(self.transport, Transport::Query { .. })
+    }
+
     /// The quoted packet's port at one end; its identifier or zero at either where it has none.
     pub const fn port(&self, of: End) -> u16 {
         match (self.transport, of) {

@@ -158,6 +158,9 @@ pub enum TcpVerdict {
 /// Stands for "offered no window scale" until both ends have spoken.
 const NO_SCALE: u8 = 15;
 
+/// Both scales of a connection whose windows are not checked; two that were agreed on are never these.
+const LOOSE: u8 = NO_SCALE << 4 | NO_SCALE;
+
 /// The least distance an acknowledgement may lag, in bytes, however small windows are: one frame of the largest
 /// size, which its receiver may acknowledge in parts.
 const ACK_LAG_BYTES_MIN: u32 = 66_000;
@@ -247,19 +250,30 @@ impl TcpTracker {
         }
     }
 
-    /// Whether both ends have taken part: such a connection is worth more than one that may be a scan.
+    /// Whether both ends have taken part and not both are done: such a connection is worth more than one that may be a
+    /// scan, or is over.
     pub fn is_assured(&self) -> bool {
         let sides = [self.side(Direction::Original), self.side(Direction::Reply)];
-        sides.iter().all(|side| side.is_synchronised())
+        sides.iter().all(|side| side.is_synchronised()) && !sides.iter().all(|side| side.is_ended())
+    }
+
+    /// Whether it was begun in the middle and has not been answered since.
+    pub fn is_picked_up(&self) -> bool {
+        self.side(Direction::Original).is_synchronised() && self.side(Direction::Reply) == Side::Silent
     }
 
     /// How long the connection may be silent now. One end's FIN does not shorten it: the other may work for an
     /// hour before it answers (RFC 6146, 3.5.2.2). A connection picked up and not yet answered has proved nothing.
     pub fn idle_timeout(&self, timeouts: &TcpTimeouts) -> Duration {
-        let state = self.state();
-        let half_closed = matches!(state, TcpState::FinWait | TcpState::CloseWait);
-        let open = state == TcpState::Established || half_closed;
-        if open && self.is_assured() { timeouts.established } else { timeouts.transitory }
+        if self.is_assured() { timeouts.established } else { timeouts.transitory }
+    }
+
+    /// Its segments come in fragments, of which only the first is seen: how long they are is not known, and
+    /// windows are not checked any more.
+    pub fn loosen(&mut self) {
+        if self.is_assured() {
+            self.scales = LOOSE;
+        }
     }
 
     fn begin_with_syn(&mut self, from: Direction, segment: &Segment) {
@@ -363,7 +377,7 @@ impl TcpTracker {
                 }
                 self.set_side(from, Side::Open);
             }
-            _ if !self.is_in_window(from, segment) => {
+            _ if self.scales != LOOSE && !self.is_in_window(from, segment) => {
                 return if liberal { TcpVerdict::Accepted } else { TcpVerdict::Invalid };
             }
             _ => {}
@@ -532,7 +546,7 @@ impl TcpTracker {
     }
 
     fn scale(&self, of: Direction) -> u8 {
-        self.scales >> (4 * of as u8) & 15
+        (self.scales >> (4 * of as u8) & 15).min(WINDOW_SCALE_MAX)
     }
 
     fn set_offered_scale(&mut self, of: Direction, offered: Option<u8>) {
@@ -544,12 +558,12 @@ impl TcpTracker {
     /// Scales hold only if both ends offered one (RFC 7323, 2.2); windows kept so far were not scaled.
     fn agree_on_scales(&mut self) {
         let both = [Direction::Original, Direction::Reply];
-        if both.iter().any(|&end| self.scale(end) == NO_SCALE) {
+        if both.iter().any(|end| self.scales >> (4 * *end as u8) & 15 == NO_SCALE) {
             self.scales = 0;
         }
         for end in both {
-            let window = &mut self.window_max[end as usize];
-            *window = window.div_ceil(1 << (self.scales >> (4 * end as u8) & 15).min(WINDOW_SCALE_MAX));
+            let scaled = self.window_max[end as usize].div_ceil(1 << self.scale(end));
+            self.window_max[end as usize] = scaled;
         }
     }
 
