@@ -7,6 +7,7 @@ mod hold;
 mod membership;
 mod services;
 mod stations;
+mod translation;
 
 pub use hold::hold;
 
@@ -21,7 +22,7 @@ use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::addr::VlanId;
+use crate::addr::{MacAddr, VlanId};
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
@@ -33,6 +34,7 @@ use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
 use crate::engine::EngineConfig;
 use crate::engine::counters::Counters;
 use crate::engine::lan::guard::{Guard, SharedTable};
+use crate::engine::packet::table::TableError;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::holder::{self, Services};
 use crate::limits;
@@ -106,6 +108,9 @@ pub enum Error {
     /// The leases of the named network could not be had.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// No memory for the flows of packet translation.
+    #[error("cannot start: the table of flows")]
+    Flows(#[source] TableError),
     /// A thread ended by itself.
     #[error("the {0} thread ended unexpectedly")]
     Thread(&'static str),
@@ -130,10 +135,12 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
-    let link = config.link.take();
+    let mut link = config.link.take();
+    let mut translate = link.as_mut().and_then(|link| link.translate.take());
+    let station_mac = translate.as_mut().map(translation::settle_mac).transpose()?;
     let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
     let kept = link.as_ref().and_then(|link| link.keep.as_ref()).and_then(stations::open);
-    let mut open = runtime.block_on(open_link(link, &config))?;
+    let mut open = runtime.block_on(open_link(link, &config, station_mac))?;
     let queues = open.as_mut().map(OpenLink::take_queues).unwrap_or_default();
     if let (Some(joined), Some(first)) = (&joined, queues.first()) {
         let tap = first.name().to_owned();
@@ -141,7 +148,11 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     }
     let table = Arc::new(stations::table(kept.as_ref()));
     let guest = membership::address(&config, &table);
-    let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
+    let mut links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
+    if let Some(translate) = &translate {
+        let parts = translation::parts(translate, &config.lan, links.len())?;
+        links = links.into_iter().zip(parts).map(|(link, parts)| link.translated(parts)).collect();
+    }
     if let Some(kept) = kept {
         runtime.spawn(station_leases::keep(kept, table.news()));
     }
@@ -178,14 +189,27 @@ fn link_ends(
     let &Judge { vlan, guard, gateway } = judge;
     let guard = |worker| guard.map(|guard| Guard::new(guard, Arc::clone(table), worker));
     let ends = queues.into_iter().zip(0u8..);
-    let end = |(queue, worker)| LinkParts { queue, vlan, guard: guard(worker), ip_mtu, gateway, dhcp: None };
+    let end = |(queue, worker)| LinkParts {
+        queue,
+        vlan,
+        guard: guard(worker),
+        ip_mtu,
+        gateway,
+        dhcp: None,
+        translation: None,
+    };
     ends.map(end).collect()
 }
 
-async fn open_link(link: Option<LinkConfig>, config: &Config) -> Result<Option<OpenLink>, Error> {
+/// Opens the link for the guest, or for our station of this MAC address.
+async fn open_link(
+    link: Option<LinkConfig>,
+    config: &Config,
+    station_mac: Option<MacAddr>,
+) -> Result<Option<OpenLink>, Error> {
     let Some(link) = link else { return Ok(None) };
     let queues = usize::from(config.workers.queue_pairs);
-    Ok(Some(tap::open(link.source, queues, config.lan.ip_mtu, config.mac).await?))
+    Ok(Some(tap::open(link.source, queues, config.lan.ip_mtu, station_mac.or(config.mac)).await?))
 }
 
 /// The same, with the link open.

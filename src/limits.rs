@@ -400,6 +400,9 @@ pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     (open_files.saturating_sub(reserved) / workers).clamp(FLOWS_MIN, FLOWS_MAX)
 }
 
+/// Flows of one process that translates packets: 160 MiB, which become resident as flows come.
+pub const PACKET_FLOWS_MAX: usize = 1 << 20;
+
 /// Most flows a packet NAT can be told to hold for a worker: what the 24 bits of its indices' slots name.
 pub const PACKET_FLOWS_BOUND: usize = (1 << 24) - 2;
 

@@ -12,6 +12,7 @@ use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::engine::packet::Side;
+use crate::engine::packet::ports::WorkerSet;
 use crate::engine::placement::{Post, WorkerId};
 use crate::frame::QueuePair;
 use crate::limits;
@@ -36,6 +37,8 @@ pub struct LinkFrame {
     pub pair: QueuePair,
     /// Its virtio-net header.
     pub vnet: VnetHeader,
+    /// Workers that have looked at it.
+    pub tried: WorkerSet,
     /// All of it.
     pub bytes: Box<[u8]>,
 }

@@ -219,14 +219,15 @@ impl Worker {
 
     /// Frames moved so far, both ways.
     fn frames(&self) -> u64 {
-        let of = |counters: &Counters| counters.frames_from_guest + counters.frames_to_guest;
-        of(self.engine.counters()) + self.link.as_ref().map_or(0, |link| of(link.counters()))
+        let of_engine = self.engine.counters();
+        let of_link = self.link.as_ref().map_or(0, LinkEnd::frames);
+        of_engine.frames_from_guest + of_engine.frames_to_guest + of_link
     }
 
     fn counters(&self) -> Counters {
         let mut total = self.engine.counters().clone();
         if let Some(link) = &self.link {
-            total.add(link.counters());
+            total.add(&link.counters());
         }
         total
     }
@@ -345,7 +346,7 @@ impl Worker {
             DeviceEvent::IpMtu(bytes) => link.limit_ip_mtu(IpMtu::new(bytes)),
             DeviceEvent::Detached => {
                 link.limit_ip_mtu(None);
-                link.forget_guest();
+                link.forget_guest(now);
                 self.tx_blocked = 0;
             }
             DeviceEvent::GuestReset => link.forget_guest(),

@@ -29,6 +29,7 @@ use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
 use crate::engine::lan::guard::{Guard, Verdict};
 use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
+use crate::engine::packet::ports::WorkerSet;
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
 use crate::limits::{
     BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES,
@@ -67,6 +68,14 @@ pub struct LinkParts {
     pub dhcp: Option<SharedDhcp>,
     /// Translation, if the guest is hidden behind an address of ours on the link.
     pub translation: Option<TranslationParts>,
+}
+
+impl LinkParts {
+    /// The same, with the guest hidden behind an address of ours.
+    #[must_use]
+    pub fn translated(self, parts: TranslationParts) -> LinkParts {
+        LinkParts { translation: Some(parts), ..self }
+    }
 }
 
 /// What became of a frame of the guest.
@@ -168,8 +177,18 @@ impl LinkEnd {
         &self.parts.queue
     }
 
-    pub(super) fn counters(&self) -> &Counters {
-        &self.counters
+    /// What was counted, of translation too.
+    pub(super) fn counters(&self) -> Counters {
+        let mut counters = self.counters.clone();
+        if let Some(translation) = &self.translation {
+            counters.add(&translation.counters());
+        }
+        counters
+    }
+
+    /// Frames moved so far, both ways.
+    pub(super) fn frames(&self) -> u64 {
+        self.counters.frames_from_guest + self.counters.frames_to_guest
     }
 
     /// A receive ring runs: frames may be read, with the offloads of the guest that is there now.
@@ -222,13 +241,13 @@ impl LinkEnd {
     }
 
     /// The guest is gone or began anew.
-    pub(super) fn forget_guest(&mut self) {
+    pub(super) fn forget_guest(&mut self, now: Instant) {
         self.met.clear();
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
         if let Some(translation) = &mut self.translation {
-            translation.forget_guest();
+            translation.forget_guest(now);
         }
     }
 
@@ -252,6 +271,9 @@ impl LinkEnd {
             return;
         }
         self.ip_mtu = ip_mtu;
+        if let Some(translation) = &mut self.translation {
+            translation.set_ip_mtu(ip_mtu);
+        }
         if let Err(error) = self.parts.queue.set_ip_mtu(ip_mtu) {
             tracing::warn!(
                 link = self.parts.queue.name(), ip_mtu, %error,
@@ -508,12 +530,11 @@ impl LinkEnd {
             }
         };
         let (len, head) = (len - tag_bytes, without_tag(head, tag_bytes));
-        let mut head = head;
         if let Some(guard) = &mut self.parts.guard {
             guard.to_guest(now, head);
         }
         let arrived = match &mut self.translation {
-            Some(translation) => translation.arrived(now, &vnet, head, len),
+            Some(translation) => translation.arrived(now, &vnet, head, (len, WorkerSet::default())),
             None => Ok(Arrived::ForGuest),
         };
         let arrived = match arrived {
@@ -523,7 +544,8 @@ impl LinkEnd {
                 return Err(reason);
             }
         };
-        if reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
+        let goes_on = arrived == Arrived::ForGuest;
+        if goes_on && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));
         }
@@ -535,6 +557,10 @@ impl LinkEnd {
             port.cancel();
         }
         self.whole[filled..len].copy_from_slice(&self.spare[..len - filled]);
+        if !goes_on {
+            self.settle_arrival(now, arrived, vnet, len);
+            return Ok(Step::Moved(0));
+        }
         self.send_held(port, pair, Held { vnet, len_bytes: len })
     }
 

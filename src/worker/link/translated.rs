@@ -24,12 +24,12 @@ use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::HostNet;
 use crate::engine::lan;
 use crate::engine::packet::head::Packet;
-use crate::engine::packet::ports::{GuestEnd, Mappings};
+use crate::engine::packet::ports::{GuestEnd, Mappings, WorkerSet};
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
 use crate::frame::{Payload, QueuePair, TxFrame};
-use crate::postbox::LinkFrame;
 use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, NEIGHBOURS_MAX};
+use crate::postbox::LinkFrame;
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
@@ -49,8 +49,8 @@ pub struct TranslationParts {
     pub station: Arc<SharedStation>,
     /// The guest's network.
     pub guests: Ipv4Subnet,
-    /// Whether this worker does what is done once for all: the station's timers, and published ports.
-    pub is_first: bool,
+    /// This worker. The first does what is done once for all: the station's timers, and published ports.
+    pub worker: WorkerId,
     /// Ports that lead to the guest.
     pub publish: Vec<Publish>,
     /// The mappings of all workers.
@@ -61,6 +61,7 @@ pub struct TranslationParts {
 #[derive(Debug)]
 pub(super) struct Translation {
     nat: PacketNat,
+    worker: WorkerId,
     outside: Outside,
     subnet: Ipv4Subnet,
     /// Where addresses of the guest are.
@@ -129,10 +130,12 @@ impl Published {
 
 impl Translation {
     pub(super) fn new(parts: TranslationParts) -> Translation {
-        let TranslationParts { nat, station, guests, is_first, publish, mappings } = parts;
+        let TranslationParts { nat, worker, station, guests, publish, mappings } = parts;
+        let is_first = worker == WorkerId(0);
         let published = Published { ports: publish, mappings, guest: None };
         Translation {
             nat,
+            worker,
             outside: Outside::new(station, is_first),
             subnet: guests,
             guests: HashMap::default(),
@@ -193,8 +196,14 @@ impl Translation {
         if self.newest.0 == addr { Some(self.newest.1) } else { self.guests.get(&addr).copied() }
     }
 
-    /// Hands a frame to the worker whose flow it is of; lost if too many wait.
-    fn hand_over(&mut self, to: WorkerId, frame: LinkFrame) -> Result<(), DropReason> {
+    /// The MTU of both links, in bytes.
+    pub(super) fn set_ip_mtu(&mut self, ip_mtu: u16) {
+        self.nat.set_ip_mtus(ip_mtu, ip_mtu);
+    }
+
+    /// Hands a frame to the worker whose flow it may be of; lost if too many wait.
+    fn hand_over(&mut self, to: WorkerId, mut frame: LinkFrame) -> Result<(), DropReason> {
+        frame.tried = frame.tried.with(self.worker);
         if self.for_others.len() >= LETTERS_MAX {
             return Err(DropReason::TableFull);
         }
@@ -208,7 +217,7 @@ impl Translation {
         now: Instant,
         vnet: &VnetHeader,
         head: &mut [u8],
-        len_bytes: usize,
+        (len_bytes, tried): (usize, WorkerSet),
     ) -> Result<Arrived, DropReason> {
         let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
         if header.dst != self.outside.mac() && !header.dst.is_multicast() {
@@ -221,7 +230,7 @@ impl Translation {
             return Err(DropReason::NotForUs);
         }
         self.refresh(now);
-        match self.nat.from_world(now, &mut Packet { vnet, head, len_bytes }) {
+        match self.nat.from_world(now, &mut Packet { vnet, head, len_bytes, tried }) {
             Verdict::Forward => self.address_to_guest(head).map(|()| Arrived::ForGuest),
             Verdict::Answer(_) => Ok(Arrived::Answered),
             Verdict::Hold => Ok(Arrived::Held),
@@ -269,7 +278,7 @@ impl LinkEnd {
         engine: &mut Engine<N>,
         port: &mut impl GuestPort,
     ) -> Left {
-        match self.translate(now, frame, engine, port) {
+        match self.translate(now, frame, WorkerSet::default(), engine, port) {
             Ok(Left::Full) => return Left::Full,
             Ok(Left::Yes) => {
                 self.counters.frames_from_guest += 1;
@@ -284,6 +293,7 @@ impl LinkEnd {
         &mut self,
         now: Instant,
         frame: &TxFrame<'_>,
+        tried: WorkerSet,
         engine: &mut Engine<N>,
         port: &mut impl GuestPort,
     ) -> Result<Left, DropReason> {
@@ -309,7 +319,7 @@ impl LinkEnd {
         }
         let head = &mut translation.head[..frame.head.len()];
         head.copy_from_slice(frame.head);
-        let mut packet = Packet { vnet: &frame.vnet, head, len_bytes: frame.whole.len() };
+        let mut packet = Packet { vnet: &frame.vnet, head, len_bytes: frame.whole.len(), tried };
         match (translation.nat.from_guest(now, &mut packet), way) {
             (Verdict::Forward, Some(way)) => {
                 let left = self.leave(frame, way);
@@ -331,7 +341,8 @@ impl LinkEnd {
             }
             (Verdict::Elsewhere(worker), _) => {
                 let bytes = whole_frame(frame, frame.head);
-                let handed = LinkFrame { side: Side::Guest, pair: frame.pair, vnet: frame.vnet, bytes };
+                let (pair, vnet) = (frame.pair, frame.vnet);
+                let handed = LinkFrame { side: Side::Guest, pair, vnet, tried, bytes };
                 translation.hand_over(worker, handed).map(|()| Left::Yes)
             }
             // Counted there.
@@ -384,9 +395,26 @@ impl LinkEnd {
         Ok(Left::Yes)
     }
 
-    /// What became of frames of the link that did not go on to the guest as they came: `whole` is that of a
-    /// fragment or of another worker's flow.
-    pub(super) fn settle_arrival(&mut self, now: Instant, arrived: Arrived, vnet: VnetHeader, whole: &[u8]) {
+    /// Ends the way of a frame of the link that does not go on to the guest as it came, which lies in `whole`.
+    pub(super) fn settle_arrival(
+        &mut self,
+        now: Instant,
+        arrived: Arrived,
+        vnet: VnetHeader,
+        len_bytes: usize,
+    ) {
+        let whole = std::mem::take(&mut self.whole);
+        self.settle(now, arrived, (vnet, WorkerSet::default()), &whole[..len_bytes]);
+        self.whole = whole;
+    }
+
+    fn settle(
+        &mut self,
+        now: Instant,
+        arrived: Arrived,
+        (vnet, tried): (VnetHeader, WorkerSet),
+        whole: &[u8],
+    ) {
         let Some(translation) = &mut self.translation else { return };
         match arrived {
             Arrived::ForGuest => {}
@@ -394,7 +422,7 @@ impl LinkEnd {
             Arrived::Held => translation.nat.hold(now, Side::World, whole),
             Arrived::Elsewhere(worker) => {
                 let pair = QueuePair::default();
-                let frame = LinkFrame { side: Side::World, pair, vnet, bytes: whole.into() };
+                let frame = LinkFrame { side: Side::World, pair, vnet, tried, bytes: whole.into() };
                 if let Err(reason) = translation.hand_over(worker, frame) {
                     self.counters.drop(reason);
                 }
@@ -425,7 +453,7 @@ impl LinkEnd {
                     whole: Payload::from_host(&frame.bytes),
                     pair: frame.pair,
                 };
-                self.translate(now, &tx, engine, port).map(|_| ())
+                self.translate(now, &tx, frame.tried, engine, port).map(|_| ())
             }
             Side::World => self.handed_from_world(now, &mut frame, engine, port),
         };
@@ -446,17 +474,15 @@ impl LinkEnd {
         let mut head = [0; FRAME_HEAD_BYTES];
         let head = &mut head[..len_bytes.min(FRAME_HEAD_BYTES)];
         head.copy_from_slice(&frame.bytes[..head.len()]);
-        match translation.arrived(now, &frame.vnet, head, len_bytes)? {
+        match translation.arrived(now, &frame.vnet, head, (len_bytes, frame.tried))? {
             Arrived::ForGuest => {
                 frame.bytes[..head.len()].copy_from_slice(head);
                 self.counters.payload_to_guest_bytes += len_bytes as u64;
                 engine.send_to_guest(now, port, frame.pair, frame.vnet, &frame.bytes);
                 Ok(())
             }
-            // It moved meanwhile: a frame is handed on once.
-            Arrived::Elsewhere(_) => Err(DropReason::NoFlow),
             arrived => {
-                self.settle_arrival(now, arrived, frame.vnet, &frame.bytes);
+                self.settle(now, arrived, (frame.vnet, frame.tried), &frame.bytes);
                 Ok(())
             }
         }
@@ -501,7 +527,8 @@ impl LinkEnd {
                 Ok(())
             }
             (Verdict::Elsewhere(worker), side) => {
-                translation.hand_over(worker, LinkFrame { side, pair, vnet, bytes: frame })
+                let tried = WorkerSet::default();
+                translation.hand_over(worker, LinkFrame { side, pair, vnet, tried, bytes: frame })
             }
             (Verdict::Drop(reason), _) => Err(reason),
             (Verdict::Ours | Verdict::Answer(_) | Verdict::Hold, _) => Err(DropReason::NotForUs),
