@@ -1,10 +1,10 @@
 //! Where a flow is, by what a packet says: an open-addressed index of one direction.
 //!
 //! A slot is four bytes: a flow's place in the table, and in the bits this leaves a tag from its key's hash, so that a
-//! flow is looked at only if it almost surely is the one. Sixteen slots make a bucket of one cache line, which is compared
+//! flow is looked at only if it almost surely is the one. Eight slots make a bucket of half a cache line, which is compared
 //! at once, without a branch that depends on where in it the flow is: a processor that guesses such a branch wrong waits
 //! for the line and cannot wait for the next packet's meanwhile. A full bucket overflows into the next; at most half of all
-//! slots are used, so that one in 250 does. Removal pulls back what overflowed, so that no lookup walks over what is gone.
+//! slots are used, so that few do. Removal pulls back what overflowed, so that no lookup walks over what is gone.
 //!
 //! **Growth is gradual.** A larger index stands beside the full one, and each insertion moves a few slots; lookups ask both
 //! meanwhile. The same way an index gets a new key.
@@ -110,25 +110,22 @@ pub(super) const FLOWS_BOUND: usize = (1 << 24) - 2;
 
 const BUCKET_SLOTS: usize = 8;
 
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(32))]
-struct Bucket([u32; BUCKET_SLOTS]);
+/// Half a cache line, aligned to its size.
+type Bucket = [u32; BUCKET_SLOTS];
 
-impl Bucket {
-    /// Which slots have this tag, one bit each.
-    #[inline]
-    fn matches(&self, tag: u32, name_mask: u32) -> u32 {
-        let mut matches = 0;
-        for (at, slot) in self.0.iter().enumerate() {
-            matches |= u32::from((slot ^ tag) & !name_mask == 0) << at;
-        }
-        matches
+/// Which slots of a bucket have this tag, one bit each.
+#[inline]
+fn matches(bucket: &Bucket, tag: u32, name_mask: u32) -> u32 {
+    let mut matches = 0;
+    for (at, slot) in bucket.iter().enumerate() {
+        matches |= u32::from((slot ^ tag) & !name_mask == 0) << at;
     }
+    matches
+}
 
-    /// Its first empty slot.
-    fn gap(&self) -> Option<usize> {
-        self.0.iter().position(|slot| *slot == EMPTY)
-    }
+/// A bucket's first empty slot.
+fn gap(bucket: &Bucket) -> Option<usize> {
+    bucket.iter().position(|slot| *slot == EMPTY)
 }
 
 /// A slot's place.
@@ -140,7 +137,11 @@ struct At {
 
 #[derive(Debug)]
 struct Slots {
-    buckets: Vec<Bucket>,
+    /// All buckets, from `first` on. Plain words, so that a large index comes as zeroed pages of the kernel's, each
+    /// when it is first written: filling it all at once would take milliseconds.
+    words: Vec<u32>,
+    first: usize,
+    buckets: usize,
     hasher: Hasher,
     /// The bits of a slot that name a flow, by its place plus one.
     name_mask: u32,
@@ -148,15 +149,24 @@ struct Slots {
 
 impl Slots {
     fn new(buckets: usize, hasher: Hasher, name_mask: u32) -> Slots {
-        Slots { buckets: vec![Bucket([EMPTY; BUCKET_SLOTS]); buckets], hasher, name_mask }
+        let words = vec![EMPTY; (buckets + 1) * BUCKET_SLOTS];
+        let first = words.as_ptr().align_offset(size_of::<Bucket>());
+        let first = if first < BUCKET_SLOTS { first } else { 0 };
+        Slots { words, first, buckets, hasher, name_mask }
     }
 
     fn mask(&self) -> usize {
-        self.buckets.len() - 1
+        self.buckets - 1
     }
 
     fn count(&self) -> usize {
-        self.buckets.len() * BUCKET_SLOTS
+        self.buckets * BUCKET_SLOTS
+    }
+
+    #[inline]
+    fn bucket(&self, bucket: usize) -> &Bucket {
+        let from_here = &self.words[self.first + bucket * BUCKET_SLOTS..];
+        from_here.first_chunk().expect("there is one bucket more than asked for")
     }
 
     fn tag(&self, hash: Hash) -> u32 {
@@ -164,7 +174,7 @@ impl Slots {
     }
 
     fn at(&mut self, at: At) -> &mut u32 {
-        &mut self.buckets[at.bucket].0[at.slot]
+        &mut self.words[self.first + at.bucket * BUCKET_SLOTS + at.slot]
     }
 
     /// The flow that `wanted` accepts and its slot, of those with the hash's tag.
@@ -174,17 +184,17 @@ impl Slots {
         let tag = self.tag(hash);
         let mut bucket = hash.0 as usize & mask;
         loop {
-            let slots = &self.buckets[bucket & mask];
-            let mut matches = slots.matches(tag, self.name_mask);
+            let slots = self.bucket(bucket & mask);
+            let mut matches = matches(slots, tag, self.name_mask);
             while matches != 0 {
                 let slot = matches.trailing_zeros() as usize % BUCKET_SLOTS;
-                let index = (slots.0[slot] & self.name_mask).wrapping_sub(1);
+                let index = (slots[slot] & self.name_mask).wrapping_sub(1);
                 if wanted(index) {
                     return Some((index, At { bucket: bucket & mask, slot }));
                 }
                 matches &= matches - 1;
             }
-            if slots.gap().is_some() {
+            if gap(slots).is_some() {
                 return None;
             }
             bucket += 1;
@@ -196,9 +206,9 @@ impl Slots {
         let mask = self.mask();
         let value = self.tag(hash) | (index + 1);
         for probed in 0.. {
-            let bucket = &mut self.buckets[(hash.0 as usize + probed) & mask];
-            if let Some(gap) = bucket.gap() {
-                bucket.0[gap] = value;
+            let bucket = (hash.0 as usize + probed) & mask;
+            if let Some(slot) = gap(self.bucket(bucket)) {
+                *self.at(At { bucket, slot }) = value;
                 return probed + 1;
             }
         }
@@ -206,23 +216,23 @@ impl Slots {
     }
 
     /// Empties a slot, and fills it with what stands in a later bucket only because this one was full.
-    fn remove<K: Key>(&mut self, mut gap: At, flows: &[Flow]) {
+    fn remove<K: Key>(&mut self, mut empty: At, flows: &[Flow]) {
         let mask = self.mask();
-        let mut was_full = self.buckets[gap.bucket].gap().is_none();
-        *self.at(gap) = EMPTY;
-        let mut bucket = gap.bucket;
+        let mut was_full = gap(self.bucket(empty.bucket)).is_none();
+        *self.at(empty) = EMPTY;
+        let mut bucket = empty.bucket;
         while was_full {
             bucket = (bucket + 1) & mask;
-            let slots = self.buckets[bucket].0;
-            was_full = self.buckets[bucket].gap().is_none();
+            let slots = *self.bucket(bucket);
+            was_full = gap(&slots).is_none();
             let from_before = |slot: &u32| {
                 let away = bucket.wrapping_sub(self.home::<K>(*slot, flows)) & mask;
-                *slot != EMPTY && away >= (bucket.wrapping_sub(gap.bucket) & mask)
+                *slot != EMPTY && away >= (bucket.wrapping_sub(empty.bucket) & mask)
             };
             if let Some(slot) = slots.iter().position(from_before) {
-                *self.at(gap) = slots[slot];
-                gap = At { bucket, slot };
-                *self.at(gap) = EMPTY;
+                *self.at(empty) = slots[slot];
+                empty = At { bucket, slot };
+                *self.at(empty) = EMPTY;
             }
         }
     }
@@ -285,9 +295,9 @@ impl Index {
     /// The first flow [`Index::find`] will probably look at, whoever it is.
     #[inline]
     pub(super) fn peek(&self, hash: Hash) -> Option<u32> {
-        let bucket = &self.slots.buckets[hash.0 as usize & self.slots.mask()];
-        let matches = bucket.matches(self.slots.tag(hash), self.slots.name_mask);
-        let slot = bucket.0[matches.trailing_zeros() as usize % BUCKET_SLOTS];
+        let bucket = self.slots.bucket(hash.0 as usize & self.slots.mask());
+        let matches = matches(bucket, self.slots.tag(hash), self.slots.name_mask);
+        let slot = bucket[matches.trailing_zeros() as usize % BUCKET_SLOTS];
         (slot & self.slots.name_mask).checked_sub(1)
     }
 
@@ -302,13 +312,13 @@ impl Index {
     pub(super) fn insert<K: Key>(&mut self, index: u32, flows: &[Flow], random: &mut impl FnMut() -> u64) {
         self.go_on::<K>(flows);
         if self.former.is_none() && (self.len + 1) * 2 > self.slots.count() {
-            self.replace(self.slots.buckets.len() * 2, self.slots.hasher);
+            self.replace(self.slots.buckets * 2, self.slots.hasher);
         }
         let hash = self.hash(&K::of(&flows[index as usize]));
         let probed = self.slots.insert(hash, index);
         self.len += 1;
         if probed > limits::PACKET_INDEX_PROBES_MAX && self.former.is_none() {
-            self.replace(self.slots.buckets.len(), Hasher::new(random));
+            self.replace(self.slots.buckets, Hasher::new(random));
             self.rekeyed += 1;
         }
     }
@@ -341,7 +351,7 @@ impl Index {
     /// Moves some buckets of the former index, if there is one.
     pub(super) fn go_on<K: Key>(&mut self, flows: &[Flow]) {
         let Some(former) = &mut self.former else { return };
-        let bucket = former.slots.buckets[former.moved].0;
+        let bucket = *former.slots.bucket(former.moved);
         // The flows are read first, all at once: each is a cache miss, and they do not wait for each other.
         let mut moving = [(Hash(0), None); BUCKET_SLOTS];
         for (entry, slot) in moving.iter_mut().zip(bucket).filter(|(_, slot)| ![EMPTY, GONE].contains(slot)) {
@@ -354,7 +364,7 @@ impl Index {
             }
         }
         former.moved += 1;
-        if former.moved == former.slots.buckets.len() {
+        if former.moved == former.slots.buckets {
             self.former = None;
         }
     }
@@ -493,7 +503,7 @@ mod tests {
             for at in model.keys() {
                 index.remove::<Outbound>(*at, &flows);
             }
-            prop_assert!(index.slots.buckets.iter().all(|bucket| bucket.0 == [EMPTY; BUCKET_SLOTS]));
+            prop_assert!(index.slots.words.iter().all(|slot| *slot == EMPTY));
         }
     }
 }
