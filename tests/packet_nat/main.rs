@@ -5,6 +5,7 @@
 
 #[path = "../hot_path/allocations.rs"]
 mod allocations;
+mod conntrack;
 mod nat;
 mod packets;
 mod rewrite;
