@@ -3,10 +3,14 @@
 //! A failing case is printed shrunk; its seed goes to `tests/packet_nat/*.regressions` and is replayed first by every
 //! later run.
 
+#[path = "../hot_path/allocations.rs"]
+mod allocations;
+mod conntrack;
 mod nat;
 mod packets;
 mod rewrite;
 mod rig;
+mod steady;
 mod tcp;
 
 use proptest::prelude::ProptestConfig;

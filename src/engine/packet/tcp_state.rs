@@ -4,8 +4,8 @@
 //! people know from connection tables ([`TcpState`]) is read off both. Nothing is kept of data. For each end:
 //! how far it has sent (`sent`), how far it may send (`edge`: the highest acknowledgement and window of the other),
 //! how far it has acknowledged, and its largest window. By these a segment is plausible or not: it starts within
-//! what the receiver offered, ends no further back than a window, and acknowledges what was really sent,
-//! not too long ago. (The rules are those of G. van Rooij, "Real Stateful TCP Packet Filtering in IP Filter", 2001.)
+//! what the receiver offered and acknowledges what was really sent; one that ends further back than a window, or acknowledges
+//! what is long past, passes without effect. (The rules are those of G. van Rooij, "Real Stateful TCP Packet Filtering in IP Filter", 2001.)
 //!
 //! What changes the state must be more than plausible: a reset has to carry the exact next number (RFC 5961, 3.2),
 //! and SYN in the middle of a connection goes through without effect, so that the ends settle it between them
@@ -377,8 +377,13 @@ impl TcpTracker {
                 }
                 self.set_side(from, Side::Open);
             }
-            _ if self.scales != LOOSE && !self.is_in_window(from, segment) => {
+            _ if self.scales == LOOSE => {}
+            _ if !self.is_in_window(from, segment) => {
                 return if liberal { TcpVerdict::Accepted } else { TcpVerdict::Invalid };
+            }
+            // Its receiver says where it stands, which may be what the sender needs.
+            _ if self.is_old(from, segment) => {
+                return if liberal { TcpVerdict::Accepted } else { TcpVerdict::Unproven };
             }
             _ => {}
         }
@@ -476,20 +481,25 @@ impl TcpTracker {
         back >= -window && segment.seq.at_or_before(self.edge[me]) && acknowledged.abs() <= 1 << 30
     }
 
+    /// Whether a segment is not beyond what its sender may say.
     fn is_in_window(&self, from: Direction, segment: &Segment) -> bool {
         let (me, peer) = (from as usize, from.other() as usize);
-        // Its receiver need not take what lags a window behind the acknowledgements it has (RFC 5961, 5.2), and may
-        // not have the last window's.
-        let lag = (2 * self.window_bytes(from)).clamp(ACK_LAG_BYTES_MIN, 1 << 30) as usize;
-        let peer_window = self.window_bytes(from.other()) as usize;
         // Nothing follows a FIN.
         let limit = if self.side(from).is_ended() { self.sent[me] } else { segment.end() };
         // A FIN may lie behind a window that is full, and the sender's next number behind it.
         segment.seq.at_or_before(self.edge[me] + 1)
-            && segment.end().at_or_after(self.sent[me] - peer_window - 1)
             && segment.end().at_or_before(limit)
             && segment.ack.at_or_before(self.sent[peer])
-            && segment.ack.at_or_after(self.acked[me] - lag)
+    }
+
+    /// Whether a segment tells its receiver nothing new: it ends, or acknowledges, further back than honest ones can.
+    fn is_old(&self, from: Direction, segment: &Segment) -> bool {
+        let me = from as usize;
+        // Its receiver need not take what lags a window behind the acknowledgements it has (RFC 5961, 5.2), and may
+        // not have the last window's.
+        let lag = (2 * self.window_bytes(from)).clamp(ACK_LAG_BYTES_MIN, 1 << 30) as usize;
+        let peer_window = self.window_bytes(from.other()) as usize;
+        segment.end().before(self.sent[me] - peer_window - 1) || segment.ack.before(self.acked[me] - lag)
     }
 
     /// What an accepted segment says of its sender's own direction.
