@@ -172,12 +172,15 @@ mod tests {
     use std::net::{IpAddr, Ipv4Addr};
 
     fn primary(n: u8) -> HostLetter {
-        Post { guest_starts: 0, letter: Letter::Primary(IpAddr::V4(Ipv4Addr::new(10, 0, 2, n))) }
+        let letter = Letter::Primary(IpAddr::V4(Ipv4Addr::new(10, 0, 2, n)));
+        HostLetter::Engine(Post { guest_starts: 0, letter })
     }
 
     fn number(letter: Option<HostLetter>) -> Option<u8> {
-        match letter?.letter {
-            Letter::Primary(IpAddr::V4(addr)) => Some(addr.octets()[3]),
+        match letter? {
+            HostLetter::Engine(Post { letter: Letter::Primary(IpAddr::V4(addr)), .. }) => {
+                Some(addr.octets()[3])
+            }
             other => panic!("{other:?} was never sent"),
         }
     }

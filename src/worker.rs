@@ -349,7 +349,7 @@ impl Worker {
                 link.forget_guest(now);
                 self.tx_blocked = 0;
             }
-            DeviceEvent::GuestReset => link.forget_guest(),
+            DeviceEvent::GuestReset => link.forget_guest(now),
             DeviceEvent::Attached => {}
         }
     }

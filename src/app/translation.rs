@@ -54,6 +54,7 @@ pub(super) fn parts(
                 udp: config.udp,
                 liberal: false,
                 timeouts: Timeouts::default(),
+                published: Vec::new(),
                 worker: WorkerId(worker),
                 seed: random_pair()?,
             };
@@ -64,7 +65,6 @@ pub(super) fn parts(
                 station: Arc::clone(&station),
                 guests: lan.subnet,
                 publish: config.publish.clone(),
-                mappings: Arc::clone(&mappings),
             })
         })
         .collect()

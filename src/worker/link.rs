@@ -745,7 +745,7 @@ mod tests {
         }
 
         fn forward(&mut self, vnet: VnetHeader, frame: &[u8]) -> Left {
-            let head = &frame[..frame.len().min(crate::limits::FRAME_HEAD_BYTES)];
+            let head = &frame[..frame.len().min(FRAME_HEAD_BYTES)];
             let whole = Payload::from_host(frame);
             self.end.forward(Instant::ZERO, &TxFrame { vnet, head, whole, pair: QueuePair(0) })
         }

@@ -38,7 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use hashbrown::HashMap;
 
 use self::answers::Answers;
-use self::config::PacketNatConfig;
+use self::config::{PacketNatConfig, PublishedPort};
 use self::flow::{Flow, FlowFlags, FlowKey, Ticks};
 use self::fragments::{Fragments, Way};
 use self::head::{Packet, Transport, View};
@@ -306,6 +306,18 @@ impl PacketNat {
         self.config.outside_ip_mtu = outside;
     }
 
+    /// These ports lead to guests from now on, instead of those before. Flows under way through one that is gone go on.
+    pub fn set_published(&mut self, ports: Vec<PublishedPort>) {
+        let mut mappings = lock(&self.mappings);
+        for port in &self.config.published {
+            let [end, stand_in] = published_ends(port);
+            mappings.unpublish(end);
+            mappings.unpublish(stand_in);
+        }
+        self.config.published = ports;
+        self.published = publish(&mut mappings, &self.config);
+    }
+
     /// What happened so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -556,6 +568,18 @@ fn scope(config: &PacketNatConfig, key: &FlowKey) -> Scope {
     }
 }
 
+/// Whom a published port is mapped to: the guest's end, and what stands in for it where that has another port outside.
+fn published_ends(port: &PublishedPort) -> [GuestEnd; 2] {
+    let protocol = match port.protocol {
+        settings::Protocol::Tcp => Protocol::TCP,
+        settings::Protocol::Udp => Protocol::UDP,
+    };
+    [
+        GuestEnd { protocol, addr: port.guest, port: port.guest_port },
+        GuestEnd { protocol, addr: Ipv4Addr::UNSPECIFIED, port: port.port },
+    ]
+}
+
 /// Keeps published ports from being given to others.
 fn publish(
     mappings: &mut Mappings,
@@ -563,12 +587,8 @@ fn publish(
 ) -> HashMap<(Protocol, u16), (Ipv4Addr, u16), foldhash::quality::RandomState> {
     let mut published = HashMap::default();
     for port in &config.published {
-        let protocol = match port.protocol {
-            settings::Protocol::Tcp => Protocol::TCP,
-            settings::Protocol::Udp => Protocol::UDP,
-        };
-        let end = GuestEnd { protocol, addr: port.guest, port: port.guest_port };
-        let stand_in = GuestEnd { protocol, addr: Ipv4Addr::UNSPECIFIED, port: port.port };
+        let [end, stand_in] = published_ends(port);
+        let protocol = end.protocol;
         let held = mappings.of_port(protocol, port.port, Ipv4Addr::UNSPECIFIED).map(|held| held.guest);
         let is_held = held == Some(stand_in)
             || mappings.publish(end, port.port)

@@ -9,22 +9,23 @@
 
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 
 use super::outside::{Outside, SharedStation, Way};
 use super::{Left, LinkEnd};
 use crate::addr::{Ipv4Subnet, MacAddr};
-use crate::config::{Protocol, Publish};
+use crate::config::Publish;
 use crate::engine::Engine;
 use crate::engine::core::Neighbour;
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::HostNet;
 use crate::engine::lan;
+use crate::engine::packet::config::PublishedPort;
 use crate::engine::packet::head::Packet;
-use crate::engine::packet::ports::{GuestEnd, Mappings, WorkerSet};
+use crate::engine::packet::ports::WorkerSet;
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
 use crate::frame::{Payload, QueuePair, TxFrame};
@@ -53,8 +54,6 @@ pub struct TranslationParts {
     pub worker: WorkerId,
     /// Ports that lead to the guest.
     pub publish: Vec<Publish>,
-    /// The mappings of all workers.
-    pub mappings: Arc<Mutex<Mappings>>,
 }
 
 /// Translation on one worker.
@@ -72,7 +71,9 @@ pub(super) struct Translation {
     head: Box<[u8; FRAME_HEAD_BYTES]>,
     /// Frames whose flows are other workers'.
     for_others: VecDeque<(WorkerId, LinkFrame)>,
-    published: Option<Published>,
+    publish: Vec<Publish>,
+    /// The guest they lead to.
+    published_to: Option<Ipv4Addr>,
 }
 
 /// What became of a frame of the link.
@@ -90,49 +91,10 @@ pub(super) enum Arrived {
     Answered,
 }
 
-/// Published ports, and the guest they lead to.
-#[derive(Debug)]
-struct Published {
-    ports: Vec<Publish>,
-    mappings: Arc<Mutex<Mappings>>,
-    guest: Option<Ipv4Addr>,
-}
-
-impl Published {
-    /// The ports lead to `guest` from now on.
-    fn lead_to(&mut self, guest: Option<Ipv4Addr>) {
-        if self.guest == guest {
-            return;
-        }
-        let mut mappings = self.mappings.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut self.guest, guest);
-        for port in &self.ports {
-            let protocol = match port.protocol {
-                Protocol::Tcp => ipv4::Protocol::TCP,
-                Protocol::Udp => ipv4::Protocol::UDP,
-            };
-            let end = |addr| GuestEnd { protocol, addr, port: port.guest_port };
-            if let Some(before) = before {
-                mappings.unpublish(end(before));
-            }
-            if let Some(guest) = guest
-                && !mappings.publish(end(guest), port.host.port())
-            {
-                tracing::warn!(
-                    port = port.host.port(),
-                    guest_port = port.guest_port,
-                    "--publish: a flow of the guest has the port; it is published when the guest begins anew"
-                );
-            }
-        }
-    }
-}
-
 impl Translation {
     pub(super) fn new(parts: TranslationParts) -> Translation {
-        let TranslationParts { nat, worker, station, guests, publish, mappings } = parts;
+        let TranslationParts { nat, worker, station, guests, publish } = parts;
         let is_first = worker == WorkerId(0);
-        let published = Published { ports: publish, mappings, guest: None };
         Translation {
             nat,
             worker,
@@ -143,7 +105,8 @@ impl Translation {
             unknown: None,
             head: Box::new([0; FRAME_HEAD_BYTES]),
             for_others: VecDeque::new(),
-            published: is_first.then_some(published),
+            publish,
+            published_to: None,
         }
     }
 
@@ -155,9 +118,23 @@ impl Translation {
         self.guests.clear();
         self.newest = (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO);
         self.for_others.clear();
-        if let Some(published) = &mut self.published {
-            published.lead_to(None);
+        self.publish_to(None);
+    }
+
+    /// Published ports lead to `guest`.
+    fn publish_to(&mut self, guest: Option<Ipv4Addr>) {
+        if self.published_to == guest || self.publish.is_empty() {
+            return;
         }
+        self.published_to = guest;
+        let to = |guest, port: &Publish| PublishedPort {
+            protocol: port.protocol,
+            port: port.host.port(),
+            guest,
+            guest_port: port.guest_port,
+        };
+        let ports = guest.map(|guest| self.publish.iter().map(|port| to(guest, port)).collect());
+        self.nat.set_published(ports.unwrap_or_default());
     }
 
     /// Whether an answer of DHCP may come, of which all is to be read.
@@ -167,7 +144,9 @@ impl Translation {
 
     /// What was counted of flows and drops; frames are the link's to count.
     pub(super) fn counters(&self) -> Counters {
-        Counters { frames_from_guest: 0, frames_to_guest: 0, ..self.nat.counters().clone() }
+        let mut counters = self.nat.counters().clone();
+        (counters.frames_from_guest, counters.frames_to_guest) = (0, 0);
+        counters
     }
 
     /// Our address on the link, of which the flows are told when it changes.
@@ -543,9 +522,7 @@ impl LinkEnd {
         port: &mut impl GuestPort,
     ) {
         let Some(translation) = &mut self.translation else { return };
-        if let Some(published) = &mut translation.published {
-            published.lead_to(engine.published_guest());
-        }
+        translation.publish_to(engine.published_guest());
         if let Some(addr) = translation.unknown.take() {
             match engine.guest_at(addr) {
                 Some(neighbour) => translation.learn(addr, neighbour.mac),
