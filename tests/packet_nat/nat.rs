@@ -370,8 +370,12 @@ fn fragments_follow_their_first_in_any_order() {
         let sent = Frame { ident: 7, ..Frame::udp((GUEST, 5000), (REMOTE, 1), &[0x5a; 100]) };
         let left = pieces(&mut rig, Side::Guest, &sent, &order);
         let external = source(&left[0]).1;
+        let mut dying = sent.fragments(40).remove(1);
         let seen = hop(Frame { src: (OUTSIDE, external), ..sent });
         assert_eq!(left, seen.fragments(40), "{order:?}");
+        dying[IP_AT + 8] = 1;
+        packets::sum_ip(&mut dying);
+        assert_eq!(rig.send(Side::Guest, &dying).0, Verdict::Drop(DropReason::HopLimit));
         let answer = Frame { ident: 9, ..Frame::udp((REMOTE, 1), (OUTSIDE, external), &[0xa5; 100]) };
         let came = pieces(&mut rig, Side::World, &answer, &order);
         assert_eq!(came, hop(Frame { dst: (GUEST, 5000), ..answer }).fragments(40), "{order:?}");
@@ -380,7 +384,7 @@ fn fragments_follow_their_first_in_any_order() {
         let ident = word(&left[0], TRANSPORT_AT + 4);
         let seen = hop(Frame { src: (OUTSIDE, ident), dst: (REMOTE, ident), ..ping });
         assert_eq!(left, seen.fragments(40), "{order:?}");
-        assert_eq!(rig.nat.counters().dropped_total(), 0);
+        assert_eq!(rig.nat.counters().dropped_total(), 1, "the one whose hops were used up");
     }
 }
 
@@ -540,6 +544,28 @@ fn a_flow_of_another_worker_is_handed_to_it_and_no_further() {
     let (one, two) = (&fragment.fragments(40)[0], &fragment.fragments(40)[1]);
     assert_eq!(second.send(Side::World, one).0, Verdict::Elsewhere(WorkerId(0)));
     assert_eq!(second.send(Side::World, two).0, Verdict::Elsewhere(WorkerId(0)), "fragments stay together");
+}
+
+#[test]
+fn a_handshake_spread_over_two_workers_is_found_by_hand_over() {
+    let mappings = Arc::new(Mutex::new(Mappings::new(PORTS, (1, 2))));
+    let worker = |n| {
+        let config = PacketNatConfig { worker: WorkerId(n), ..settings() };
+        Rig::sharing(config, Arc::clone(&mappings))
+    };
+    let (mut first, mut second) = (worker(0), worker(1));
+    let syn = Frame::tcp((GUEST, 5000), (REMOTE, 80), SYN, 100, 0);
+    let external = source(&first.out(&syn)).1;
+    assert_eq!(source(&second.out(&syn)).1, external, "repeated on another queue: the same end outside");
+    first.inn(&Frame::tcp((REMOTE, 80), (OUTSIDE, external), SYN | ACK, 500, 101));
+    let ack = Frame::tcp((GUEST, 5000), (REMOTE, 80), ACK, 101, 501);
+    assert_eq!(second.send(Side::Guest, &ack.build()), (Verdict::Elsewhere(WorkerId(0)), ack.build()));
+    first.tried = WorkerSet::of(WorkerId(1));
+    first.out(&ack);
+    let data = Frame { payload: vec![1], ..Frame::tcp((REMOTE, 80), (OUTSIDE, external), ACK, 501, 101) };
+    second.tried = WorkerSet::of(WorkerId(0));
+    second.dropped(Side::World, &Frame { src: (OTHER, 80), ..data.clone() }, DropReason::Filtered);
+    first.inn(&data);
 }
 
 #[derive(Clone, Debug)]

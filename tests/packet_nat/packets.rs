@@ -223,6 +223,14 @@ pub(crate) fn error(
     outer.build()
 }
 
+/// Puts the IP header's checksum right.
+pub(crate) fn sum_ip(frame: &mut [u8]) {
+    frame[IP_AT + 10..IP_AT + 12].fill(0);
+    let mut sum = Accumulator::new();
+    sum.add_bytes(&frame[IP_AT..TRANSPORT_AT]);
+    frame[IP_AT + 10..IP_AT + 12].copy_from_slice(&sum.finish().to_be_bytes());
+}
+
 /// The word at `at`.
 pub(crate) fn word(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])

@@ -211,7 +211,7 @@ impl PacketNat {
     pub fn from_guest(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
         self.counters.frames_from_guest += 1;
         match self.judge_outward(now, packet) {
-            Ok(verdict) => verdict,
+            Ok(verdict) => self.noted(verdict),
             Err(refusal) => self.refuse(now, Side::Guest, packet, refusal),
         }
     }
@@ -221,7 +221,7 @@ impl PacketNat {
         match self.judge_inward(now, packet) {
             Ok(verdict) => {
                 self.counters.frames_to_guest += u64::from(verdict == Verdict::Forward);
-                verdict
+                self.noted(verdict)
             }
             Err(refusal) => self.refuse(now, Side::World, packet, refusal),
         }
@@ -333,6 +333,22 @@ impl PacketNat {
             Side::Guest => &mut self.from_guest,
             Side::World => &mut self.from_world,
         }
+    }
+
+    /// Counts a later fragment that goes nowhere.
+    fn noted(&mut self, verdict: Verdict) -> Verdict {
+        if let Verdict::Drop(reason) = verdict {
+            self.counters.drop(reason);
+        }
+        verdict
+    }
+
+    /// What becomes of a packet its flow does not take: of a connection that was begun here and went on through another
+    /// worker, that one knows the rest.
+    fn not_taken(&self, at: FlowIndex, packet: &Packet<'_>, reason: DropReason) -> Refusal {
+        let key = self.table.flow(at).key();
+        let workers = lock(&self.mappings).workers_of_port(key.protocol, key.external_port, key.remote);
+        self.another(workers, packet).map_or(Refusal::Silent(reason), Refusal::Elsewhere)
     }
 
     fn refuse(&mut self, now: Instant, side: Side, packet: &Packet<'_>, refusal: Refusal) -> Verdict {
@@ -488,6 +504,7 @@ impl PacketNat {
             let view = View::read(&Packet::new(&VnetHeader::default(), &mut frame, len_bytes));
             let Ok(view) = view else { continue };
             let verdict = go(&mut frame, &view, way);
+            let verdict = self.noted(verdict);
             self.released.push_back(Released { side, verdict, frame });
         }
     }

@@ -63,7 +63,8 @@ impl PacketNat {
         let key = outbound(view);
         let at = match self.table.find_outbound(&key) {
             Some(at) => {
-                self.advance(now, at, Side::Guest, view, packet.head)?;
+                self.advance(now, at, Side::Guest, view, packet.head)
+                    .map_err(|reason| self.not_taken(at, packet, reason))?;
                 at
             }
             None => match self.begin_outward(now, packet, view, &key, outside) {
