@@ -131,6 +131,7 @@ fn backends(config: &BenchConfig, scenarios: &[Scenario]) -> Vec<Backend> {
     }
     if config.tap {
         backends.push(Backend::vunet_on_tap());
+        backends.push(Backend::vunet_translated());
     }
     backends.extend(config.peers.iter().cloned());
     if config.bounds {

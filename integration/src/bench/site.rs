@@ -17,6 +17,9 @@ use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
 const LEASE_PATIENCE: Duration = Duration::from_secs(15);
 /// The world's end of a link that is not the lab's own.
 const WORLD_END: &str = "e1";
+/// On it, the address vunet holds for its packet NAT, and the world's.
+const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
+const OUTSIDE_ROUTER: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 /// Arguments of every front-end, before a user's: each frame from the guest lies in one descriptor,
 /// because passt of January 2025 ends with an assertion on a chain of several.
 pub(super) const FRONT_END_ARGS: [&str; 2] = ["--tx-cuts", "65562"];
@@ -94,6 +97,17 @@ impl Backend {
         Backend { name: "vunet on a TAP".into(), kind: BackendKind::VhostUser(words) }
     }
 
+    /// The same with the guest hidden behind an address of vunet's own on the TAP.
+    pub fn vunet_translated() -> Backend {
+        let Backend { kind, .. } = Backend::vunet();
+        let BackendKind::VhostUser(mut words) = kind else { unreachable!("vunet is a vhost-user back-end") };
+        let address = format!("{OUTSIDE}/24");
+        let gateway = OUTSIDE_ROUTER.to_string();
+        let more = ["--uplink", "tap={tap}", "--nat-address", &address, "--nat-gateway", &gateway];
+        words.extend(more.map(str::to_owned));
+        Backend { name: "vunet's packet NAT".into(), kind: BackendKind::VhostUser(words) }
+    }
+
     /// vunet on a named network, a process for each guest.
     pub fn vunet_on_network() -> Backend {
         Backend { name: "vunet on a network".into(), kind: BackendKind::OnNetwork }
@@ -102,6 +116,11 @@ impl Backend {
     /// Whether it puts the guest on a TAP.
     fn is_on_tap(&self) -> bool {
         matches!(&self.kind, BackendKind::VhostUser(words) if words.iter().any(|word| word.contains("{tap}")))
+    }
+
+    /// Whether the guest there has an address of vunet's.
+    fn is_translated(&self) -> bool {
+        matches!(&self.kind, BackendKind::VhostUser(words) if words.iter().any(|word| word == "--nat-address"))
     }
 
     /// The bounds: what the machine does without any vhost-user.
@@ -277,7 +296,9 @@ impl Site {
         let words = self.front_end_words(scenario, args);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
-        if backend.is_on_tap() {
+        if backend.is_translated() {
+            self.address_world(OUTSIDE_ROUTER)?;
+        } else if backend.is_on_tap() {
             return self.address_ends();
         }
         self.lab.udhcpc(LEASE_PATIENCE).map_err(|e| self.explain(&e)).map(drop)
@@ -309,6 +330,13 @@ impl Site {
     }
 
     /// Gives the guest vunet's usual address and the world its gateway's, on the link between them.
+    fn address_world(&self, address: Ipv4Addr) -> Result<(), BenchError> {
+        let (world, address) = (self.lab.world.name(), format!("{address}/24"));
+        lab::run(&["ip", "-n", world, "addr", "add", &address, "dev", WORLD_END], SHORT)?;
+        lab::run(&["ip", "-n", world, "link", "set", WORLD_END, "up"], SHORT)?;
+        Ok(())
+    }
+
     fn address_ends(&self) -> Result<(), BenchError> {
         let ends = [(&self.lab.guest, "eth0", lab::GUEST), (&self.lab.world, WORLD_END, lab::GATEWAY)];
         for (netns, interface, address) in ends {
