@@ -447,6 +447,12 @@ impl Worker {
         let Some(link) = &mut self.link else { return false };
         let (_, rx) = self.queues.split();
         link.run_translation(now, &mut self.engine, rx);
-        rx.first_running().is_some_and(|pair| link.deliver(now, rx, pair))
+        if link.is_claim_due(now) {
+            self.tx_waiting |= std::mem::take(&mut self.tx_blocked);
+        }
+        match rx.first_running() {
+            Some(pair) => link.deliver(now, rx, pair),
+            None => link.serve_station(now),
+        }
     }
 }

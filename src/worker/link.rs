@@ -252,7 +252,9 @@ impl LinkEnd {
     }
 
     fn set_attached(&mut self, attached: bool) {
-        if self.attached == attached {
+        // Our station is there without a guest too.
+        let stays = !attached && self.serves_station();
+        if self.attached == attached || stays {
             return;
         }
         match self.parts.queue.set_attached(attached) {

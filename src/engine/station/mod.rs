@@ -59,7 +59,9 @@ pub enum NextHop {
     Asked(Ipv4Addr),
     /// Nobody has it, or no router leads there.
     Unreachable,
-    /// The station has no address yet, or lost it.
+    /// Whether the address is anybody else's is being asked; it takes less than a second.
+    NotYet,
+    /// The station has no address, or lost it.
     NoAddress,
 }
 
@@ -179,7 +181,10 @@ impl Station {
 
     /// Where a packet to `dst` goes; asks if that is not known.
     pub fn next_hop(&mut self, now: Instant, dst: Ipv4Addr) -> NextHop {
-        let Some(held) = self.held() else { return NextHop::NoAddress };
+        let Some(held) = self.held() else {
+            let is_asking = matches!(self.claim, Claim::Probing { .. });
+            return if is_asking { NextHop::NotYet } else { NextHop::NoAddress };
+        };
         let target = if held.subnet.contains(dst) { Some(dst) } else { held.router };
         // A directed broadcast is not forwarded (RFC 2644).
         let Some(target) = target.filter(|target| held.subnet.is_host(*target)) else {
@@ -211,9 +216,9 @@ impl Station {
     fn set_claim(&mut self, claim: Claim) {
         let before = self.held();
         self.claim = claim;
+        self.version += 1;
         if self.held() != before {
             self.neighbours.clear();
-            self.version += 1;
         }
     }
 

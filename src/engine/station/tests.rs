@@ -61,7 +61,7 @@ fn an_address_is_probed_for_announced_and_only_then_used() {
         station.poll(ms(probe * 200));
         let [(to, asked)] = sent(&mut station)[..] else { panic!("one probe") };
         assert_eq!((to, asked.sender_ip, asked.target_ip), (MacAddr::BROADCAST, Ipv4Addr::UNSPECIFIED, ADDR));
-        assert_eq!((station.held(), station.next_hop(ms(1), ROUTER)), (None, NextHop::NoAddress));
+        assert_eq!((station.held(), station.next_hop(ms(1), ROUTER)), (None, NextHop::NotYet));
     }
     station.poll(ms(600));
     let frames = sent(&mut station);

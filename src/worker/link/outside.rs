@@ -59,7 +59,9 @@ pub(super) enum Way {
     Wait(Ipv4Addr),
     /// There is none.
     None,
-    /// We have no address on the link.
+    /// We may have an address on the link in a moment.
+    NotYet,
+    /// We have no address there.
     NoAddress,
 }
 
@@ -125,7 +127,10 @@ impl Outside {
 
     /// Where a packet to `dst` goes. To be called after [`Outside::address`].
     pub(super) fn way(&mut self, now: Instant, dst: Ipv4Addr) -> Way {
-        let Some(held) = self.held else { return Way::NoAddress };
+        let Some(held) = self.held else {
+            let is_asking = self.shared.with(|station| station.next_hop(now, dst)) == NextHop::NotYet;
+            return if is_asking { Way::NotYet } else { Way::NoAddress };
+        };
         let target = match held.router {
             _ if held.subnet.contains(dst) => dst,
             Some(router) => router,
@@ -145,6 +150,7 @@ impl Outside {
             }
             NextHop::Asked(target) => Way::Wait(target),
             NextHop::Unreachable => Way::None,
+            NextHop::NotYet => Way::NotYet,
             NextHop::NoAddress => Way::NoAddress,
         }
     }
@@ -170,7 +176,7 @@ impl Outside {
         for _ in 0..self.parked.len() {
             let Some(mut parked) = self.parked.pop_front() else { return };
             let mac = match self.way(now, parked.target) {
-                Way::Wait(_) => {
+                Way::Wait(_) | Way::NotYet => {
                     self.parked.push_back(parked);
                     continue;
                 }

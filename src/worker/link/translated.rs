@@ -10,32 +10,40 @@
 use std::collections::VecDeque;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use hashbrown::HashMap;
 
 use super::outside::{Outside, SharedStation, Way};
-use super::{Left, LinkEnd};
+use super::{Left, LinkEnd, Step, judge, without_tag};
 use crate::addr::{Ipv4Subnet, MacAddr};
 use crate::config::Publish;
 use crate::engine::Engine;
 use crate::engine::core::Neighbour;
 use crate::engine::counters::{Counters, DropReason};
-use crate::engine::guest_port::GuestPort;
+use crate::engine::guest_port::{GuestOffloads, GuestPort};
 use crate::engine::host_net::HostNet;
-use crate::engine::lan;
+use crate::engine::lan::{self, vlan};
 use crate::engine::packet::config::PublishedPort;
 use crate::engine::packet::head::Packet;
 use crate::engine::packet::ports::WorkerSet;
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
-use crate::frame::{Payload, QueuePair, TxFrame};
-use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, NEIGHBOURS_MAX};
+use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
+use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX};
 use crate::postbox::LinkFrame;
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::ipv4;
-use crate::wire::vnet::VnetHeader;
+use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
+
+/// How long a frame waits in its ring before it is looked at again whether our address is ours by then.
+const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a frame may ask for that no guest gets.
+const ALL_OFFLOADS: GuestOffloads =
+    GuestOffloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: true, uso6: true };
 
 /// Where source and destination stand in a frame with an IPv4 packet.
 const SRC_AT: usize = ethernet::HEADER_BYTES + 12;
@@ -71,6 +79,8 @@ pub(super) struct Translation {
     head: Box<[u8; FRAME_HEAD_BYTES]>,
     /// Frames whose flows are other workers'.
     for_others: VecDeque<(WorkerId, LinkFrame)>,
+    /// A frame of the guest waits in its ring for our address to be ours; when to look again.
+    claims: Option<Instant>,
     publish: Vec<Publish>,
     /// The guest they lead to.
     published_to: Option<Ipv4Addr>,
@@ -105,6 +115,7 @@ impl Translation {
             unknown: None,
             head: Box::new([0; FRAME_HEAD_BYTES]),
             for_others: VecDeque::new(),
+            claims: None,
             publish,
             published_to: None,
         }
@@ -190,6 +201,12 @@ impl Translation {
         Ok(())
     }
 
+    /// Whether a frame of the link is addressed to us.
+    fn is_to_us(&self, head: &[u8]) -> bool {
+        let header = ethernet::Header::parse(head);
+        header.is_ok_and(|header| header.dst == self.outside.mac() || header.dst.is_multicast())
+    }
+
     /// Takes a frame of the link whose first bytes are `head`.
     pub(super) fn arrived(
         &mut self,
@@ -199,7 +216,7 @@ impl Translation {
         (len_bytes, tried): (usize, WorkerSet),
     ) -> Result<Arrived, DropReason> {
         let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
-        if header.dst != self.outside.mac() && !header.dst.is_multicast() {
+        if !self.is_to_us(head) {
             return Err(DropReason::NotForUs);
         }
         if Outside::may_be_for_station(head) && self.outside.receive(now, head) {
@@ -290,6 +307,10 @@ impl LinkEnd {
         let address = translation.refresh(now);
         let is_hairpin = address == Some(dst);
         let way = if is_hairpin { None } else { Some(translation.outside.way(now, dst)) };
+        if way == Some(Way::NotYet) {
+            translation.claims = Some(now + CLAIM_PAUSE);
+            return Ok(Left::Full);
+        }
         if let Some(Way::None | Way::NoAddress) = way {
             let code = if address.is_some() { UnreachableCode::Host } else { UnreachableCode::Net };
             let message = Message::Unreachable { code, next_hop_mtu: 0 };
@@ -348,7 +369,7 @@ impl LinkEnd {
                 let parked = translation.outside.park(target, frame.vnet, whole);
                 if parked { Ok(Left::Yes) } else { Err(DropReason::TableFull) }
             }
-            Way::None | Way::NoAddress => Err(DropReason::Refused),
+            Way::None | Way::NotYet | Way::NoAddress => Err(DropReason::Refused),
         }
     }
 
@@ -539,7 +560,60 @@ impl LinkEnd {
     /// When [`LinkEnd::run_translation`] has something to do.
     pub(in crate::worker) fn next_deadline(&self) -> Option<Instant> {
         let translation = self.translation.as_ref()?;
-        [translation.nat.next_deadline(), translation.outside.deadline()].into_iter().flatten().min()
+        let own = [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims];
+        own.into_iter().flatten().min()
+    }
+
+    /// Whether frames that waited for our address may be tried again.
+    pub(in crate::worker) fn is_claim_due(&mut self, now: Instant) -> bool {
+        let Some(translation) = &mut self.translation else { return false };
+        let is_due = translation.claims.is_some_and(|due| now >= due);
+        if is_due {
+            translation.claims = None;
+        }
+        is_due
+    }
+
+    /// Whether the station is looked after by this worker.
+    pub(super) fn serves_station(&self) -> bool {
+        self.translation.as_ref().is_some_and(|translation| translation.worker == WorkerId(0))
+    }
+
+    /// Takes frames of the link for the station while there is no guest. Returns whether more may wait.
+    pub(in crate::worker) fn serve_station(&mut self, now: Instant) -> bool {
+        for _ in 0..LINK_BATCH_FRAMES {
+            if !self.readable || self.translation.is_none() {
+                return false;
+            }
+            let mut header = [0; VNET_HEADER_BYTES];
+            let tag_bytes = if self.parts.vlan.is_some() { vlan::TAG_BYTES } else { 0 };
+            let (head, spare) = (&mut self.head[..], &mut self.spare[..]);
+            let nothing = PayloadMut::from_host(&mut []);
+            let got = self.parts.queue.receive(&mut self.segments, &mut header, head, nothing, spare);
+            let len = match got {
+                Ok((len, _)) => len.min(self.head.len()),
+                Err(error) => {
+                    if let Ok(Step::Nothing) = self.nothing_read(&error) {
+                        self.readable = false;
+                    }
+                    continue;
+                }
+            };
+            let head = &mut self.head[..len];
+            let judged = judge(&header, head, len, (self.parts.vlan, self.ip_mtu), ALL_OFFLOADS);
+            if judged.is_err() {
+                continue;
+            }
+            let head = without_tag(head, tag_bytes);
+            if let Some(translation) = &mut self.translation
+                && translation.is_to_us(head)
+                && Outside::may_be_for_station(head)
+                && translation.outside.receive(now, head)
+            {
+                self.send_station_frames();
+            }
+        }
+        self.readable
     }
 
     /// The end: a leased address is given back.
