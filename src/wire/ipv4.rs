@@ -84,6 +84,7 @@ impl Header {
     /// [`WireError::Truncated`] if the header does not lie in `bytes` or the packet claims more than
     /// `available_bytes`; [`WireError::Malformed`] for another version, for lengths that contradict each
     /// other and for fragments that fit no packet; [`WireError::Checksum`] for a wrong header checksum.
+    #[inline]
     pub fn parse(bytes: &[u8], available_bytes: usize) -> Result<Header, WireError> {
         let fixed: &[u8; HEADER_BYTES] = bytes.first_chunk().ok_or(WireError::Truncated)?;
         let be16 = |at: usize| u16::from_be_bytes([fixed[at], fixed[at + 1]]);
@@ -103,7 +104,11 @@ impl Header {
             .checked_sub(header_bytes)
             .ok_or(WireError::Malformed("IPv4 total length below header length"))?;
         let mut sum = Accumulator::new();
-        sum.add_bytes(header);
+        sum.add_words(fixed);
+        // Few headers have options.
+        if header_bytes > HEADER_BYTES {
+            sum.add_bytes(&header[HEADER_BYTES..]);
+        }
         if sum.finish() != 0 {
             return Err(WireError::Checksum);
         }
