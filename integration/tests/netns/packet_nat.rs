@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use vunet_integration::lab::{GUEST, HOST, HOST_BESIDE, LAN_POOL, SHORT, WORLD};
 
+use vunet_integration::world::ports;
+
 use crate::bench::{Bench, Failure, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
 
 /// What `ip neigh` shows of `addr` in the world.
@@ -45,8 +47,8 @@ fn the_guest_is_hidden_behind_an_address_of_vunets_own() {
             let output = bench.in_guest(&[&base[..], direction].concat())?;
             ensure!(output.contains("receiver"), "{output}");
         }
-        let _held = bench.connect_world(7)?;
-        let peers = bench.lab.world.run(&["ss", "-Htn", "sport", "=", ":7"], SHORT)?.stdout;
+        let _held = bench.connect_world(ports::ECHO)?;
+        let peers = bench.lab.world.run(&["ss", "-Htn", "sport", "=", ":9003"], SHORT)?.stdout;
         ensure!(peers.contains(&HOST.to_string()), "{peers}");
         ensure!(!peers.contains(&GUEST.to_string()), "{peers}");
         let counters = bench.detach()?;
@@ -59,9 +61,9 @@ fn the_guest_is_hidden_behind_an_address_of_vunets_own() {
 fn connections_keep_what_the_ends_agreed_on() {
     let setup = Setup::translated().tools(&["ss"]);
     scenario(&setup, |bench| {
-        let _held = bench.connect_world(7)?;
+        let _held = bench.connect_world(ports::ECHO)?;
         let both = [&bench.lab.world, &bench.lab.guest];
-        for (netns, filter) in both.iter().zip(["sport = :7", "dport = :7"]) {
+        for (netns, filter) in both.iter().zip(["sport = :9003", "dport = :9003"]) {
             let shown = netns.run(&["ss", "-Htni", filter], SHORT)?.stdout;
             for option in ["sack", "ts", "wscale"] {
                 ensure!(shown.contains(option), "no {option}: {shown}");
@@ -136,11 +138,11 @@ fn an_address_another_host_has_is_not_used() {
         ensure!(said.contains(&HOST.to_string()), "{said}");
         bench.attach(&[])?;
         bench.lease()?;
-        let refused = bench.connect((WORLD, 7), Duration::from_secs(1));
+        let refused = bench.connect((WORLD, ports::ECHO), Duration::from_secs(1));
         ensure!(refused.is_err(), "a connection from an address that is another's");
         bench.lab.ip(&bench.lab.world, &format!("addr del {HOST}/32 dev e0"))?;
         let deadline = Instant::now() + 2 * PATIENCE;
-        while bench.connect((WORLD, 7), Duration::from_secs(1)).is_err() {
+        while bench.connect((WORLD, ports::ECHO), Duration::from_secs(1)).is_err() {
             ensure!(Instant::now() < deadline, "the address is free and not taken again");
         }
         Ok(())
