@@ -56,6 +56,11 @@ impl<N: HostNet> Engine<N> {
         self.core.send_icmp_error(port, to, message, packet);
     }
 
+    /// The queue pair of this worker's for what came by none of them.
+    pub fn first_pair(&self) -> QueuePair {
+        self.core.first_pair()
+    }
+
     /// Sends the guest a whole frame, or keeps it until it has buffers.
     pub fn send_to_guest(
         &mut self,

@@ -64,8 +64,8 @@ fn connections_keep_what_the_ends_agreed_on() {
         let _held = bench.connect_world(ports::ECHO)?;
         let both = [&bench.lab.world, &bench.lab.guest];
         for (netns, filter) in both.iter().zip(["sport = :9003", "dport = :9003"]) {
-            let shown = netns.run(&["ss", "-Htni", filter], SHORT)?.stdout;
-            for option in ["sack", "ts", "wscale"] {
+            let shown = netns.run(&["ss", "-Htnio", filter], SHORT)?.stdout;
+            for option in [" ts ", " sack ", " wscale:"] {
                 ensure!(shown.contains(option), "no {option}: {shown}");
             }
         }

@@ -444,6 +444,8 @@ impl LinkEnd {
         engine: &mut Engine<N>,
         port: &mut impl GuestPort,
     ) {
+        // Its own pair is another worker's.
+        frame.pair = engine.first_pair();
         let outcome = match frame.side {
             Side::Guest => {
                 let head_bytes = frame.bytes.len().min(FRAME_HEAD_BYTES);
@@ -510,7 +512,7 @@ impl LinkEnd {
         port: &mut impl GuestPort,
     ) -> Result<(), DropReason> {
         let Released { side, verdict, mut frame } = released;
-        let (pair, vnet) = (QueuePair::default(), VnetHeader::default());
+        let (pair, vnet) = (engine.first_pair(), VnetHeader::default());
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         match (verdict, side) {
             (Verdict::Forward, Side::Guest) => {
