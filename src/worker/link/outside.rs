@@ -226,3 +226,122 @@ impl Outside {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::addr::Ipv4Subnet;
+    use crate::config::StationAddress;
+    use crate::engine::station::StationConfig;
+    use crate::wire::arp;
+
+    const OURS: MacAddr = MacAddr([0x02, 0, 0, 0, 0, 1]);
+    const ROUTER: (MacAddr, Ipv4Addr) = (MacAddr([2, 0, 0, 0, 0, 2]), Ipv4Addr::new(192, 0, 2, 2));
+    const WORLD: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+    fn ms(at: u64) -> Instant {
+        Instant::ZERO + Duration::from_millis(at)
+    }
+
+    fn held() -> LinkAddress {
+        let subnet = Ipv4Subnet::new([192, 0, 2, 0].into(), 24).unwrap();
+        LinkAddress { addr: [192, 0, 2, 50].into(), subnet, router: Some(ROUTER.1) }
+    }
+
+    /// Two workers' views of one station, its address settled.
+    fn views() -> [Outside; 2] {
+        let guests = Ipv4Subnet::new([10, 0, 2, 0].into(), 24).unwrap();
+        let address = StationAddress::Fixed(held());
+        let station = Station::new(ms(0), StationConfig { mac: OURS, address, guests, seed: 3 });
+        let shared = Arc::new(SharedStation::new(station));
+        let mut views = [true, false].map(|is_first| Outside::new(Arc::clone(&shared), is_first));
+        assert_eq!(views[1].address(|_| panic!("there is none")), None);
+        assert_eq!(views[1].way(ms(0), WORLD), Way::NotYet);
+        for at in [0, 200, 400, 600] {
+            views[1].poll(ms(at));
+            views[0].poll(ms(at));
+        }
+        while views[0].next_frame().is_some() {}
+        views
+    }
+
+    fn answer(from: (MacAddr, Ipv4Addr)) -> [u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES] {
+        let mut frame = [0; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
+        ethernet::Header { dst: OURS, src: from.0, ethertype: EtherType::ARP }.emit(&mut frame);
+        let packet = arp::Packet {
+            operation: arp::Operation::Reply,
+            sender_mac: from.0,
+            sender_ip: from.1,
+            target_mac: OURS,
+            target_ip: held().addr,
+        };
+        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
+        frame
+    }
+
+    #[test]
+    fn what_one_worker_hears_is_known_to_the_other() {
+        let [mut first, mut second] = views();
+        let mut told = Vec::new();
+        for view in [&mut first, &mut second] {
+            assert_eq!(view.address(|addr| told.push(addr)), Some(held()));
+            assert_eq!(view.address(|_| panic!("told already")), Some(held()));
+        }
+        assert_eq!(told, [Some(held().addr), Some(held().addr)]);
+        assert_eq!(first.way(ms(700), WORLD), Way::Wait(ROUTER.1));
+        assert!(second.receive(ms(700), &answer(ROUTER)));
+        first.address(|_| panic!("the address is the same"));
+        assert_eq!(first.way(ms(700), WORLD), Way::To(ROUTER.0));
+        let moved = MacAddr([2, 0, 0, 0, 0, 9]);
+        assert!(second.receive(ms(800), &answer((moved, ROUTER.1))));
+        first.address(|_| panic!("the address is the same"));
+        assert_eq!(first.way(ms(800), WORLD), Way::To(moved), "what was kept is void");
+    }
+
+    #[test]
+    fn frames_wait_for_their_next_hop_within_bounds_and_are_given_up_with_it() {
+        let [mut view, _] = views();
+        view.address(|_| {});
+        let other = Ipv4Addr::new(192, 0, 2, 77);
+        assert_eq!(view.way(ms(700), other), Way::Wait(other));
+        assert!(view.park(ROUTER.1, VnetHeader::default(), vec![1; 100].into()));
+        let mut parked = 1;
+        while view.park(other, VnetHeader::default(), vec![2; 60_000].into()) {
+            parked += 1;
+            assert!(parked <= limits::PARKED_FRAMES_MAX);
+        }
+        assert_eq!(parked, 1 + limits::PARKED_BYTES_MAX / 60_000);
+        view.unpark(ms(700), |_, _| panic!("nobody answered"));
+        view.receive(ms(700), &answer(ROUTER));
+        view.address(|_| {});
+        let mut sent = Vec::new();
+        view.unpark(ms(700), |mac, parked| sent.push((mac, parked.frame.len())));
+        assert_eq!(sent, [(Some(ROUTER.0), 100)]);
+        for second in 1..=4 {
+            view.poll(ms(700 + second * 1000));
+        }
+        view.address(|_| {});
+        sent.clear();
+        view.unpark(ms(4700), |mac, parked| sent.push((mac, parked.frame.len())));
+        assert_eq!(sent, [(None, 60_000); 4], "the host is gone");
+        assert!(!view.has_parked());
+        assert!(view.park(other, VnetHeader::default(), vec![2; 60_000].into()), "there is room again");
+    }
+
+    #[test]
+    fn only_arp_and_dhcp_are_shown_to_the_station() {
+        let mut dhcp = [0; 60];
+        dhcp[12..14].copy_from_slice(&[8, 0]);
+        dhcp[23] = 17;
+        dhcp[34..38].copy_from_slice(&[0, 67, 0, 68]);
+        assert!(Outside::may_be_for_station(&answer(ROUTER)) && Outside::may_be_for_station(&dhcp));
+        for (at, byte) in [(12, 9), (23, 6), (35, 53), (37, 53)] {
+            let mut other = dhcp;
+            other[at] = byte;
+            assert!(!Outside::may_be_for_station(&other), "{at}");
+        }
+        assert!(!Outside::may_be_for_station(&dhcp[..13]));
+    }
+}
