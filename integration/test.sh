@@ -157,6 +157,9 @@ check_namespaces() {
         TESTS='not test(/^(link|programs|benchmark|networks::kills)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
             cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
     done
+    # What the NAT carries, whichever of the two it is. How a host forbids echo sockets is a matter of one.
+    TESTS='test(/^(transfer|programs|icmp)::/) - test(/a_host_that_forbids_echo_sockets/)' VUNET_NAT=packet \
+        cargo_tests 'namespace guest, packets translated' --package vunet-integration --test netns
     unset CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER
 }
 

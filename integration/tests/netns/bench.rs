@@ -207,6 +207,12 @@ pub(crate) fn bare(setup: &Setup, body: impl FnOnce(&mut Bench) -> Outcome) {
         lab.make_outside().unwrap_or_else(|e| panic!("{e}"));
     }
     let vunet = lab.vunet(&setup.vunet).unwrap_or_else(|e| panic!("{e}"));
+    if setup.translated {
+        // Its first packets would wait for that in its ring, and tests measure how long things take.
+        let ours =
+            vunet.process.wait_error(PATIENCE, "vunet's address", |line| line.contains("address is ours"));
+        ours.unwrap_or_else(|e| panic!("{e}"));
+    }
     let mut bench = Bench { guest: None, vunet, lab, faults_allowed: setup.faults_allowed };
     let outcome = body(&mut bench).and_then(|()| bench.finish());
     if let Err(failure) = outcome {

@@ -1,6 +1,7 @@
 //! Translation of packets onto a link: what it does that the NAT over sockets does not, and how it holds its
 //! address there. What both do is run through both: `VUNET_NAT=packet`.
 
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,10 @@ use vunet_integration::lab::{GUEST, HOST, HOST_BESIDE, LAN_POOL, SHORT, WORLD};
 
 use vunet_integration::world::ports;
 
-use crate::bench::{Bench, Failure, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
+use crate::bench::{
+    ANSWER_BYTES_MAX, Bench, Failure, MIB, Outcome, PATIENCE, Setup, bare, ensure, integration_binary,
+    scenario,
+};
 
 /// What `ip neigh` shows of `addr` in the world.
 fn neighbour(bench: &Bench, addr: Ipv4Addr) -> Result<String, Failure> {
@@ -145,6 +149,54 @@ fn an_address_another_host_has_is_not_used() {
         while bench.connect((WORLD, ports::ECHO), Duration::from_secs(1)).is_err() {
             ensure!(Instant::now() < deadline, "the address is free and not taken again");
         }
+        Ok(())
+    });
+}
+
+/// The address and port the guest's server sees of a client in the world.
+fn seen_by_guest(bench: &Bench, port: u16) -> Result<std::net::SocketAddr, Failure> {
+    let to = std::net::SocketAddr::from((HOST, port));
+    let stream = bench.lab.world.inside(|| std::net::TcpStream::connect_timeout(&to, PATIENCE))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let mut text = String::new();
+    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+    Ok(text.trim().parse()?)
+}
+
+#[test]
+fn published_ports_lead_to_the_guest_who_sees_its_clients() {
+    let publish =
+        ["--publish", "8006:9006", "--publish", "udp:8003:9003", "--publish", "9009-9010:9003-9004"];
+    scenario(&Setup::translated().vunet(&publish), |bench| {
+        let binary = integration_binary().display().to_string();
+        let server = bench.lab.guest.spawn(&[&binary, "world-server", "--bind", &GUEST.to_string()])?;
+        server.wait_line(SHORT, "servers in the guest", |line| line.contains("ready"))?;
+        let client = seen_by_guest(bench, 8006)?;
+        ensure!(client.ip() == WORLD, "the guest saw {client} for a client at {WORLD}");
+        let socket = bench.lab.world.inside(|| std::net::UdpSocket::bind((WORLD, 0)))?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.send_to(b"echo me", (HOST, 8003))?;
+        let mut bytes = [0; 16];
+        let (len, from) = socket.recv_from(&mut bytes)?;
+        ensure!(&bytes[..len] == b"echo me" && from == (HOST, 8003).into(), "{from}: {:?}", &bytes[..len]);
+        let to = std::net::SocketAddr::from((HOST, 9009));
+        let mut stream = bench.lab.world.inside(|| std::net::TcpStream::connect_timeout(&to, PATIENCE))?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.write_all(b"twice")?;
+        stream.shutdown(std::net::Shutdown::Write)?;
+        let mut text = String::new();
+        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+        ensure!(text == "twice", "{text}");
+        // A port that is not published is nobody's: nothing answers.
+        let to = std::net::SocketAddr::from((HOST, 9006));
+        let refused =
+            bench.lab.world.inside(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(300)));
+        ensure!(refused.is_err(), "port 9006 was not published");
+        // The guest reaches its own published port from inside.
+        let mut text = String::new();
+        let stream = bench.connect((HOST, 8006), PATIENCE)?;
+        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
+        ensure!(text.trim().starts_with(&HOST.to_string()), "hairpin: {text}");
         Ok(())
     });
 }

@@ -34,6 +34,8 @@ const PROBE_PAUSE: Duration = Duration::from_millis(200);
 const ANNOUNCEMENTS: u8 = 2;
 /// Between them.
 const ANNOUNCE_PAUSE: Duration = Duration::from_secs(2);
+/// How long the guest's packets wait in its ring for the router's first answer.
+const ROUTER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long after somebody had the address it is tried again, and between two defences of it (RFC 5227, 2.4).
 const CONFLICT_PAUSE: Duration = Duration::from_secs(10);
 
@@ -59,7 +61,7 @@ pub enum NextHop {
     Asked(Ipv4Addr),
     /// Nobody has it, or no router leads there.
     Unreachable,
-    /// Whether the address is anybody else's is being asked; it takes less than a second.
+    /// Whether the address is anybody else's is being asked, or the router for the first time; it takes a moment.
     NotYet,
     /// The station has no address, or lost it.
     NoAddress,
@@ -72,8 +74,8 @@ enum Claim {
     None,
     /// Whether somebody has it is being asked, `sent` times so far.
     Probing { held: LinkAddress, sent: u8, due: Instant },
-    /// It is ours; `left` announcements are due.
-    Ours { held: LinkAddress, left: u8, due: Instant },
+    /// It is ours since `since`; `left` announcements are due.
+    Ours { held: LinkAddress, since: Instant, left: u8, due: Instant },
     /// Somebody had it. It is tried again then.
     Taken { held: LinkAddress, until: Instant },
 }
@@ -196,9 +198,16 @@ impl Station {
         }
         match found {
             Found::Known(mac, until) => NextHop::At(mac, until),
+            // The guest's first packets came while the address was probed for, and more than may be kept.
+            Found::Asked if held.router == Some(target) && self.is_new(now) => NextHop::NotYet,
             Found::Asked => NextHop::Asked(target),
             Found::Gone => NextHop::Unreachable,
         }
+    }
+
+    /// Whether the address has been ours for so short a time that the router may not have answered yet.
+    fn is_new(&self, now: Instant) -> bool {
+        matches!(self.claim, Claim::Ours { since, .. } if now.since(since) < ROUTER_PATIENCE)
     }
 
     /// Gives a leased address back; the frame that says so is the last.
@@ -229,7 +238,8 @@ impl Station {
                 self.send_request(Ipv4Addr::UNSPECIFIED, held.addr, None);
             }
             Claim::Probing { held, due, .. } if now >= due => {
-                self.set_claim(Claim::Ours { held, left: ANNOUNCEMENTS - 1, due: now + ANNOUNCE_PAUSE });
+                let due = now + ANNOUNCE_PAUSE;
+                self.set_claim(Claim::Ours { held, since: now, left: ANNOUNCEMENTS - 1, due });
                 self.announce(&held);
                 tracing::info!(
                     address = %held.addr, subnet = %held.subnet, router = ?held.router, mac = %self.config.mac,
@@ -241,8 +251,8 @@ impl Station {
                     question.into_iter().for_each(|question| self.ask(question));
                 }
             }
-            Claim::Ours { held, left, due } if left > 0 && now >= due => {
-                self.claim = Claim::Ours { held, left: left - 1, due: now + ANNOUNCE_PAUSE };
+            Claim::Ours { held, since, left, due } if left > 0 && now >= due => {
+                self.claim = Claim::Ours { held, since, left: left - 1, due: now + ANNOUNCE_PAUSE };
                 self.announce(&held);
             }
             Claim::Taken { held, until } if now >= until => {

@@ -128,8 +128,8 @@ impl Outside {
     /// Where a packet to `dst` goes. To be called after [`Outside::address`].
     pub(super) fn way(&mut self, now: Instant, dst: Ipv4Addr) -> Way {
         let Some(held) = self.held else {
-            let is_asking = self.shared.with(|station| station.next_hop(now, dst)) == NextHop::NotYet;
-            return if is_asking { Way::NotYet } else { Way::NoAddress };
+            let next = self.shared.with(|station| station.next_hop(now, dst));
+            return if next == NextHop::NotYet { Way::NotYet } else { Way::NoAddress };
         };
         let target = match held.router {
             _ if held.subnet.contains(dst) => dst,
@@ -290,7 +290,8 @@ mod tests {
             assert_eq!(view.address(|_| panic!("told already")), Some(held()));
         }
         assert_eq!(told, [Some(held().addr), Some(held().addr)]);
-        assert_eq!(first.way(ms(700), WORLD), Way::Wait(ROUTER.1));
+        assert_eq!(first.way(ms(700), WORLD), Way::NotYet, "the router answers within a moment");
+        assert_eq!(first.way(ms(1700), WORLD), Way::Wait(ROUTER.1), "or not");
         assert!(second.receive(ms(700), &answer(ROUTER)));
         first.address(|_| panic!("the address is the same"));
         assert_eq!(first.way(ms(700), WORLD), Way::To(ROUTER.0));

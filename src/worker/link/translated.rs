@@ -39,7 +39,7 @@ use crate::wire::ipv4;
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 /// How long a frame waits in its ring before it is looked at again whether our address is ours by then.
-const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+const CLAIM_PAUSE: Duration = Duration::from_millis(5);
 
 /// What a frame may ask for that no guest gets.
 const ALL_OFFLOADS: GuestOffloads =
