@@ -45,6 +45,7 @@ pub(super) fn of_network(
     let mut pool = Pool::new(lan.subnet, lan.gateway);
     pool.first = lan.guest;
     pool.names_taken = dns.labels().map(str::to_owned).collect();
+    pool.takes_over = network.trust_guest || holder.is_none();
     let leases = match holder {
         Some(holder) => LeaseStore::open(&folder, pool, Arc::clone(&clock), holder)?.of_process()?,
         None => {

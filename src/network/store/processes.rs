@@ -6,8 +6,14 @@
 //! *let go*: their names resolve no more, and after [`RESTART_HOLD`] others may get their addresses, if no
 //! others are left. A process that finds the same guest takes its lease up again ([`LeaseStore::resume`]).
 //!
+//! While it lives, its leases are its own guest's: another process whose guest comes with the MAC address of one
+//! gets [`Refusal::Elsewhere`], and cannot give it back either, unless it may take over ([`Pool::takes_over`]).
+//!
 //! Numbers that are not noted here are of nobody who could die: the holder of a rootless network, which leases
 //! for the guests of other processes, and processes of a version that noted none.
+//!
+//! [`Pool::takes_over`]: super::Pool::takes_over
+//! [`Refusal::Elsewhere`]: crate::network::allocator::Refusal::Elsewhere
 
 use std::path::Path;
 
@@ -23,6 +29,10 @@ const LAYOUT: i64 = 2;
 
 /// When the process that `lease` belongs to was found gone, as an expression; NULL while it lives.
 pub(super) const ENDED_US: &str = "(SELECT ended_us FROM process WHERE process.holder = lease.holder)";
+
+/// Whether the process that `lease` belongs to noted itself and was not found gone, as an expression.
+pub(super) const LIVES: &str =
+    "EXISTS(SELECT 1 FROM process WHERE process.holder = lease.holder AND ended_us IS NULL)";
 
 /// Whether a lease that runs may be given to nobody else: `now` is an expression of the time.
 pub(super) fn keeps(now: &str) -> String {

@@ -101,6 +101,8 @@ pub enum Silence {
     PoolExhausted,
     /// The guest holds as many addresses of a shared network as one may.
     ShareUsed,
+    /// On a shared network: another guest that is there holds the lease of the sender's hardware address.
+    Elsewhere,
     /// On a shared network: for another station than the one that sent it, or by way of a relay.
     NotTheSender,
     /// On a shared network: more messages than a guest may send.
@@ -360,6 +362,7 @@ impl DhcpServer {
             Refusal::NotBound(_) => self.nak(link_src, request),
             Refusal::Exhausted => Outcome::Silent(Silence::PoolExhausted),
             Refusal::ShareUsed => Outcome::Silent(Silence::ShareUsed),
+            Refusal::Elsewhere => Outcome::Silent(Silence::Elsewhere),
             Refusal::Store(error) => Outcome::Silent(no_store(&error)),
         }
     }
