@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::dhcp::{self, Answer, Question};
+use super::dhcp::{self, Answer, Told};
 use super::ipv6::{self, Discovery, Upper};
 use super::{vlan, written};
 use crate::addr::MacAddr;
@@ -429,26 +429,40 @@ impl Guard {
         if ports.is_some_and(|(src, dst)| src == dhcp::SERVER_PORT || dst == dhcp::CLIENT_PORT) {
             return Err(DropReason::RogueServer);
         }
-        let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
-        let to_server = to_server && !ip.is_fragment();
+        // So do servers take questions.
+        let to_server = ports.is_some_and(|(_, dst)| dst == dhcp::SERVER_PORT);
         let without_address = to_server && ip.src.is_unspecified() && ip.dst.is_broadcast();
         if !without_address && !self.has_ipv4(now, ip.src) {
             return Err(DropReason::SpoofedSource);
         }
         if to_server {
-            self.question(now, mac, packet.get(ip.header_bytes + 8..).unwrap_or_default())?;
+            self.question(now, mac, told(&ip, packet).ok_or(DropReason::Malformed)?)?;
         }
         Ok(Verdict::Pass)
     }
 
     /// A question of the guest to a DHCP server. For others' addresses it may not ask: it could use up all.
-    fn question(&mut self, now: Instant, mac: MacAddr, payload: &[u8]) -> Result<(), DropReason> {
-        let question = Question::parse(payload).ok_or(DropReason::Malformed)?;
-        if question.client != mac {
+    fn question(&mut self, now: Instant, mac: MacAddr, told: Told) -> Result<(), DropReason> {
+        if told.question().client != mac {
             return Err(DropReason::SpoofedSource);
         }
-        self.learn(|table| table.ask(now, question.xid));
+        if let Told::Asks(question) = told {
+            self.learn(|table| table.ask(now, question.xid));
+        }
         Ok(())
+    }
+
+    /// A question of the guest to a DHCP server, which was let pass, has left. What it gives back is not its any
+    /// more, nor its next process's.
+    pub fn question_left(&mut self, now: Instant, head: &[u8]) {
+        let packet = head.get(ethernet::HEADER_BYTES..).unwrap_or_default();
+        let Ok(ip) = ipv4::Header::parse(packet, usize::MAX) else { return };
+        let Some(Told::GivesBack(question, addr)) = told(&ip, packet) else { return };
+        self.refresh();
+        if self.table.leases.iter().any(|lease| lease.addr == addr) {
+            self.learn(|table| table.leases.retain(|lease| lease.addr != addr));
+            self.keep_leases(now, question.client);
+        }
     }
 
     fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
@@ -689,6 +703,33 @@ impl Table {
             binding.used = now;
         }
     }
+}
+
+/// Whether a frame of the guest, by its first bytes, is for a DHCP server: it is to be judged by
+/// [`crate::limits::LINK_LONG_HEAD_BYTES`] of it.
+pub fn is_question(head: &[u8], len_bytes: usize) -> bool {
+    let Some((link, packet)) = head.split_at_checked(ethernet::HEADER_BYTES) else { return false };
+    // Nearly every frame is known by these not to be one.
+    if link[12..] != EtherType::IPV4.0.to_be_bytes() || packet.get(9) != Some(&Protocol::UDP.0) {
+        return false;
+    }
+    let Ok(ip) = ipv4::Header::parse(packet, len_bytes.saturating_sub(ethernet::HEADER_BYTES)) else {
+        return false;
+    };
+    let port = packet.get(ip.header_bytes + 2..ip.header_bytes + 4);
+    ip.fragment_offset_bytes == 0 && port == Some(&dhcp::SERVER_PORT.to_be_bytes())
+}
+
+/// What a datagram to a DHCP server's port says; `None` if that is not to be read: in fragments, longer than what
+/// is at hand, or than it says itself.
+fn told(ip: &ipv4::Header, packet: &[u8]) -> Option<Told> {
+    let datagram = packet.get(ip.header_bytes..)?;
+    let len = datagram.get(4..6)?;
+    let len = usize::from(u16::from_be_bytes([len[0], len[1]]));
+    if ip.is_fragment() || len > ip.payload_bytes {
+        return None;
+    }
+    Told::parse(datagram.get(8..len)?)
 }
 
 /// Whether ICMP or IGMP messages of a kind are only routers' to send: redirects and advertisements (RFC 792, RFC 1256),

@@ -14,7 +14,6 @@
 
 pub mod client;
 mod message;
-mod rate;
 
 use std::net::Ipv4Addr;
 
@@ -24,11 +23,12 @@ use dhcproto::v4::MessageType;
 
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan};
+use crate::limits::{DHCP_MESSAGES_BURST, DHCP_MESSAGES_PER_SECOND};
 use crate::network::allocator::{Bind, Grant, IpAllocator, Lease, Refusal};
 use crate::network::leases::LeaseTable;
 use crate::network::store::StoreError;
+use crate::rate::Rate;
 use crate::service::dhcp::message::{Fault, ReplyWriter, Request};
-use crate::service::dhcp::rate::Rate;
 use crate::time::Instant;
 
 /// UDP port of servers and relays.
@@ -170,7 +170,8 @@ impl DhcpServer {
     /// unless `trust_guest`, and at a bounded rate ([`crate::limits::DHCP_MESSAGES_PER_SECOND`]).
     #[must_use]
     pub fn shared(mut self, trust_guest: bool) -> DhcpServer {
-        self.shared = Some(Shared { trust_guest, rate: Rate::default() });
+        self.shared =
+            Some(Shared { trust_guest, rate: Rate::new(DHCP_MESSAGES_BURST, DHCP_MESSAGES_PER_SECOND) });
         self
     }
 
