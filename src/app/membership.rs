@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, random_pair, starting};
+use super::{Bound, Error, random_pair, services, starting};
 use crate::config::{Attach, Config, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::control::port_relay;
 use crate::holder::door::Use;
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
+use crate::network::store::LeaseStore;
 use crate::network::users::{PublishedPort, User};
 
 /// Joins the network of `config`, if it has one.
@@ -46,6 +47,17 @@ pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)
     let place = joined.holder();
     let used = place.enter().map_err(|source| Error::Join { name: definition.name.clone(), source })?;
     Ok(Some((place, used)))
+}
+
+/// The network's store of leases, where a holder gives them and this process claims its guest's.
+pub(super) fn claims(joined: &SharedJoined, config: &Config) -> Result<Option<LeaseStore>, Error> {
+    let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
+    let definition = joined.definition();
+    let Some(network) = config.network.as_ref().filter(|_| definition.is_rootless()) else { return Ok(None) };
+    match (definition.kind.lan(), joined.user().holder) {
+        (Some(lan), Some(holder)) => services::to_claim(network, lan, holder).map(Some),
+        _ => Ok(None),
+    }
 }
 
 /// This process's number in the network's store of leases.

@@ -253,11 +253,11 @@ impl LinkEnd {
 
     /// Whether a frame of the guest is for a service of ours, and not for the link. One from a MAC address that
     /// is not its own is for nobody: the guard drops it on its way to the link.
-    pub(super) fn is_for_us(&mut self, frame: &TxFrame<'_>) -> bool {
+    pub(super) fn is_for_us(&mut self, now: Instant, frame: &TxFrame<'_>) -> bool {
         let Some(gateway) = self.parts.gateway else { return false };
         let Some(service) = services::is_ours(frame.head, frame.whole.len(), gateway) else { return false };
         if let Some(guard) = &mut self.parts.guard {
-            if !guard.is_from_own_mac(frame.head) {
+            if !guard.is_from_own_mac(now, frame.head) {
                 return false;
             }
             if service == Service::Dhcp {
@@ -278,7 +278,7 @@ impl LinkEnd {
         if self.met.contains(&header.src) || !header.src.is_unicast() {
             return;
         }
-        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(head));
+        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(now, head));
         if is_own {
             self.look_up_lease(now, head);
         }
@@ -902,7 +902,7 @@ mod tests {
                 whole: Payload::from_host(frame),
                 pair: QueuePair(0),
             };
-            if !rig.end.is_for_us(&frame) {
+            if !rig.end.is_for_us(now, &frame) {
                 rig.end.forward(now, &frame);
             }
         };

@@ -186,6 +186,41 @@ fn leases_of_who_noted_nothing_end_by_time_alone() {
 }
 
 #[test]
+fn what_a_holder_leased_is_the_guests_own_process_s_once_that_claims_it() {
+    let folder = store::folder();
+    let of_all = Pool { takes_over: true, ..pool() };
+    let mut holder = LeaseStore::open(folder.path(), of_all, TestClock::new("boot", 0), 0).unwrap();
+    lease(&mut holder, at(0), &named(1, "vm1"));
+    lease(&mut holder, at(0), &named(2, "vm2"));
+    let (mut one, mut two) = (process(folder.path(), 1), process(folder.path(), 2));
+    one.claim(at(1), mac(1), ip(2)).unwrap();
+    two.claim(at(1), mac(2), ip(3)).unwrap();
+    one.claim(at(1), mac(1), ip(2)).unwrap();
+    assert!(matches!(two.claim(at(1), mac(1), ip(2)), Err(Refusal::Elsewhere)), "another's");
+    for (n, ip) in [(1, ip(3)), (9, ip(2))] {
+        assert!(matches!(one.claim(at(1), mac(n), ip), Err(Refusal::NotBound(_))), "{n} has no such lease");
+    }
+    // A process that is gone takes its guest's name along, and nobody else's.
+    drop(one);
+    assert_eq!(let_go(folder.path(), at(10), &[2]), 1);
+    let clock = TestClock::new("boot", 0);
+    let names = LiveNames::open(folder.path(), Arc::clone(&clock) as Arc<dyn HostClock>).unwrap();
+    clock.at(at(10));
+    assert_eq!((names.address_of("vm1"), names.address_of("vm2")), (None, Some(ip(3))));
+    // The guest goes on under the next, which claims what it has ...
+    let mut next = process(folder.path(), 3);
+    next.claim(at(11), mac(1), ip(2)).unwrap();
+    assert_eq!(names.address_of("vm1"), Some(ip(2)));
+    assert_eq!(let_go(folder.path(), at(12), &[2, 3]), 0);
+    // ... and renews with the holder.
+    assert_eq!(holder.bind(at(13), &named(1, "vm1"), ip(2)).unwrap().0, Bind::Renewed);
+    next.claim(at(13), mac(1), ip(2)).unwrap();
+    assert_eq!(let_go(folder.path(), at(14), &[2]), 1);
+    assert!(is_nak(&holder.bind(at(15), &client(5), ip(2))), "its guest may come back");
+    assert!(matches!(next.claim(at(90_000), mac(1), ip(2)), Err(Refusal::NotBound(_))), "it is over");
+}
+
+#[test]
 fn after_a_reboot_every_process_is_gone_and_every_guest_finds_its_address() {
     let folder = store::folder();
     let noon_us = 1_700_000_000_000_000;

@@ -184,7 +184,7 @@ impl SharedTable {
         SharedTable { kept: Mutex::new(kept), ..SharedTable::default() }
     }
 
-    /// The guest's leases of the LAN's DHCP, whenever they changed.
+    /// The guest's leases of the LAN's DHCP, whenever they changed, or are known to be the guest's.
     pub fn news(&self) -> watch::Receiver<Option<LeaseNews>> {
         self.news.subscribe()
     }
@@ -206,9 +206,17 @@ impl Guard {
         let mut guard = Guard { config, shared, bit, stalled_since: None, table, seen: u64::MAX };
         guard.refresh();
         if let Some(mac) = config.mac {
-            guard.take_up(mac);
+            guard.meet(Instant::ZERO, mac);
         }
         guard
+    }
+
+    /// From now on `mac` is known to be the guest's: what it had before is its, which is told of.
+    fn meet(&mut self, now: Instant, mac: MacAddr) {
+        self.take_up(mac);
+        if !self.table.leases.is_empty() {
+            self.keep_leases(now, mac);
+        }
     }
 
     /// Takes up the leases that `mac` had before it was known to be the guest's.
@@ -320,9 +328,9 @@ impl Guard {
     }
 
     /// Whether a frame of the guest, by its first bytes, comes from its own MAC address.
-    pub fn is_from_own_mac(&mut self, head: &[u8]) -> bool {
+    pub fn is_from_own_mac(&mut self, now: Instant, head: &[u8]) -> bool {
         self.refresh();
-        ethernet::Header::parse(head).is_ok_and(|header| self.check_mac(header.src).is_ok())
+        ethernet::Header::parse(head).is_ok_and(|header| self.check_mac(now, header.src).is_ok())
     }
 
     /// Whether an answer to the guest's own DHCP may come, so that frames are to be shown whole.
@@ -347,7 +355,7 @@ impl Guard {
 
     fn judge(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Result<Verdict, DropReason> {
         let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
-        self.check_mac(header.src)?;
+        self.check_mac(now, header.src)?;
         let packet = &head[ethernet::HEADER_BYTES..];
         match header.ethertype {
             EtherType::IPV4 => self.ipv4(now, header.src, packet, len_bytes - ethernet::HEADER_BYTES),
@@ -358,7 +366,7 @@ impl Guard {
         }
     }
 
-    fn check_mac(&mut self, src: MacAddr) -> Result<(), DropReason> {
+    fn check_mac(&mut self, now: Instant, src: MacAddr) -> Result<(), DropReason> {
         match self.config.mac.or(self.table.mac) {
             Some(own) if own == src => return Ok(()),
             Some(_) => return Err(DropReason::SpoofedSource),
@@ -375,7 +383,7 @@ impl Guard {
         if self.table.mac != Some(src) {
             return Err(DropReason::SpoofedSource);
         }
-        self.take_up(src);
+        self.meet(now, src);
         Ok(())
     }
 

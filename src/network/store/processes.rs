@@ -10,19 +10,24 @@
 //! gets [`Refusal::Elsewhere`], and cannot give it back either, unless it may take over ([`Pool::takes_over`]).
 //!
 //! Numbers that are not noted here are of nobody who could die: the holder of a rootless network, which leases
-//! for the guests of other processes, and processes of a version that noted none.
+//! for the guests of other processes, and processes of a version that noted none. The guest's own process of a
+//! rootless network claims what the holder leased ([`LeaseStore::claim`]).
 //!
 //! [`Pool::takes_over`]: super::Pool::takes_over
 //! [`Refusal::Elsewhere`]: crate::network::allocator::Refusal::Elsewhere
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use rusqlite::{Connection, Transaction, params};
 
 use super::file::{FILE_NAME, StoreFile, carry_over};
+use super::pool::{Row, row_of};
 use super::{LeaseStore, StoreError, micros};
-use crate::network::allocator::RESTART_HOLD;
+use crate::addr::MacAddr;
+use crate::network::allocator::{BindRefusal, RESTART_HOLD, Refusal};
 use crate::network::clock::{HostClock, Moment};
+use crate::time::Instant;
 
 /// The first layout that knows of processes.
 const LAYOUT: i64 = 2;
@@ -107,5 +112,27 @@ impl LeaseStore {
             Ok(())
         })?;
         Ok(self)
+    }
+
+    /// Makes the lease that `mac` has on `ip` this process's, whoever gave it: the holder of a rootless network, or
+    /// a process that is gone.
+    ///
+    /// # Errors
+    /// [`Refusal::Elsewhere`] if it is another process's that lives, [`Refusal::NotBound`] if there is no such lease
+    /// or it is over, [`Refusal::Store`].
+    pub fn claim(&mut self, now: Instant, mac: MacAddr, ip: Ipv4Addr) -> Result<(), Refusal> {
+        let holder = self.holder;
+        self.write(now, |ledger| {
+            let runs = |row: &Row| row.ip == ip && row.until_us > Some(ledger.now.boottime_us);
+            let Some(row) = row_of(ledger.tx, mac)?.filter(runs) else {
+                return Ok(Err(BindRefusal::Taken.into()));
+            };
+            if row.is_of_another(holder) {
+                return Ok(Err(Refusal::Elsewhere));
+            }
+            let sql = "UPDATE lease SET holder = ?2 WHERE mac = ?1";
+            ledger.tx.prepare_cached(sql)?.execute(params![mac.0, holder])?;
+            Ok(Ok(()))
+        })?
     }
 }
