@@ -26,6 +26,7 @@ qemu-microvm|qemu-system-x86_64|the same on a microvm, whose virtio device is on
 published|qemu-system-x86_64|a client in the world reaches a server in the guest, which sees the client'"'"'s address
 network|qemu-system-x86_64 nft|two QEMU guests on a named network find each other by name, and the world
 network-rootless|qemu-system-x86_64|the same without privilege; the death of one'"'"'s vunet takes nothing from the other
+bridge|qemu-system-x86_64|a QEMU guest in bridge mode: a lease of the LAN'"'"'s own DHCP server, the world; the bridge stays
 cut-uploads|qemu-system-x86_64|an upload cut by the death of guest or vunet never looks complete
 uml|linux.uml|user-mode Linux: lease, DNS, 64 MiB each way; --one-off ends with it
 dpdk-txonly|dpdk-testpmd|a flood of UDP from DPDK: its counters agree with vunet'"'"'s
@@ -213,6 +214,45 @@ two_on_a_network() {
 
 scenario_network() { two_on_a_network root --mode nat; }
 scenario_network-rootless() { two_on_a_network user --rootless; }
+
+# lan_up: the host's link becomes a port of a bridge, and the world leases addresses to whoever is on it.
+lan_up() {
+    ip -n "$HOST_NS" link add br0 type bridge
+    ip -n "$HOST_NS" link set br0 up
+    ip -n "$HOST_NS" address del 192.0.2.1/24 dev uplink
+    ip -n "$HOST_NS" link set uplink master br0
+    ip -n "$HOST_NS" address add 192.0.2.1/24 dev br0
+    ip -n "$HOST_NS" route replace default via 192.0.2.2
+    spawn lan ip netns exec "$WORLD_NS" dnsmasq --keep-in-foreground --conf-file=/dev/null --user="$(id -un)" \
+        --pid-file= --port=0 --no-ping --dhcp-authoritative --log-facility=- --interface=host \
+        --dhcp-range=192.0.2.100,192.0.2.150,600 --dhcp-option=option:router,192.0.2.2 \
+        --dhcp-option=option:dns-server,"$WORLD_DNS" --dhcp-leasefile="$RUN_DIR/lan.leases"
+    wait_until 10 grep -q 'DHCP, IP range' "$RUN_DIR/lan.log" || die "the LAN's DHCP server did not come up"
+}
+
+# The guest is a station of the LAN: no vunet answers it, and the world sees its own address.
+scenario_bridge() {
+    local answer before after
+    lan_up
+    before=$(in_host ip -o link show | cut -d : -f 2)
+    # QEMU, which is an ordinary user's, cannot open what root made: it listens.
+    backend_start_on_network root --client --mode bridge --uplink bridge=br0
+    qemu_start pc ',server=on,wait=off'
+    guest_steps link
+    every_step
+    guest_steps peer serve
+    answer=$(awk -v mac="$GUEST_MAC" '$2 == mac {print $3}' "$RUN_DIR/lan.leases")
+    if [[ $answer != 192.0.2.1[0-5][0-9] ]]; then
+        say "FAIL  the LAN's server leased to $GUEST_MAC: $(cat "$RUN_DIR/lan.leases")"
+        return 1
+    fi
+    show_step ok "leased by the LAN's server" 0 "$answer"
+    timeout 90 ip netns exec "$WORLD_NS" "$TRANSFER" download "$answer:80" 8388608
+    guest_stop
+    backend_end
+    after=$(in_host ip -o link show | cut -d : -f 2)
+    [[ $before == "$after" ]] || die "links of the host were ${before//$'\n'/} and are ${after//$'\n'/}"
+}
 
 # The death of the guest, of vunet and of its process by SIGTERM: the server must see a reset.
 scenario_cut-uploads() {

@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use socket2::Type;
+use socket2::{Socket, Type};
 use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -57,12 +57,14 @@ use crate::worker::{LinkParts, Worker, WorkerParts};
 #[derive(Debug, Error)]
 pub enum Error {
     /// A published port could not be bound.
-    #[error("--publish: cannot listen on {kind} {host}")]
+    #[error("--publish: cannot listen on {kind} {host}{taken_by}")]
     Publish {
         /// `tcp` or `udp`.
         kind: &'static str,
         /// The host address asked for.
         host: std::net::SocketAddr,
+        /// Whose it is, if that is known; begins with a comma.
+        taken_by: String,
         /// The kernel's refusal.
         source: io::Error,
     },
@@ -126,8 +128,9 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
-    // While this is the only thread.
-    let used = membership::enter(joined.as_ref())?;
+    // Before the host's namespace is left, and while this is the only thread.
+    let lent = membership::bind_lent(config.network.as_mut())?;
+    let used = membership::enter(joined.as_ref(), &lent)?;
     let link = config.link.take();
     let judge = link.as_ref().map(|link| Judge { vlan: link.vlan, guard: link.guard, gateway: link.gateway });
     let kept = link.as_ref().and_then(|link| link.keep.as_ref()).and_then(stations::open);
@@ -139,6 +142,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     }
     let table = Arc::new(stations::table(kept.as_ref()));
     let news = (table.news(), table.news());
+    let guest = membership::address(&config, &table);
     let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
     if let Some(kept) = kept {
         runtime.spawn(station_leases::keep(kept, news.0));
@@ -148,10 +152,12 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     {
         runtime.spawn(lease_claims::claim(store, news.1));
     }
+    let is_held = used.is_some();
     if let Some((place, used)) = used {
-        runtime.spawn(place.stay(used));
+        runtime.spawn(place.stay(used, lent, guest.clone()));
     }
-    let outcome = run_on(config, links, &runtime, signals, joined.as_ref());
+    let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
+    let outcome = run_on(config, links, &runtime, signals, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
@@ -195,7 +201,7 @@ fn run_on(
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
     signals: Signals,
-    joined: Option<&SharedJoined>,
+    membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
     let workers = usize::from(config.workers.queue_pairs.max(1));
@@ -208,12 +214,13 @@ fn run_on(
     let (session, queues) = device::device(device, workers).map_err(starting("the device"))?;
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
-    let holder = joined.and_then(membership::holder);
+    let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
     let prepared = prepare(&config, (open_files, holder), queues, links, &stop)?;
     let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
-    if let Some(joined) = joined {
+    if let Some((joined, held)) = membership {
         let _inside = runtime.enter();
-        membership::serve(joined, &ports.publish, ports.bound, guest)?;
+        // Where a holder answers DHCP, the guard sees what it says.
+        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest))?;
     }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
@@ -279,13 +286,14 @@ fn prepare(
         Mode::Isolated => NatConfig::default(),
     };
     let workers = queues.len();
-    let bound = bind_all(&mut nat.publish)?;
+    let named = |error| membership::with_owner(error, config.network.as_ref());
+    let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
     // On a named network the kernel translates, and names are all that is asked of the world here.
     let is_shared = config.network.is_some();
     let mode = if world && !is_shared { Mode::Nat(nat.clone()) } else { Mode::Isolated };
     let (mut published, ports) = match is_shared {
-        true => (None, Ports { publish: nat.publish.clone(), bound }),
+        true => (None, Ports { publish: noted(config, &nat), bound }),
         false => (Some(bound), Ports::default()),
     };
     let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
@@ -337,6 +345,12 @@ fn prepare(
     Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
 }
 
+/// What others are told of this process's published ports, whoever serves them.
+fn noted(config: &Config, nat: &NatConfig) -> Vec<Publish> {
+    let lent = config.network.iter().flat_map(|network| &network.lent);
+    nat.publish.iter().chain(lent).copied().collect()
+}
+
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;
 
 fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
@@ -366,24 +380,31 @@ async fn supervise(
     }
 }
 
-type Bound = Vec<(socket2::Socket, u16)>;
+type Bound = Vec<(Socket, u16)>;
 
 /// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
 fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
     let (mut tcp, mut udp) = (Vec::new(), Vec::new());
     for entry in publish {
-        let (kind, socket_type, list) = match entry.protocol {
-            Protocol::Tcp => ("tcp", Type::STREAM, &mut tcp),
-            Protocol::Udp => ("udp", Type::DGRAM, &mut udp),
-        };
-        let refused = |source| Error::Publish { kind, host: entry.host, source };
-        let socket = bind_published(socket_type, entry.host).map_err(refused)?;
-        let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(entry.host);
-        tracing::info!(kind, %host, guest_port = entry.guest_port, "published");
-        entry.host = host;
+        let socket = bind(entry)?;
+        let list = if entry.protocol == Protocol::Tcp { &mut tcp } else { &mut udp };
         list.push((socket, entry.guest_port));
     }
     Ok((tcp, udp))
+}
+
+/// Binds one published port, which must be a free one.
+fn bind(port: &mut Publish) -> Result<Socket, Error> {
+    let (kind, socket_type) = match port.protocol {
+        Protocol::Tcp => ("tcp", Type::STREAM),
+        Protocol::Udp => ("udp", Type::DGRAM),
+    };
+    let refused = |source| Error::Publish { kind, host: port.host, taken_by: String::new(), source };
+    let socket = bind_published(socket_type, port.host).map_err(refused)?;
+    let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(port.host);
+    tracing::info!(kind, %host, guest_port = port.guest_port, "published");
+    port.host = host;
+    Ok(socket)
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {

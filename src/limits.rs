@@ -383,26 +383,15 @@ pub const PACKET_FRAGMENTS_HELD_MAX: usize = 64;
 /// Their bytes: as many of Ethernet's size, and a few of the largest.
 pub const PACKET_FRAGMENTS_HELD_BYTES_MAX: usize = 256 << 10;
 
+/// Flows there are in any case, however few descriptors there are: a guest with none could not even ask for a name.
+pub const FLOWS_MIN: usize = 16;
+
 /// Flows of each of `workers` that the open files limit leaves room for, beside everything else and
 /// the published ports.
 pub fn flows_max(open_files: u64, published: usize, workers: usize) -> usize {
     let open_files = usize::try_from(open_files).unwrap_or(usize::MAX);
     let reserved = RESERVED_FDS_DNS + RESERVED_FDS_WORKER * workers + published;
-    (open_files.saturating_sub(reserved) / workers).clamp(16, FLOWS_MAX)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_flow_bound_leaves_descriptors_for_everything_else() {
-        assert_eq!(flows_max(1024, 0, 1), 640);
-        assert_eq!(flows_max(1024, 100, 1), 540);
-        assert_eq!(flows_max(1024, 0, 4), 112);
-        assert_eq!(flows_max(64, 4096, 1), 16);
-        assert_eq!(flows_max(u64::MAX, 4096, 2), FLOWS_MAX);
-    }
+    (open_files.saturating_sub(reserved) / workers).clamp(FLOWS_MIN, FLOWS_MAX)
 }
 
 /// Most flows a packet NAT can be told to hold for a worker: what the 24 bits of its indices' slots name.
@@ -425,3 +414,17 @@ pub const PACKET_TIMERS_EXAMINED: usize = 256;
 /// Ports of an exhausted range that are looked at for one new flow, each with a lookup in the worker's table. The next flow
 /// goes on where this one stopped, so that the repetitions of a first packet come to all of them.
 pub const PACKET_PORTS_TRIED: usize = 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flow_bound_leaves_descriptors_for_everything_else() {
+        assert_eq!(flows_max(1024, 0, 1), 640);
+        assert_eq!(flows_max(1024, 100, 1), 540);
+        assert_eq!(flows_max(1024, 0, 4), 112);
+        assert_eq!(flows_max(64, 4096, 1), 16);
+        assert_eq!(flows_max(u64::MAX, 4096, 2), FLOWS_MAX);
+    }
+}

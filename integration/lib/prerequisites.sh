@@ -39,6 +39,7 @@ dhclient|isc-dhcp-client|is a DHCP client of the namespace guest
 udhcpc|udhcpc|is another DHCP client
 strace|strace|counts system calls
 nft|nftables|makes hosts that refuse or stall
+iptables-legacy|iptables|filters as hosts with old tables do
 ssh|openssh-client|logs in from the namespace guest
 git|git|clones and pushes through the NAT
 nc.openbsd|netcat-openbsd|half-closes connections

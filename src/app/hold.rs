@@ -7,7 +7,7 @@ use crate::network::definition::OwnLan;
 use crate::network::manager::Networks;
 use crate::network::name::NetworkName;
 
-/// Holds the rootless network `name` of `networks`, whose addresses are `own`, and calls `ready` once processes
+/// Holds the rootless network `name` of `networks`, whose addresses are `own` and which leads to the `world` or nowhere, and calls `ready` once processes
 /// can join; with `keep` for ever, else until nobody has used it for a while. False if another process holds
 /// it. Must be called while the process has one thread.
 ///
@@ -16,7 +16,7 @@ use crate::network::name::NetworkName;
 pub fn hold(
     networks: &Networks,
     name: &NetworkName,
-    own: &OwnLan,
+    (own, world): (&OwnLan, bool),
     keep: bool,
     ready: impl FnOnce(),
 ) -> Result<bool, Error> {
@@ -25,11 +25,13 @@ pub fn hold(
     let lan = Lan { subnet: own.subnet, gateway: own.gateway, guest: None, ip_mtu: own.ip_mtu, dhcp: true };
     let dns = DnsConfig::of_gateway(&own.dns_domain, own.gateway);
     // Each process guards its own guest; what comes over the bridge is of all of them.
-    let network = NetworkConfig { name: name.clone(), state: networks.state().clone(), trust_guest: true };
-    let services = services::of_network(&network, &lan, &dns, true, None)?;
+    let state = networks.state().clone();
+    let network = NetworkConfig { name: name.clone(), state, trust_guest: true, lent: Vec::new() };
+    let services = services::of_network(&network, &lan, &dns, world, None)?;
     let config = HolderConfig {
         lan,
         dns,
+        world,
         isn_secret: random_pair()?,
         alias: networks.find(name)?.alias(),
         survivors: networks.users(name)?.iter().map(|user| user.pid).collect(),

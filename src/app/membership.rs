@@ -1,16 +1,19 @@
 //! A named network in the life of the process: joined before anything else is opened, left after all else
 //! is closed.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, random_pair, services, starting};
-use crate::config::{Attach, Config, Protocol, Publish};
+use super::{Bound, Error, bind, random_pair, services, starting};
+use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::control::port_relay;
+use crate::engine::lan::guard::SharedTable;
 use crate::holder::door::Use;
+use crate::holder::ports::Lent;
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
 use crate::network::store::LeaseStore;
@@ -36,8 +39,60 @@ pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
     Ok(Some(Arc::new(Mutex::new(joined))))
 }
 
-/// Moves this process into the namespaces of its network, if those are a holder's; with the way to stay there.
-pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)>, Error> {
+/// Binds the published ports that a holder is to serve; port 0 is picked by the kernel and put in its place.
+pub(super) fn bind_lent(network: Option<&mut NetworkConfig>) -> Result<Vec<Lent>, Error> {
+    let Some(network) = network else { return Ok(Vec::new()) };
+    let mut lent = Vec::with_capacity(network.lent.len());
+    for n in 0..network.lent.len() {
+        let bound = bind(&mut network.lent[n]);
+        let socket = bound.map_err(|error| with_owner(error, Some(network)))?;
+        lent.push(Lent { socket, port: network.lent[n] });
+    }
+    Ok(lent)
+}
+
+/// The same error; of a port that another process of the same networks has published, with whose it is.
+pub(super) fn with_owner(error: Error, network: Option<&NetworkConfig>) -> Error {
+    match (error, network) {
+        (Error::Publish { kind, host, source, .. }, Some(network))
+            if source.kind() == io::ErrorKind::AddrInUse =>
+        {
+            let taken_by = owner(&Networks::new(network.state.clone()), kind == "udp", host);
+            Error::Publish { kind, host, taken_by: taken_by.unwrap_or_default(), source }
+        }
+        (error, _) => error,
+    }
+}
+
+/// Who of all users of `networks` has published this end of the host, in words.
+fn owner(networks: &Networks, udp: bool, host: SocketAddr) -> Option<String> {
+    let is_it = |port: &PublishedPort| {
+        let ip = IpAddr::V4(*port.host.ip());
+        let same_ip = ip == host.ip() || ip.is_unspecified() || host.ip().is_unspecified();
+        port.udp == udp && port.host.port() == host.port() && same_ip
+    };
+    for network in networks.all().ok()? {
+        let users = networks.users(&network.name).unwrap_or_default();
+        if let Some(user) = users.iter().find(|user| user.published.iter().any(is_it)) {
+            let socket = user.socket.as_ref().map(|path| format!(" ({})", path.display()));
+            let (pid, socket) = (user.pid, socket.unwrap_or_default());
+            return Some(format!(", which process {pid}{socket} of network {} has published", network.name));
+        }
+    }
+    None
+}
+
+/// The guest's address on a network with a holder: the configured one, else what the guard sees of DHCP.
+pub(super) fn address(config: &Config, table: &SharedTable) -> watch::Receiver<Option<Ipv4Addr>> {
+    match config.lan.guest {
+        Some(addr) => watch::channel(Some(addr)).1,
+        None => table.leased(),
+    }
+}
+
+/// Moves this process into the namespaces of its network, if those are a holder's, and lends that its ports; with
+/// the way to stay there.
+pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Option<(Place, Use)>, Error> {
     let Some(joined) = joined else { return Ok(None) };
     let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
     let definition = joined.definition();
@@ -45,7 +100,7 @@ pub(super) fn enter(joined: Option<&SharedJoined>) -> Result<Option<(Place, Use)
         return Ok(None);
     }
     let place = joined.holder();
-    let used = place.enter().map_err(|source| Error::Join { name: definition.name.clone(), source })?;
+    let used = place.enter(lent).map_err(|source| Error::Join { name: definition.name.clone(), source })?;
     Ok(Some((place, used)))
 }
 

@@ -86,7 +86,8 @@ mod tests {
         // Not in memory: vunet refuses that.
         let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let state = StateDir::open(place.path().join("state")).unwrap();
-        let network = NetworkConfig { name: "lab".parse().unwrap(), state, trust_guest: true };
+        let network =
+            NetworkConfig { name: "lab".parse().unwrap(), state, trust_guest: true, lent: Vec::new() };
         let subnet: crate::addr::Ipv4Subnet = "10.0.2.0/24".parse().unwrap();
         let gateway = subnet.host(1).unwrap();
         let lan = Lan { subnet, gateway, guest: None, ip_mtu: IpMtu::DEFAULT, dhcp: true };

@@ -375,7 +375,7 @@ fn udp(args: &Args) -> UdpConfig {
 }
 
 /// Every port by itself; no host port twice, or the second could not be bound.
-fn published(ranges: &[PublishRange]) -> Result<Vec<Publish>, UsageError> {
+pub(super) fn published(ranges: &[PublishRange]) -> Result<Vec<Publish>, UsageError> {
     let count = ranges.iter().map(PublishRange::count).sum();
     bound("--publish", "ports", count, limits::PUBLISHED_PORTS_MAX)?;
     let mut ports: Vec<Publish> = Vec::with_capacity(count);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::check::{Parts, UsageError, dns, nat};
+use super::check::{Parts, UsageError, dns, nat, published};
 use super::{Args, bridge};
 use crate::config::{
     DnsConfig, GuardConfig, IpMtu, KeepLeases, Lan, LinkConfig, LinkSource, Mode, NetworkConfig,
@@ -17,7 +17,8 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
     refuse_defined(args, name)?;
     let failed = |error| UsageError::Network(Box::new(error));
     let (state, definition) = find(args.state_dir.as_deref(), name).map_err(failed)?;
-    let config = NetworkConfig { name: name.clone(), state, trust_guest: args.trust_guest };
+    let trust_guest = args.trust_guest;
+    let config = NetworkConfig { name: name.clone(), state, trust_guest, lent: Vec::new() };
     let guard = (!args.trust_guest).then_some(GuardConfig { mac: args.mac, ipv4: args.guest_ip });
     match &definition.kind {
         Kind::Nat { lan, .. } => own(args, lan, Mode::Nat(nat(args)?), guard, config),
@@ -25,9 +26,14 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
             refuse_host_only(args, name)?;
             own(args, lan, Mode::Isolated, guard, config)
         }
-        Kind::Rootless { lan } => {
+        Kind::Rootless { lan, world } => {
             refuse_rootless(args, name)?;
-            Ok(station(args, lan.ip_mtu, guard, config))
+            if !world {
+                refuse_host_only(args, name)?;
+            }
+            let config = NetworkConfig { lent: published(&args.publish)?, ..config };
+            let parts = station(args, lan.ip_mtu, guard, config);
+            Ok(Parts { lan: Lan { guest: args.guest_ip, ..parts.lan }, ..parts })
         }
         Kind::Bridge { ip_mtu, .. } => {
             bridge::refuse_within(args)?;
@@ -128,7 +134,11 @@ fn refuse_host_only(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
 fn refuse_rootless(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
     let holder = "the network's holder serves all its guests";
     let given = [
-        (!args.publish.is_empty(), "--publish", "the network's holder translates, and publishes no ports"),
+        (
+            !args.publish.is_empty() && args.trust_guest && args.guest_ip.is_none(),
+            "--publish with --trust-guest",
+            "nothing says which of its addresses the port leads to: add --guest-ip IP",
+        ),
         (args.vlan.is_some(), "--vlan", "its bridge carries one network"),
         (!args.dns_server.is_empty(), "--dns-server", holder),
         (!args.dns_host.is_empty(), "--dns-host", holder),

@@ -22,6 +22,7 @@ use crate::network::rootless::{self, JoinError};
 use crate::network::state_dir::{self, StateDir};
 use crate::network::store::{Reservation, StoreError};
 use crate::network::users::User;
+use crate::uplink::firewall::{self, FirewallError};
 use crate::uplink::links::is_link_name;
 use crate::uplink::sys::routes::HostRoute;
 
@@ -82,7 +83,8 @@ pub struct CreateArgs {
     /// With --mode nat: let its guests open connections to this host itself
     #[arg(long)]
     allow_host: bool,
-    /// Without privilege: its bridge lies in namespaces of this user, and a small process holds them
+    /// Without privilege: its bridge lies in namespaces of this user, and a small process holds them. Needs no
+    /// nft, for root either; with --mode host-only this host itself is not in reach
     #[arg(long)]
     rootless: bool,
     /// With --mode bridge: the bridge of this host that its guests are on
@@ -99,7 +101,7 @@ pub struct CreateArgs {
 pub enum NetworkModeArg {
     /// Each other, and the world through this host's addresses
     Nat,
-    /// Each other and this host
+    /// Each other and this host (with --rootless each other only)
     HostOnly,
     /// Whatever an existing bridge of this host leads to
     Bridge,
@@ -239,6 +241,9 @@ fn create(
         tracing::warn!(%error, "cannot read this host's routes: whether the subnet hides one is not checked");
         Vec::new()
     });
+    if !args.rootless && args.mode != NetworkModeArg::Bridge && !firewall::has_program() {
+        tracing::warn!("{}: until then no VM can join the network", FirewallError::NoProgram);
+    }
     let made = networks.create(&args.name, |others| {
         let kind = args.kind(others, &routes)?;
         let id = NetworkId::random().map_err(CommandError::Random)?;
@@ -268,14 +273,14 @@ fn begin(networks: &Networks, made: &Definition, reserve: &[Reservation]) -> Res
 /// Is the holder of a rootless network until nobody uses it.
 fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, CommandError> {
     let network = networks.find(name)?;
-    let Kind::Rootless { lan } = &network.kind else {
+    let Kind::Rootless { lan, world } = &network.kind else {
         return Err(CommandError::NotRootless { name: name.clone(), mode: network.kind.mode() });
     };
     let ready = || {
         // Whoever started it may be gone.
         let _ = writeln!(io::stdout(), "{}", rootless::READY);
     };
-    match app::hold(networks, name, lan, keep, ready)? {
+    match app::hold(networks, name, (lan, *world), keep, ready)? {
         true => Ok(String::new()),
         false => Ok(format!("{}\n", rootless::HELD)),
     }
@@ -288,12 +293,16 @@ impl CreateArgs {
             NetworkModeArg::Nat => {
                 let lan = self.lan(subnet::nat_default(), others, routes)?;
                 match self.rootless {
-                    true => Ok(Kind::Rootless { lan }),
+                    true => Ok(Kind::Rootless { lan, world: true }),
                     false => Ok(Kind::Nat { lan, allow_host: self.allow_host }),
                 }
             }
             NetworkModeArg::HostOnly => {
-                Ok(Kind::HostOnly { lan: self.lan(subnet::isolated_default(), others, routes)? })
+                let lan = self.lan(subnet::isolated_default(), others, routes)?;
+                match self.rootless {
+                    true => Ok(Kind::Rootless { lan, world: false }),
+                    false => Ok(Kind::HostOnly { lan }),
+                }
             }
             NetworkModeArg::Bridge => {
                 let bridge = self.bridge.clone().ok_or(CommandError::NoBridge)?;
@@ -318,9 +327,6 @@ impl CreateArgs {
             }
             NetworkModeArg::Bridge if self.rootless => {
                 refuse("bridge", "--rootless", "a port of a bridge of this host needs privilege")
-            }
-            NetworkModeArg::HostOnly if self.rootless => {
-                refuse("host-only", "--rootless", "this host has no address in a namespace of its own")
             }
             NetworkModeArg::Nat if self.rootless && self.allow_host => {
                 refuse("nat, rootless", "--allow-host", "its gateway does not reach this host")

@@ -192,6 +192,8 @@ pub struct NetworkConfig {
     pub state: StateDir,
     /// Whether the guest may speak for others (`--trust-guest`): it bridges or relays.
     pub trust_guest: bool,
+    /// Of a network with a holder: ports of the host that lead to the guest by way of the holder's engine.
+    pub lent: Vec<Publish>,
 }
 
 /// Which link of the host the guest's frames leave by.

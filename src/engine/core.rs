@@ -30,6 +30,16 @@ pub struct Neighbour {
     pub pair: QueuePair,
 }
 
+/// Whom a published port leads to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// The one guest there is: the configured address, else the one that has the newest lease.
+    #[default]
+    TheGuest,
+    /// One of several guests, by a number that whoever publishes its ports has chosen.
+    OneOf(u64),
+}
+
 /// Shared state of one engine.
 #[derive(Debug)]
 pub struct Core {
@@ -50,6 +60,10 @@ pub struct Core {
     newest_neighbour: Option<(IpAddr, Neighbour)>,
     /// Whom published ports lead to.
     primary: Option<IpAddr>,
+    /// Of several guests, those whose ports are published and that have an address.
+    owners: HashMap<u64, IpAddr, foldhash::quality::RandomState>,
+    /// The same the other way round.
+    owners_by_addr: HashMap<IpAddr, u64, foldhash::quality::RandomState>,
     outbox: VecDeque<Queued>,
     icmp_tokens: u32,
     icmp_refilled: Instant,
@@ -76,6 +90,8 @@ impl Core {
             neighbours: HashMap::default(),
             newest_neighbour: None,
             primary: lan.guest.map(IpAddr::V4),
+            owners: HashMap::default(),
+            owners_by_addr: HashMap::default(),
             outbox: VecDeque::new(),
             icmp_tokens: limits::ICMP_ERRORS_BURST,
             icmp_refilled: Instant::ZERO,
@@ -184,6 +200,38 @@ impl Core {
         if self.lan.guest.is_none() {
             self.primary = Some(addr);
         }
+    }
+
+    /// The address that published ports of `owner` lead to.
+    pub fn guest_of(&self, owner: Owner) -> Option<IpAddr> {
+        match owner {
+            Owner::TheGuest => self.primary,
+            Owner::OneOf(number) => self.owners.get(&number).copied(),
+        }
+    }
+
+    /// Those whose published ports lead to `addr`.
+    pub fn owners_at(&self, addr: IpAddr) -> impl Iterator<Item = Owner> {
+        let the_guest = (self.primary == Some(addr)).then_some(Owner::TheGuest);
+        let one = self.owners_by_addr.get(&addr).copied().map(Owner::OneOf);
+        the_guest.into_iter().chain(one)
+    }
+
+    /// Guest `number` of several has this address from now on, or none. What it had before.
+    pub fn set_owner(&mut self, number: u64, addr: Option<IpAddr>) -> Option<IpAddr> {
+        let before = match addr {
+            Some(addr) => self.owners.insert(number, addr),
+            None => self.owners.remove(&number),
+        };
+        if let Some(before) = before
+            && self.owners_by_addr.get(&before) == Some(&number)
+        {
+            self.owners_by_addr.remove(&before);
+        }
+        if let Some(addr) = addr {
+            self.owners_by_addr.insert(addr, number);
+        }
+        before
     }
 
     /// Asks who holds `addr` (RFC 826); the answer arrives as any ARP packet does.

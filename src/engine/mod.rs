@@ -39,7 +39,7 @@ use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
 use self::placement::{HeldFrame, Home, Letter, Place, Post, SentOn, Waiting, WorkerId};
 use self::reassembly::Reassembly;
 use crate::addr::MacAddr;
-use crate::config::{DnsConfig, IpMtu, Lan, Mode, UdpConfig};
+use crate::config::{DnsConfig, IpMtu, Lan, Mode, Publish, UdpConfig};
 use crate::frame::{Payload, TxFrame};
 use crate::limits;
 use crate::service::dhcp::{self, LeaseChange};
@@ -171,6 +171,32 @@ impl<N: HostNet> Engine<N> {
     /// Publishes a bound UDP socket to the guest's `guest_port`.
     pub fn publish_udp(&mut self, socket: N::Datagram, guest_port: u16) {
         self.nat.publish_udp(&self.core, socket, guest_port);
+    }
+
+    /// Publishes a listening socket, bound as `port` says, to the guest `number` of several.
+    pub fn publish_tcp_of(&mut self, number: u64, port: Publish, listener: N::Listener) {
+        self.nat.publish_tcp_of(number, port, listener);
+    }
+
+    /// Publishes a UDP socket, bound as `port` says, to the guest `number` of several.
+    pub fn publish_udp_of(&mut self, number: u64, port: Publish, socket: N::Datagram) {
+        self.nat.publish_udp_of(&self.core, number, port, socket);
+    }
+
+    /// The published ports of the guest `number` of several lead to this address of it from now on, or nowhere. An
+    /// address that no guest can have is none.
+    pub fn set_guest(&mut self, number: u64, addr: Option<Ipv4Addr>) {
+        let addr = addr.filter(|addr| self.core.is_guest_address(*addr)).map(IpAddr::V4);
+        self.core.set_owner(number, addr);
+    }
+
+    /// The guest `number` of several is gone: its published ports are closed, and its flows end, the world sees
+    /// RST.
+    pub fn unpublish(&mut self, number: u64) {
+        self.nat.unpublish(&mut self.core, number);
+        if let Some(addr) = self.core.set_owner(number, None) {
+            self.forget_address(addr);
+        }
     }
 
     /// A front-end asked for an MTU (`NET_SET_MTU`): the smaller of it and the configured one holds,

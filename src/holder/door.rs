@@ -5,34 +5,37 @@
 
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::ports::{self, LendError, Lent, Ports, PortsOf, Record, Said, address};
 use crate::limits;
-use crate::sandbox::namespaces::Namespaces;
+use crate::sandbox::namespaces::{Namespaces, effective_user};
 
 /// How long a network without users is kept: its next user need not wait for another holder.
 pub const IDLE: Duration = Duration::from_secs(60);
-/// What a process says that wants the holder to end.
-const END: u8 = b'E';
 /// How long a failing socket is left alone: there may be no descriptor just now.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves the door until nobody has used it for `idle` (for ever without), or a user says that it shall end.
-pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<Duration>) {
+/// Serves the door until nobody has used it for `idle` (for ever without), or a user says that it shall end. What
+/// users publish goes to `ports`.
+pub async fn serve(listener: UnixListener, namespaces: Namespaces, ports: Ports, idle: Option<Duration>) {
     let namespaces = Arc::new(namespaces);
     let (count, mut users) = watch::channel(0usize);
     let end = Arc::new(Notify::new());
     // With it end the connections, by which users see that there is no holder any more.
     let mut attended = JoinSet::new();
+    let mut numbers = 0u64..;
     loop {
         while attended.try_join_next().is_some() {}
         // A new user, or a change of their number, begins the wait anew.
@@ -60,9 +63,10 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<
             }
             Ok(Ok(Some(Ok((stream, _))))) => {
                 let (count, namespaces, end) = (count.clone(), Arc::clone(&namespaces), Arc::clone(&end));
+                let ports = ports.of(numbers.next().unwrap_or_default());
                 count.send_modify(|users| *users += 1);
                 attended.spawn(async move {
-                    match attend(stream, &namespaces).await {
+                    match attend(stream, &namespaces, ports).await {
                         Ok(true) => end.notify_one(),
                         Ok(false) => {}
                         Err(error) => tracing::warn!(%error, "a process could not join the network"),
@@ -74,26 +78,42 @@ pub async fn serve(listener: UnixListener, namespaces: Namespaces, idle: Option<
     }
 }
 
-/// Gives one process the namespaces and waits for its end. Whether it asked the holder to end.
-async fn attend(stream: tokio::net::UnixStream, namespaces: &Namespaces) -> io::Result<bool> {
+/// Gives one process the namespaces and does what it asks for until its end. Whether it asked the holder to end.
+async fn attend(
+    stream: tokio::net::UnixStream,
+    namespaces: &Namespaces,
+    mut ports: PortsOf,
+) -> io::Result<bool> {
     let peer = stream.peer_cred()?;
+    // The socket is this user's only; root opens it all the same, and may.
+    if ![0, effective_user()].contains(&peer.uid()) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
     tracing::info!(pid = peer.pid(), "joins the network");
     let stream = stream.into_std()?;
     namespaces.send(&stream)?;
-    let stream = tokio::net::UnixStream::from_std(stream)?;
-    loop {
-        stream.readable().await?;
-        let mut said = [0; 64];
-        match stream.try_read(&mut said) {
-            Ok(0) => break,
-            Ok(_) if said[0] == END => return Ok(true),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => break,
-            Err(error) => return Err(error),
+    let mut stream = tokio::net::UnixStream::from_std(stream)?;
+    let outcome = listen(&mut stream, &mut ports).await;
+    // Whatever ended it.
+    ports.close().await;
+    tracing::info!(pid = peer.pid(), "left the network");
+    outcome
+}
+
+/// Does what a process asks for until its end. Whether it asked the holder to end.
+async fn listen(stream: &mut tokio::net::UnixStream, ports: &mut PortsOf) -> io::Result<bool> {
+    let mut record = Record::default();
+    while let Some(said) = record.read(stream).await? {
+        match said {
+            Said::Publish { socket, guest_port } => {
+                let answer = ports.publish(socket, guest_port).await;
+                stream.write_all(&[answer]).await?;
+            }
+            Said::Address(addr) => ports.lead_to(addr).await,
+            Said::End => return Ok(true),
+            Said::Unknown => {}
         }
     }
-    tracing::info!(pid = peer.pid(), "left the network");
     Ok(false)
 }
 
@@ -107,19 +127,47 @@ impl Use {
     /// # Errors
     /// The socket's.
     pub fn end(&self) -> io::Result<()> {
-        (&self.0).write_all(&[END])
+        (&self.0).write_all(&ports::end())
     }
 
-    /// Waits for the holder's end, whatever ends it. Needs a tokio runtime.
-    pub async fn holder_ended(self) {
+    /// Lends the holder the process's published ports. They lead to `guest`, or nowhere until it is told of another
+    /// address.
+    ///
+    /// # Errors
+    /// [`LendError`], with the port.
+    pub fn lend(&self, ports: &[Lent], guest: Option<Ipv4Addr>) -> Result<(), (SocketAddr, LendError)> {
+        if let (Some(addr), Some(first)) = (guest, ports.first()) {
+            let told = (&self.0).write_all(&address(Some(addr)));
+            told.map_err(|error| (first.port.host, LendError::Silent(error)))?;
+        }
+        ports.iter().try_for_each(|lent| lent.lend(&self.0).map_err(|error| (lent.port.host, error)))
+    }
+
+    /// Waits for the holder's end, whatever ends it, and tells it of the guest's address as it comes and goes. Needs
+    /// a tokio runtime.
+    pub async fn holder_ended(self, mut guest: watch::Receiver<Option<Ipv4Addr>>) {
         let watched = self.0.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(self.0));
         let Ok(stream) = watched else { return };
-        while stream.readable().await.is_ok() {
-            match stream.try_read(&mut [0; 64]) {
-                Ok(0) => return,
-                Err(error) if error.kind() != io::ErrorKind::WouldBlock => return,
-                _ => {}
+        let (mut from_holder, mut to_holder) = stream.into_split();
+        let mut told = None;
+        let ended = async { while from_holder.read(&mut [0; 64]).await.is_ok_and(|len| len > 0) {} };
+        let tells = async {
+            loop {
+                let addr = *guest.borrow_and_update();
+                if addr != told && to_holder.write_all(&address(addr)).await.is_err() {
+                    return;
+                }
+                told = addr;
+                if guest.changed().await.is_err() {
+                    // It never changes again.
+                    std::future::pending::<()>().await;
+                }
             }
+        };
+        tokio::select! {
+            () = ended => {}
+            // Nobody hears it any more.
+            () = tells => {}
         }
     }
 }
@@ -155,12 +203,17 @@ mod tests {
         Namespaces { user: open("/proc/self/ns/user"), net: open("/proc/self/ns/net") }
     }
 
+    /// The way to a worker that is not there: nobody publishes anything in these tests.
+    fn no_ports() -> Ports {
+        ports::channel().unwrap().0
+    }
+
     #[tokio::test(flavor = "current_thread")]
     async fn network_lives_as_long_as_it_is_used_and_a_little_longer() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("door");
         let idle = Duration::from_millis(50);
-        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), Some(idle)));
+        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), no_ports(), Some(idle)));
         let knock_at = path.clone();
         let users =
             tokio::task::spawn_blocking(move || [knock(&knock_at).unwrap(), knock(&knock_at).unwrap()]);
@@ -178,14 +231,16 @@ mod tests {
     async fn a_user_may_end_the_holder_and_the_others_hear_of_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("door");
-        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), None));
+        let served = tokio::spawn(serve(UnixListener::bind(&path).unwrap(), own(), no_ports(), None));
         let knock_at = path.clone();
         let users =
             tokio::task::spawn_blocking(move || [knock(&knock_at).unwrap(), knock(&knock_at).unwrap()]);
         let [(_, first), (_, second)] = users.await.unwrap();
         first.end().unwrap();
         timeout(Duration::from_secs(10), served).await.expect("it was asked to").unwrap();
-        timeout(Duration::from_secs(10), second.holder_ended()).await.expect("it ended");
+        timeout(Duration::from_secs(10), second.holder_ended(watch::channel(None).1))
+            .await
+            .expect("it ended");
     }
 
     #[test]

@@ -16,6 +16,7 @@
 
 pub mod door;
 mod links;
+pub mod ports;
 pub mod tap_port;
 pub mod worker;
 
@@ -35,6 +36,7 @@ use thiserror::Error;
 use tokio::net::UnixListener;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use self::ports::Ports;
 use self::worker::{HolderParts, HolderWorker};
 use crate::config::{DnsConfig, Lan, Mode, NatConfig};
 use crate::control::dependents::Dependents;
@@ -56,6 +58,8 @@ pub struct HolderConfig {
     pub lan: Lan,
     /// DNS as they meet it.
     pub dns: DnsConfig,
+    /// Whether anything lies beyond the guests and their gateway.
+    pub world: bool,
     /// Keys the initial sequence numbers (RFC 6528).
     pub isn_secret: (u64, u64),
     /// Alias of the bridge, which marks it as this network's.
@@ -128,10 +132,10 @@ pub fn run(config: &HolderConfig, services: Services, ready: impl FnOnce()) -> R
         .map_err(starting("the control runtime"))?;
     let keeper = services.keeper;
     let services = (services.dns, services.dhcp);
-    let Prepared { parts, forwarder, resolver } = prepare(config, open_files, tap, &stop, services)?;
+    let Prepared { parts, forwarder, resolver, ports } = prepare(config, open_files, tap, &stop, services)?;
     let dns = Arc::clone(&parts.dns);
     let host = Dependents {
-        resolver: config.dns.enabled.then_some(resolver),
+        resolver: (config.dns.enabled && config.world).then_some(resolver),
         dhcp: Arc::clone(&parts.dhcp),
         workers: vec![parts.addresses_gone.try_clone().map_err(starting("an eventfd"))?],
         subnet: config.lan.subnet,
@@ -149,7 +153,7 @@ pub fn run(config: &HolderConfig, services: Services, ready: impl FnOnce()) -> R
             tokio::spawn(lease_keeping::keep(keeper));
         }
         ready();
-        hold(listener, namespaces, config.idle, signals).await;
+        hold((listener, namespaces, ports), config.idle, signals).await;
         // The next holder makes its own door; a process that knocks meanwhile finds none and waits for it.
         let _ = fs::remove_file(&config.door);
         Ok(())
@@ -164,6 +168,7 @@ struct Prepared {
     parts: HolderParts,
     forwarder: DnsForwarder,
     resolver: Arc<Resolver>,
+    ports: Ports,
 }
 
 fn prepare(
@@ -176,12 +181,13 @@ fn prepare(
     let nat = NatConfig::default();
     let resolver = Resolver::new(Upstreams::of(&nat));
     let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
+    let (ports, orders) = ports::channel().map_err(starting("an eventfd"))?;
     let parts = HolderParts {
         tap,
         engine: EngineConfig {
             lan: config.lan,
             dns: config.dns.clone(),
-            mode: Mode::Nat(nat),
+            mode: if config.world { Mode::Nat(nat) } else { Mode::Isolated },
             mac: None,
             flows_max: limits::flows_max(open_files, limits::HOLDER_USERS_MAX, 1),
             isn_secret: config.isn_secret,
@@ -190,10 +196,11 @@ fn prepare(
         dns,
         dns_client,
         dhcp,
+        orders,
         stop: stop.try_clone().map_err(starting("an eventfd"))?,
         addresses_gone: EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?,
     };
-    Ok(Prepared { parts, forwarder, resolver })
+    Ok(Prepared { parts, forwarder, resolver, ports })
 }
 
 /// Binds the door's socket, this user's only. Whoever calls holds the network's lock, so a socket that is
@@ -213,9 +220,13 @@ fn open_door(path: &Path) -> Result<UnixListener, Error> {
 }
 
 /// Serves the door until nobody has used it for `idle`, or a signal.
-async fn hold(listener: UnixListener, namespaces: Namespaces, idle: Option<Duration>, mut signals: Signals) {
+async fn hold(
+    (listener, namespaces, ports): (UnixListener, Namespaces, Ports),
+    idle: Option<Duration>,
+    mut signals: Signals,
+) {
     tokio::select! {
-        () = door::serve(listener, namespaces, idle) => tracing::info!("nobody uses the network, or it is to be removed; ending"),
+        () = door::serve(listener, namespaces, ports, idle) => tracing::info!("nobody uses the network, or it is to be removed; ending"),
         name = signals.next() => tracing::info!(signal = name, "ending"),
     }
 }

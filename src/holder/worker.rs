@@ -5,9 +5,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use epoll::Event;
+use socket2::Socket;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ports::{Order, Orders};
 use super::tap_port::{self, TapPort, TapSource};
+use crate::config::{Protocol, Publish};
 use crate::control::dns_forward::DnsClient;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
@@ -27,6 +30,7 @@ const EVENTS: usize = 256;
 const TAP: Token = Token(0x80 << 56);
 const DNS: Token = Token(0x82 << 56);
 const STOP: Token = Token(0x83 << 56);
+const ORDERS: Token = Token(0x84 << 56);
 const ADDRESSES_GONE: Token = Token(0x85 << 56);
 
 /// What a worker is made of.
@@ -41,6 +45,8 @@ pub struct HolderParts {
     pub dns_client: DnsClient,
     /// The network's leases.
     pub dhcp: SharedDhcp,
+    /// Ports that processes publish, and their guests' addresses.
+    pub orders: Orders,
     /// Written to end the worker.
     pub stop: EventFd,
     /// Written when addresses of the host went and did not come back.
@@ -54,6 +60,7 @@ pub struct HolderWorker {
     source: TapSource,
     port: TapPort,
     names: Names,
+    orders: Orders,
     clock: Clock,
     addresses_gone: EventFd,
     /// Frames wait on the TAP.
@@ -71,6 +78,7 @@ impl HolderWorker {
         poll.watch_readable(source.fd(), TAP)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
         poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
+        poll.watch_readable(parts.orders.event_fd().as_raw_fd(), ORDERS)?;
         let names = Names::new(parts.dns_client, &poll, DNS)?;
         let sockets = HostSockets::new(poll.clone(), names.streams(), true);
         Ok(HolderWorker {
@@ -79,6 +87,7 @@ impl HolderWorker {
             source,
             port,
             names,
+            orders: parts.orders,
             clock: Clock::start(),
             addresses_gone: parts.addresses_gone,
             tap_waits: false,
@@ -104,6 +113,7 @@ impl HolderWorker {
                     }
                     TAP => self.tap_waits = true,
                     DNS => self.names.answer(now, &mut self.engine, &mut self.port),
+                    ORDERS => self.carry_out(),
                     ADDRESSES_GONE => {
                         let _ = self.addresses_gone.read();
                         self.engine.addresses_gone(now, &mut self.port);
@@ -137,4 +147,42 @@ impl HolderWorker {
         self.names.ask(now, &mut self.engine, &mut self.port);
         Ok(more || self.tap_waits)
     }
+
+    fn carry_out(&mut self) {
+        self.orders.clear_event();
+        let HolderWorker { engine, orders, .. } = self;
+        orders.take(|order| match order {
+            Order::Publish(number, port, socket) => {
+                let outcome = publish(engine, number, port, socket);
+                if let Err(error) = &outcome {
+                    tracing::warn!(%error, host = %port.host, "a published port cannot be watched");
+                }
+                outcome.is_ok()
+            }
+            Order::Guest(number, addr) => {
+                engine.set_guest(number, addr);
+                true
+            }
+            Order::Gone(number) => {
+                engine.unpublish(number);
+                true
+            }
+        });
+    }
+}
+
+fn publish(engine: &mut Engine<HostSockets>, number: u64, port: Publish, socket: Socket) -> io::Result<()> {
+    match port.protocol {
+        Protocol::Tcp => {
+            let token = engine.nat().next_listener_token();
+            let listener = engine.nat().net().listener(token, socket)?;
+            engine.publish_tcp_of(number, port, listener);
+        }
+        Protocol::Udp => {
+            let token = engine.nat().next_datagram_token();
+            let socket = engine.nat().net().published_udp(token, socket)?;
+            engine.publish_udp_of(number, port, socket);
+        }
+    }
+    Ok(())
 }

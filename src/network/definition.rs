@@ -96,11 +96,13 @@ pub enum Kind {
         /// Its addresses.
         lan: OwnLan,
     },
-    /// Each other and the world, without privilege: the bridge is in namespaces of this user's, and a holder's
-    /// sockets lead to the world.
+    /// Each other and perhaps the world, without privilege: the bridge is in namespaces of this user's, and a
+    /// holder's sockets lead to the world.
     Rootless {
         /// Its addresses.
         lan: OwnLan,
+        /// Whether anything lies beyond the guests and their gateway.
+        world: bool,
     },
     /// Whatever an existing bridge of the host leads to.
     Bridge {
@@ -114,12 +116,13 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// In a word: `nat`, `host-only`, `rootless` or `bridge`.
+    /// In a word: `nat`, `host-only`, `rootless`, `rootless-host-only` or `bridge`.
     pub fn mode(&self) -> &'static str {
         match self {
             Kind::Nat { .. } => "nat",
             Kind::HostOnly { .. } => "host-only",
-            Kind::Rootless { .. } => "rootless",
+            Kind::Rootless { world: true, .. } => "rootless",
+            Kind::Rootless { world: false, .. } => "rootless-host-only",
             Kind::Bridge { .. } => "bridge",
         }
     }
@@ -127,7 +130,7 @@ impl Kind {
     /// The addresses, where they are the network's own.
     pub fn lan(&self) -> Option<&OwnLan> {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => Some(lan),
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan, .. } => Some(lan),
             Kind::Bridge { .. } => None,
         }
     }
@@ -135,7 +138,7 @@ impl Kind {
     /// Whether guests are kept from each other.
     pub fn isolate(&self) -> bool {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => lan.isolate,
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan, .. } => lan.isolate,
             Kind::Bridge { isolate, .. } => *isolate,
         }
     }
@@ -143,7 +146,7 @@ impl Kind {
     /// IP MTU of the guests' links.
     pub fn ip_mtu(&self) -> IpMtu {
         match self {
-            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan } => lan.ip_mtu,
+            Kind::Nat { lan, .. } | Kind::HostOnly { lan } | Kind::Rootless { lan, .. } => lan.ip_mtu,
             Kind::Bridge { ip_mtu, .. } => *ip_mtu,
         }
     }
@@ -265,7 +268,8 @@ impl OnDisk {
                 lan: self.lan(ip_mtu)?,
             },
             "host-only" => Kind::HostOnly { lan: self.lan(ip_mtu)? },
-            "rootless" => Kind::Rootless { lan: self.lan(ip_mtu)? },
+            "rootless" => Kind::Rootless { lan: self.lan(ip_mtu)?, world: true },
+            "rootless-host-only" => Kind::Rootless { lan: self.lan(ip_mtu)?, world: false },
             "bridge" => {
                 let bridge = self.bridge.ok_or("bridge is missing")?;
                 Kind::Bridge { bridge, ip_mtu, isolate: self.isolate }
@@ -355,7 +359,8 @@ mod tests {
         for kind in [
             Kind::Nat { lan: lan(false), allow_host: true },
             Kind::HostOnly { lan: lan(true) },
-            Kind::Rootless { lan: lan(false) },
+            Kind::Rootless { lan: lan(false), world: true },
+            Kind::Rootless { lan: lan(true), world: false },
             Kind::Bridge { bridge: "br0".to_owned(), ip_mtu: IpMtu::DEFAULT, isolate: false },
         ] {
             let definition = definition(kind);

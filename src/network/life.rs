@@ -24,7 +24,6 @@ use crate::uplink::firewall::{self, Beyond, FirewallError, Redirect, Ruleset};
 use crate::uplink::forwarding::{Forwarding, ForwardingError};
 use crate::uplink::links::{Link, LinkError, LinkKind, Links};
 use crate::uplink::own_bridge::{BridgeError, OwnBridge};
-use crate::uplink::sys::routes;
 use crate::uplink::sysctl::{self, SysctlError};
 
 /// Name of the note of switched interfaces, in the state directory: all its networks share it.
@@ -55,7 +54,13 @@ pub enum LifeError {
     Link(#[from] LinkError),
     /// The firewall.
     #[error(transparent)]
-    Firewall(#[from] FirewallError),
+    Firewall(FirewallError),
+    /// There is no program for the firewall, and another way that needs none.
+    #[error("{}; that is `{instead}`", FirewallError::NoProgram)]
+    NoProgram {
+        /// The commands.
+        instead: String,
+    },
     /// Forwarding.
     #[error(transparent)]
     Forwarding(#[from] ForwardingError),
@@ -130,7 +135,7 @@ pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Resul
     // The firewall comes first: no guest and no forwarding without it.
     let uplinks = uplinks(definition)?;
     let changed = match ruleset(definition, users, &uplinks, state_dir)? {
-        Some(ruleset) => firewall::apply(&ruleset)?,
+        Some(ruleset) => apply(state_dir, definition, &ruleset)?,
         None => false,
     };
     with_links(async |links| {
@@ -145,7 +150,7 @@ pub fn raise(state_dir: &Path, definition: &Definition, users: &[User]) -> Resul
             Ok(forwarding.switched(&uplinks) != before)
         })?;
         if switched && let Some(ruleset) = ruleset(definition, users, &uplinks, state_dir)? {
-            firewall::apply(&ruleset)?;
+            apply(state_dir, definition, &ruleset)?;
         }
     }
     Ok(changed)
@@ -191,13 +196,34 @@ pub fn lower(state_dir: &Path, definition: &Definition) -> Result<bool, LifeErro
         outcome => outcome,
     };
     forwarding?;
-    Ok(link? | rules?)
+    Ok(link? | rules.map_err(LifeError::Firewall)?)
+}
+
+fn apply(state_dir: &Path, definition: &Definition, ruleset: &Ruleset) -> Result<bool, LifeError> {
+    firewall::apply(ruleset).map_err(|error| match error {
+        FirewallError::NoProgram => LifeError::NoProgram { instead: rootless(state_dir, definition) },
+        error => LifeError::Firewall(error),
+    })
+}
+
+/// The commands that make the same network in user space.
+fn rootless(state_dir: &Path, definition: &Definition) -> String {
+    let (name, state) = (&definition.name, state_dir.display());
+    let mode = if matches!(definition.kind, Kind::HostOnly { .. }) { " --mode host-only" } else { "" };
+    let isolate = if definition.kind.isolate() { " --isolate" } else { "" };
+    let subnet =
+        definition.kind.lan().map(|lan| format!(" --subnet {} --gateway {}", lan.subnet, lan.gateway));
+    format!(
+        "vunet network remove {name} --state-dir {state} && vunet network create {name} --state-dir {state}{mode} \
+         --rootless{isolate}{}",
+        subnet.unwrap_or_default()
+    )
 }
 
 /// Interfaces that lead to the world, for those that may go there.
 fn uplinks(definition: &Definition) -> Result<Vec<String>, LifeError> {
     match definition.kind {
-        Kind::Nat { .. } => routes::default_interfaces().map_err(host("read this host's routes")),
+        Kind::Nat { .. } => with_links(async |links| Ok(links.to_the_world().await?)),
         Kind::HostOnly { .. } | Kind::Rootless { .. } | Kind::Bridge { .. } => Ok(Vec::new()),
     }
 }

@@ -6,17 +6,21 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead as _, BufReader, Read as _, Seek as _, SeekFrom};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::sync::watch;
 
 use super::users::RUN_FOLDER;
 use crate::holder::door::{self, Use};
+use crate::holder::ports::{LendError, Lent};
 use crate::sandbox::namespaces::{NamespaceError, Namespaces, keep_from_children};
 
 /// Names of the holder's files: lock and door in the network's run folder, log in the network's folder.
@@ -60,6 +64,14 @@ pub enum JoinError {
         /// The last refusal.
         source: io::Error,
     },
+    /// It does not take a published port.
+    #[error("--publish: port {host} cannot be published")]
+    Lend {
+        /// Where it is bound.
+        host: SocketAddr,
+        /// Why not.
+        source: LendError,
+    },
     /// Its namespaces cannot be entered.
     #[error("cannot enter the network")]
     Enter(#[from] NamespaceError),
@@ -99,13 +111,14 @@ impl Place {
         }
     }
 
-    /// Moves this process into the network, whose holder is started if there is none. It must have one
-    /// thread. The network is used until what is returned is dropped.
+    /// Moves this process into the network, whose holder is started if there is none, and lends it `ports`. It
+    /// must have one thread. The network is used until what is returned is dropped.
     ///
     /// # Errors
     /// [`JoinError`].
-    pub fn enter(&self) -> Result<Use, JoinError> {
+    pub fn enter(&self, ports: &[Lent]) -> Result<Use, JoinError> {
         let (namespaces, used) = self.knock()?;
+        used.lend(ports, None).map_err(|(host, source)| JoinError::Lend { host, source })?;
         namespaces.enter()?;
         Ok(used)
     }
@@ -128,22 +141,45 @@ impl Place {
         Err(JoinError::Silent { door: self.door(), source: last })
     }
 
-    /// Stays one who uses the network: should its holder end, knocks at the next one's door. For as long as it is
-    /// polled; needs a tokio runtime.
-    pub async fn stay(self, mut used: Use) {
+    /// Stays one who uses the network: should its holder end, knocks at the next one's door and lends it `ports`
+    /// again. They lead to the address `guest` says, as it comes and goes. For as long as it is polled; needs a
+    /// tokio runtime.
+    pub async fn stay(self, mut used: Use, ports: Vec<Lent>, guest: watch::Receiver<Option<Ipv4Addr>>) {
+        let (place, ports) = (Arc::new(self), Arc::new(ports));
         loop {
-            used.holder_ended().await;
+            used.holder_ended(guest.clone()).await;
             tracing::warn!(
                 "the network's holder ended: guests reach each other, but the world only once another is \
                  started (`vunet network hold NAME`, or the start of a further VM)"
             );
             used = loop {
                 tokio::time::sleep(RETURN_PAUSE).await;
-                if let Ok((_, used)) = door::knock(&self.door()) {
-                    break used;
+                let (place, ports, addr) = (Arc::clone(&place), Arc::clone(&ports), *guest.borrow());
+                // The holder may let it wait for a moment.
+                match tokio::task::spawn_blocking(move || place.knock_again(&ports, addr)).await {
+                    Ok(Ok(used)) => break used,
+                    Ok(Err(Some((host, error)))) => {
+                        tracing::warn!(%host, %error, "a port is published no more; tried again in a second");
+                    }
+                    Ok(Err(None)) | Err(_) => {}
                 }
             };
             tracing::info!("the network has a holder again");
+        }
+    }
+
+    /// Knocks at the door of a holder that may not be there yet, which is no error to tell of.
+    fn knock_again(
+        &self,
+        ports: &[Lent],
+        guest: Option<Ipv4Addr>,
+    ) -> Result<Use, Option<(SocketAddr, LendError)>> {
+        let (_, used) = door::knock(&self.door()).map_err(|_| None)?;
+        match used.lend(ports, guest) {
+            Ok(()) => Ok(used),
+            // Gone again.
+            Err((_, LendError::Silent(_))) => Err(None),
+            Err(told) => Err(Some(told)),
         }
     }
 

@@ -128,6 +128,11 @@ pub fn keep_from_children() -> io::Result<()> {
     sys::keep_from_children()
 }
 
+/// The number of the user this process acts as.
+pub fn effective_user() -> u32 {
+    sys::effective_ids().0
+}
+
 /// Runs `work` in a child process; what it opens comes back.
 fn in_child(
     work: impl FnOnce() -> Result<(Namespaces, OwnedFd), NamespaceError>,

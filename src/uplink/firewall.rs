@@ -6,12 +6,13 @@
 //! does not override a drop in another, so `ip filter FORWARD` and `ip6 filter FORWARD` (iptables, Docker,
 //! ufw) get accepts too, in Docker's own chain for them if it is there. Those match interfaces only, in the
 //! form `iptables` understands, because our own table is the strict one; each carries the network's comment,
-//! and nothing else is ever removed.
+//! and nothing else is ever removed. `iptables-legacy` has tables of its own, which `legacy` gives the same accepts.
 //!
-//! Runs the program `nft` (through the crate `nftables`), so callers are not on a worker's thread.
+//! Runs the program `nft` (through the crate `nftables`), and iptables' where its tables are in use, so callers are not on a worker's thread.
 //!
 //! Read first: nft(8), libnftables-json(5); `Documentation/networking/nf_conntrack-sysctl.rst` of Linux.
 
+mod legacy;
 mod listing;
 mod rules;
 
@@ -19,7 +20,8 @@ use std::ffi::OsStr;
 use std::hash::{Hash, Hasher};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
 
 use nftables::batch::Batch;
 use nftables::helper::{self, NftablesError};
@@ -97,7 +99,8 @@ pub enum FirewallError {
     /// No `nft`.
     #[error(
         "the program nft is needed to keep this network apart and to translate its addresses, and is neither \
-         in PATH nor in /usr/sbin or /sbin: install the package nftables"
+         in PATH nor in /usr/sbin or /sbin: install the package nftables, or make the network with --rootless, \
+         which does both in user space, for root too"
     )]
     NoProgram,
     /// `nft` refused.
@@ -108,6 +111,17 @@ pub enum FirewallError {
         /// What it said, if it could be read.
         said: String,
     },
+    /// A program of iptables refused.
+    #[error(
+        "legacy tables of iptables filter here and must let this network's guests pass, but {} failed: {said}",
+        program.display()
+    )]
+    Legacy {
+        /// The program.
+        program: PathBuf,
+        /// What it said.
+        said: String,
+    },
 }
 
 /// Makes what must hold hold. Whether anything had to be changed.
@@ -115,7 +129,10 @@ pub enum FirewallError {
 /// # Errors
 /// [`FirewallError`].
 pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
-    transact(|listing, batch| {
+    let changed = transact(|listing, batch| {
+        if listing.firewalld_rejects(&ruleset.bridge, rules::OWN_BRIDGES) {
+            warn_of_firewalld();
+        }
         if !listing.table_is(&ruleset.table, &ruleset.mark(), rules::count(ruleset)) {
             rules::replace_table(ruleset, batch);
         }
@@ -124,7 +141,21 @@ pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
             listing.delete_tagged(&ruleset.comment, batch);
             rules::insert_accepts(&wanted, &ruleset.comment, batch);
         }
-    })
+    })?;
+    let accepted =
+        legacy::apply(&ruleset.comment, |family, chain| rules::accepts_in(ruleset, family, chain))?;
+    Ok(changed || accepted)
+}
+
+/// firewalld may own its table, so that nobody else can put an accept there.
+fn warn_of_firewalld() {
+    static SAID: Once = Once::new();
+    SAID.call_once(|| {
+        tracing::warn!(
+            "firewalld rejects what this network's guests send to the world and to each other until it trusts the \
+             bridges: firewall-cmd --permanent --zone=trusted --add-interface=vn-+; firewall-cmd --reload"
+        );
+    });
 }
 
 /// Removes the table and everything with the comment. Whether there was anything.
@@ -132,12 +163,15 @@ pub fn apply(ruleset: &Ruleset) -> Result<bool, FirewallError> {
 /// # Errors
 /// [`FirewallError`].
 pub fn remove(table: &str, comment: &str) -> Result<bool, FirewallError> {
-    transact(|listing, batch| {
+    // In spite of each other's failure.
+    let accepted = legacy::apply(comment, |_, _| Vec::new());
+    let changed = transact(|listing, batch| {
         if listing.has_table(table) {
             rules::delete_table(table, batch);
         }
         listing.delete_tagged(comment, batch);
-    })
+    })?;
+    Ok(changed | accepted?)
 }
 
 /// Lists, lets `plan` say what to change, and changes it in one transaction; again if that fails, because
@@ -167,17 +201,30 @@ fn list() -> Result<Listing, FirewallError> {
         .map_err(|error| FirewallError::Refused { what: "listing rules", said: error.to_string() })
 }
 
+/// Whether there is a program `nft`.
+pub fn has_program() -> bool {
+    in_path() || elsewhere().is_some()
+}
+
 /// `nft` where it is: services often have no `sbin` in their `PATH`.
 fn program() -> &'static OsStr {
-    let in_path = std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join("nft").is_file()));
-    let elsewhere = ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|file| Path::new(file).is_file());
-    OsStr::new(if in_path { "nft" } else { elsewhere.unwrap_or("nft") })
+    OsStr::new(if in_path() { "nft" } else { elsewhere().unwrap_or("nft") })
+}
+
+fn in_path() -> bool {
+    let has = |path| std::env::split_paths(&path).any(|dir| dir.join("nft").is_file());
+    std::env::var_os("PATH").is_some_and(has)
+}
+
+fn elsewhere() -> Option<&'static str> {
+    ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|file| Path::new(file).is_file())
 }
 
 fn refused(what: &'static str, error: NftablesError) -> FirewallError {
     match error {
-        NftablesError::NftExecution { inner, .. } if inner.kind() == io::ErrorKind::NotFound => {
+        NftablesError::NftExecution { inner, .. }
+            if inner.kind() == io::ErrorKind::NotFound || !has_program() =>
+        {
             FirewallError::NoProgram
         }
         NftablesError::NftFailed { stdout, stderr, .. } => {

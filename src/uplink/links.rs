@@ -99,6 +99,11 @@ impl Links {
         Ok(Links(handle))
     }
 
+    /// The way itself, for what is asked elsewhere.
+    pub(super) fn handle(&self) -> &Handle {
+        &self.0
+    }
+
     /// The link of this name; `None` if there is none.
     ///
     /// # Errors
@@ -270,7 +275,7 @@ fn is_absent(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::ENODEV)
 }
 
-fn failed(what: &'static str, link: &str) -> impl FnOnce(rtnetlink::Error) -> LinkError {
+pub(super) fn failed(what: &'static str, link: &str) -> impl FnOnce(rtnetlink::Error) -> LinkError {
     let link = link.to_owned();
     move |error| {
         let source = match error {

@@ -15,3 +15,4 @@ pub mod sockets;
 pub mod sys;
 pub mod sysctl;
 pub mod tap;
+mod world_routes;

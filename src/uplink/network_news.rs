@@ -14,8 +14,9 @@ use netlink_sys::{Socket, SocketAddr};
 
 /// The bit of `NFNLGRP_NFTABLES` (7).
 const FIREWALL_GROUPS: u32 = 1 << 6;
-/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, and the bit of `RTNLGRP_IPV4_NETCONF` (24).
-const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 1 << 23;
+/// `RTMGRP_LINK`, `RTMGRP_IPV4_IFADDR`, `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV4_RULE`, and the bit of
+/// `RTNLGRP_IPV4_NETCONF` (24).
+const ROUTE_GROUPS: u32 = 0x1 | 0x10 | 0x40 | 0x80 | 1 << 23;
 /// More than the kernel puts into one datagram.
 const BUFFER_BYTES: usize = 64 << 10;
 /// Datagrams taken at once.
@@ -48,7 +49,7 @@ impl NetworkNews {
         NetworkNews::of(NETLINK_NETFILTER, FIREWALL_GROUPS)
     }
 
-    /// Of links, addresses, routes and forwarding.
+    /// Of links, addresses, routes, rules that choose among tables of them, and forwarding.
     ///
     /// # Errors
     /// No socket.

@@ -486,6 +486,13 @@ impl HostListener for Listener {
     }
 }
 
+impl Drop for Listener {
+    fn drop(&mut self) {
+        // Another process may have the socket open still: it would be told of here for ever.
+        self.shared.poll.unwatch(self.socket.as_raw_fd());
+    }
+}
+
 impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()

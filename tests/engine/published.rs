@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
 use vunet::addr::MacAddr;
+use vunet::config::{Protocol, Publish};
 use vunet::engine::counters::DropReason;
 use vunet::engine::host_net::Token;
 use vunet::limits;
@@ -425,4 +426,108 @@ fn an_answer_leaves_from_the_address_its_client_sent_to() {
     // The guest's own sockets have no such address.
     rig.send(&udp_frame(guest(4000), v4(client(999)), b"ask"));
     assert_eq!(rig.sock(1).sent_fields[0].from, None);
+}
+
+/// A second guest beside the usual one.
+const SECOND_IP: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 9);
+
+/// A rig where both guests are known, and guest 1 publishes TCP port 22 and UDP port 53, guest 2 TCP port 80;
+/// the listeners' tokens.
+fn two_guests() -> (Rig, [Token; 2]) {
+    let mut rig = Rig::new();
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    let message = crate::frames::echo_message(1, 1, b"hello");
+    let header = crate::frames::ip(SECOND_IP, GATEWAY, vunet::wire::ipv4::Protocol::ICMP, message.len());
+    rig.send(&crate::frames::frame(&header, &message));
+    let listeners = [(1, 22, 8022), (2, 80, 8080)].map(|(number, guest_port, host_port)| {
+        let token = rig.engine.nat().next_listener_token();
+        let listener = rig.engine.nat().net().listener();
+        rig.engine.publish_tcp_of(number, port(Protocol::Tcp, host_port, guest_port), listener);
+        token
+    });
+    let udp = rig.engine.nat().next_datagram_token();
+    let socket = rig.engine.nat().net().published_udp(udp);
+    rig.engine.publish_udp_of(1, port(Protocol::Udp, 8053, 53), socket);
+    (rig, listeners)
+}
+
+fn port(protocol: Protocol, host_port: u16, guest_port: u16) -> Publish {
+    Publish { protocol, host: SocketAddr::from(([0, 0, 0, 0], host_port)), guest_port }
+}
+
+fn arrives_at(rig: &mut Rig, at: usize, listener: Token) -> Vec<Seen> {
+    rig.world().backlogs[at].push_back(client(999));
+    rig.ready(listener, READABLE)
+}
+
+#[test]
+fn each_of_several_guests_has_its_own_ports_once_it_has_an_address() {
+    let (mut rig, [one, two]) = two_guests();
+    // The engine has seen both, yet nobody said whose the ports are.
+    assert_eq!(arrives_at(&mut rig, 0, one), []);
+    assert_eq!(rig.datagram_arrives(0, b"ask", client(999)), []);
+    rig.engine.set_guest(1, Some(GUEST_IP));
+    rig.engine.set_guest(2, Some(SECOND_IP));
+    let syn = only(arrives_at(&mut rig, 0, one)).tcp();
+    assert_eq!((syn.from, syn.to), (client(999), SocketAddr::from(guest(22))));
+    let syn = only(arrives_at(&mut rig, 1, two)).tcp();
+    assert_eq!(syn.to, SocketAddr::from((SECOND_IP, 80)));
+    let Seen::Udp { to, .. } = only(rig.datagram_arrives(0, b"ask", client(999))) else { panic!("not UDP") };
+    assert_eq!(to, SocketAddr::from(guest(53)));
+    rig.send(&udp_frame(guest(53), v4(client(999)), b"answer"));
+    assert_eq!(rig.sock(0).sent, [(b"answer".to_vec(), client(999))]);
+    // An address that is no guest's is none.
+    rig.engine.set_guest(2, Some(GATEWAY));
+    assert_eq!(arrives_at(&mut rig, 1, two), []);
+    rig.engine.set_guest(2, None);
+    assert_eq!(arrives_at(&mut rig, 1, two), []);
+}
+
+#[test]
+fn what_a_guest_sends_from_its_published_port_leaves_there_and_another_guests_does_not() {
+    let (mut rig, _) = two_guests();
+    rig.engine.set_guest(1, Some(GUEST_IP));
+    rig.engine.set_guest(2, Some(SECOND_IP));
+    rig.send(&udp_frame(guest(53), v4(client(7)), b"mine"));
+    assert_eq!(rig.sock(0).sent, [(b"mine".to_vec(), client(7))]);
+    rig.send(&udp_frame(std::net::SocketAddrV4::new(SECOND_IP, 53), v4(client(7)), b"other"));
+    assert_eq!(rig.sock(0).sent.len(), 1);
+    assert_eq!(rig.sock(1).sent, [(b"other".to_vec(), client(7))]);
+}
+
+#[test]
+fn ports_of_a_guest_that_is_gone_are_closed_with_its_flows_and_the_others_stay() {
+    let (mut rig, [one, two]) = two_guests();
+    rig.engine.set_guest(1, Some(GUEST_IP));
+    rig.engine.set_guest(2, Some(SECOND_IP));
+    let syn = only(arrives_at(&mut rig, 0, one)).tcp();
+    answer(&mut rig, &syn);
+    let second = only(arrives_at(&mut rig, 1, two)).tcp();
+    rig.datagram_arrives(0, b"ask", client(999));
+    rig.engine.unpublish(1);
+    assert_eq!(rig.conn(0).end, End::Reset, "the client is told");
+    assert!(!rig.world().socks[0].is_open, "the port is free");
+    assert_eq!(rig.ready(one, READABLE), [], "news of a listener that is gone");
+    assert_eq!(rig.conn(1).end, End::Open);
+    assert_eq!(second.to, SocketAddr::from((SECOND_IP, 80)));
+    assert_eq!(only(arrives_at(&mut rig, 1, two)).tcp().to.port(), 80);
+    rig.engine.unpublish(2);
+    rig.engine.unpublish(3);
+    rig.assert_empty();
+    assert_eq!(rig.engine.next_deadline(), None);
+}
+
+#[test]
+fn a_published_port_of_one_guest_is_in_reach_of_another_by_way_of_the_host() {
+    let (mut rig, _) = two_guests();
+    let host = Ipv4Addr::new(203, 0, 113, 1);
+    rig.world().own.insert(host.into());
+    rig.engine.set_guest(2, Some(SECOND_IP));
+    let mut peer = Peer::new(guest(4000), std::net::SocketAddrV4::new(host, 8080));
+    peer.syn(&mut rig);
+    assert_eq!(rig.conn(0).peer, SocketAddr::from((host, 8080)));
+    rig.engine.unpublish(2);
+    let mut peer = Peer::new(guest(4001), std::net::SocketAddrV4::new(host, 8080));
+    assert!(!peer.syn(&mut rig).is_empty(), "it is told");
+    assert_eq!(rig.world().conns.len(), 1, "no port of the host's own but a published one");
 }

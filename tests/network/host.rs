@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use vunet::network::state_dir::StateDir;
 
@@ -26,6 +27,7 @@ pub(crate) fn on_a_host(name: &str, body: impl FnOnce()) {
         ] {
             run("ip", words);
         }
+        await_carrier();
         return body();
     }
     let ready = Command::new("unshare").args(["-n", "nft", "list", "ruleset"]).output();
@@ -39,6 +41,16 @@ pub(crate) fn on_a_host(name: &str, body: impl FnOnce()) {
     let output = command.output().expect("unshare runs");
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && out.contains("1 passed"), "{out}\n{err}");
+}
+
+/// Waits until both links are up: on a busy machine the kernel settles that later, and the host's state would
+/// differ by it.
+fn await_carrier() {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while run("ip", "-o link show").matches("state UP").count() != 4 {
+        assert!(Instant::now() < deadline, "the links stay down: {}", run("ip", "-o link show"));
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// Runs a program that must succeed; what it printed.
@@ -61,8 +73,12 @@ pub(crate) fn host_state() -> String {
     for interface in ["up0", "up1", "all", "default"] {
         state += &format!("{interface} {}", forwarding(interface));
     }
-    // Statistics that go on by themselves.
-    state.lines().map(|line| line.split(" valid_lft").next().unwrap_or(line).to_owned() + "\n").collect()
+    // Statistics that go on by themselves, and link-local addresses that the kernel gives when it likes.
+    state
+        .lines()
+        .filter(|line| !line.contains("fe80::"))
+        .map(|line| line.split(" valid_lft").next().unwrap_or(line).to_owned() + "\n")
+        .collect()
 }
 
 /// `net.ipv4.conf.INTERFACE.forwarding`.

@@ -1,16 +1,18 @@
 //! Taking one sample of one scenario behind one back-end.
 
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::dhcp::DhcpClient;
 use super::load;
 use super::procfs;
 use super::scenario::{self as m, Exchange, Metric, Scenario};
 use super::site::{Backend, BackendKind, BenchError, Site, during};
 use super::stats::percentile;
 use super::udp::Blast;
-use crate::lab::{SHORT, WORLD};
+use crate::lab::{Netns, SHORT, WORLD};
 
 /// Figures of one sample.
 pub(super) type Sample = Vec<(Metric, f64)>;
@@ -30,26 +32,32 @@ pub(super) struct Sampler<'a> {
 
 /// CPU time since a moment.
 pub(super) struct CpuMark {
-    pid: Option<u32>,
+    pids: Vec<u32>,
     backend: f64,
     machine: f64,
 }
 
 impl CpuMark {
     pub(super) fn now(site: &Site) -> Result<CpuMark, BenchError> {
-        let pid = site.backend_pid();
-        let backend = pid.map_or(Ok(0.0), procfs::process_cpu_seconds);
+        CpuMark::of(site.backend_pid().into_iter().collect())
+    }
+
+    /// The same for back-ends of several processes.
+    pub(super) fn of(pids: Vec<u32>) -> Result<CpuMark, BenchError> {
+        let each = pids.iter().map(|&pid| procfs::process_cpu_seconds(pid));
+        let backend: std::io::Result<f64> = each.sum();
         Ok(CpuMark {
-            pid,
             backend: backend.map_err(during("CPU time of the back-end"))?,
             machine: procfs::machine_cpu_seconds().map_err(during("CPU time"))?,
+            pids,
         })
     }
 
     /// CPU seconds of the back-end, if there is one, and of the machine.
-    pub(super) fn since(&self, site: &Site) -> Result<(Option<f64>, f64), BenchError> {
-        let now = CpuMark::now(site)?;
-        Ok((self.pid.map(|_| now.backend - self.backend), now.machine - self.machine))
+    pub(super) fn since(&self) -> Result<(Option<f64>, f64), BenchError> {
+        let now = CpuMark::of(self.pids.clone())?;
+        let backend = (!self.pids.is_empty()).then_some(now.backend - self.backend);
+        Ok((backend, now.machine - self.machine))
     }
 }
 
@@ -132,6 +140,8 @@ impl Sampler<'_> {
             }
             Scenario::Quiet(quiet) => self.quiet(&mut site, backend, scenario, quiet)?,
             Scenario::Lease => self.lease(&mut site, backend, scenario)?,
+            Scenario::Between => self.between(&mut site, backend)?,
+            Scenario::LeasesTogether { guests } => self.leases_together(&site, guests)?,
             _ => {
                 site.ready(backend, scenario, &[])?;
                 self.with_guest(&mut site, backend, scenario)?
@@ -171,7 +181,7 @@ impl Sampler<'_> {
         let bare = backend.kind == BackendKind::Sockets;
         let mark = CpuMark::now(site)?;
         let said = self.iperf3(site, bare, to_guest, flows, SHORT)?;
-        let (cpu, machine) = mark.since(site)?;
+        let (cpu, machine) = mark.since()?;
         let cpu = if bare { Some(said.client_cpu_seconds) } else { cpu };
         let mut sample = vec![(m::RATE, said.bytes * 8.0 / said.seconds / 1e9)];
         sample.extend(cpu.map(|cpu| (m::CPU_PER_GB, cpu * 1e9 / said.bytes)));
@@ -193,19 +203,30 @@ impl Sampler<'_> {
         patience: Duration,
     ) -> Result<Iperf3, BenchError> {
         site.lab.start_iperf3()?;
+        let client = if bare { &site.lab.host } else { &site.lab.guest };
+        let mut args = if to_guest { vec!["-R"] } else { vec![] };
+        if bare {
+            args.extend(["-l", SOCKET_CALL_BYTES]);
+        }
+        self.iperf3_client(client, WORLD, &args, flows, patience)
+    }
+
+    /// Runs iperf3 in `client`, with further arguments, to the server at `to`.
+    pub(super) fn iperf3_client(
+        &self,
+        client: &Netns,
+        to: Ipv4Addr,
+        args: &[&str],
+        flows: u16,
+        patience: Duration,
+    ) -> Result<Iperf3, BenchError> {
         // iperf3 knows whole seconds only, and 0 means for ever.
         let seconds = format!("{}", self.seconds.ceil());
-        let (world, flows_text) = (WORLD.to_string(), flows.to_string());
+        let (to, flows_text) = (to.to_string(), flows.to_string());
         let connect_ms = (patience.as_millis() / 3).to_string();
-        let mut words = vec!["iperf3", "-c", &world, "-J", "-t", &seconds, "-P", &flows_text];
+        let mut words = vec!["iperf3", "-c", &to, "-J", "-t", &seconds, "-P", &flows_text];
         words.extend(["--connect-timeout", &connect_ms]);
-        if to_guest {
-            words.push("-R");
-        }
-        if bare {
-            words.extend(["-l", SOCKET_CALL_BYTES]);
-        }
-        let client = if bare { &site.lab.host } else { &site.lab.guest };
+        words.extend(args);
         let output = client.run_any(&words, patience + self.duration())?;
         let report: Value = serde_json::from_str(&output.stdout)
             .map_err(|e| BenchError::Result(format!("iperf3: {e}: {}", output.stderr)))?;
@@ -226,7 +247,7 @@ impl Sampler<'_> {
             Exchange::Ping => load::pings(duration),
         });
         let times = times.map_err(during("exchanges"))?;
-        let (cpu, _) = mark.since(site)?;
+        let (cpu, _) = mark.since()?;
         let count = times.len() as f64;
         let mut sample = Vec::new();
         latency(times, &mut sample)?;
@@ -249,7 +270,7 @@ impl Sampler<'_> {
             joined.collect::<Result<Vec<_>, _>>()
         });
         let times = times.map_err(during("connections"))?.concat();
-        let (cpu, _) = mark.since(site)?;
+        let (cpu, _) = mark.since()?;
         let count = times.len() as f64;
         let mut sample = vec![(m::EXCHANGES, count / self.seconds / 1e3)];
         latency(times, &mut sample)?;
@@ -284,7 +305,7 @@ impl Sampler<'_> {
         let started = Instant::now();
         site.start(backend, scenario)?;
         let _guest = site.start_guest(scenario, &[])?;
-        site.lab.guest.inside(|| load::lease(SHORT)).map_err(during("a lease"))?;
+        site.lab.guest.inside(|| DhcpClient::HASTY.lease(SHORT)).map_err(during("a lease"))?;
         Ok(vec![(m::LEASE_MS, started.elapsed().as_secs_f64() * 1e3)])
     }
 }

@@ -5,9 +5,11 @@
 //! namespaces, a back-end and a guest of its own. `docs/benchmarks.md` says what is measured and how;
 //! results are written as JSON, a Markdown table and plots.
 
+mod dhcp;
 mod load;
 mod measure;
 mod names;
+mod network;
 mod plot;
 mod procfs;
 mod quiet;
@@ -77,18 +79,14 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     if config.repetitions == 0 || !(0.1..=600.0).contains(&config.seconds) {
         return Err(BenchError::Config("one repetition or more, of 0.1 to 600 seconds".into()));
     }
-    if let Some(reason) = crate::lab::missing(&["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3"]) {
+    let mut tools = vec!["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3"];
+    if scenarios.iter().any(Scenario::is_on_a_network) {
+        tools.push("nft");
+    }
+    if let Some(reason) = crate::lab::missing(&tools) {
         return Err(BenchError::Config(reason));
     }
-    let mut backends = if config.without_vunet { vec![] } else { vec![Backend::vunet()] };
-    if config.tap {
-        backends.push(Backend::vunet_on_tap());
-    }
-    backends.extend(config.peers.iter().cloned());
-    if config.bounds {
-        let bounds = Backend::bounds().into_iter();
-        backends.extend(bounds.filter(|bound| scenarios.iter().any(|&scenario| bound.takes_part(scenario))));
-    }
+    let backends = backends(config, &scenarios);
     let files = allow_open_files(OPEN_FILES).map_err(site::during("setting the limit on open files"))?;
     if files < OPEN_FILES {
         eprintln!("processes may have {files} files open instead of {OPEN_FILES}");
@@ -123,6 +121,23 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
     }
     eprintln!("{:.0} s; results in {}", started.elapsed().as_secs_f64(), config.out.display());
     Ok(())
+}
+
+/// What is measured, without those that take part in none of `scenarios`.
+fn backends(config: &BenchConfig, scenarios: &[Scenario]) -> Vec<Backend> {
+    let mut backends = vec![];
+    if !config.without_vunet {
+        backends.extend([Backend::vunet(), Backend::vunet_on_network()]);
+    }
+    if config.tap {
+        backends.push(Backend::vunet_on_tap());
+    }
+    backends.extend(config.peers.iter().cloned());
+    if config.bounds {
+        backends.extend(Backend::bounds());
+    }
+    backends.retain(|backend| scenarios.iter().any(|&scenario| backend.takes_part(scenario)));
+    backends
 }
 
 fn empty_report(config: &BenchConfig, backends: &[Backend], front_end_args: &[String]) -> Report {

@@ -42,7 +42,7 @@ impl Sampler<'_> {
         let (mark, before, started) = (CpuMark::now(site)?, sleeps()?, Instant::now());
         std::thread::sleep(self.duration());
         let (wakes, seconds) = ((sleeps()? - before) as f64, started.elapsed().as_secs_f64());
-        let (cpu, _) = mark.since(site)?;
+        let (cpu, _) = mark.since()?;
         let resident = procfs::resident_bytes(pid).map_err(during("memory of the back-end"))?;
         let mut sample = vec![(m::WAKES, wakes / seconds)];
         sample.extend(cpu.map(|cpu| (m::BUSY, cpu / seconds * 100.0)));

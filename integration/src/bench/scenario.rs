@@ -48,6 +48,13 @@ pub(super) enum Scenario {
     Lease,
     /// TCP streams with iperf3 to a world behind a link with delay and losses.
     Wan(Wan),
+    /// One TCP stream with iperf3 from a guest to another over a bridge.
+    Between,
+    /// From the start of many VMs of one network, all at once, to the last one's lease.
+    LeasesTogether {
+        /// How many, at most 250.
+        guests: u8,
+    },
 }
 
 /// What [`Scenario::Wan`] has between host and world, and what crosses it.
@@ -117,6 +124,8 @@ impl fmt::Display for Scenario {
                 let percent = f64::from(lost_per_mille) / 10.0;
                 write!(f, "wan-{}-{rtt_ms}ms-{percent}%-{flows}", way(to_guest))
             }
+            Scenario::Between => f.write_str("between-1500-1"),
+            Scenario::LeasesTogether { guests } => write!(f, "leases-{guests}"),
         }
     }
 }
@@ -158,6 +167,7 @@ impl Scenario {
     /// Every scenario there is, in the order of the report.
     pub(super) fn every() -> Vec<Scenario> {
         let mut every = Scenario::all();
+        every.extend([Scenario::Between, Scenario::LeasesTogether { guests: 50 }]);
         for rtt_ms in [1, 10, 50, 100, 300] {
             for lost_per_mille in [0, 1, 10] {
                 for flows in [1, 8] {
@@ -170,7 +180,7 @@ impl Scenario {
         every
     }
 
-    /// The scenarios `only` names; all but the `wan-…` ones if it names none. A name stands for every scenario it begins,
+    /// The scenarios `only` names; if it names none, all but those of [`Self::every`] alone. A name stands for every scenario it begins,
     /// part by part: `tcp-from` for all of `tcp-from-…`. The whole name of one stands for it alone.
     ///
     /// # Errors
@@ -198,6 +208,11 @@ impl Scenario {
             only.iter().any(|wanted| means(wanted, &name))
         };
         Ok(all.into_iter().filter(chosen).collect())
+    }
+
+    /// Whether its guests are on a named network.
+    pub(super) fn is_on_a_network(&self) -> bool {
+        matches!(self, Scenario::Between | Scenario::LeasesTogether { .. })
     }
 
     /// IP MTU of the guest's link in bytes.
@@ -278,7 +293,7 @@ metrics! {
     WAKES = "wake-ups", "1/s", false;
     /// CPU time of the back-end in a second: one that never sleeps has no wake-ups either.
     BUSY = "backend CPU", "% of a core", false;
-    /// From the start of the back-end's process to DHCPACK.
+    /// From the start of the back-end's process to DHCPACK; of the first of several to the last's.
     LEASE_MS = "start to lease", "ms", false;
 }
 
@@ -311,8 +326,12 @@ mod tests {
     }
 
     #[test]
-    fn the_wan_is_measured_only_where_it_is_named() {
-        assert!(names(&[]).iter().all(|name| !name.starts_with("wan")));
+    fn the_wan_and_networks_are_measured_only_where_they_are_named() {
+        let all = names(&[]);
+        assert!(
+            all.iter().all(|name| !["wan", "between", "leases"].iter().any(|kind| name.starts_with(kind)))
+        );
+        assert_eq!(names(&["between", "leases"]), ["between-1500-1", "leases-50"]);
         assert_eq!(names(&["wan"]).len(), 5 * 3 * 2 * 2);
         assert_eq!(names(&["wan-to-50ms-0.1%"]), ["wan-to-50ms-0.1%-1", "wan-to-50ms-0.1%-8"]);
     }

@@ -68,6 +68,10 @@ pub enum BackendKind {
     TapLoop,
     /// No back-end and no guest: what a guest does is done where a back-end would stand.
     Sockets,
+    /// A vunet for each guest, on one named network of mode host-only.
+    OnNetwork,
+    /// No back-end: a copy loop from each guest's TAP to one on a bridge.
+    LoopsOverBridge,
 }
 
 impl Backend {
@@ -90,17 +94,23 @@ impl Backend {
         Backend { name: "vunet on a TAP".into(), kind: BackendKind::VhostUser(words) }
     }
 
+    /// vunet on a named network, a process for each guest.
+    pub fn vunet_on_network() -> Backend {
+        Backend { name: "vunet on a network".into(), kind: BackendKind::OnNetwork }
+    }
+
     /// Whether it puts the guest on a TAP.
     fn is_on_tap(&self) -> bool {
         matches!(&self.kind, BackendKind::VhostUser(words) if words.iter().any(|word| word.contains("{tap}")))
     }
 
     /// The bounds: what the machine does without any vhost-user.
-    pub fn bounds() -> [Backend; 3] {
+    pub fn bounds() -> [Backend; 4] {
         [
             Backend { name: "two TAPs".into(), kind: BackendKind::TapLoop },
             Backend { name: "veth".into(), kind: BackendKind::Veth },
             Backend { name: "bare sockets".into(), kind: BackendKind::Sockets },
+            Backend { name: "two copy loops".into(), kind: BackendKind::LoopsOverBridge },
         ]
     }
 
@@ -118,6 +128,9 @@ impl Backend {
         let carries_ip =
             matches!(scenario, Scenario::Tcp { .. } | Scenario::Latency(_) | Scenario::Connect { .. });
         match &self.kind {
+            BackendKind::OnNetwork => scenario.is_on_a_network(),
+            BackendKind::LoopsOverBridge => scenario == Scenario::Between,
+            _ if scenario.is_on_a_network() => false,
             // There is no DHCP server on its TAP, and what a gateway answers it does not.
             BackendKind::VhostUser(_) if self.is_on_tap() && !carries_ip => false,
             BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
@@ -222,7 +235,8 @@ impl Site {
             }
             BackendKind::Veth => self.join_veth(scenario.ip_mtu())?,
             BackendKind::TapLoop => self.join_taps(scenario.ip_mtu())?,
-            BackendKind::Sockets => {}
+            // Their guests are more than a site's own.
+            BackendKind::Sockets | BackendKind::OnNetwork | BackendKind::LoopsOverBridge => {}
         }
         Ok(())
     }
@@ -235,7 +249,7 @@ impl Site {
     }
 
     /// Arguments of a front-end. The user's come last: a later one overrides.
-    fn front_end_words(&self, scenario: Scenario, args: &[&str]) -> Vec<String> {
+    pub(super) fn front_end_words(&self, scenario: Scenario, args: &[&str]) -> Vec<String> {
         let (ip_mtu, pairs) = (scenario.ip_mtu().to_string(), scenario.pairs().to_string());
         let scenarios = ["--ip-mtu", &ip_mtu, "--queues", &pairs];
         let words = scenarios.iter().chain(args).map(|word| (*word).to_owned());
@@ -389,7 +403,19 @@ mod tests {
         let with = |scenario| Backend::bounds().map(|bound| bound.takes_part(scenario));
         assert_eq!(
             (with(tcp), with(connect), with(Scenario::Lease)),
-            ([true; 3], [true, true, false], [false; 3])
+            ([true, true, true, false], [true, true, false, false], [false; 4])
+        );
+        assert_eq!(with(Scenario::Between), [false, false, false, true]);
+    }
+
+    #[test]
+    fn only_vunet_on_a_network_takes_part_where_there_is_one() {
+        let leases = Scenario::LeasesTogether { guests: 50 };
+        let network = Backend::vunet_on_network();
+        assert!(network.takes_part(leases) && network.takes_part(Scenario::Between));
+        assert!(!network.takes_part(Scenario::Lease));
+        assert!(
+            !Backend::vunet().takes_part(Scenario::Between) && !Backend::vunet_on_tap().takes_part(leases)
         );
     }
 }

@@ -69,7 +69,7 @@ impl Sampler<'_> {
         let (mark, before) = (CpuMark::now(site)?, count()?);
         let args = ["--generate", &generate, "--flows", &flows.to_string()];
         let said = site.frames(scenario, self.seconds, &args)?;
-        let (cpu, _) = mark.since(site)?;
+        let (cpu, _) = mark.since()?;
         let arrived = (count()? - before) as f64;
         let (sent, seconds) = (number(&said["sent"], "sent")?, number(&said["seconds"], "seconds")?);
         let mut sample = vec![(m::PACKETS, arrived / seconds / 1e3)];
@@ -111,7 +111,7 @@ impl Sampler<'_> {
         let knock = format!("udp:64:{WORLD}:{BLAST_PORT}");
         let mark = CpuMark::now(site)?;
         let said = site.frames(scenario, self.seconds + 1.0, &["--generate", &knock, "--frames-max", "1"])?;
-        let (cpu_seconds, _) = mark.since(site)?;
+        let (cpu_seconds, _) = mark.since()?;
         let line = server.wait_line(SHORT, "the datagrams' count", |line| line.contains("\"sent\""))?;
         let line: Value = serde_json::from_str(&line).map_err(|e| BenchError::Result(e.to_string()))?;
         let of = |name: &str| said[name].as_u64().unwrap_or(0);

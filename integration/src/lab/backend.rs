@@ -141,7 +141,11 @@ impl Lab {
         self.start_guest_in(&self.guest, socket, args)
     }
 
-    pub(super) fn start_guest_in(
+    /// The same in any namespace.
+    ///
+    /// # Errors
+    /// As [`Self::start_guest`].
+    pub fn start_guest_in(
         &self,
         netns: &Netns,
         socket: &Path,

@@ -113,6 +113,16 @@ pub fn find_tool(tool: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
+/// Starts `iperf3 -s` in `netns`.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn start_iperf3(netns: &Netns) -> Result<Process, LabError> {
+    let server = netns.spawn(&["iperf3", "-s", "--forceflush"])?;
+    server.wait_line(SHORT, "iperf3", |line| line.contains("Server listening"))?;
+    Ok(server)
+}
+
 /// Three namespaces, the link between host and world, and the world's servers.
 #[derive(Debug)]
 pub struct Lab {
@@ -271,9 +281,7 @@ impl Lab {
     /// # Errors
     /// If it cannot be started.
     pub fn start_iperf3(&mut self) -> Result<(), LabError> {
-        let server = self.world.spawn(&["iperf3", "-s", "--forceflush"])?;
-        server.wait_line(SHORT, "iperf3", |line| line.contains("Server listening"))?;
-        self.servers.push(server);
+        self.servers.push(start_iperf3(&self.world)?);
         Ok(())
     }
 

@@ -1,10 +1,11 @@
 //! The guest as a station of a LAN: on a bridge, on a TAP, on a macvtap.
 
+use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use vunet_integration::lab::{LAN_DOMAIN, LAN_POOL, Lease, SHORT, WORLD};
+use vunet_integration::lab::{BRIDGE, LAN_DOMAIN, LAN_POOL, Lease, SHORT, WORLD};
 
-use crate::bench::{Bench, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
+use crate::bench::{Bench, Failure, MIB, Outcome, PATIENCE, Setup, bare, ensure, scenario};
 
 fn check(lease: &Lease) -> Outcome {
     ensure!((LAN_POOL.0..=LAN_POOL.1).contains(&lease.ip) && lease.router == WORLD, "{lease:?}");
@@ -147,4 +148,55 @@ fn without_a_place_for_leases_vunet_says_so_once_and_goes_on() {
         ensure!(times == 1 && names_flag && told.contains("/proc/nowhere"), "{told}");
         Ok(())
     });
+}
+
+/// The ports of the LAN's bridge with their MTUs, but for the host's own link.
+fn port_ip_mtu(bench: &Bench) -> Result<u32, Failure> {
+    let words = ["ip", "-o", "link", "show", "master", BRIDGE];
+    let shown = bench.lab.host.run(&words, PATIENCE)?.stdout;
+    let tap = shown.lines().find(|line| !line.contains(": p0@")).unwrap_or_default();
+    let mut words = tap.split(' ').skip_while(|word| *word != "mtu").skip(1);
+    words
+        .next()
+        .and_then(|mtu| mtu.parse().ok())
+        .ok_or_else(|| Failure(format!("no port of vunet in {shown}")))
+}
+
+/// Whether pings of `bytes` of IP with DF from the world to `guest` are answered.
+fn fits(bench: &Bench, bytes: u16, guest: Ipv4Addr) -> Result<bool, Failure> {
+    let (payload, guest) = ((bytes - 28).to_string(), guest.to_string());
+    let words = ["ping", "-n", "-M", "do", "-c", "2", "-i", "0.05", "-W", "1", "-s", &payload, &guest];
+    Ok(bench.lab.world.run_any(&words, PATIENCE)?.stdout.contains("2 received"))
+}
+
+#[test]
+fn the_tap_has_the_mtu_a_front_end_asks_for_while_it_is_there() {
+    let setup = Setup::on_bridge().tools(&["ping"]);
+    bare(&setup, |bench| {
+        ensure!(port_ip_mtu(bench)? == 1500, "before: {}", port_ip_mtu(bench)?);
+        bench.attach(&["--features", "all", "--ip-mtu", "1300"])?;
+        let lease = bench.lease()?;
+        check(&lease)?;
+        ensure!(port_ip_mtu(bench)? == 1300, "asked for 1300: {}", port_ip_mtu(bench)?);
+        // The bridge drops what exceeds its port, so the guest counts no breach.
+        ensure!(fits(bench, 1300, lease.ip)? && !fits(bench, 1301, lease.ip)?, "1300 and no more");
+        bench.detach()?;
+        until_port_has(bench, 1500)?;
+        bench.attach(&["--features", "all", "--ip-mtu", "1600"])?;
+        let lease = bench.lease()?;
+        ensure!(port_ip_mtu(bench)? == 1500, "no more than configured: {}", port_ip_mtu(bench)?);
+        let output = fits(bench, 1500, lease.ip)?;
+        ensure!(output, "frames of the configured MTU pass again");
+        Ok(())
+    });
+}
+
+/// Waits for the port to have an MTU: vunet sees the front-end leave a moment later.
+fn until_port_has(bench: &Bench, ip_mtu: u32) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    while port_ip_mtu(bench)? != ip_mtu {
+        ensure!(Instant::now() < deadline, "the port stays at {}", port_ip_mtu(bench)?);
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
 }

@@ -158,6 +158,8 @@ pub struct SharedTable {
     /// Workers whose queue has a receive ring to be read into, a bit each.
     reading: AtomicU64,
     table: Mutex<Table>,
+    /// The IPv4 address the guest leased last, for those who lead others to it.
+    leased: watch::Sender<Option<Ipv4Addr>>,
 }
 
 /// The guard of one worker.
@@ -191,6 +193,11 @@ impl SharedTable {
 
     fn kept(&self) -> MutexGuard<'_, Vec<(MacAddr, Lease)>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The IPv4 address the guest leased last, as it comes and goes; `None` of one whose address is configured.
+    pub fn leased(&self) -> watch::Receiver<Option<Ipv4Addr>> {
+        self.leased.subscribe()
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -301,6 +308,8 @@ impl Guard {
     fn learn(&mut self, change: impl FnOnce(&mut Table)) {
         let mut table = self.shared.lock();
         change(&mut table);
+        let newest = table.leases.last().map(|lease| lease.addr);
+        self.shared.leased.send_if_modified(|known| std::mem::replace(known, newest) != newest);
         self.shared.version.fetch_add(1, Ordering::AcqRel);
         drop(table);
         self.refresh();

@@ -16,13 +16,13 @@ use slab::Slab;
 use self::datagram::{DatagramTable, GuestEnd, Kind, PeerId};
 use self::policy::{Policy, Verdict};
 use self::tcp::{Segment, TcpTable};
-use super::core::{Core, Neighbour};
+use super::core::{Core, Neighbour, Owner};
 use super::counters::DropReason;
 use super::guest_port::GuestPort;
 use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
 use super::timers::TimerSlot;
-use crate::config::{IpMtu, Protocol, UdpConfig};
+use crate::config::{IpMtu, Protocol, Publish, UdpConfig};
 use crate::frame::Payload;
 use crate::limits;
 use crate::wire::icmpv4::{Message, UnreachableCode};
@@ -87,6 +87,7 @@ pub enum Elsewhere {
 
 struct Published<L> {
     listener: L,
+    owner: Owner,
     guest_port: u16,
     /// When clients that could not be taken are tried again: the socket tells of each once.
     again: TimerSlot,
@@ -102,6 +103,8 @@ pub struct Nat<N: HostNet> {
     listeners: Slab<Published<N::Listener>>,
     /// Listeners whose turn ended with clients waiting.
     accept_again: Vec<usize>,
+    /// Ports of one of several guests, with the addresses they are bound to: they come and go.
+    lent: Vec<(Owner, Publish)>,
     dns: bool,
 }
 
@@ -145,6 +148,7 @@ impl<N: HostNet> Nat<N> {
             datagrams: DatagramTable::new(udp),
             listeners: Slab::new(),
             accept_again: Vec::new(),
+            lent: Vec::new(),
             dns,
         }
     }
@@ -181,7 +185,59 @@ impl<N: HostNet> Nat<N> {
 
     /// Publishes a listening socket to `guest_port`.
     pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
-        self.listeners.insert(Published { listener, guest_port, again: TimerSlot::default() });
+        self.listen(listener, Owner::TheGuest, guest_port);
+    }
+
+    fn listen(&mut self, listener: N::Listener, owner: Owner, guest_port: u16) {
+        self.listeners.insert(Published { listener, owner, guest_port, again: TimerSlot::default() });
+    }
+
+    /// Publishes a listening socket, bound as `port` says, to the guest `number` of several.
+    pub fn publish_tcp_of(&mut self, number: u64, port: Publish, listener: N::Listener) {
+        self.lend(number, port);
+        self.listen(listener, Owner::OneOf(number), port.guest_port);
+    }
+
+    /// Publishes a UDP socket, bound as `port` says, to the guest `number` of several.
+    pub fn publish_udp_of(&mut self, core: &Core, number: u64, port: Publish, socket: N::Datagram) {
+        self.lend(number, port);
+        let to = (Owner::OneOf(number), port.guest_port);
+        self.datagrams.insert_published(core, to, socket, port.host.ip().is_unspecified());
+    }
+
+    fn lend(&mut self, number: u64, port: Publish) {
+        self.lent.push((Owner::OneOf(number), port));
+        self.policy.published.push(port);
+    }
+
+    /// Closes the published ports of the guest `number` of several; their datagram exchanges end.
+    pub fn unpublish(&mut self, core: &mut Core, number: u64) {
+        let owner = Owner::OneOf(number);
+        let of_it: Vec<usize> = self
+            .listeners
+            .iter()
+            .filter(|(_, published)| published.owner == owner)
+            .map(|(at, _)| at)
+            .collect();
+        for at in of_it {
+            let mut published = self.listeners.remove(at);
+            core.timers.clear(&mut published.again);
+        }
+        self.datagrams.unpublish(core, owner);
+        let policy = &mut self.policy;
+        self.lent.retain(|(of, port)| {
+            if *of == owner
+                && let Some(at) = policy.published.iter().position(|known| known == port)
+            {
+                policy.published.remove(at);
+            }
+            *of != owner
+        });
+    }
+
+    /// Bound of flows and sockets: what ports that came later hold is not there for flows.
+    fn flows_max(&self) -> usize {
+        self.flows_max.saturating_sub(self.lent.len()).max(limits::FLOWS_MIN.min(self.flows_max))
     }
 
     /// The token the next datagram socket will have.
@@ -195,7 +251,7 @@ impl<N: HostNet> Nat<N> {
         let port = self.policy.published_udp().nth(self.datagrams.published());
         let is_everywhere =
             port.is_some_and(|port| port.guest_port == guest_port && port.host.ip().is_unspecified());
-        self.datagrams.insert_published(core, guest_port, socket, is_everywhere);
+        self.datagrams.insert_published(core, (Owner::TheGuest, guest_port), socket, is_everywhere);
     }
 
     /// Keeps the tables within `flows`: finished connections go first, then the longest idle.
@@ -228,7 +284,7 @@ impl<N: HostNet> Nat<N> {
         port: &mut impl GuestPort,
         mut make: impl FnMut(&mut Self) -> io::Result<T>,
     ) -> io::Result<T> {
-        self.keep_within(core, port, self.flows_max - 1);
+        self.keep_within(core, port, self.flows_max() - 1);
         match make(self) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                 self.evict(core, port);
@@ -306,7 +362,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Takes a flow in that another worker had.
     pub fn attach(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedFlow<N>) {
-        self.keep_within(core, port, self.flows_max - 1);
+        self.keep_within(core, port, self.flows_max() - 1);
         let net = &mut self.net;
         self.tcp.attach(core, moved, |token, stream| net.attach(token, stream));
     }
@@ -318,7 +374,7 @@ impl<N: HostNet> Nat<N> {
 
     /// Takes a datagram socket in that another worker had.
     pub fn attach_socket(&mut self, core: &mut Core, port: &mut impl GuestPort, moved: MovedSocket<N>) {
-        self.keep_within(core, port, self.flows_max - 1);
+        self.keep_within(core, port, self.flows_max() - 1);
         let net = &mut self.net;
         self.datagrams.attach(core, moved, |token, socket| net.attach_datagram(token, socket));
     }
@@ -520,7 +576,7 @@ impl<N: HostNet> Nat<N> {
         for _ in 0..limits::ACCEPT_BURST {
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
-            let guest_port = published.guest_port;
+            let to = (published.owner, published.guest_port);
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -539,9 +595,9 @@ impl<N: HostNet> Nat<N> {
                 },
             };
             (taken, made_room) = (taken + 1, false);
-            self.begin_published(core, port, stream, client, guest_port);
+            self.begin_published(core, port, stream, client, to);
             // Only now that there is a client; the newest is never the longest idle.
-            self.keep_within(core, port, self.flows_max);
+            self.keep_within(core, port, self.flows_max());
         }
         if taken == 0 {
             return self.accept_later(core, token);
@@ -572,9 +628,9 @@ impl<N: HostNet> Nat<N> {
         port: &mut impl GuestPort,
         stream: N::Stream,
         client: SocketAddr,
-        guest_port: u16,
+        (owner, guest_port): (Owner, u16),
     ) {
-        let Some(addr) = core.primary_guest() else { return };
+        let Some(addr) = core.guest_of(owner) else { return };
         let guest = SocketAddr::new(addr, guest_port);
         let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
         // A flow on its way here is in no table; the directory knows it and those of other workers.

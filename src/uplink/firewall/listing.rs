@@ -48,9 +48,13 @@ impl Family {
 /// The table of iptables that filters.
 pub(super) const FILTER: &str = "filter";
 /// Its chain for what is forwarded.
-const FORWARD: &str = "FORWARD";
+pub(super) const FORWARD: &str = "FORWARD";
 /// Docker's chain for users' rules, which `FORWARD` goes to first.
-const DOCKER_USER: &str = "DOCKER-USER";
+pub(super) const DOCKER_USER: &str = "DOCKER-USER";
+
+/// firewalld's table, and its chain for what is forwarded, which begins the names of those it goes on to.
+const FIREWALLD: &str = "firewalld";
+const FIREWALLD_FORWARD: &str = "filter_FORWARD";
 
 /// The ruleset of a network namespace.
 #[derive(Debug, Default)]
@@ -94,6 +98,20 @@ impl Listing {
         let of_table = |object: &&Value| text(object, "family") == "inet" && text(object, "table") == name;
         self.chains.iter().filter(of_table).any(|chain| text(chain, "name") == mark)
             && self.rules.iter().filter(of_table).count() == rules
+    }
+
+    /// Whether firewalld filters here and has no rule about this bridge or about all of ours.
+    pub(super) fn firewalld_rejects(&self, bridge: &str, all: &str) -> bool {
+        let of_firewalld =
+            |object: &&Value| text(object, "family") == "inet" && text(object, "table") == FIREWALLD;
+        let names = [bridge, all].map(|name| format!("\"{name}\""));
+        let is_about_us = |rule: &Value| {
+            text(rule, "chain").starts_with(FIREWALLD_FORWARD)
+                && names.iter().any(|name| rule["expr"].to_string().contains(name))
+        };
+        let filters =
+            self.chains.iter().filter(of_firewalld).any(|chain| text(chain, "name") == FIREWALLD_FORWARD);
+        filters && !self.rules.iter().filter(of_firewalld).any(is_about_us)
     }
 
     /// The chain of `family` that accepts go to, if iptables filters what is forwarded.
@@ -200,6 +218,27 @@ mod tests {
         let deleted = json["nftables"].as_array().unwrap();
         assert_eq!(deleted.len(), 1, "neither another's rule nor one of a table that is not iptables'");
         assert_eq!(deleted[0]["delete"]["rule"]["handle"], 7);
+    }
+
+    #[test]
+    fn firewalld_rejects_until_a_zone_has_the_bridge() {
+        let rejects = |objects: &str| {
+            let chain = r#"{"chain": {"family": "inet", "table": "firewalld", "name": "filter_FORWARD"}}"#;
+            let json = format!(r#"{{"nftables": [{chain}{objects}]}}"#);
+            Listing::parse(&json).unwrap().firewalld_rejects("vn-1", "vn-*")
+        };
+        let rule = |chain: &str, interface: &str| {
+            format!(
+                r#", {{"rule": {{"family": "inet", "table": "firewalld", "chain": "{chain}",
+                    "expr": [{{"match": {{"right": "{interface}"}}}}]}}}}"#
+            )
+        };
+        assert!(rejects(""));
+        assert!(rejects(&rule("filter_FORWARD_ZONES", "vn-11")), "another's bridge");
+        assert!(rejects(&rule("nat_PREROUTING_ZONES", "vn-1")), "nothing is accepted there");
+        assert!(!rejects(&rule("filter_FORWARD_ZONES", "vn-1")));
+        assert!(!rejects(&rule("filter_FORWARD_ZONES", "vn-*")));
+        assert!(!Listing::parse(DOCKER).unwrap().firewalld_rejects("vn-1", "vn-*"), "no firewalld");
     }
 
     #[test]

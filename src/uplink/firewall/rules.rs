@@ -33,7 +33,7 @@ const FILTER_PRIORITY: i32 = -10;
 const DSTNAT_PRIORITY: i32 = -100;
 const SRCNAT_PRIORITY: i32 = 100;
 /// Bridges of all named networks.
-const OWN_BRIDGES: &str = "vn-*";
+pub(super) const OWN_BRIDGES: &str = "vn-*";
 
 type Expr = Expression<'static>;
 type Stmt = Statement<'static>;
@@ -275,21 +275,24 @@ pub(super) fn replace_table(ruleset: &Ruleset, batch: &mut Batch<'static>) {
 
 /// The accepts that others' tables need, as far as there are such tables.
 pub(super) fn accepts(ruleset: &Ruleset, listing: &Listing) -> Vec<Accept> {
+    let of = |family| listing.forward_chain(family).map(|chain| accepts_in(ruleset, family, chain));
+    [Family::Ip, Family::Ip6].into_iter().filter_map(of).flatten().collect()
+}
+
+/// The accepts that another's `chain` needs.
+pub(super) fn accepts_in(ruleset: &Ruleset, family: Family, chain: &'static str) -> Vec<Accept> {
     let bridge = &ruleset.bridge;
     let mut accepts = Vec::new();
-    for family in [Family::Ip, Family::Ip6] {
-        let Some(chain) = listing.forward_chain(family) else { continue };
-        let mut add = |input: &str, output: &str| {
-            accepts.push(Accept { family, chain, input: input.to_owned(), output: output.to_owned() });
-        };
-        if !ruleset.isolate {
-            add(bridge, bridge);
-        }
-        if let (Family::Ip, Beyond::World { uplinks, .. }) = (family, &ruleset.beyond) {
-            for uplink in uplinks {
-                add(bridge, uplink);
-                add(uplink, bridge);
-            }
+    let mut add = |input: &str, output: &str| {
+        accepts.push(Accept { family, chain, input: input.to_owned(), output: output.to_owned() });
+    };
+    if !ruleset.isolate {
+        add(bridge, bridge);
+    }
+    if let (Family::Ip, Beyond::World { uplinks, .. }) = (family, &ruleset.beyond) {
+        for uplink in uplinks {
+            add(bridge, uplink);
+            add(uplink, bridge);
         }
     }
     accepts

@@ -55,15 +55,6 @@ pub fn host_routes() -> io::Result<Vec<HostRoute>> {
     }
 }
 
-/// Names of the interfaces that the host's default routes leave by, each once, in the table's order.
-///
-/// # Errors
-/// As [`host_routes`].
-pub fn default_interfaces() -> io::Result<Vec<String>> {
-    let table = std::fs::read_to_string("/proc/thread-self/net/route")?;
-    Ok(parse_defaults(&table))
-}
-
 /// Whether packets to `addr` stay in the host (a route of type `local`): one question to the kernel
 /// (`RTM_GETROUTE`, rtnetlink(7)).
 ///
@@ -103,16 +94,6 @@ pub fn leads_to_host(addr: Ipv4Addr) -> io::Result<bool> {
 /// The routes of a table in the form of `/proc/thread-self/net/route`; lines of another form are skipped.
 fn parse(table: &str) -> Vec<HostRoute> {
     table.lines().filter_map(parse_line).collect()
-}
-
-fn parse_defaults(table: &str) -> Vec<String> {
-    let mut names: Vec<String> = Vec::new();
-    for route in table.lines().filter_map(parse_any).filter(|route| route.prefix_len == 0) {
-        if !names.contains(&route.interface) {
-            names.push(route.interface);
-        }
-    }
-    names
 }
 
 fn parse_line(line: &str) -> Option<HostRoute> {
@@ -167,20 +148,6 @@ bad0\tnothex\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
                 route([10, 0, 2, 9], 32, "wg0"),
             ]
         );
-    }
-
-    #[cfg(target_endian = "little")]
-    #[test]
-    fn default_routes_name_the_interfaces_that_lead_to_the_world() {
-        let table = "\
-Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT
-wlan0\t00000000\t0101A8C0\t0003\t0\t0\t600\t00000000\t0\t0\t0
-eth0\t00000000\t0101A8C0\t0003\t0\t0\t100\t00000000\t0\t0\t0
-eth0\t00000000\t0201A8C0\t0003\t0\t0\t200\t00000000\t0\t0\t0
-eth1\t0001A8C0\t00000000\t0001\t0\t0\t100\t00FFFFFF\t0\t0\t0
-*\t00000000\t00000000\t0200\t0\t0\t0\t00000000\t0\t0\t0
-";
-        assert_eq!(parse_defaults(table), ["wlan0", "eth0"]);
     }
 
     #[test]

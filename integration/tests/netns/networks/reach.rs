@@ -54,7 +54,10 @@ fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() 
 }
 
 /// A datagram's way: the address its server in the guest sees, asked from `netns`.
-fn seen_by_udp(netns: &vunet_integration::lab::Netns, to: (Ipv4Addr, u16)) -> Result<String, Failure> {
+pub(super) fn seen_by_udp(
+    netns: &vunet_integration::lab::Netns,
+    to: (Ipv4Addr, u16),
+) -> Result<String, Failure> {
     let socket = netns.inside(|| UdpSocket::bind("0.0.0.0:0"))?;
     socket.set_read_timeout(Some(Duration::from_secs(3)))?;
     socket.connect(to)?;
@@ -197,6 +200,76 @@ fn a_policy_of_drop_like_dockers_is_lived_with_before_and_after_its_rules_are_fl
 }
 
 #[test]
+fn a_policy_of_drop_of_iptables_legacy_is_lived_with_and_its_rules_stay() {
+    on_a_site(&["iptables-legacy"], |site| {
+        let legacy = |program: &str, words: &str| {
+            let words: Vec<&str> = std::iter::once(program).chain(words.split(' ')).collect();
+            site.lab.host.run(&words, PATIENCE).map(|output| output.stdout)
+        };
+        for program in ["iptables-legacy", "ip6tables-legacy"] {
+            legacy(program, "-P FORWARD DROP")?;
+            legacy(program, "-A FORWARD -i nobody -j ACCEPT")?;
+        }
+        site.lab.host.sysctl("net.bridge.bridge-nf-call-iptables", "1")?;
+        let here = || -> Result<String, Failure> {
+            Ok(legacy("iptables-legacy", "-S")? + &legacy("ip6tables-legacy", "-S")?)
+        };
+        site.network("create lab")?;
+        let (before, rules_before) = (site.host_state()?, here()?);
+        let one = site.vm("lab", "vm1", &PUBLISH)?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], PATIENCE).map(|output| output.stdout);
+        until("the port's rule", || rules().is_ok_and(|rules| rules.contains("8006 : 9006")))?;
+        let shown = here()?;
+        // The bridge to itself, out and in over IPv4; to itself over IPv6.
+        ensure!(shown.matches("vunet:").count() == 4, "{shown}");
+        coexists("at first", site, &one, &two)?;
+        // Docker comes, and with it a chain for users; what was flushed comes back with the next change.
+        legacy("iptables-legacy", "-N DOCKER-USER")?;
+        legacy("iptables-legacy", "-I FORWARD -j DOCKER-USER")?;
+        let three = site.vm("lab", "vm3", &[])?;
+        let shown = here()?;
+        ensure!(shown.matches("-A DOCKER-USER").count() == 3, "{shown}");
+        coexists("with Docker", site, &one, &two)?;
+        [one, two, three].into_iter().try_for_each(Vm::stop)?;
+        legacy("iptables-legacy", "-D FORWARD -j DOCKER-USER")?;
+        legacy("iptables-legacy", "-X DOCKER-USER")?;
+        ensure_as_before(&before, &site.host_state()?)?;
+        ensure_as_before(&rules_before, &here()?)
+    });
+}
+
+/// What firewalld 1.3.3 has about forwarding, without its zones.
+const FIREWALLD: &str = "add table inet firewalld; \
+    add chain inet firewalld filter_FORWARD { type filter hook forward priority 10; }; \
+    add chain inet firewalld filter_FORWARD_ZONES; \
+    add rule inet firewalld filter_FORWARD ct state established,related accept; \
+    add rule inet firewalld filter_FORWARD ct status dnat accept; \
+    add rule inet firewalld filter_FORWARD jump filter_FORWARD_ZONES; \
+    add rule inet firewalld filter_FORWARD reject with icmpx admin-prohibited";
+
+#[test]
+fn what_to_do_about_firewalld_is_said_until_it_is_done() {
+    on_a_site(&[], |site| {
+        let nft = |rules: &str| site.lab.host.run(&["nft", rules], PATIENCE).map(drop);
+        nft(FIREWALLD)?;
+        site.network("create lab")?;
+        let says = |vm: &Vm| vm.vunet.errors().join("\n").matches("--add-interface=vn-+").count();
+        let one = site.vm("lab", "vm1", &[])?;
+        ensure!(!one.pings_soon(WORLD)?, "this firewalld rejects nothing");
+        ensure!(says(&one) == 1, "said {} times", says(&one));
+        // What that command makes of its rules.
+        nft("add rule inet firewalld filter_FORWARD_ZONES iifname \"vn-*\" accept")?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.pings(WORLD)? && two.pings(one.ip)?, "what is said does not help");
+        ensure!(says(&two) == 0, "it is said although it is done");
+        one.stop()?;
+        two.stop()
+    });
+}
+
+#[test]
 fn another_default_route_is_followed() {
     on_a_site(&[], |site| {
         site.network("create lab")?;
@@ -221,6 +294,44 @@ fn another_default_route_is_followed() {
         vm.stop()?;
         site.lab.ip(&site.lab.host, &format!("addr add {HOST}/24 dev p0"))?;
         site.lab.ip(&site.lab.host, &format!("route replace default via {WORLD}"))?;
+        ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn a_default_route_in_a_table_of_its_own_or_in_halves_leads_to_the_world_too() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        site.lab.link_too()?;
+        let (host_too, world_too) = (vunet_integration::lab::HOST_TOO, vunet_integration::lab::WORLD_TOO);
+        let ip = |words: &str| site.lab.ip(&site.lab.host, words);
+        // A VPN's way of doing it; the world is on no link of the host's, so that only this leads there.
+        ip("addr flush dev p0")?;
+        ip(&format!("route add default via {world_too} table 51820"))?;
+        // Else what comes back for the guest would leave by that route too.
+        ip("rule add lookup main suppress_prefixlength 0 priority 999")?;
+        let before = site.host_state()?;
+        let vm = site.vm("lab", "vm1", &[])?;
+        let reaches = || seen(&vm.netns, (WORLD, ports::PEER)).is_ok_and(|peer| peer.ip() == host_too);
+        let refused = connect(&vm.netns, (WORLD, ports::PEER), Duration::from_secs(1));
+        ensure!(refused.is_err(), "a table that no rule leads to leads to the world");
+        ip("rule add lookup 51820 priority 1000")?;
+        until("the table's way", reaches)?;
+        let forwards = || {
+            let key = "net.ipv4.conf.p1.forwarding";
+            site.lab.host.run(&["sysctl", "-n", key], PATIENCE).map(|output| output.stdout.trim().to_owned())
+        };
+        ensure!(forwards()? == "1", "p1 does not forward");
+        ip("rule del lookup 51820 priority 1000")?;
+        until("the end of it", || forwards().is_ok_and(|is| is == "0"))?;
+        for half in ["0.0.0.0/1", "128.0.0.0/1"] {
+            ip(&format!("route add {half} via {world_too}"))?;
+        }
+        until("the halves' way", reaches)?;
+        for half in ["0.0.0.0/1", "128.0.0.0/1"] {
+            ip(&format!("route del {half}"))?;
+        }
+        vm.stop()?;
         ensure_as_before(&before, &site.host_state()?)
     });
 }

@@ -1,12 +1,15 @@
 //! Networks without privilege: everything here runs as an ordinary user without any capability.
 
+use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use vunet_integration::lab::{Netns, SHORT};
 use vunet_integration::world::ports;
 
-use super::site::{Site, Vm, on_a_site, seen, until};
+use super::reach::seen_by_udp;
+use super::site::{Site, Vm, connect, on_a_site, seen, until};
 use crate::bench::{Failure, Outcome, PATIENCE, ensure};
 
 /// As whom.
@@ -117,6 +120,203 @@ fn a_holder_that_is_killed_leaves_guests_together_and_is_succeeded() {
             vm.stop()?;
         }
         Ok(())
+    });
+}
+
+/// The world's client of a published port is seen under its own address, over TCP and UDP.
+fn is_published(site: &Site, port: u16) -> Outcome {
+    let peer = seen(&site.lab.world, (HOST, port))?;
+    ensure!(peer.ip() == WORLD, "port {port}: the guest saw {peer} for the world's client");
+    let peer = seen_by_udp(&site.lab.world, (HOST, port))?;
+    ensure!(peer == WORLD.to_string(), "port {port}: the guest saw {peer} over UDP");
+    Ok(())
+}
+
+/// Waits until the network's holder leads the port to a guest: it hears of the guest's address a moment later
+/// than the guest.
+fn until_published(site: &Site, port: u16) -> Outcome {
+    until("the published port", || seen(&site.lab.world, (HOST, port)).is_ok())?;
+    is_published(site, port)
+}
+
+#[test]
+fn published_ports_lead_to_their_guests_under_the_clients_addresses() {
+    on_a_users_site("", |site| {
+        let publish = |host: &'static str| ["--publish", host, "--publish", "127.0.0.1:7006:9006"];
+        let one =
+            site.vm("lab", "vm1", &[&publish("8006:9006")[..], &["--publish", "udp:8006:9006"]].concat())?;
+        let two = site.vm("lab", "vm2", &["--publish", "8007:9006", "--publish", "udp:8007:9006"])?;
+        let (_first, _second) = (site.serve(&one.netns)?, site.serve(&two.netns)?);
+        until_published(site, 8006)?;
+        until_published(site, 8007)?;
+        let gateway = Ipv4Addr::new(10, 0, 2, 1);
+        for to in [(Ipv4Addr::LOCALHOST, 8006), (Ipv4Addr::LOCALHOST, 7006)] {
+            let peer = seen(&site.lab.host, to)?;
+            ensure!(peer.ip() == gateway, "the guest saw {peer} for the host's own client of {to:?}");
+        }
+        let refused = connect(&site.lab.world, (HOST, 7006), Duration::from_secs(2));
+        ensure!(refused.is_err(), "a port published on loopback is open to the world");
+        // One guest reaches the other by way of the host.
+        let peer = seen(&one.netns, (HOST, 8007))?;
+        ensure!(peer.ip() == HOST, "the guest saw {peer} for another guest's client");
+        // Who has which port is known.
+        let shown = site.inspect("lab")?;
+        let has = |user: &serde_json::Value| user["published"].as_array().map_or(0, Vec::len);
+        let count: Vec<usize> =
+            shown["users"].as_array().map(|all| all.iter().map(has).collect()).unwrap_or_default();
+        ensure!(count.iter().sum::<usize>() == 5, "{shown}");
+        one.stop()?;
+        let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
+        ensure!(gone.is_err(), "the port outlives its process");
+        is_published(site, 8007)?;
+        two.stop()
+    });
+}
+
+#[test]
+fn a_published_port_is_one_processs_and_free_once_that_is_killed() {
+    on_a_users_site("", |site| {
+        let publish = ["--publish", "8006:9006", "--publish", "udp:8006:9006", "--publish", "8003:9003"];
+        let mut one = site.vm("lab", "vm1", &publish)?;
+        let served = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        let socket = site.lab.dir().join("vm2.sock");
+        let mut refused = site.start("lab", &socket, &publish)?;
+        until("the refusal", || !refused.is_running())?;
+        let words = refused.wait_error(PATIENCE, "the reason", |line| line.contains("--publish"))?;
+        ensure!(words.contains("8006"), "{words}");
+        let owner = one.vunet.pid().to_string();
+        ensure!(words.contains(&owner) && words.contains("network lab"), "not whose the port is: {words}");
+        let mut open = connect(&site.lab.world, (HOST, 8003), PATIENCE)?;
+        open.write_all(b"echo")?;
+        let mut echoed = [0; 4];
+        open.read_exact(&mut echoed)?;
+        one.vunet.kill();
+        let ended = open.read(&mut echoed).map_err(|error| error.kind());
+        ensure!(ended == Err(ErrorKind::ConnectionReset), "an open connection ended with {ended:?}");
+        drop(served);
+        let two = site.vm("lab", "vm3", &publish)?;
+        let _server = site.serve(&two.netns)?;
+        until_published(site, 8006)?;
+        two.stop()
+    });
+}
+
+#[test]
+fn ports_are_published_again_by_the_next_holder() {
+    on_a_users_site("", |site| {
+        let publish = ["--publish", "8006:9006", "--publish", "udp:8006:9006"];
+        let one = site.vm("lab", "vm1", &publish)?;
+        let _server = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        let pid = holder(site)?.ok_or_else(|| Failure("nobody holds the network".into()))?;
+        kill(&site.lab.host, pid)?;
+        until("word of it", || one.vunet.errors().iter().any(|line| line.contains("holder ended")))?;
+        // The port is not free meanwhile: who comes waits for the next holder.
+        let mut waits = connect(&site.lab.world, (HOST, 8006), PATIENCE)?;
+        let two = site.vm("lab", "vm2", &["--publish", "0:9006"])?;
+        until("its return", || one.vunet.errors().iter().any(|line| line.contains("has a holder again")))?;
+        until_published(site, 8006)?;
+        let mut told = String::new();
+        waits.read_to_string(&mut told)?;
+        ensure!(told.starts_with(&WORLD.to_string()), "whoever waited was told {told:?}");
+        // Port 0 is picked, and told.
+        let shown = site.inspect("lab")?;
+        let users = shown["users"].as_array().cloned().unwrap_or_default();
+        let hosts = users.iter().filter_map(|user| user["published"][0]["host"].as_str());
+        let mut ports = hosts.filter_map(|host| host.rsplit_once(':')?.1.parse::<u16>().ok());
+        let port = ports.find(|port| *port != 8006).ok_or_else(|| Failure(shown.to_string()))?;
+        ensure!(port != 0, "{shown}");
+        let _too = site.serve(&two.netns)?;
+        until("the picked port", || {
+            seen(&site.lab.world, (HOST, port)).is_ok_and(|peer| peer.ip() == WORLD)
+        })?;
+        one.stop()?;
+        two.stop()
+    });
+}
+
+#[test]
+fn a_port_of_a_guest_with_a_fixed_address_needs_no_lease() {
+    on_a_users_site("", |site| {
+        let fixed = "10.0.2.77";
+        let vm = site.vm_without_lease(
+            "lab",
+            "vm1",
+            &["--guest-ip", fixed, "--publish", "8006:9006", "--publish", "udp:8006:9006"],
+        )?;
+        vm.run("ip addr add 10.0.2.77/24 dev eth0")?;
+        vm.run("ip route add default via 10.0.2.1")?;
+        let _server = site.serve(&vm.netns)?;
+        until_published(site, 8006)?;
+        vm.stop()
+    });
+}
+
+/// Where there is no `nft`, neither in PATH nor elsewhere.
+const WITHOUT_NFT: &[&str] =
+    &["unshare", "-m", "sh", "-ec", "mount --bind /dev/null $(command -v nft); exec \"$@\"", "sh"];
+
+#[test]
+fn without_nft_root_is_told_of_the_network_in_user_space_and_has_it() {
+    on_a_site(&["unshare", "pgrep", "dig"], |site| {
+        site.through = WITHOUT_NFT;
+        // The first makes the folder of all networks, which stays.
+        site.network("create lab")?;
+        site.network("remove lab")?;
+        let before = site.host_state()?;
+        for mode in ["nat", "host-only"] {
+            let made =
+                site.network_any(&format!("create lab --mode {mode} --isolate --subnet 10.0.2.0/24"))?;
+            ensure!(made.code == Some(0) && made.stderr.contains("--rootless"), "{made:?}");
+            let socket = site.lab.dir().join("refused.sock");
+            let mut refused = site.start("lab", &socket, &[])?;
+            until("the refusal", || !refused.is_running())?;
+            let words = refused.wait_error(PATIENCE, "the reason", |line| line.contains("nft"))?;
+            let state = site.state_dir().display();
+            let of_mode = if mode == "nat" { "" } else { " --mode host-only" };
+            let instead = format!(
+                "vunet network remove lab --state-dir {state} && vunet network create lab --state-dir \
+                 {state}{of_mode} --rootless --isolate --subnet 10.0.2.0/24 --gateway 10.0.2.1"
+            );
+            ensure!(words.contains(&instead), "{words} without {instead}");
+            site.network("remove lab")?;
+        }
+        site.network("create lab --rootless --subnet 10.0.2.0/24")?;
+        let one = site.vm("lab", "vm1", &["--publish", "8006:9006", "--publish", "udp:8006:9006"])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        let _server = site.serve(&one.netns)?;
+        until_published(site, 8006)?;
+        ensure!(two.pings(one.ip)?, "the guests do not reach each other");
+        reaches_the_world(&two)?;
+        one.stop()?;
+        two.stop()?;
+        site.network("remove lab")?;
+        super::site::ensure_as_before(&before, &site.host_state()?)
+    });
+}
+
+#[test]
+fn host_only_guests_reach_each_other_and_nothing_else() {
+    on_a_users_site(" --mode host-only", |site| {
+        let _server = site.serve(&site.lab.host)?;
+        let one = site.vm("lab", "vm1", &[])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        ensure!(one.pings(two.ip)? && two.pings(one.ip)?, "the guests do not reach each other");
+        ensure!(one.pings(Ipv4Addr::new(10, 0, 2, 1))?, "the gateway does not answer");
+        finds(&one, "vm2", two.ip)?;
+        for to in [WORLD, HOST, Ipv4Addr::new(10, 0, 2, 1)] {
+            let outcome = connect(&one.netns, (to, ports::PEER), Duration::from_secs(2));
+            ensure!(outcome.is_err(), "{to} is in reach");
+        }
+        ensure!(!one.pings_soon(WORLD)?, "the world is in reach");
+        let name = one.run("dig +short @10.0.2.1 www.example.test")?;
+        ensure!(!name.contains(&WORLD.to_string()), "the world's names are answered: {name}");
+        let socket = site.lab.dir().join("vm3.sock");
+        let refused = site.start("lab", &socket, &["--publish", "8006:9006"])?;
+        refused.wait_error(PATIENCE, "the refusal", |line| line.contains("--publish"))?;
+        one.stop()?;
+        two.stop()
     });
 }
 

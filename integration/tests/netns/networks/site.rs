@@ -17,6 +17,8 @@ pub(super) struct Site {
     state: TempDir,
     /// The beginning of commands, where they are not to be root's.
     pub(super) user: &'static [&'static str],
+    /// What root's commands are run through.
+    pub(super) through: &'static [&'static str],
 }
 
 /// A VM of a named network: vunet, a front-end, and the namespace that is the guest.
@@ -41,7 +43,7 @@ pub(super) fn on_a_site(tools: &[&str], body: impl FnOnce(&mut Site) -> Outcome)
     let lab = Lab::new(integration_binary()).unwrap_or_else(|error| panic!("{error}"));
     // Not below /tmp, which may be in memory: vunet refuses that.
     let state = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap_or_else(|error| panic!("{error}"));
-    let mut site = Site { lab, state, user: &[] };
+    let mut site = Site { lab, state, user: &[], through: &[] };
     if let Err(failure) = body(&mut site) {
         // While the site lives, so that its processes' last words are shown.
         panic!("{failure:?}");
@@ -54,7 +56,8 @@ impl Site {
     }
 
     fn network_command(&self, words: &str) -> Vec<String> {
-        let mut command: Vec<String> = self.user.iter().map(|&word| word.to_owned()).collect();
+        let before = self.user.iter().chain(self.through);
+        let mut command: Vec<String> = before.map(|&word| word.to_owned()).collect();
         command.extend([vunet_binary().display().to_string(), "network".to_owned()]);
         command.extend(words.split(' ').map(str::to_owned));
         command.extend(["--state-dir".to_owned(), self.state_dir().display().to_string()]);
@@ -85,6 +88,10 @@ impl Site {
         let (socket, state) = (socket.display().to_string(), self.state_dir().display().to_string());
         let mut words = vec!["--socket-path", &socket, "--network", network, "--state-dir", &state];
         words.extend(args);
+        if !self.through.is_empty() {
+            let binary = vunet_binary().display().to_string();
+            return Ok(self.lab.host.spawn(&[self.through, &[&binary], &words].concat())?);
+        }
         let options = BackendOptions { unprivileged: !self.user.is_empty(), ..BackendOptions::default() };
         Ok(self.lab.start_vunet(&options, &words)?)
     }

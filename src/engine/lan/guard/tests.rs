@@ -189,6 +189,29 @@ fn without_a_mac_told_the_first_one_is_the_guests_until_it_starts_anew() {
 }
 
 #[test]
+fn the_address_leased_last_is_told_until_the_guest_gives_it_up() {
+    let table = Arc::new(SharedTable::default());
+    let leased = table.leased();
+    let mut guard = Guard::new(GuardConfig { mac: Some(OWN), ipv4: None }, table, 0);
+    assert_eq!(*leased.borrow(), None);
+    let other = Ipv4Addr::new(10, 0, 2, 77);
+    for (xid, addr) in [(7, IP), (8, other)] {
+        judge(&mut guard, 0, &discover(xid, OWN));
+        guard.to_guest(at(1), &answer_frame(OTHER, xid, OWN, (5, addr, 3600)));
+        assert_eq!(*leased.borrow(), Some(addr));
+    }
+    judge(&mut guard, 0, &discover(9, OWN));
+    // DHCPNAK.
+    guard.to_guest(at(1), &answer_frame(OTHER, 9, OWN, (6, IP, 3600)));
+    assert_eq!(*leased.borrow(), None);
+    judge(&mut guard, 0, &discover(10, OWN));
+    guard.to_guest(at(1), &answer_frame(OTHER, 10, OWN, (5, IP, 3600)));
+    assert_eq!(*leased.borrow(), Some(IP));
+    guard.forget_guest();
+    assert_eq!(*leased.borrow(), Some(IP), "that of its MAC address still, should it come back");
+}
+
+#[test]
 fn only_an_answer_to_the_guests_own_question_leases() {
     let to = Ipv4Addr::new(198, 51, 100, 1);
     let data = ipv4_udp(IP, to, (4000, 53), b"question");

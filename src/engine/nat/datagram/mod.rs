@@ -23,7 +23,7 @@ use slab::Slab;
 use super::{Datagram, TokenKind};
 use crate::addr::MacAddr;
 use crate::config::{UdpConfig, UdpMapping};
-use crate::engine::core::{Core, Neighbour};
+use crate::engine::core::{Core, Neighbour, Owner};
 use crate::engine::host_net::{HostDatagram, PacketFields, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
@@ -107,6 +107,8 @@ struct Mapping<D> {
     /// What it serves; a published port serves whoever comes.
     end: Option<GuestEnd>,
     published_port: Option<u16>,
+    /// Whom a published port leads to.
+    owner: Owner,
     /// Away only while it is being read.
     socket: Option<D>,
     /// Most datagrams in one arrival of the last batch.
@@ -178,8 +180,8 @@ pub struct DatagramTable<D> {
     rules: UdpConfig,
     mappings: Slab<Mapping<D>>,
     by_guest: HashMap<GuestEnd, usize, foldhash::quality::RandomState>,
-    /// Sockets of ports published on all addresses, by the guest's port; the first of several.
-    by_published: HashMap<u16, usize, foldhash::quality::RandomState>,
+    /// Sockets of ports published on all addresses, by the guest and its port; the first of several.
+    by_published: HashMap<(Owner, u16), usize, foldhash::quality::RandomState>,
     peers: Slab<Peer>,
     by_key: HashMap<Key, usize, foldhash::quality::RandomState>,
     by_real: HashMap<(usize, SocketAddr), usize, foldhash::quality::RandomState>,
@@ -275,9 +277,11 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// port.
     fn mapping_of(&self, core: &Core, end: &GuestEnd) -> Option<usize> {
         let own = self.by_guest.get(end).copied();
-        let is_published =
-            end.kind == Kind::Udp && end.remote.is_none() && core.primary_guest() == Some(end.guest.ip());
-        own.or_else(|| self.by_published.get(&end.guest.port()).copied().filter(|_| is_published))
+        if own.is_some() || end.kind != Kind::Udp || end.remote.is_some() {
+            return own;
+        }
+        let of_owner = |owner| self.by_published.get(&(owner, end.guest.port())).copied();
+        core.owners_at(end.guest.ip()).find_map(of_owner)
     }
 
     /// Adds the socket of a guest's end.
@@ -300,15 +304,41 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.published
     }
 
-    /// Adds the socket of a published UDP port. It lives as long as the table. What the guest sends from
-    /// there by itself leaves through it if the socket `is_everywhere`: on all addresses of the host.
-    pub fn insert_published(&mut self, core: &Core, guest_port: u16, socket: D, is_everywhere: bool) {
+    /// Adds the socket of a published UDP port, which leads to `guest_port` of `owner`. It lives as long as the
+    /// table, or until the owner's ports are closed. What the guest sends from there by itself leaves through
+    /// it if the socket `is_everywhere`: on all addresses of the host.
+    pub fn insert_published(
+        &mut self,
+        core: &Core,
+        (owner, guest_port): (Owner, u16),
+        socket: D,
+        is_everywhere: bool,
+    ) {
         let at = self.insert(core, Kind::Udp, socket);
         self.mappings[at].published_port = Some(guest_port);
+        self.mappings[at].owner = owner;
         if is_everywhere {
-            self.by_published.entry(guest_port).or_insert(at);
+            self.by_published.entry((owner, guest_port)).or_insert(at);
         }
         self.published += 1;
+    }
+
+    /// Closes the sockets of all published ports of `owner`, with their exchanges.
+    pub fn unpublish(&mut self, core: &mut Core, owner: Owner) {
+        let is_of = |mapping: &Mapping<D>| mapping.published_port.is_some() && mapping.owner == owner;
+        let all: Vec<usize> =
+            self.mappings.iter().filter(|(_, mapping)| is_of(mapping)).map(|(at, _)| at).collect();
+        for at in all {
+            while let Some(peer) = self.mappings[at].newest_peer {
+                self.forget_peer(core, peer);
+            }
+            // Others may have the socket open still, so that it would not be forgotten by itself.
+            if let Some(socket) = self.mappings.remove(at).socket {
+                drop(socket.detach());
+            }
+            self.published -= 1;
+        }
+        self.by_published.retain(|(of, _), _| *of != owner);
     }
 
     fn insert(&mut self, core: &Core, kind: Kind, socket: D) -> usize {
@@ -321,6 +351,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             guest: None,
             end: None,
             published_port: None,
+            owner: Owner::TheGuest,
             socket: Some(socket),
             coalesced: 1,
             neighbour: None,

@@ -120,7 +120,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             return Pumped::Empty;
         };
         if let Some(guest_port) = self.mappings[at].published_port {
-            let Some(addr) = core.primary_guest() else {
+            let Some(addr) = core.guest_of(self.mappings[at].owner) else {
                 return self.drain_unwanted(core, at);
             };
             self.mappings[at].guest = Some(SocketAddr::new(addr, guest_port));
