@@ -25,6 +25,7 @@ use crate::addr::VlanId;
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
@@ -140,10 +141,16 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
     let table = Arc::new(stations::table(kept.as_ref()));
+    let news = (table.news(), table.news());
     let guest = membership::address(&config, &table);
     let links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
     if let Some(kept) = kept {
-        runtime.spawn(station_leases::keep(kept, table.news()));
+        runtime.spawn(station_leases::keep(kept, news.0));
+    }
+    if let Some(store) =
+        joined.as_ref().map(|joined| membership::claims(joined, &config)).transpose()?.flatten()
+    {
+        runtime.spawn(lease_claims::claim(store, news.1));
     }
     let is_held = used.is_some();
     if let Some((place, used)) = used {

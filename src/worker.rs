@@ -407,7 +407,7 @@ impl Worker {
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
                 (TxEvent::Frame(frame), Some(link)) => {
-                    if link.is_for_us(&frame) {
+                    if link.is_for_us(now, &frame) {
                         engine.from_guest(now, rx, &frame);
                     } else if link.forward(now, &frame) == Left::Full {
                         return Taken::NotNow;
