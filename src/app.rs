@@ -26,6 +26,7 @@ use crate::addr::{MacAddr, VlanId};
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
@@ -147,6 +148,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         membership::update(joined, |user| user.tap = Some(tap))?;
     }
     let table = Arc::new(stations::table(kept.as_ref()));
+    let news = (table.news(), table.news());
     let guest = membership::address(&config, &table);
     let mut links = link_ends(queues, config.lan.ip_mtu, &judge.unwrap_or_default(), &table);
     if let Some(translate) = &translate {
@@ -154,7 +156,12 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         links = links.into_iter().zip(parts).map(|(link, parts)| link.translated(parts)).collect();
     }
     if let Some(kept) = kept {
-        runtime.spawn(station_leases::keep(kept, table.news()));
+        runtime.spawn(station_leases::keep(kept, news.0));
+    }
+    if let Some(store) =
+        joined.as_ref().map(|joined| membership::claims(joined, &config)).transpose()?.flatten()
+    {
+        runtime.spawn(lease_claims::claim(store, news.1));
     }
     let is_held = used.is_some();
     if let Some((place, used)) = used {

@@ -19,6 +19,7 @@ pub mod limits;
 pub mod network;
 pub mod postbox;
 mod random;
+mod rate;
 pub mod sandbox;
 pub mod service;
 pub mod time;

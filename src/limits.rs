@@ -146,6 +146,13 @@ pub const NETWORK_LEASES_MAX: usize = 4096;
 /// More would let one hostile guest take the usual pool of 253 from the others.
 pub const LEASES_PER_GUEST_MAX: usize = 16;
 
+/// Look-ups of a guest's lease in the network's store that its frames cost on one queue: burst, one for each card
+/// ([`LEASES_PER_GUEST_MAX`]), and sustained rate per second, whatever the guest sends. Each reads a file that all
+/// processes share, for some ten microseconds.
+pub const LEASE_LOOK_UPS_BURST: u32 = 16;
+/// See [`LEASE_LOOK_UPS_BURST`].
+pub const LEASE_LOOK_UPS_PER_SECOND: u32 = 10;
+
 /// Addresses of a named network that rest because one guest declined them; see [`LEASES_PER_GUEST_MAX`].
 pub const DECLINED_PER_GUEST_MAX: usize = 8;
 

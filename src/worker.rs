@@ -423,7 +423,7 @@ impl Worker {
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
                 (TxEvent::Frame(frame), Some(link)) => {
-                    let left = if link.is_for_us(&frame) {
+                    let left = if link.is_for_us(now, &frame) {
                         engine.from_guest(now, rx, &frame);
                         Left::Yes
                     } else if link.translates() {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, bind, random_pair, starting};
+use super::{Bound, Error, bind, random_pair, services, starting};
 use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::control::port_relay;
@@ -16,6 +16,7 @@ use crate::holder::door::Use;
 use crate::holder::ports::Lent;
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
+use crate::network::store::LeaseStore;
 use crate::network::users::{PublishedPort, User};
 
 /// Joins the network of `config`, if it has one.
@@ -101,6 +102,17 @@ pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Opti
     let place = joined.holder();
     let used = place.enter(lent).map_err(|source| Error::Join { name: definition.name.clone(), source })?;
     Ok(Some((place, used)))
+}
+
+/// The network's store of leases, where a holder gives them and this process claims its guest's.
+pub(super) fn claims(joined: &SharedJoined, config: &Config) -> Result<Option<LeaseStore>, Error> {
+    let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
+    let definition = joined.definition();
+    let Some(network) = config.network.as_ref().filter(|_| definition.is_rootless()) else { return Ok(None) };
+    match (definition.kind.lan(), joined.user().holder) {
+        (Some(lan), Some(holder)) => services::to_claim(network, lan, holder).map(Some),
+        _ => Ok(None),
+    }
 }
 
 /// This process's number in the network's store of leases.

@@ -11,6 +11,7 @@
 pub mod dependents;
 pub mod dns_forward;
 pub mod host_watch;
+pub mod lease_claims;
 pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;

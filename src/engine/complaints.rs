@@ -19,9 +19,11 @@ pub(super) enum Complaint {
     LeaseStore,
     /// A guest gave itself a name that is another's.
     NameRefused,
+    /// The guest comes with the MAC address of another.
+    Elsewhere,
 }
 
-const KINDS: usize = 4;
+const KINDS: usize = 5;
 
 /// When each was said last.
 #[derive(Debug, Default)]

@@ -175,6 +175,13 @@ impl Gateway {
                 }
                 DropReason::LeaseStore
             }
+            Silence::Elsewhere => {
+                if let Some(more) = due(Complaint::Elsewhere) {
+                    tracing::warn!(%mac, more, "DHCP is silent: another guest of the network that is running has \
+                        this MAC address and its lease; give each a MAC address of its own, and say it with --mac");
+                }
+                DropReason::SpoofedSource
+            }
             Silence::NotTheSender => DropReason::SpoofedSource,
             Silence::TooMany => DropReason::RateLimited,
             _ => DropReason::ServiceSilent,

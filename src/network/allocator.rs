@@ -80,6 +80,8 @@ pub enum Refusal {
     Exhausted,
     /// The guest behind this process holds as many addresses of a shared network as one may.
     ShareUsed,
+    /// Another process of the network, which lives, leased to a guest of this hardware address.
+    Elsewhere,
     /// Not this address.
     NotBound(BindRefusal),
     /// The store could not be read or written.
@@ -124,7 +126,7 @@ pub trait IpAllocator: fmt::Debug + Send {
     /// first free one, else the one whose lease ended first.
     ///
     /// # Errors
-    /// [`Refusal::Exhausted`], [`Refusal::ShareUsed`] or [`Refusal::Store`].
+    /// Any [`Refusal`] but `NotBound`.
     fn offer(
         &mut self,
         now: Instant,
@@ -163,8 +165,8 @@ pub trait IpAllocator: fmt::Debug + Send {
     /// Of the store.
     fn get(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError>;
 
-    /// The lease `mac` has. Of a process that is gone (as before a start of this one in the guest's lifetime) it
-    /// becomes this one's.
+    /// The lease `mac` has, unless another process that lives gave it to its own guest. Of a process that is gone
+    /// (as before a start of this one in the guest's lifetime) it becomes this one's.
     ///
     /// # Errors
     /// Of the store.

@@ -19,22 +19,22 @@ mod translated;
 use std::io;
 use std::net::Ipv4Addr;
 use std::sync::PoisonError;
-use std::time::Duration;
 
 use crate::addr::{MacAddr, VlanId};
 use crate::config::IpMtu;
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
-use crate::engine::lan::guard::{Guard, Verdict};
+use crate::engine::lan::guard::{self, Guard, Verdict};
 use crate::engine::lan::services::{self, Service};
 use crate::engine::lan::{self, vlan};
 use crate::engine::packet::ports::WorkerSet;
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
 use crate::limits::{
-    BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES,
-    LINK_LONG_HEAD_BYTES,
+    BATCH_BYTES, FRAME_BYTES_MAX, FRAME_HEAD_BYTES, LEASE_LOOK_UPS_BURST, LEASE_LOOK_UPS_PER_SECOND,
+    LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES,
 };
+use crate::rate::Rate;
 use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
@@ -45,8 +45,6 @@ use self::translated::{Arrived, Translation};
 pub use self::outside::SharedStation;
 pub use self::translated::TranslationParts;
 
-/// Pause between look-ups of the guest's lease: a flood from addresses that are not its own costs ten a second.
-const LEASE_LOOK_UP_PAUSE: Duration = Duration::from_millis(100);
 /// Frames after one longer than the MTU for which room for as long a one is reserved. Too much room costs the
 /// popping of a few descriptors, too little the copying of a frame.
 const LARGE_FRAMES: u8 = 16;
@@ -124,6 +122,8 @@ pub(super) struct LinkEnd {
     held: Option<Held>,
     /// The first bytes of the frame under way.
     head: Box<[u8]>,
+    /// A question of the guest's to a DHCP server, as it is judged and sent.
+    question: Box<[u8]>,
     /// A frame that did not fit what was reserved, whole.
     whole: Box<[u8]>,
     /// What of a frame lies beyond the guest's buffers.
@@ -131,8 +131,8 @@ pub(super) struct LinkEnd {
     complained: bool,
     /// Reasons of drops that were told.
     told: Vec<DropReason>,
-    /// When the guest's lease was last looked up.
-    looked_up: Option<Instant>,
+    /// How often the guest's lease is looked up.
+    look_ups: Rate,
     /// Cards of the guest whose leases were taken up, or that had none.
     met: Vec<MacAddr>,
     counters: Counters,
@@ -152,10 +152,11 @@ impl LinkEnd {
             large_frames: 0,
             held: None,
             head: vec![0; LINK_LONG_HEAD_BYTES + vlan::TAG_BYTES].into(),
+            question: vec![0; LINK_LONG_HEAD_BYTES].into(),
             whole: vec![0; FRAME_BYTES_MAX].into(),
             spare: vec![0; FRAME_BYTES_MAX + vlan::TAG_BYTES].into(),
             complained: false,
-            looked_up: None,
+            look_ups: Rate::new(LEASE_LOOK_UPS_BURST, LEASE_LOOK_UPS_PER_SECOND),
             met: Vec::with_capacity(LEASES_PER_GUEST_MAX),
             told: Vec::new(),
             counters: Counters::default(),
@@ -296,20 +297,19 @@ impl LinkEnd {
 
     /// Whether a frame of the guest is for a service of ours, and not for the link. One from a MAC address that
     /// is not its own is for nobody: the guard drops it on its way to the link.
-    pub(super) fn is_for_us(&mut self, frame: &TxFrame<'_>) -> bool {
+    pub(super) fn is_for_us(&mut self, now: Instant, frame: &TxFrame<'_>) -> bool {
         if self.translation.is_some() {
             return self.stays(frame.head);
         }
         let Some(gateway) = self.parts.gateway else { return false };
         let Some(service) = services::is_ours(frame.head, frame.whole.len(), gateway) else { return false };
         if let Some(guard) = &mut self.parts.guard {
-            if !guard.is_from_own_mac(frame.head) {
+            if !guard.is_from_own_mac(now, frame.head) {
                 return false;
             }
             if service == Service::Dhcp {
                 // Whatever becomes of its address, it is looked up anew.
                 guard.forget_leases();
-                self.looked_up = None;
             }
         }
         true
@@ -325,7 +325,7 @@ impl LinkEnd {
         if self.met.contains(&header.src) || !header.src.is_unicast() {
             return;
         }
-        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(head));
+        let is_own = self.parts.guard.as_mut().is_none_or(|guard| guard.is_from_own_mac(now, head));
         if is_own {
             self.look_up_lease(now, head);
         }
@@ -336,11 +336,9 @@ impl LinkEnd {
     fn look_up_lease(&mut self, now: Instant, head: &[u8]) -> bool {
         let (Some(dhcp), Some(_)) = (&self.parts.dhcp, self.parts.gateway) else { return false };
         let Ok(header) = ethernet::Header::parse(head) else { return false };
-        let is_due = self.looked_up.is_none_or(|at| now.since(at) >= LEASE_LOOK_UP_PAUSE);
-        if !is_due || !matches!(header.ethertype, EtherType::IPV4 | EtherType::ARP) {
+        if !matches!(header.ethertype, EtherType::IPV4 | EtherType::ARP) || !self.look_ups.take(now) {
             return false;
         }
-        self.looked_up = Some(now);
         let lease = dhcp.lock().unwrap_or_else(PoisonError::into_inner).resume(now, header.src);
         // What the store cannot say it said itself, where DHCP needs it.
         let Ok(lease) = lease else { return false };
@@ -358,10 +356,11 @@ impl LinkEnd {
 
     /// Sends one frame of the guest.
     pub(super) fn forward(&mut self, now: Instant, frame: &TxFrame<'_>) -> Left {
-        let outcome = self.judge_own(now, frame).and_then(|()| {
-            let rest = frame.whole.range(frame.head.len(), frame.whole.len());
-            self.send(frame.vnet, frame.head, &rest)
-        });
+        let outcome = if self.parts.guard.is_some() && guard::is_question(frame.head, frame.whole.len()) {
+            self.forward_question(now, frame)
+        } else {
+            self.forward_judged(now, frame)
+        };
         match outcome {
             Ok(Left::Yes) => {
                 self.counters.frames_from_guest += 1;
@@ -375,6 +374,30 @@ impl LinkEnd {
                 Left::Yes
             }
         }
+    }
+
+    fn forward_judged(&mut self, now: Instant, frame: &TxFrame<'_>) -> Result<Left, DropReason> {
+        self.judge_own(now, frame)?;
+        let rest = frame.whole.range(frame.head.len(), frame.whole.len());
+        self.send(frame.vnet, frame.head, &rest)
+    }
+
+    /// The same of a question to a DHCP server: it says what it is behind its first bytes, so more of it is copied,
+    /// judged by the copy, and sent as it was copied. An address it gives back is given back once it has left.
+    fn forward_question(&mut self, now: Instant, frame: &TxFrame<'_>) -> Result<Left, DropReason> {
+        let mut copy = std::mem::take(&mut self.question);
+        let (judged, behind) = copy.split_at_mut(frame.head.len());
+        judged.copy_from_slice(frame.head);
+        let len_bytes = judged.len() + frame.whole.range(judged.len(), behind.len()).copy_to(behind);
+        let head = &copy[..len_bytes];
+        let outcome = self.forward_judged(now, &TxFrame { head, ..*frame });
+        if outcome == Ok(Left::Yes)
+            && let Some(guard) = &mut self.parts.guard
+        {
+            guard.question_left(now, head);
+        }
+        self.question = copy;
+        outcome
     }
 
     /// Judges a frame of the guest.
@@ -655,11 +678,17 @@ fn without_tag(head: &mut [u8], tag_bytes: usize) -> &mut [u8] {
 mod tests {
     use std::collections::VecDeque;
     use std::os::unix::net::UnixDatagram;
-    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
     use super::*;
-    use crate::config::GuardConfig;
+    use crate::config::{DnsConfig, GuardConfig, Lan};
+    use crate::engine::lan::guard::{SharedTable, StationLease};
+    use crate::network::allocator::{Bind, Client, Grant, IpAllocator, Lease, Refusal};
+    use crate::network::store::StoreError;
+    use crate::service::dhcp::DhcpServer;
+    use crate::wire::ipv4;
     use crate::wire::vnet::{Checksum, Gso, GsoKind};
 
     const TSO: GuestOffloads =
@@ -867,6 +896,135 @@ mod tests {
         assert_eq!(rig.dropped(DropReason::VlanTag), 2);
     }
 
+    /// Leases one address to whoever asks, and counts how often it is asked whether it did.
+    #[derive(Debug, Default)]
+    struct Counting(Arc<AtomicUsize>);
+
+    impl IpAllocator for Counting {
+        fn offer(&mut self, _: Instant, _: &Client<'_>, _: Option<Ipv4Addr>) -> Result<Grant, Refusal> {
+            Err(Refusal::Exhausted)
+        }
+        fn bind(&mut self, _: Instant, _: &Client<'_>, _: Ipv4Addr) -> Result<(Bind, Grant), Refusal> {
+            Err(Refusal::Exhausted)
+        }
+        fn withdraw(&mut self, _: Instant, _: MacAddr) -> Result<(), StoreError> {
+            Ok(())
+        }
+        fn release(&mut self, _: Instant, _: MacAddr, _: Ipv4Addr) -> Result<bool, StoreError> {
+            Ok(false)
+        }
+        fn decline(&mut self, _: Instant, _: MacAddr, _: Ipv4Addr) -> Result<bool, StoreError> {
+            Ok(false)
+        }
+        fn get(&mut self, now: Instant, mac: MacAddr) -> Result<Option<Lease>, StoreError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            let until = Some(now + Duration::from_secs(60));
+            Ok(Some(Lease { mac, ip: Ipv4Addr::new(10, 0, 2, 2), until, host_name: None }))
+        }
+        fn leases(&mut self, _: Instant) -> Result<Vec<Lease>, StoreError> {
+            Ok(Vec::new())
+        }
+    }
+
+    /// A datagram of the guest without content.
+    fn datagram(src: Ipv4Addr, dst: Ipv4Addr, (from, to): (u16, u16)) -> Vec<u8> {
+        let mut frame = frame(42);
+        let header = ipv4::Header {
+            src,
+            dst,
+            protocol: ipv4::Protocol::UDP,
+            ttl: 64,
+            tos: 0,
+            ident: 1,
+            dont_fragment: false,
+            more_fragments: false,
+            fragment_offset_bytes: 0,
+            header_bytes: ipv4::HEADER_BYTES,
+            payload_bytes: 8,
+        };
+        header.emit(&mut frame[14..]);
+        let ports = [from.to_be_bytes(), to.to_be_bytes(), 8u16.to_be_bytes(), [0; 2]].concat();
+        frame[34..].copy_from_slice(&ports);
+        frame
+    }
+
+    #[test]
+    fn whatever_the_guest_sends_costs_few_look_ups_of_its_lease() {
+        let mut rig = Rig::new(None);
+        let count = Arc::new(AtomicUsize::new(0));
+        let gateway = Ipv4Addr::new(10, 0, 2, 1);
+        let subnet = "10.0.2.0/24".parse().unwrap();
+        let lan = Lan { subnet, gateway, guest: None, ip_mtu: IpMtu::DEFAULT, dhcp: true };
+        let dns = DnsConfig::of_gateway(DnsConfig::DEFAULT_DOMAIN, gateway);
+        let server = DhcpServer::over(Box::new(Counting(Arc::clone(&count))), &lan, &dns);
+        rig.end.parts.guard = Some(Guard::new(GuardConfig::default(), Arc::default(), 0));
+        rig.end.parts.dhcp = Some(Arc::new(Mutex::new(server)));
+        rig.end.parts.gateway = Some(lan.gateway);
+        let discover = datagram(Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, (68, 67));
+        let to = Ipv4Addr::new(10, 0, 2, 9);
+        let (own, spoofed) = (Ipv4Addr::new(10, 0, 2, 2), Ipv4Addr::new(10, 0, 2, 77));
+        let mut now = Instant::ZERO;
+        let send = |rig: &mut Rig, now, frame: &[u8]| {
+            let frame = TxFrame {
+                vnet: VnetHeader::default(),
+                head: frame,
+                whole: Payload::from_host(frame),
+                pair: QueuePair(0),
+            };
+            if !rig.end.is_for_us(now, &frame) {
+                rig.end.forward(now, &frame);
+            }
+        };
+        send(&mut rig, now, &datagram(own, to, (4000, 9)));
+        assert_eq!(rig.left().len(), 12 + 42, "its first frame has its lease looked up");
+        for _ in 0..1000 {
+            send(&mut rig, now, &discover);
+            send(&mut rig, now, &datagram(spoofed, to, (4000, 9)));
+        }
+        assert_eq!(count.load(Ordering::Relaxed), LEASE_LOOK_UPS_BURST as usize);
+        for _ in 0..1000 {
+            now = now + Duration::from_millis(1);
+            send(&mut rig, now, &discover);
+            send(&mut rig, now, &datagram(spoofed, to, (4000, 9)));
+        }
+        let most = LEASE_LOOK_UPS_BURST + LEASE_LOOK_UPS_PER_SECOND;
+        assert_eq!(count.load(Ordering::Relaxed), most as usize);
+        assert_eq!(rig.left().len(), 0, "none of them left");
+        // A moment later its own address is its own again.
+        now = now + Duration::from_millis(100);
+        send(&mut rig, now, &datagram(own, to, (4000, 9)));
+        assert_eq!(rig.left().len(), 12 + 42);
+    }
+
+    #[test]
+    fn a_question_to_a_server_is_judged_by_what_it_says_behind_its_first_bytes() {
+        let mut rig = Rig::new(None);
+        let mac = MacAddr([4; 6]);
+        let known = [StationLease { mac, addr: Ipv4Addr::new(10, 0, 2, 2), left: None }];
+        let table = Arc::new(SharedTable::with_leases(&known));
+        rig.end.parts.guard = Some(Guard::new(GuardConfig::default(), table, 0));
+        let own = Ipv4Addr::new(10, 0, 2, 2);
+        let data = datagram(own, Ipv4Addr::new(10, 0, 2, 9), (4000, 9));
+        assert_eq!(rig.forward(VnetHeader::default(), &data), Left::Yes);
+        assert_eq!(rig.left().len(), 12 + 42);
+        // A RELEASE whose type lies beyond the first 256 bytes.
+        let mut message = vec![0; 236];
+        message[..3].copy_from_slice(&[1, 1, 6]);
+        message[12..16].copy_from_slice(&own.octets());
+        message[28..34].copy_from_slice(&mac.0);
+        message.extend_from_slice(&[99, 130, 83, 99, 53, 1, 7, 255]);
+        let mut release = datagram(own, Ipv4Addr::new(10, 0, 2, 1), (68, 67));
+        release[38..40].copy_from_slice(&(8 + message.len() as u16).to_be_bytes());
+        release.extend_from_slice(&message);
+        let mut header = ipv4::Header::parse(&release[14..], 28).unwrap();
+        header.payload_bytes = 8 + message.len();
+        header.emit(&mut release[14..]);
+        assert_eq!(rig.forward(VnetHeader::default(), &release), Left::Yes);
+        assert_eq!(rig.left(), [&VnetHeader::default().emit()[..], &release].concat(), "whole, as it was");
+        assert_eq!(rig.forward(VnetHeader::default(), &data), Left::Yes);
+        assert_eq!((rig.left().len(), rig.dropped(DropReason::SpoofedSource)), (0, 1), "it has gone");
+    }
+
     #[test]
     fn the_guard_drops_counts_and_asks_on_the_guests_behalf() {
         let mut rig = Rig::new(Some(9));
@@ -880,7 +1038,7 @@ mod tests {
         data[22..38].copy_from_slice(&[0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7]);
         assert_eq!(rig.forward(VnetHeader::default(), &data), Left::Yes);
         let probe = rig.left();
-        assert_eq!(probe.len(), 12 + 4 + lan::guard::PROBE_BYTES, "a probe, in the guest's VLAN");
+        assert_eq!(probe.len(), 12 + 4 + guard::PROBE_BYTES, "a probe, in the guest's VLAN");
         assert_eq!(probe[24..28], [0x81, 0, 0, 9]);
         assert_eq!(probe[12 + 4 + 54 + 8..][..16], data[22..38], "asks for the packet's source");
         assert_eq!(rig.left().len(), 0, "the packet itself does not leave");

@@ -121,6 +121,13 @@ fn a_guest_that_used_its_share_is_told_of_in_the_same_way() {
 }
 
 #[test]
+fn a_guest_with_anothers_mac_address_is_told_of_in_the_same_way() {
+    let lines = asked_in_vain(|_| Box::new(Refusing(|| Refusal::Elsewhere)), DropReason::SpoofedSource);
+    assert_eq!(lines.len(), 2, "{lines:#?}");
+    assert!(lines[0].contains("has this MAC address") && lines[0].contains("--mac"), "{}", lines[0]);
+}
+
+#[test]
 fn a_store_that_cannot_be_written_is_silence_with_the_stores_own_words() {
     let lines = asked_in_vain(|_| Box::new(Refusing(|| Refusal::Store(full()))), DropReason::LeaseStore);
     assert_eq!(lines.len(), 2, "{lines:#?}");

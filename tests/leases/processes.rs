@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rusqlite::Connection;
-use vunet::network::allocator::{Bind, IpAllocator, RESTART_HOLD};
+use vunet::network::allocator::{Bind, IpAllocator, RESTART_HOLD, Refusal};
 use vunet::network::clock::HostClock;
 use vunet::network::guest_names::GuestNames as _;
 use vunet::network::store::live_names::LiveNames;
@@ -132,12 +132,92 @@ fn a_renewal_under_the_next_process_and_a_reservation_hold_as_ever() {
 }
 
 #[test]
+fn a_guest_with_the_mac_address_of_another_that_is_there_gets_neither_lease_nor_name() {
+    let folder = store::folder();
+    let (mut own, mut other) = (process(folder.path(), 1), process(folder.path(), 2));
+    lease(&mut own, at(0), &named(1, "vm1"));
+    let clock = TestClock::new("boot", 0);
+    let names = LiveNames::open(folder.path(), Arc::clone(&clock) as Arc<dyn HostClock>).unwrap();
+    let wish = Some(ip(2));
+    assert!(matches!(other.offer(at(1), &named(1, "vm1"), wish), Err(Refusal::Elsewhere)));
+    assert!(matches!(other.offer(at(1), &client(1), None), Err(Refusal::Elsewhere)));
+    for wish in [ip(2), ip(9)] {
+        assert!(matches!(other.bind(at(1), &named(1, "evil"), wish), Err(Refusal::Elsewhere)), "{wish}");
+    }
+    assert_eq!(other.resume(at(1), mac(1)).unwrap(), None, "its first frame gets it nothing");
+    assert!(!other.release(at(1), mac(1), ip(2)).unwrap(), "nor can it give back what is another's");
+    assert!(!other.decline(at(1), mac(1), ip(2)).unwrap());
+    other.withdraw(at(1), mac(1)).unwrap();
+    assert_eq!(own.resume(at(1), mac(1)).unwrap().map(|lease| lease.ip), Some(ip(2)));
+    assert_eq!((names.address_of("vm1"), names.address_of("evil")), (Some(ip(2)), None));
+    // What is only offered is the other's as well, until the offer is over.
+    own.offer(at(1), &client(3), None).unwrap();
+    assert!(matches!(other.offer(at(2), &client(3), None), Err(Refusal::Elsewhere)));
+    other.withdraw(at(2), mac(3)).unwrap();
+    own.bind(at(2), &client(3), ip(3)).unwrap();
+    // Given back it is nobody's, and a guest that moved gets it.
+    assert!(own.release(at(3), mac(3), ip(3)).unwrap());
+    assert_eq!(lease(&mut other, at(4), &client(3)).ip, ip(3));
+    // So is that of a process that ended: the guest was started anew, or moved, under the next.
+    drop(own);
+    assert_eq!(let_go(folder.path(), at(5), &[2]), 1);
+    assert_eq!(lease(&mut other, at(6), &named(1, "vm1")).ip, ip(2));
+    clock.at(at(6));
+    assert_eq!(names.address_of("vm1"), Some(ip(2)));
+}
+
+#[test]
+fn who_bridges_others_and_is_trusted_may_take_over_what_moved() {
+    let folder = store::folder();
+    let mut from = process(folder.path(), 1);
+    lease(&mut from, at(0), &named(1, "box"));
+    let mut to = process_of(folder.path(), Pool { takes_over: true, ..pool() }, 2);
+    assert_eq!(lease(&mut to, at(1), &client(1)).ip, ip(2));
+    assert!(matches!(from.bind(at(2), &client(1), ip(2)), Err(Refusal::Elsewhere)));
+}
+
+#[test]
 fn leases_of_who_noted_nothing_end_by_time_alone() {
     let folder = store::folder();
     let mut holder = LeaseStore::open(folder.path(), pool(), TestClock::new("boot", 0), 0).unwrap();
     lease(&mut holder, at(0), &client(1));
     assert_eq!(let_go(folder.path(), at(10), &[]), 0);
     assert!(holder.get(at(11), mac(1)).unwrap().unwrap().is_active(at(11)));
+}
+
+#[test]
+fn what_a_holder_leased_is_the_guests_own_process_s_once_that_claims_it() {
+    let folder = store::folder();
+    let of_all = Pool { takes_over: true, ..pool() };
+    let mut holder = LeaseStore::open(folder.path(), of_all, TestClock::new("boot", 0), 0).unwrap();
+    lease(&mut holder, at(0), &named(1, "vm1"));
+    lease(&mut holder, at(0), &named(2, "vm2"));
+    let (mut one, mut two) = (process(folder.path(), 1), process(folder.path(), 2));
+    one.claim(at(1), mac(1), ip(2)).unwrap();
+    two.claim(at(1), mac(2), ip(3)).unwrap();
+    one.claim(at(1), mac(1), ip(2)).unwrap();
+    assert!(matches!(two.claim(at(1), mac(1), ip(2)), Err(Refusal::Elsewhere)), "another's");
+    for (n, ip) in [(1, ip(3)), (9, ip(2))] {
+        assert!(matches!(one.claim(at(1), mac(n), ip), Err(Refusal::NotBound(_))), "{n} has no such lease");
+    }
+    // A process that is gone takes its guest's name along, and nobody else's.
+    drop(one);
+    assert_eq!(let_go(folder.path(), at(10), &[2]), 1);
+    let clock = TestClock::new("boot", 0);
+    let names = LiveNames::open(folder.path(), Arc::clone(&clock) as Arc<dyn HostClock>).unwrap();
+    clock.at(at(10));
+    assert_eq!((names.address_of("vm1"), names.address_of("vm2")), (None, Some(ip(3))));
+    // The guest goes on under the next, which claims what it has ...
+    let mut next = process(folder.path(), 3);
+    next.claim(at(11), mac(1), ip(2)).unwrap();
+    assert_eq!(names.address_of("vm1"), Some(ip(2)));
+    assert_eq!(let_go(folder.path(), at(12), &[2, 3]), 0);
+    // ... and renews with the holder.
+    assert_eq!(holder.bind(at(13), &named(1, "vm1"), ip(2)).unwrap().0, Bind::Renewed);
+    next.claim(at(13), mac(1), ip(2)).unwrap();
+    assert_eq!(let_go(folder.path(), at(14), &[2]), 1);
+    assert!(is_nak(&holder.bind(at(15), &client(5), ip(2))), "its guest may come back");
+    assert!(matches!(next.claim(at(90_000), mac(1), ip(2)), Err(Refusal::NotBound(_))), "it is over");
 }
 
 #[test]

@@ -111,6 +111,33 @@ fn a_guest_that_lives_on_is_not_cut_off_by_a_killed_vunet() {
 }
 
 #[test]
+fn an_address_given_back_is_not_the_guests_any_more() {
+    let setup = Setup::on_bridge().tools(&["ping", "udhcpc"]).vunet(&["--mac", MAC]);
+    bare(&setup, |bench| {
+        bench.attach(&["--mac", MAC])?;
+        let lease = bench.lease()?;
+        ping(bench, &WORLD.to_string())?;
+        let kept = bench.lab.state_dir().join("stations");
+        let names = || std::fs::read_dir(&kept).map(|files| files.flatten().count()).unwrap_or(0);
+        // The client lets go of the lease as it ends; its script leaves the address on the interface.
+        let give_back =
+            "udhcpc -i eth0 -f -R -n -s /bin/true & client=$!; sleep 2; kill $client; wait $client; true";
+        bench.in_guest(&["sh", "-c", give_back])?;
+        bench.in_guest(&["ip", "addr", "replace", &format!("{}/24", lease.ip), "dev", "eth0"])?;
+        let words = ["ping", "-n", "-c", "3", "-i", "0.05", "-W", "1", "192.0.2.2"];
+        let output = bench.lab.guest.run_any(&words, SHORT)?.stdout;
+        ensure!(output.contains(" 0 received"), "it gave the address back: {output}");
+        let deadline = Instant::now() + SHORT;
+        while names() > 0 {
+            ensure!(Instant::now() < deadline, "the lease is still written down");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        check(&bench.lease()?)?;
+        ping(bench, &WORLD.to_string())
+    });
+}
+
+#[test]
 fn without_a_place_for_leases_vunet_says_so_once_and_goes_on() {
     bare(&Setup::on_bridge().tools(&["ping"]).vunet(&["--state-dir", "/proc/nowhere"]), |bench| {
         bench.attach(&[])?;

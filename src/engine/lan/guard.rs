@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::dhcp::{self, Answer, Question};
+use super::dhcp::{self, Answer, Told};
 use super::ipv6::{self, Discovery, Upper};
 use super::{vlan, written};
 use crate::addr::MacAddr;
@@ -186,7 +186,7 @@ impl SharedTable {
         SharedTable { kept: Mutex::new(kept), ..SharedTable::default() }
     }
 
-    /// The guest's leases of the LAN's DHCP, whenever they changed.
+    /// The guest's leases of the LAN's DHCP, whenever they changed, or are known to be the guest's.
     pub fn news(&self) -> watch::Receiver<Option<LeaseNews>> {
         self.news.subscribe()
     }
@@ -213,9 +213,17 @@ impl Guard {
         let mut guard = Guard { config, shared, bit, stalled_since: None, table, seen: u64::MAX };
         guard.refresh();
         if let Some(mac) = config.mac {
-            guard.take_up(mac);
+            guard.meet(Instant::ZERO, mac);
         }
         guard
+    }
+
+    /// From now on `mac` is known to be the guest's: what it had before is its, which is told of.
+    fn meet(&mut self, now: Instant, mac: MacAddr) {
+        self.take_up(mac);
+        if !self.table.leases.is_empty() {
+            self.keep_leases(now, mac);
+        }
     }
 
     /// Takes up the leases that `mac` had before it was known to be the guest's.
@@ -329,9 +337,9 @@ impl Guard {
     }
 
     /// Whether a frame of the guest, by its first bytes, comes from its own MAC address.
-    pub fn is_from_own_mac(&mut self, head: &[u8]) -> bool {
+    pub fn is_from_own_mac(&mut self, now: Instant, head: &[u8]) -> bool {
         self.refresh();
-        ethernet::Header::parse(head).is_ok_and(|header| self.check_mac(header.src).is_ok())
+        ethernet::Header::parse(head).is_ok_and(|header| self.check_mac(now, header.src).is_ok())
     }
 
     /// Whether an answer to the guest's own DHCP may come, so that frames are to be shown whole.
@@ -356,7 +364,7 @@ impl Guard {
 
     fn judge(&mut self, now: Instant, head: &[u8], len_bytes: usize) -> Result<Verdict, DropReason> {
         let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
-        self.check_mac(header.src)?;
+        self.check_mac(now, header.src)?;
         let packet = &head[ethernet::HEADER_BYTES..];
         match header.ethertype {
             EtherType::IPV4 => self.ipv4(now, header.src, packet, len_bytes - ethernet::HEADER_BYTES),
@@ -367,7 +375,7 @@ impl Guard {
         }
     }
 
-    fn check_mac(&mut self, src: MacAddr) -> Result<(), DropReason> {
+    fn check_mac(&mut self, now: Instant, src: MacAddr) -> Result<(), DropReason> {
         match self.config.mac.or(self.table.mac) {
             Some(own) if own == src => return Ok(()),
             Some(_) => return Err(DropReason::SpoofedSource),
@@ -384,7 +392,7 @@ impl Guard {
         if self.table.mac != Some(src) {
             return Err(DropReason::SpoofedSource);
         }
-        self.take_up(src);
+        self.meet(now, src);
         Ok(())
     }
 
@@ -438,26 +446,40 @@ impl Guard {
         if ports.is_some_and(|(src, dst)| src == dhcp::SERVER_PORT || dst == dhcp::CLIENT_PORT) {
             return Err(DropReason::RogueServer);
         }
-        let to_server = ports == Some((dhcp::CLIENT_PORT, dhcp::SERVER_PORT));
-        let to_server = to_server && !ip.is_fragment();
+        // So do servers take questions.
+        let to_server = ports.is_some_and(|(_, dst)| dst == dhcp::SERVER_PORT);
         let without_address = to_server && ip.src.is_unspecified() && ip.dst.is_broadcast();
         if !without_address && !self.has_ipv4(now, ip.src) {
             return Err(DropReason::SpoofedSource);
         }
         if to_server {
-            self.question(now, mac, packet.get(ip.header_bytes + 8..).unwrap_or_default())?;
+            self.question(now, mac, told(&ip, packet).ok_or(DropReason::Malformed)?)?;
         }
         Ok(Verdict::Pass)
     }
 
     /// A question of the guest to a DHCP server. For others' addresses it may not ask: it could use up all.
-    fn question(&mut self, now: Instant, mac: MacAddr, payload: &[u8]) -> Result<(), DropReason> {
-        let question = Question::parse(payload).ok_or(DropReason::Malformed)?;
-        if question.client != mac {
+    fn question(&mut self, now: Instant, mac: MacAddr, told: Told) -> Result<(), DropReason> {
+        if told.question().client != mac {
             return Err(DropReason::SpoofedSource);
         }
-        self.learn(|table| table.ask(now, question.xid));
+        if let Told::Asks(question) = told {
+            self.learn(|table| table.ask(now, question.xid));
+        }
         Ok(())
+    }
+
+    /// A question of the guest to a DHCP server, which was let pass, has left. What it gives back is not its any
+    /// more, nor its next process's.
+    pub fn question_left(&mut self, now: Instant, head: &[u8]) {
+        let packet = head.get(ethernet::HEADER_BYTES..).unwrap_or_default();
+        let Ok(ip) = ipv4::Header::parse(packet, usize::MAX) else { return };
+        let Some(Told::GivesBack(question, addr)) = told(&ip, packet) else { return };
+        self.refresh();
+        if self.table.leases.iter().any(|lease| lease.addr == addr) {
+            self.learn(|table| table.leases.retain(|lease| lease.addr != addr));
+            self.keep_leases(now, question.client);
+        }
     }
 
     fn ipv6(&mut self, now: Instant, mac: MacAddr, packet: &[u8]) -> Result<Verdict, DropReason> {
@@ -698,6 +720,33 @@ impl Table {
             binding.used = now;
         }
     }
+}
+
+/// Whether a frame of the guest, by its first bytes, is for a DHCP server: it is to be judged by
+/// [`crate::limits::LINK_LONG_HEAD_BYTES`] of it.
+pub fn is_question(head: &[u8], len_bytes: usize) -> bool {
+    let Some((link, packet)) = head.split_at_checked(ethernet::HEADER_BYTES) else { return false };
+    // Nearly every frame is known by these not to be one.
+    if link[12..] != EtherType::IPV4.0.to_be_bytes() || packet.get(9) != Some(&Protocol::UDP.0) {
+        return false;
+    }
+    let Ok(ip) = ipv4::Header::parse(packet, len_bytes.saturating_sub(ethernet::HEADER_BYTES)) else {
+        return false;
+    };
+    let port = packet.get(ip.header_bytes + 2..ip.header_bytes + 4);
+    ip.fragment_offset_bytes == 0 && port == Some(&dhcp::SERVER_PORT.to_be_bytes())
+}
+
+/// What a datagram to a DHCP server's port says; `None` if that is not to be read: in fragments, longer than what
+/// is at hand, or than it says itself.
+fn told(ip: &ipv4::Header, packet: &[u8]) -> Option<Told> {
+    let datagram = packet.get(ip.header_bytes..)?;
+    let len = datagram.get(4..6)?;
+    let len = usize::from(u16::from_be_bytes([len[0], len[1]]));
+    if ip.is_fragment() || len > ip.payload_bytes {
+        return None;
+    }
+    Told::parse(datagram.get(8..len)?)
 }
 
 /// Whether ICMP or IGMP messages of a kind are only routers' to send: redirects and advertisements (RFC 792, RFC 1256),

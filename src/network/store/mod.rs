@@ -65,6 +65,9 @@ pub struct Pool {
     pub leases_per_guest_max: usize,
     /// Declined addresses that rest because of one process's guest.
     pub declined_per_guest_max: usize,
+    /// Whether a client may have the lease that another process which lives gave it: its guest is trusted to
+    /// bridge clients that move, or it leases for the guests of others.
+    pub takes_over: bool,
 }
 
 impl Pool {
@@ -78,6 +81,7 @@ impl Pool {
             leases_max: limits::NETWORK_LEASES_MAX,
             leases_per_guest_max: limits::LEASES_PER_GUEST_MAX,
             declined_per_guest_max: limits::DECLINED_PER_GUEST_MAX,
+            takes_over: false,
         }
     }
 
@@ -181,6 +185,7 @@ impl IpAllocator for LeaseStore {
             Some(row) if row.is_let_go(moment) => self.write(now, |ledger| ledger.resume(mac))?,
             row => row,
         };
+        let row = row.filter(|row| self.pool.takes_over || !row.is_of_another(self.holder));
         Ok(row.map(|row| lease(&row, now, moment)).filter(|lease| lease.is_active(now)))
     }
 

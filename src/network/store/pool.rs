@@ -8,7 +8,7 @@ use std::net::Ipv4Addr;
 use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension as _, Row as SqlRow, Transaction, params};
 
-use super::processes::{ENDED_US, keeps};
+use super::processes::{ENDED_US, LIVES, keeps};
 use super::reservations::{self, Reservation};
 use super::{Pool, micros};
 use crate::addr::MacAddr;
@@ -39,17 +39,24 @@ pub(super) struct Row {
     holder: i64,
     /// When the process it belongs to was found gone.
     ended_us: Option<i64>,
+    /// Whether that process noted itself and was not found gone.
+    lives: bool,
 }
 
 impl Row {
     /// The rows of all leases, to be narrowed by what follows.
     fn select() -> String {
-        format!("SELECT {COLUMNS}, {ENDED_US} FROM lease")
+        format!("SELECT {COLUMNS}, {ENDED_US}, {LIVES} FROM lease")
     }
 
     /// Whether its process is gone, but its lease would run on.
     pub(super) fn is_let_go(&self, now: Moment) -> bool {
         self.ended_us.is_some() && self.until_us.is_some_and(|until| until > now.boottime_us)
+    }
+
+    /// Whether it belongs to another process than `holder`, which lives.
+    pub(super) fn is_of_another(&self, holder: i64) -> bool {
+        self.lives && self.holder != holder
     }
 
     /// When its lease ends or ended, at the latest with its process.
@@ -67,6 +74,7 @@ impl Row {
             host_name: row.get(4)?,
             holder: row.get(5)?,
             ended_us: row.get(6)?,
+            lives: row.get(7)?,
         })
     }
 }
@@ -127,6 +135,18 @@ impl Ledger<'_> {
         row.offered_us.is_some_and(|made| made > self.offers_out_us())
     }
 
+    /// Whether another process that lives gave the address under `mac` to its own guest, and this one's guest only
+    /// says that it is that one.
+    fn is_elsewhere(&self, mac: MacAddr) -> Result<bool> {
+        if self.pool.takes_over {
+            return Ok(false);
+        }
+        let row = row_of(self.tx, mac)?;
+        Ok(row.is_some_and(|row| {
+            row.is_of_another(self.holder) && (self.is_active(&row) || self.is_offered(&row))
+        }))
+    }
+
     fn is_memory(&self, row: &Row) -> bool {
         !self.is_kept(row) && !self.is_offered(row)
     }
@@ -145,6 +165,9 @@ impl Ledger<'_> {
         client: &Client<'_>,
         wanted: Option<Ipv4Addr>,
     ) -> Result<std::result::Result<Grant, Refusal>> {
+        if self.is_elsewhere(client.mac)? {
+            return Ok(Err(Refusal::Elsewhere));
+        }
         if !self.has_share(client)? {
             return Ok(Err(Refusal::ShareUsed));
         }
@@ -164,6 +187,9 @@ impl Ledger<'_> {
         client: &Client<'_>,
         ip: Ipv4Addr,
     ) -> Result<std::result::Result<(Bind, Grant), Refusal>> {
+        if self.is_elsewhere(client.mac)? {
+            return Ok(Err(Refusal::Elsewhere));
+        }
         if let Err(refusal) = self.may_have(client, ip)? {
             return Ok(Err(refusal.into()));
         }
@@ -231,12 +257,18 @@ impl Ledger<'_> {
     }
 
     pub(super) fn withdraw(&self, mac: MacAddr) -> Result<()> {
+        if self.is_elsewhere(mac)? {
+            return Ok(());
+        }
         let sql = "UPDATE lease SET offered_us = NULL WHERE mac = ?1";
         self.tx.prepare_cached(sql)?.execute([mac.0])?;
         self.sweep()
     }
 
     pub(super) fn release(&self, mac: MacAddr, ip: Ipv4Addr) -> Result<bool> {
+        if self.is_elsewhere(mac)? {
+            return Ok(false);
+        }
         let sql = "UPDATE lease SET until_us = ?3, until_wall_us = ?4, offered_us = NULL \
                    WHERE ip = ?1 AND mac = ?2 AND until_us > ?3";
         let values = params![number(ip), mac.0, self.now.boottime_us, self.now.wall_us];
@@ -244,7 +276,7 @@ impl Ledger<'_> {
     }
 
     pub(super) fn decline(&self, mac: MacAddr, ip: Ipv4Addr) -> Result<bool> {
-        if row_of(self.tx, mac)?.is_none_or(|row| row.ip != ip) {
+        if row_of(self.tx, mac)?.is_none_or(|row| row.ip != ip) || self.is_elsewhere(mac)? {
             return Ok(false);
         }
         self.forget(mac)?;
@@ -426,7 +458,7 @@ impl Ledger<'_> {
                 self.tx.prepare_cached(sql)?.execute(params![number(ip), client.mac.0, holder])?;
                 let mac = client.mac;
                 let (offered_us, until_us, host_name, ended_us) = (None, None, None, None);
-                Ok(Row { ip, mac, offered_us, until_us, host_name, holder, ended_us })
+                Ok(Row { ip, mac, offered_us, until_us, host_name, holder, ended_us, lives: true })
             }
         }
     }

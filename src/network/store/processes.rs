@@ -6,23 +6,38 @@
 //! *let go*: their names resolve no more, and after [`RESTART_HOLD`] others may get their addresses, if no
 //! others are left. A process that finds the same guest takes its lease up again ([`LeaseStore::resume`]).
 //!
+//! While it lives, its leases are its own guest's: another process whose guest comes with the MAC address of one
+//! gets [`Refusal::Elsewhere`], and cannot give it back either, unless it may take over ([`Pool::takes_over`]).
+//!
 //! Numbers that are not noted here are of nobody who could die: the holder of a rootless network, which leases
-//! for the guests of other processes, and processes of a version that noted none.
+//! for the guests of other processes, and processes of a version that noted none. The guest's own process of a
+//! rootless network claims what the holder leased ([`LeaseStore::claim`]).
+//!
+//! [`Pool::takes_over`]: super::Pool::takes_over
+//! [`Refusal::Elsewhere`]: crate::network::allocator::Refusal::Elsewhere
 
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use rusqlite::{Connection, Transaction, params};
 
 use super::file::{FILE_NAME, StoreFile, carry_over};
+use super::pool::{Row, row_of};
 use super::{LeaseStore, StoreError, micros};
-use crate::network::allocator::RESTART_HOLD;
+use crate::addr::MacAddr;
+use crate::network::allocator::{BindRefusal, RESTART_HOLD, Refusal};
 use crate::network::clock::{HostClock, Moment};
+use crate::time::Instant;
 
 /// The first layout that knows of processes.
 const LAYOUT: i64 = 2;
 
 /// When the process that `lease` belongs to was found gone, as an expression; NULL while it lives.
 pub(super) const ENDED_US: &str = "(SELECT ended_us FROM process WHERE process.holder = lease.holder)";
+
+/// Whether the process that `lease` belongs to noted itself and was not found gone, as an expression.
+pub(super) const LIVES: &str =
+    "EXISTS(SELECT 1 FROM process WHERE process.holder = lease.holder AND ended_us IS NULL)";
 
 /// Whether a lease that runs may be given to nobody else: `now` is an expression of the time.
 pub(super) fn keeps(now: &str) -> String {
@@ -97,5 +112,27 @@ impl LeaseStore {
             Ok(())
         })?;
         Ok(self)
+    }
+
+    /// Makes the lease that `mac` has on `ip` this process's, whoever gave it: the holder of a rootless network, or
+    /// a process that is gone.
+    ///
+    /// # Errors
+    /// [`Refusal::Elsewhere`] if it is another process's that lives, [`Refusal::NotBound`] if there is no such lease
+    /// or it is over, [`Refusal::Store`].
+    pub fn claim(&mut self, now: Instant, mac: MacAddr, ip: Ipv4Addr) -> Result<(), Refusal> {
+        let holder = self.holder;
+        self.write(now, |ledger| {
+            let runs = |row: &Row| row.ip == ip && row.until_us > Some(ledger.now.boottime_us);
+            let Some(row) = row_of(ledger.tx, mac)?.filter(runs) else {
+                return Ok(Err(BindRefusal::Taken.into()));
+            };
+            if row.is_of_another(holder) {
+                return Ok(Err(Refusal::Elsewhere));
+            }
+            let sql = "UPDATE lease SET holder = ?2 WHERE mac = ?1";
+            ledger.tx.prepare_cached(sql)?.execute(params![mac.0, holder])?;
+            Ok(Ok(()))
+        })?
     }
 }

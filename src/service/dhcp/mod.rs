@@ -14,7 +14,6 @@
 
 pub mod client;
 mod message;
-mod rate;
 
 use std::net::Ipv4Addr;
 
@@ -24,11 +23,12 @@ use dhcproto::v4::MessageType;
 
 use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan};
+use crate::limits::{DHCP_MESSAGES_BURST, DHCP_MESSAGES_PER_SECOND};
 use crate::network::allocator::{Bind, Grant, IpAllocator, Lease, Refusal};
 use crate::network::leases::LeaseTable;
 use crate::network::store::StoreError;
+use crate::rate::Rate;
 use crate::service::dhcp::message::{Fault, ReplyWriter, Request};
-use crate::service::dhcp::rate::Rate;
 use crate::time::Instant;
 
 /// UDP port of servers and relays.
@@ -101,6 +101,8 @@ pub enum Silence {
     PoolExhausted,
     /// The guest holds as many addresses of a shared network as one may.
     ShareUsed,
+    /// On a shared network: another guest that is there holds the lease of the sender's hardware address.
+    Elsewhere,
     /// On a shared network: for another station than the one that sent it, or by way of a relay.
     NotTheSender,
     /// On a shared network: more messages than a guest may send.
@@ -168,7 +170,8 @@ impl DhcpServer {
     /// unless `trust_guest`, and at a bounded rate ([`crate::limits::DHCP_MESSAGES_PER_SECOND`]).
     #[must_use]
     pub fn shared(mut self, trust_guest: bool) -> DhcpServer {
-        self.shared = Some(Shared { trust_guest, rate: Rate::default() });
+        self.shared =
+            Some(Shared { trust_guest, rate: Rate::new(DHCP_MESSAGES_BURST, DHCP_MESSAGES_PER_SECOND) });
         self
     }
 
@@ -360,6 +363,7 @@ impl DhcpServer {
             Refusal::NotBound(_) => self.nak(link_src, request),
             Refusal::Exhausted => Outcome::Silent(Silence::PoolExhausted),
             Refusal::ShareUsed => Outcome::Silent(Silence::ShareUsed),
+            Refusal::Elsewhere => Outcome::Silent(Silence::Elsewhere),
             Refusal::Store(error) => Outcome::Silent(no_store(&error)),
         }
     }

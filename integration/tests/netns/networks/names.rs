@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Instant;
 
 use super::site::{Site, Vm, on_a_site, until};
+use vunet_integration::lab::SHORT;
+
 use crate::bench::{Failure, Outcome, PATIENCE, ensure};
 
 /// What `vm` is told about `question`: one line an answer.
@@ -105,6 +107,35 @@ fn a_killed_process_leaves_no_lease_and_its_guest_goes_on_under_the_next() {
         again.stop()?;
         others.stop()?;
         one.stop()
+    });
+}
+
+#[test]
+fn a_guest_that_shows_anothers_mac_address_gets_nothing_of_it() {
+    on_a_site(&["dig"], |site| {
+        site.network("create lab --subnet 10.0.2.0/24")?;
+        let mut one = site.vm("lab", "vm1", &[])?;
+        let two = site.vm("lab", "vm2", &[])?;
+        // It names itself and its card as the first, and asks for that one's address.
+        let thief = site.vm_as("lab", "thief", &[], &["--mac", &one.mac])?;
+        let wish = one.ip.to_string();
+        let args = ["-x", "hostname:vm1", "-r", &wish];
+        ensure!(site.lab.udhcpc_in(&thief.netns, &args, SHORT).is_err(), "it has a lease");
+        let said = thief.vunet.errors().join("\n");
+        ensure!(said.matches("has this MAC address and its lease").count() == 1, "{said}");
+        thief.run(&format!("ip addr replace {wish}/24 dev eth0"))?;
+        ensure!(!thief.pings_soon(two.ip)?, "it sends from an address that is not its own");
+        finds(&two, "vm1", one.ip)?;
+        let leases = site.inspect("lab")?["leases"].as_array().map(Vec::len);
+        ensure!(leases == Some(2), "{:?}", site.inspect("lab")?);
+        // Once the first and its process are gone, whoever comes with its card is it.
+        one.vunet.kill();
+        until("the name's end", || dig(&two, "vm1").is_ok_and(|found| found.is_empty()))?;
+        let lease = site.lab.udhcpc_in(&thief.netns, &args, PATIENCE)?;
+        ensure!(lease.ip == one.ip, "{} has become {}", one.ip, lease.ip);
+        finds(&two, "vm1", one.ip)?;
+        thief.stop()?;
+        two.stop()
     });
 }
 

@@ -321,6 +321,30 @@ fn host_only_guests_reach_each_other_and_nothing_else() {
 }
 
 #[test]
+fn a_killed_process_leaves_no_lease_and_its_guest_goes_on_under_the_next() {
+    on_a_users_site("", |site| {
+        let mac = "52:54:00:00:00:02";
+        let mut two = site.vm("lab", "vm2", &["--mac", mac])?;
+        let one = site.vm("lab", "vm1", &[])?;
+        finds(&one, "vm2", two.ip)?;
+        two.vunet.kill();
+        let is_gone = || {
+            one.run("dig +short @10.0.2.1 vm2.lab.vunet.internal A").is_ok_and(|told| told.trim().is_empty())
+        };
+        until("the name's end", is_gone)?;
+        // Its guest lived on, and says nothing of DHCP.
+        for args in [&["--mac", mac][..], &[]] {
+            site.revive(&mut two, "lab", args)?;
+            ensure!(two.pings(one.ip)?, "the guest that went on is cut off");
+            until("the name's return", || finds(&one, "vm2", two.ip).is_ok())?;
+        }
+        two.stop()?;
+        ensure!(is_gone(), "the name of a process that ended");
+        one.stop()
+    });
+}
+
+#[test]
 fn isolated_guests_reach_the_world_and_not_each_other() {
     on_a_users_site(" --isolate", |site| {
         let one = site.vm("lab", "vm1", &[])?;

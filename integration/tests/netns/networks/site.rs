@@ -29,7 +29,7 @@ pub(super) struct Vm {
     pub(super) netns: Netns,
     pub(super) ip: Ipv4Addr,
     /// Of its card, as a text.
-    mac: String,
+    pub(super) mac: String,
     socket: PathBuf,
 }
 
@@ -109,13 +109,24 @@ impl Site {
     }
 
     pub(super) fn vm_without_lease(&self, network: &str, label: &str, args: &[&str]) -> Result<Vm, Failure> {
+        self.vm_as(network, label, args, &[])
+    }
+
+    /// The same with a front-end started with `card`.
+    pub(super) fn vm_as(
+        &self,
+        network: &str,
+        label: &str,
+        args: &[&str],
+        card: &[&str],
+    ) -> Result<Vm, Failure> {
         let socket = self.lab.dir().join(format!("{label}.sock"));
         let mut vunet = self.start(network, &socket, args)?;
         until("vunet's socket", || socket.exists() || !vunet.is_running())?;
         ensure!(vunet.is_running(), "vunet ended: {}", vunet.errors().join("\n"));
         let netns = Netns::create(label)?;
         netns.set_resolver("10.0.2.1")?;
-        let guest = self.lab.attach_in(&netns, &socket, &[])?;
+        let guest = self.lab.attach_in(&netns, &socket, card)?;
         let mac = netns.run(&["cat", "/sys/class/net/eth0/address"], SHORT)?.stdout.trim().to_owned();
         Ok(Vm { guest: Some(guest), vunet, netns, ip: Ipv4Addr::UNSPECIFIED, mac, socket })
     }

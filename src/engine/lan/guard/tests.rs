@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::limits::LINK_LONG_HEAD_BYTES;
 
 const OWN: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 1]);
 const OTHER: MacAddr = MacAddr([0x52, 0x54, 0, 0, 0, 2]);
@@ -105,8 +106,14 @@ fn leased() -> Guard {
     guard
 }
 
+/// As much of a frame as the worker copies.
+fn seen(frame: &[u8]) -> &[u8] {
+    let question = is_question(&frame[..frame.len().min(256)], frame.len());
+    &frame[..frame.len().min(if question { LINK_LONG_HEAD_BYTES } else { 256 })]
+}
+
 fn judge(guard: &mut Guard, millis: u64, frame: &[u8]) -> Verdict {
-    guard.from_guest(at(millis), Checksum::Complete, &frame[..frame.len().min(256)], frame.len())
+    guard.from_guest(at(millis), Checksum::Complete, seen(frame), frame.len())
 }
 
 #[test]
@@ -247,6 +254,111 @@ fn a_lease_ends_with_its_time_or_a_refusal() {
     guard.leased(at(5), OTHER_IP, None);
     let data = ipv4_udp(OTHER_IP, Ipv4Addr::new(198, 51, 100, 1), (4000, 53), b"question");
     assert_eq!(judge(&mut guard, u64::MAX / 2000, &data), Verdict::Pass, "one for ever");
+}
+
+const RELEASE: u8 = 7;
+const DECLINE: u8 = 4;
+
+/// A message of `client` that gives `addr` back, with `options` in front of its type.
+fn gives_back(kind: u8, client: MacAddr, addr: Ipv4Addr, options: &[u8]) -> Vec<u8> {
+    let mut message = dhcp(11, client, None);
+    message.truncate(240);
+    message.extend_from_slice(options);
+    message.extend_from_slice(&[53, 1, kind]);
+    if kind == RELEASE {
+        message[12..16].copy_from_slice(&addr.octets());
+    } else {
+        message.extend_from_slice(&[50, 4]);
+        message.extend_from_slice(&addr.octets());
+    }
+    message.push(255);
+    message
+}
+
+/// Judges and, if it passes, sends a question.
+fn ask(guard: &mut Guard, millis: u64, frame: &[u8]) -> Verdict {
+    let verdict = judge(guard, millis, frame);
+    if verdict == Verdict::Pass {
+        guard.question_left(at(millis), seen(frame));
+    }
+    verdict
+}
+
+#[test]
+fn an_address_given_back_is_not_the_guests_any_more_nor_its_next_process_s() {
+    let to = Ipv4Addr::new(198, 51, 100, 1);
+    let server = Ipv4Addr::new(192, 0, 2, 2);
+    let data = ipv4_udp(IP, to, (4000, 53), b"question");
+    // A long option in front, as a vendor's.
+    let long = [&[60, 200][..], &[b'x'; 200]].concat();
+    let release = |options: &[u8]| ipv4_udp(IP, server, (68, 67), &gives_back(RELEASE, OWN, IP, options));
+    let decline =
+        ipv4_udp(Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST, (68, 67), &gives_back(DECLINE, OWN, IP, &[]));
+    let other_port = ipv4_udp(IP, server, (4000, 67), &gives_back(RELEASE, OWN, IP, &[]));
+    for frame in [release(&[]), release(&long), decline, other_port] {
+        let mut guard = leased();
+        let mut news = guard.shared.news();
+        news.borrow_and_update();
+        assert_eq!(judge(&mut guard, 5, &frame), Verdict::Pass);
+        // The link had no room for it: it is judged again.
+        assert_eq!(judge(&mut guard, 6, &data), Verdict::Pass, "it has not left");
+        assert_eq!(ask(&mut guard, 7, &frame), Verdict::Pass);
+        assert!(!guard.table.questions.iter().any(|(xid, _)| *xid == 11), "there is no answer to it");
+        assert_eq!(judge(&mut guard, 8, &data), SPOOFED);
+        assert_eq!(judge(&mut guard, 8, &arp(OWN, IP, arp::Operation::Reply)), SPOOFED);
+        assert_eq!(*news.borrow_and_update(), Some(LeaseNews { mac: OWN, leases: Vec::new() }));
+        guard.forget_guest();
+        assert_eq!(judge(&mut guard, 9, &data), SPOOFED);
+        // Leased anew it is its again.
+        judge(&mut guard, 10, &discover(12, OWN));
+        guard.to_guest(at(11), &answer_frame(OTHER, 12, OWN, (5, IP, 3600)));
+        assert_eq!(judge(&mut guard, 12, &data), Verdict::Pass);
+    }
+    let mut guard = leased();
+    let others = ipv4_udp(IP, server, (68, 67), &gives_back(RELEASE, OWN, OTHER_IP, &[]));
+    assert_eq!(ask(&mut guard, 5, &others), Verdict::Pass);
+    assert_eq!(judge(&mut guard, 6, &data), Verdict::Pass, "another address");
+}
+
+#[test]
+fn a_question_that_servers_may_read_otherwise_does_not_pass() {
+    let server = Ipv4Addr::new(192, 0, 2, 2);
+    let of = |message: &[u8]| ipv4_udp(IP, server, (68, 67), message);
+    let release = |options: &[u8]| gives_back(RELEASE, OWN, IP, options);
+    let mut short = of(&release(&[]));
+    short[39] -= 2;
+    let mut beyond = of(&release(&[]));
+    beyond[39] += 1;
+    let mut first = of(&release(&[]));
+    first[20] = 0x20;
+    // The header's checksum with it.
+    first[14 + 10..14 + 12].fill(0);
+    let mut sum = checksum::Accumulator::default();
+    sum.add_bytes(&first[14..34]);
+    let sum = sum.finish().to_be_bytes();
+    first[14 + 10..14 + 12].copy_from_slice(&sum);
+    for (what, frame) in [
+        ("a type of its own in front", of(&release(&[53, 1, 1]))),
+        ("a type of two bytes", of(&[&release(&[])[..240], &[53, 2, 7, 7, 255]].concat())),
+        ("options where names stand", of(&[&release(&[])[..240], &[52, 1, 1, 255]].concat())),
+        ("an address twice", of(&gives_back(DECLINE, OWN, IP, &[50, 4, 1, 2, 3, 4]))),
+        ("no address", of(&[&release(&[])[..240], &[53, 1, DECLINE, 255]].concat())),
+        ("options beyond what is copied", of(&release(&vec![0; 1500]))),
+        ("an option that is cut", of(&[&release(&[])[..240], &[53, 1, 7, 60, 9]].concat())),
+        ("an option beyond the datagram", short),
+        ("a datagram beyond its packet", beyond),
+        ("a fragment", first),
+        ("nothing", of(&[])),
+    ] {
+        assert_eq!(judge(&mut leased(), 5, &frame), MALFORMED, "{what}");
+    }
+    let others = gives_back(RELEASE, OTHER, OTHER_IP, &[]);
+    for port in [68, 4000] {
+        assert_eq!(judge(&mut leased(), 5, &ipv4_udp(IP, server, (port, 67), &others)), SPOOFED, "{port}");
+    }
+    // Nor may who has no address ask from another port than clients have, and plain BOOTP may.
+    let bootp = [&dhcp(7, OWN, None)[..236], &[0; 64]].concat();
+    assert_eq!(judge(&mut leased(), 5, &of(&bootp)), Verdict::Pass);
 }
 
 #[test]
@@ -572,7 +684,7 @@ fn a_checksum_is_written_over_nothing_that_was_judged() {
     ] {
         for place in 14..72u16 {
             let checksum = Checksum::Partial { start: 14, offset: place - 14 };
-            let verdict = guard.from_guest(at(600), checksum, &frame[..frame.len().min(256)], frame.len());
+            let verdict = guard.from_guest(at(600), checksum, seen(&frame), frame.len());
             let expected = if places.contains(&place) { Verdict::Pass } else { MALFORMED };
             assert_eq!(verdict, expected, "{what}: {place}");
         }
