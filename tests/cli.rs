@@ -80,7 +80,7 @@ fn version_is_the_packages() {
 
 #[test]
 fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
-    let cases: [(&[&str], &[&str]); 18] = [
+    let cases: [(&[&str], &[&str]); 20] = [
         (&[], &["--socket-path", "--fd", "give"]),
         (&["--socket-path", "s", "extra"], &["'extra'"]),
         (&["--socket-path"], &["--socket-path <PATH>", "value is required"]),
@@ -95,7 +95,15 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
         (&["--socket-path", "s", "--mode", "routed"], &["--mode", "'routed'", "host-only"]),
         (&["--socket-path", "s", "--mode", "bridge"], &["--mode bridge", "--uplink bridge=BRIDGE"]),
         (&["--socket-path", "s", "--uplink", "veth"], &["--uplink", "'veth'", "sockets", "bridge=BRIDGE"]),
-        (&["--socket-path", "s", "--uplink", "tap"], &["--uplink tap", "--mode bridge", "drop"]),
+        (
+            &["--socket-path", "s", "--mode", "none", "--uplink", "tap"],
+            &["--uplink tap", "--mode nat or bridge", "drop"],
+        ),
+        (
+            &["--socket-path", "s", "--nat", "packet"],
+            &["--nat packet", "needs a link", "--uplink bridge=BRIDGE"],
+        ),
+        (&["--socket-path", "s", "--nat-address", "dhcp"], &["--nat-address", "needs --nat packet", "drop"]),
         (&["--socket-path", "s", "--mode", "none", "--publish", "1:1"], &["--publish", "none", "--mode nat"]),
         (&["--socket-path", "s", "--log-level", "loud"], &["--log-level", "'loud'", "debug"]),
         (
@@ -123,7 +131,7 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 
 #[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
-    for flag in ["--control", "--pcap", "--nat", "--config", "--subnet6", "--no-ipv6"] {
+    for flag in ["--control", "--pcap", "--config", "--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(text(&output.stderr).contains("unexpected argument"), "{flag}");
