@@ -87,6 +87,16 @@ fn sum_words(bytes: &[u8]) -> u64 {
     sum + (word >> 32) + (word & 0xffff_ffff)
 }
 
+/// Whether the checksum of an IPv4 header without options is right.
+#[inline]
+pub fn is_whole(header: &[u8; 20]) -> bool {
+    let words = header.chunks_exact(4).map(|word| u32::from_ne_bytes([word[0], word[1], word[2], word[3]]));
+    let sum: u64 = words.map(u64::from).sum();
+    let sum = (sum >> 32) + (sum & 0xffff_ffff);
+    let sum = (sum >> 16) + (sum & 0xffff);
+    (sum >> 16) + (sum & 0xffff) == 0xffff
+}
+
 /// Adds the carries back in until 16 bits are left.
 #[inline]
 fn fold_words(sum: u64) -> u16 {
@@ -182,6 +192,31 @@ mod tests {
         fields.add_u32(0xdead_beef);
         bytes.add_bytes(&[0x12, 0x34, 0xde, 0xad, 0xbe, 0xef]);
         assert_eq!(fields.fold(), bytes.fold());
+    }
+
+    #[test]
+    fn a_header_is_whole_where_its_sum_is_all_ones_and_nowhere_else() {
+        let mut random = 1u64;
+        for _ in 0..20_000 {
+            let mut header: [u8; 20] = std::array::from_fn(|_| {
+                random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+                // Many extremes, where carries are.
+                match random >> 61 {
+                    0 | 1 => 0xff,
+                    2 => 0,
+                    _ => (random >> 40) as u8,
+                }
+            });
+            assert_eq!(is_whole(&header), plain(&header) == 0xffff);
+            header[10..12].fill(0);
+            let sum = !plain(&header);
+            header[10..12].copy_from_slice(&sum.to_be_bytes());
+            assert!(is_whole(&header));
+            header[3] ^= 0x10;
+            assert!(!is_whole(&header));
+        }
+        assert!(!is_whole(&[0; 20]));
+        assert!(is_whole(&[0xff; 20]));
     }
 
     #[test]

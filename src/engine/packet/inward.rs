@@ -66,7 +66,7 @@ impl PacketNat {
         let at = match self.table.find_inbound(&key) {
             Some(at) => {
                 Self::check_passage(view, packet, self.config.guest_ip_mtu)?;
-                self.advance(now, at, Side::World, view, packet.head)
+                self.advance_any(now, at, Side::World, view, packet.head)
                     .map_err(|reason| self.not_taken(at, packet, reason))?;
                 at
             }

@@ -4,7 +4,8 @@
 //! system call, reads a clock or keeps a frame but a bounded few fragments. IPv4 only.
 //!
 //! A frame is read once (`head.rs`), its flow found (`table.rs`) or begun with an end outside (`ports.rs`), for TCP judged by
-//! what both ends said (`tcp_state.rs`), and changed in place (`rewrite.rs`). ICMP errors are translated with the packet they quote
+//! what both ends said (`tcp_state.rs`), and changed in place (`rewrite.rs`). Most
+//! packets take a shorter way to the same end (`plain.rs`). ICMP errors are translated with the packet they quote
 //! (`icmp.rs`), fragments follow their first (`fragments.rs`). A flow is one entry for both directions, so the
 //! reply to what was translated translates back whatever happens to mappings meanwhile. A packet to the outside
 //! address itself passes twice, out and in again: each of its ends has a flow of its own.
@@ -24,6 +25,7 @@ pub mod icmp;
 mod index;
 mod inward;
 mod outward;
+mod plain;
 pub mod ports;
 pub mod random;
 pub mod rewrite;
@@ -210,6 +212,14 @@ impl PacketNat {
     /// Takes a frame of the guest.
     pub fn from_guest(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
         self.counters.frames_from_guest += 1;
+        if self.pass_outward(now, packet).is_some() {
+            return Verdict::Forward;
+        }
+        self.judge_from_guest(now, packet)
+    }
+
+    #[cold]
+    fn judge_from_guest(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
         match self.judge_outward(now, packet) {
             Ok(verdict) => self.noted(verdict),
             Err(refusal) => self.refuse(now, Side::Guest, packet, refusal),
@@ -218,6 +228,15 @@ impl PacketNat {
 
     /// Takes a frame of the link outside.
     pub fn from_world(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
+        if self.pass_inward(now, packet).is_some() {
+            self.counters.frames_to_guest += 1;
+            return Verdict::Forward;
+        }
+        self.judge_from_world(now, packet)
+    }
+
+    #[cold]
+    fn judge_from_world(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
         match self.judge_inward(now, packet) {
             Ok(verdict) => {
                 self.counters.frames_to_guest += u64::from(verdict == Verdict::Forward);
@@ -402,8 +421,8 @@ impl PacketNat {
         Err(DropReason::TooLong.into())
     }
 
-    /// Lets the flow take a packet from `side`: judges TCP, and renews its time.
-    fn advance(
+    /// Lets the flow take a packet of any kind.
+    fn advance_any(
         &mut self,
         now: Instant,
         at: FlowIndex,
@@ -411,18 +430,36 @@ impl PacketNat {
         view: &View,
         head: &[u8],
     ) -> Result<(), DropReason> {
+        let liberal = self.config.liberal;
+        let judge = |tcp: &mut TcpTracker, from| {
+            let verdict = tcp.take(from, &view.segment(head), liberal);
+            if verdict == TcpVerdict::Accepted && view.ip.more_fragments {
+                tcp.loosen();
+            }
+            verdict
+        };
+        self.advance(now, at, side, view.ip.protocol, judge)
+    }
+
+    /// Lets the flow take a packet from `side`: has TCP judged, and renews its time.
+    #[inline(always)]
+    fn advance(
+        &mut self,
+        now: Instant,
+        at: FlowIndex,
+        side: Side,
+        protocol: Protocol,
+        judge: impl FnOnce(&mut TcpTracker, Direction) -> TcpVerdict,
+    ) -> Result<(), DropReason> {
         let flow = self.table.flow_mut(at);
         let begun_by = if flow.flags.has(FlowFlags::FROM_WORLD) { Side::World } else { Side::Guest };
         let direction = if side == begun_by { Direction::Original } else { Direction::Reply };
-        let lifetime_ms = match view.ip.protocol {
+        let lifetime_ms = match protocol {
             Protocol::TCP => {
-                match flow.tcp.take(direction, &view.segment(head), self.config.liberal) {
+                match judge(&mut flow.tcp, direction) {
                     TcpVerdict::Accepted => {}
                     TcpVerdict::Unproven => return Ok(()),
                     TcpVerdict::Invalid => return Err(DropReason::OutOfWindow),
-                }
-                if view.ip.more_fragments {
-                    flow.tcp.loosen();
                 }
                 let set = if flow.tcp.is_assured() { FlowFlags::set } else { FlowFlags::clear };
                 set(&mut flow.flags, FlowFlags::ASSURED);
@@ -604,6 +641,10 @@ fn publish(
 ) -> HashMap<(Protocol, u16), (Ipv4Addr, u16), foldhash::quality::RandomState> {
     let mut published = HashMap::default();
     for port in &config.published {
+        // Nobody else could answer.
+        if !config.subnet.is_host(port.guest) || port.guest == config.gateway {
+            continue;
+        }
         let [end, stand_in] = published_ends(port);
         let protocol = end.protocol;
         let held = mappings.of_port(protocol, port.port, Ipv4Addr::UNSPECIFIED).map(|held| held.guest);

@@ -63,7 +63,7 @@ impl PacketNat {
         let key = outbound(view);
         let at = match self.table.find_outbound(&key) {
             Some(at) => {
-                self.advance(now, at, Side::Guest, view, packet.head)
+                self.advance_any(now, at, Side::Guest, view, packet.head)
                     .map_err(|reason| self.not_taken(at, packet, reason))?;
                 at
             }

@@ -18,13 +18,13 @@ use crate::wire::checksum::udp_nonzero;
 use crate::wire::ipv4::Protocol;
 
 /// Where fields stand in the IPv4 header, in bytes.
-const TTL: usize = 8;
+pub(super) const TTL: usize = 8;
 pub(super) const IP_CHECKSUM: usize = 10;
 pub(super) const SOURCE: usize = 12;
 pub(super) const DESTINATION: usize = 16;
 
 /// What one hop less adds to the header's checksum: the complement of one in the upper half of a word.
-const HOP_DELTA: u16 = !0x0100;
+pub(super) const HOP_DELTA: u16 = !0x0100;
 
 /// Which end of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

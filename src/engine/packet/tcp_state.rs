@@ -165,6 +165,12 @@ const LOOSE: u8 = NO_SCALE << 4 | NO_SCALE;
 /// size, which its receiver may acknowledge in parts.
 const ACK_LAG_BYTES_MIN: u32 = 66_000;
 
+/// Flags that say what a segment is to its connection.
+const JUDGED: Flags = Flags(Flags::SYN.0 | Flags::ACK.0 | Flags::FIN.0 | Flags::RST.0);
+
+/// [`TcpTracker::sides`] where both ends are open and no SYN is pending.
+const BOTH_OPEN: u8 = (Side::Open as u8) << 3 | Side::Open as u8;
+
 const PENDING_SYN: u8 = 1 << 6;
 const OPENED_BY_REPLY: u8 = 1 << 7;
 
@@ -218,7 +224,36 @@ impl TcpTracker {
 
     /// Takes a segment from the end `from`. With `liberal`, one outside of the windows is accepted, unless it
     /// resets.
+    #[inline]
     pub fn take(&mut self, from: Direction, segment: &Segment, liberal: bool) -> TcpVerdict {
+        let is_plain = segment.flags.0 & JUDGED.0 == Flags::ACK.0;
+        if is_plain && self.sides & !OPENED_BY_REPLY == BOTH_OPEN && self.scales != LOOSE {
+            return self.take_plain(from, segment, liberal);
+        }
+        self.take_any(from, segment, liberal)
+    }
+
+    /// [`TcpTracker::take_ack`] while both ends may send and neither wants to end: what most segments are.
+    #[inline]
+    fn take_plain(&mut self, from: Direction, segment: &Segment, liberal: bool) -> TcpVerdict {
+        let (me, peer) = (from as usize, from.other() as usize);
+        let is_in_window =
+            segment.seq.at_or_before(self.edge[me] + 1) && segment.ack.at_or_before(self.sent[peer]);
+        if !is_in_window {
+            return if liberal { TcpVerdict::Accepted } else { TcpVerdict::Invalid };
+        }
+        if self.is_old(from, segment) {
+            return if liberal { TcpVerdict::Accepted } else { TcpVerdict::Unproven };
+        }
+        self.sent[me] = furthest(self.sent[me], segment.seq + segment.payload_bytes as usize);
+        self.window_max[me] = self.window_max[me].max(segment.window);
+        let edge = segment.ack + self.offered_bytes(from, segment).max(1) as usize;
+        self.edge[peer] = furthest(self.edge[peer], edge);
+        self.acked[me] = furthest(self.acked[me], segment.ack);
+        TcpVerdict::Accepted
+    }
+
+    fn take_any(&mut self, from: Direction, segment: &Segment, liberal: bool) -> TcpVerdict {
         let flags = segment.flags;
         if !is_sane(flags) {
             return TcpVerdict::Invalid;
@@ -252,7 +287,11 @@ impl TcpTracker {
 
     /// Whether both ends have taken part and not both are done: such a connection is worth more than one that may be a
     /// scan, or is over.
+    #[inline]
     pub fn is_assured(&self) -> bool {
+        if self.sides & !(OPENED_BY_REPLY | PENDING_SYN) == BOTH_OPEN {
+            return true;
+        }
         let sides = [self.side(Direction::Original), self.side(Direction::Reply)];
         sides.iter().all(|side| side.is_synchronised()) && !sides.iter().all(|side| side.is_ended())
     }
@@ -521,7 +560,7 @@ impl TcpTracker {
             self.sides &= !PENDING_SYN;
         }
         let shift = self.scale(from);
-        let window = self.offered_bytes(from, segment).div_ceil(1 << shift);
+        let window = (self.offered_bytes(from, segment) + (1 << shift) - 1) >> shift;
         let window = u16::try_from(window).unwrap_or(u16::MAX);
         self.window_max[me] = self.window_max[me].max(window);
     }
@@ -626,4 +665,34 @@ const fn is_sane(flags: Flags) -> bool {
     let both = flags.contains(Flags(Flags::FIN.0 | Flags::RST.0));
     let says_something = flags.intersects(Flags(Flags::SYN.0 | Flags::ACK.0 | Flags::RST.0));
     says_something && !(both || syn && end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// The short way of plain segments, against the one for all.
+        #[test]
+        fn plain_segments_are_taken_alike_both_ways(
+            numbers in proptest::collection::vec((any::<bool>(), -70_000i32..70_000, -70_000i32..70_000, any::<u16>(), 0u32..3000), 1..40),
+            scales in 0u8..=0xfe, window_max in any::<[u16; 2]>(), liberal: bool, replied: bool, start: u32,
+        ) {
+            let at = SeqNumber(start);
+            let sides = BOTH_OPEN | if replied { OPENED_BY_REPLY } else { 0 };
+            let mut short = TcpTracker { sent: [at; 2], edge: [at + 5000; 2], acked: [at; 2], window_max, pending: 0, scales, sides };
+            let mut long = short;
+            for (reply, seq, ack, window, payload_bytes) in numbers {
+                let from = if reply { Direction::Reply } else { Direction::Original };
+                let near = |base: SeqNumber, away: i32| SeqNumber(base.0.wrapping_add_signed(away));
+                let segment = Segment {
+                    seq: near(short.sent[from as usize], seq), ack: near(short.sent[from.other() as usize], ack),
+                    flags: Flags::ACK, window, payload_bytes, window_scale: None,
+                };
+                prop_assert_eq!(short.take_plain(from, &segment, liberal), long.take_any(from, &segment, liberal));
+                prop_assert_eq!(short, long);
+            }
+        }
+    }
 }

@@ -1,0 +1,250 @@
+//! The packet most packets are: TCP or UDP, whole, without IP options, of a flow that stands.
+//!
+//! Its head is judged and changed as arrays of known length, and nothing is written before it is known to pass. Whatever is
+//! unlike it (fragments, frames still to be cut, SYN, first packets, what turns back) and whatever is refused is left
+//! as it came to the general way (`outward.rs`, `inward.rs`), which judges it anew and knows why. The two agree on every
+//! packet both can carry.
+//!
+//! Who may speak to whom is not asked here: a flow stands only between ends that may.
+
+use std::net::Ipv4Addr;
+
+use super::flow::{ChecksumDeltas, Inbound, Outbound};
+use super::head::{IP_AT, Packet, checksum_offset};
+use super::rewrite::{DESTINATION, End, HOP_DELTA, IP_CHECKSUM, SOURCE, TTL};
+use super::table::FlowIndex;
+use super::tcp_state::{Segment, TcpVerdict};
+use super::{PacketNat, Side};
+use crate::time::Instant;
+use crate::wire::checksum::{is_whole, udp_nonzero};
+use crate::wire::ethernet::EtherType;
+use crate::wire::ipv4::{self, Protocol};
+use crate::wire::tcp::{self, Flags, SeqNumber};
+use crate::wire::udp;
+use crate::wire::vnet::Checksum;
+
+/// Where the transport starts.
+const TRANSPORT_AT: usize = IP_AT + ipv4::HEADER_BYTES;
+
+/// Bytes of the head of every such packet, and of one of TCP.
+const UDP_HEAD_BYTES: usize = TRANSPORT_AT + udp::HEADER_BYTES;
+const TCP_HEAD_BYTES: usize = TRANSPORT_AT + tcp::HEADER_BYTES;
+
+/// Version 4, five words of header.
+const WITHOUT_OPTIONS: u8 = 0x45;
+
+/// More fragments, and the offset of this one.
+const FRAGMENT_MASK: u16 = 0x3fff;
+
+const UDP_CHECKSUM: usize = TRANSPORT_AT + udp::CHECKSUM_OFFSET;
+const TCP_CHECKSUM: usize = TRANSPORT_AT + tcp::CHECKSUM_OFFSET;
+
+/// What such a packet's head says.
+struct Plain {
+    protocol: Protocol,
+    src: Ipv4Addr,
+    dst: Ipv4Addr,
+    src_port: u16,
+    dst_port: u16,
+    /// Length of the transport with its header, in bytes.
+    payload_bytes: u16,
+    /// Whether the transport's checksum field holds the pseudo-header's sum only.
+    partial: bool,
+}
+
+#[inline(always)]
+fn be16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_be_bytes([bytes[at], bytes[at + 1]])
+}
+
+#[inline(always)]
+fn be32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
+}
+
+impl Plain {
+    /// Reads a frame that may pass on to a link of this MTU; none if it is not plain or must not.
+    #[inline(always)]
+    fn read(packet: &Packet<'_>, ip_mtu: u16) -> Option<Plain> {
+        let head: &[u8; UDP_HEAD_BYTES] = packet.head.first_chunk()?;
+        if be16(head, IP_AT - 2) != EtherType::IPV4.0
+            || head[IP_AT] != WITHOUT_OPTIONS
+            || be16(head, IP_AT + 6) & FRAGMENT_MASK != 0
+            || packet.vnet.gso.is_some()
+        {
+            return None;
+        }
+        let total_bytes = be16(head, IP_AT + 2);
+        let received = usize::from(total_bytes) + IP_AT <= packet.len_bytes;
+        let has_hops = head[IP_AT + TTL] > 1;
+        let header: &[u8; ipv4::HEADER_BYTES] = head[IP_AT..].first_chunk()?;
+        if !received || total_bytes > ip_mtu || !has_hops || !is_whole(header) {
+            return None;
+        }
+        let payload_bytes = total_bytes.checked_sub(ipv4::HEADER_BYTES as u16)?;
+        let protocol = Protocol(head[IP_AT + 9]);
+        let possible = match protocol {
+            Protocol::TCP => segment_is_plain(packet.head, payload_bytes),
+            Protocol::UDP => {
+                let len_bytes = be16(head, TRANSPORT_AT + 4);
+                len_bytes >= udp::HEADER_BYTES as u16 && len_bytes <= payload_bytes
+            }
+            _ => false,
+        };
+        if !possible {
+            return None;
+        }
+        let partial = match packet.vnet.checksum {
+            Checksum::Partial { start, offset } => {
+                let offset_expected = checksum_offset(protocol)?;
+                if usize::from(start) != TRANSPORT_AT || usize::from(offset) != offset_expected {
+                    return None;
+                }
+                true
+            }
+            _ => false,
+        };
+        Some(Plain {
+            protocol,
+            src: Ipv4Addr::from_bits(be32(head, IP_AT + SOURCE)),
+            dst: Ipv4Addr::from_bits(be32(head, IP_AT + DESTINATION)),
+            src_port: be16(head, TRANSPORT_AT),
+            dst_port: be16(head, TRANSPORT_AT + 2),
+            payload_bytes,
+            partial,
+        })
+    }
+
+    /// The segment of a packet of TCP.
+    #[inline(always)]
+    fn segment(&self, head: &[u8]) -> Option<Segment> {
+        let head: &[u8; TCP_HEAD_BYTES] = head.first_chunk()?;
+        let header_bytes = u16::from(head[TRANSPORT_AT + 12] >> 4) * 4;
+        Some(Segment {
+            seq: SeqNumber(be32(head, TRANSPORT_AT + 4)),
+            ack: SeqNumber(be32(head, TRANSPORT_AT + 8)),
+            flags: Flags(head[TRANSPORT_AT + 13]),
+            window: be16(head, TRANSPORT_AT + 14),
+            payload_bytes: self.payload_bytes.saturating_sub(header_bytes).into(),
+            window_scale: None,
+        })
+    }
+
+    /// Takes a hop, and changes one end.
+    #[inline(always)]
+    fn rewrite(&self, head: &mut [u8], end: End, addr: Ipv4Addr, port: u16, deltas: ChecksumDeltas) {
+        let (addr_at, port_at) = match end {
+            End::Source => (IP_AT + SOURCE, TRANSPORT_AT),
+            End::Destination => (IP_AT + DESTINATION, TRANSPORT_AT + 2),
+        };
+        let address = u32::from(deltas.address);
+        let added = if self.partial { address } else { address + u32::from(deltas.port) };
+        if self.protocol == Protocol::TCP {
+            let head: &mut [u8; TCP_HEAD_BYTES] = head.first_chunk_mut().expect("it was read there");
+            let field = be16(head, TCP_CHECKSUM);
+            let sum = if self.partial { fold(u32::from(field) + added) } else { changed(field, added) };
+            head[TCP_CHECKSUM..TCP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+        }
+        let head: &mut [u8; UDP_HEAD_BYTES] = head.first_chunk_mut().expect("it was read there");
+        if self.protocol == Protocol::UDP {
+            let field = be16(head, UDP_CHECKSUM);
+            let sum = match field {
+                _ if self.partial => fold(u32::from(field) + added),
+                0 => 0,
+                _ => udp_nonzero(changed(field, added)),
+            };
+            head[UDP_CHECKSUM..UDP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+        }
+        let sum = changed(be16(head, IP_AT + IP_CHECKSUM), address + u32::from(HOP_DELTA));
+        head[IP_AT + IP_CHECKSUM..IP_AT + IP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
+        head[IP_AT + TTL] -= 1;
+        head[addr_at..addr_at + 4].copy_from_slice(&addr.octets());
+        head[port_at..port_at + 2].copy_from_slice(&port.to_be_bytes());
+    }
+}
+
+/// Whether the head holds a whole header of TCP that opens nothing.
+#[inline(always)]
+fn segment_is_plain(head: &[u8], payload_bytes: u16) -> bool {
+    let Some(head) = head.first_chunk::<TCP_HEAD_BYTES>() else { return false };
+    let header_bytes = u16::from(head[TRANSPORT_AT + 12] >> 4) * 4;
+    header_bytes >= tcp::HEADER_BYTES as u16
+        && header_bytes <= payload_bytes
+        && !Flags(head[TRANSPORT_AT + 13]).contains(Flags::SYN)
+}
+
+/// The one's complement sum of a few words that were added up.
+#[inline(always)]
+const fn fold(sum: u32) -> u16 {
+    let sum = (sum >> 16) + (sum & 0xffff);
+    ((sum >> 16) + sum) as u16
+}
+
+/// A complete checksum over words to which `delta` is added, itself a sum of a few words.
+#[inline(always)]
+fn changed(checksum: u16, delta: u32) -> u16 {
+    !fold(u32::from(!checksum) + delta)
+}
+
+impl PacketNat {
+    /// Carries a plain packet of the guest to the world; none if it is to go the general way.
+    #[inline]
+    pub(super) fn pass_outward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Option<()> {
+        let plain = Plain::read(packet, self.config.outside_ip_mtu)?;
+        let outside = self.config.outside?;
+        if plain.dst == outside {
+            return None;
+        }
+        let at = self.table.find_outbound(&Outbound {
+            protocol: plain.protocol,
+            guest: plain.src,
+            guest_port: plain.src_port,
+            remote: plain.dst,
+            remote_port: plain.dst_port,
+        })?;
+        self.advance_plain(now, at, Side::Guest, &plain, packet.head)?;
+        let flow = self.table.flow(at);
+        plain.rewrite(packet.head, End::Source, outside, flow.key().external_port, flow.deltas);
+        Some(())
+    }
+
+    /// Carries a plain packet of the world to a guest; none as for [`PacketNat::pass_outward`].
+    #[inline]
+    pub(super) fn pass_inward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Option<()> {
+        let plain = Plain::read(packet, self.config.guest_ip_mtu)?;
+        let outside = self.config.outside?;
+        // Flows between two guests have the outside address for both.
+        if plain.dst != outside || plain.src == outside {
+            return None;
+        }
+        let at = self.table.find_inbound(&Inbound {
+            protocol: plain.protocol,
+            external_port: plain.dst_port,
+            remote: plain.src,
+            remote_port: plain.src_port,
+        })?;
+        self.advance_plain(now, at, Side::World, &plain, packet.head)?;
+        let flow = self.table.flow(at);
+        let key = flow.key();
+        plain.rewrite(packet.head, End::Destination, key.guest, key.guest_port, flow.deltas.inverse());
+        Some(())
+    }
+
+    /// As [`PacketNat::advance`]. A flow that does not take the packet is as before, and is asked again.
+    #[inline(always)]
+    fn advance_plain(
+        &mut self,
+        now: Instant,
+        at: FlowIndex,
+        side: Side,
+        plain: &Plain,
+        head: &[u8],
+    ) -> Option<()> {
+        let liberal = self.config.liberal;
+        let judge = |tcp: &mut super::TcpTracker, from| match plain.segment(head) {
+            Some(segment) => tcp.take(from, &segment, liberal),
+            None => TcpVerdict::Invalid,
+        };
+        self.advance(now, at, side, plain.protocol, judge).ok()
+    }
+}
