@@ -248,3 +248,133 @@ impl PacketNat {
         self.advance(now, at, side, plain.protocol, judge).ok()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use proptest::prelude::*;
+
+    use super::super::Verdict;
+    use super::super::config::{PacketNatConfig, Timeouts};
+    use super::super::ports::Mappings;
+    use super::*;
+    use crate::config::UdpConfig;
+    use crate::engine::placement::WorkerId;
+    use crate::wire::checksum::Accumulator;
+    use crate::wire::vnet::VnetHeader;
+
+    const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+    const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
+    const REMOTE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 80);
+    const PORT: u16 = 50_000;
+
+    fn nat() -> PacketNat {
+        let config = PacketNatConfig {
+            subnet: "10.0.2.0/24".parse().unwrap(),
+            gateway: Ipv4Addr::new(10, 0, 2, 1),
+            outside: Some(OUTSIDE),
+            guest_ip_mtu: 1500,
+            outside_ip_mtu: 1500,
+            ports: 49_152..=65_535,
+            flows_max: 64,
+            guest_flows_max: 64,
+            udp: UdpConfig::default(),
+            liberal: false,
+            timeouts: Timeouts::default(),
+            published: Vec::new(),
+            worker: WorkerId(0),
+            seed: (3, 4),
+        };
+        let mappings = Arc::new(Mutex::new(Mappings::new(config.ports.clone(), (5, 6))));
+        PacketNat::new(config, mappings, Instant::ZERO).unwrap()
+    }
+
+    fn sum_header(head: &mut [u8]) {
+        head[24..26].fill(0);
+        let mut sum = Accumulator::new();
+        sum.add_bytes(&head[IP_AT..TRANSPORT_AT]);
+        head[24..26].copy_from_slice(&sum.finish().to_be_bytes());
+    }
+
+    /// A frame of 64 bytes of the flow, checksum of the transport as it comes.
+    fn frame(protocol: Protocol, out: bool, flags: u8, seq: u32, ack: u32) -> [u8; 64] {
+        let mut head = [0u8; 64];
+        let (src, dst) = if out { (GUEST, REMOTE) } else { (REMOTE, OUTSIDE) };
+        let ports = if out { [PORT, 443] } else { [443, PORT] };
+        head[12..18].copy_from_slice(&[8, 0, 0x45, 0, 0, 50]);
+        head[22..24].copy_from_slice(&[64, protocol.0]);
+        head[26..30].copy_from_slice(&src.octets());
+        head[30..34].copy_from_slice(&dst.octets());
+        head[34..36].copy_from_slice(&ports[0].to_be_bytes());
+        head[36..38].copy_from_slice(&ports[1].to_be_bytes());
+        if protocol == Protocol::TCP {
+            head[38..42].copy_from_slice(&seq.to_be_bytes());
+            head[42..46].copy_from_slice(&ack.to_be_bytes());
+            head[46..50].copy_from_slice(&[0x50, flags, 0x20, 0]);
+            head[50..52].copy_from_slice(&(seq as u16 ^ ack as u16).to_be_bytes());
+        } else {
+            head[38..40].copy_from_slice(&[0, 30]);
+            head[40..42].copy_from_slice(&(seq as u16).to_be_bytes());
+        }
+        sum_header(&mut head);
+        head
+    }
+
+    type Judge = fn(&mut PacketNat, Instant, &mut Packet<'_>) -> Verdict;
+    const WHOLE: [Judge; 2] = [PacketNat::from_guest, PacketNat::from_world];
+    const GENERAL: [Judge; 2] = [PacketNat::judge_from_guest, PacketNat::judge_from_world];
+
+    fn judged(
+        nat: &mut PacketNat,
+        by: [Judge; 2],
+        out: bool,
+        head: &[u8; 64],
+        len_bytes: usize,
+        vnet: VnetHeader,
+    ) -> (Verdict, [u8; 64]) {
+        let mut head = *head;
+        let mut packet = Packet::new(&vnet, &mut head[..len_bytes], len_bytes);
+        let verdict = by[usize::from(!out)](nat, Instant::from_micros(1_000_000), &mut packet);
+        (verdict, head)
+    }
+
+    proptest! {
+        /// Frames of two standing flows, changed in a few bytes: the general way alone says and does the same.
+        #[test]
+        fn both_ways_say_and_do_the_same(
+            frames in proptest::collection::vec(
+                (any::<bool>(), any::<bool>(), 0u32..3000, 0u32..3000, prop_oneof![3 => Just(0x10u8), 1 => any::<u8>()],
+                 proptest::collection::vec((12usize..54, any::<u8>()), 0..3), any::<bool>(),
+                 prop_oneof![4 => Just(64usize), 1 => 14usize..64], prop_oneof![Just(None), Just(Some(16u16)), Just(Some(6))]),
+                1..30,
+            ),
+        ) {
+            let (mut whole, mut general) = (nat(), nat());
+            for nat in [&mut whole, &mut general] {
+                for (protocol, out, flags, seq, ack) in [
+                    (Protocol::UDP, true, 0, 1, 0), (Protocol::UDP, false, 0, 1, 0), (Protocol::TCP, true, 2, 100, 0),
+                    (Protocol::TCP, false, 0x12, 900, 101), (Protocol::TCP, true, 0x10, 101, 901),
+                ] {
+                    let head = frame(protocol, out, flags, seq, ack);
+                    let (verdict, _) = judged(nat, GENERAL, out, &head, 64, VnetHeader::default());
+                    prop_assert_eq!(verdict, Verdict::Forward);
+                }
+            }
+            for (tcp, out, seq, ack, flags, changes, sums, len_bytes, offset) in frames {
+                let protocol = if tcp { Protocol::TCP } else { Protocol::UDP };
+                let mut head = frame(protocol, out, flags, seq, ack);
+                for (at, value) in changes {
+                    head[at] = value;
+                }
+                if sums {
+                    sum_header(&mut head);
+                }
+                let checksum = offset.map_or(Checksum::Complete, |offset| Checksum::Partial { start: 34, offset });
+                let vnet = VnetHeader { checksum, ..VnetHeader::default() };
+                let said = judged(&mut whole, WHOLE, out, &head, len_bytes, vnet);
+                prop_assert_eq!(said, judged(&mut general, GENERAL, out, &head, len_bytes, vnet));
+            }
+        }
+    }
+}
