@@ -326,7 +326,8 @@ impl PacketNat {
     }
 
     /// These ports lead to guests from now on, instead of those before. Flows under way through one that is gone go on.
-    pub fn set_published(&mut self, ports: Vec<PublishedPort>) {
+    /// Returns how many do not, because flows of the guest have them.
+    pub fn set_published(&mut self, ports: Vec<PublishedPort>) -> usize {
         let mut mappings = lock(&self.mappings);
         for port in &self.config.published {
             let [end, stand_in] = published_ends(port);
@@ -335,6 +336,7 @@ impl PacketNat {
         }
         self.config.published = ports;
         self.published = publish(&mut mappings, &self.config);
+        self.config.published.len() - self.published.len()
     }
 
     /// What happened so far.

@@ -145,7 +145,13 @@ impl Translation {
             guest_port: port.guest_port,
         };
         let ports = guest.map(|guest| self.publish.iter().map(|port| to(guest, port)).collect());
-        self.nat.set_published(ports.unwrap_or_default());
+        let missing = self.nat.set_published(ports.unwrap_or_default());
+        if missing > 0 {
+            tracing::warn!(
+                missing,
+                "--publish: flows of the guest have ports that are to lead to it; they do when the guest begins anew"
+            );
+        }
     }
 
     /// Whether an answer of DHCP may come, of which all is to be read.
