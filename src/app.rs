@@ -311,11 +311,16 @@ fn prepare(
     };
     let workers = queues.len();
     let named = |error| membership::with_owner(error, config.network.as_ref());
+    // Its ports are those of an address that is not the host's, and its way to the world is the link.
+    let is_translated = links.iter().any(LinkParts::translates);
+    if is_translated {
+        nat.publish.clear();
+    }
     let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
     // On a named network the kernel translates, and names are all that is asked of the world here.
     let is_shared = config.network.is_some();
-    let mode = if world && !is_shared { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let mode = if world && !is_shared && !is_translated { Mode::Nat(nat.clone()) } else { Mode::Isolated };
     let (mut published, ports) = match is_shared {
         true => (None, Ports { publish: noted(config, &nat), bound }),
         false => (Some(bound), Ports::default()),

@@ -401,8 +401,9 @@ impl Worker {
         self.engine.run_timers(now, rx);
         let more = self.engine.flush(rx);
         self.names.ask(now, &mut self.engine, rx);
-        let all_sent = self.send_letters();
         let link_more = self.link_to_guest(now);
+        // Last: frames of the link may be other workers'.
+        let all_sent = self.send_letters();
         self.queues.publish();
         more || link_more || self.tx_waiting != 0 || !all_sent
     }
@@ -411,6 +412,9 @@ impl Worker {
     fn block(&mut self, pair: u8) {
         self.tx_blocked |= 1 << pair;
         let Some(link) = &self.link else { return };
+        if link.awaits_claim() {
+            return;
+        }
         if let Err(error) = self.poll.rewatch_socket(link.queue().fd(), LINK) {
             tracing::warn!(%error, "the link cannot be waited for; its frames are tried again with the next event");
         }

@@ -69,6 +69,11 @@ pub struct LinkParts {
 }
 
 impl LinkParts {
+    /// Whether the guest is hidden behind an address of ours.
+    pub fn translates(&self) -> bool {
+        self.translation.is_some()
+    }
+
     /// The same, with the guest hidden behind an address of ours.
     #[must_use]
     pub fn translated(self, parts: TranslationParts) -> LinkParts {

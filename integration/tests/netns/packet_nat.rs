@@ -192,6 +192,10 @@ fn published_ports_lead_to_the_guest_who_sees_its_clients() {
         let refused =
             bench.lab.world.inside(|| std::net::TcpStream::connect_timeout(&to, Duration::from_millis(300)));
         ensure!(refused.is_err(), "port 9006 was not published");
+        // The host's own address has none of the ports.
+        let to = std::net::SocketAddr::from((HOST_BESIDE, 8006));
+        let refused = bench.lab.world.inside(|| std::net::TcpStream::connect_timeout(&to, PATIENCE));
+        ensure!(refused.is_err(), "port 8006 is published at the host's own address");
         // The guest reaches its own published port from inside.
         let mut text = String::new();
         let stream = bench.connect((HOST, 8006), PATIENCE)?;

@@ -283,6 +283,14 @@ impl Station {
                     return self.set_claim(Claim::None);
                 }
                 match self.claim {
+                    // Only the router or the prefix is another: flows go on.
+                    Claim::Ours { held: before, since, left, due }
+                        if before.addr == held.addr && before != held =>
+                    {
+                        self.claim = Claim::Ours { held, since, left, due };
+                        self.neighbours.clear();
+                        self.version += 1;
+                    }
                     Claim::Ours { held: now_held, .. } | Claim::Probing { held: now_held, .. }
                         if now_held == held => {}
                     _ => self.set_claim(Claim::Probing { held, sent: 0, due: now }),

@@ -173,7 +173,9 @@ impl DhcpClient {
                 self.state = State::Init { at: now + self.jitter(WAIT_FIRST) };
                 None
             }
-            (State::Bound { .. }, MessageType::Nak) if self.tries > 0 => {
+            (State::Bound { lease, .. }, MessageType::Nak)
+                if self.tries > 0 && answer.server.is_none_or(|server| server == lease.server) =>
+            {
                 self.state = State::Init { at: now };
                 Some(ClientEvent::Lost)
             }

@@ -85,7 +85,7 @@ pub(super) struct Parked {
 #[derive(Debug)]
 pub(super) struct Outside {
     shared: Arc<SharedStation>,
-    /// The worker that does what is due.
+    /// The worker that gives a leased address back.
     is_first: bool,
     seen: u64,
     held: Option<LinkAddress>,
@@ -166,6 +166,12 @@ impl Outside {
         has_room
     }
 
+    /// Forgets the frames that wait: they were of a guest that is gone.
+    pub(super) fn forget_parked(&mut self) {
+        self.parked.clear();
+        self.parked_bytes = 0;
+    }
+
     /// Whether any frame waits.
     pub(super) fn has_parked(&self) -> bool {
         !self.parked.is_empty()
@@ -202,16 +208,14 @@ impl Outside {
         self.shared.with(|station| station.receive(now, head))
     }
 
-    /// Does what is due, on the first worker.
+    /// Does what is due, whichever worker comes to it first: any of them may have asked.
     pub(super) fn poll(&mut self, now: Instant) {
-        if self.is_first {
-            self.shared.with(|station| station.poll(now));
-        }
+        self.shared.with(|station| station.poll(now));
     }
 
     /// When [`Outside::poll`] has something to do.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        if self.is_first { self.shared.with(|station| station.deadline()) } else { None }
+        self.shared.with(|station| station.deadline())
     }
 
     /// The next frame of the station's.

@@ -129,6 +129,7 @@ impl Translation {
         self.guests.clear();
         self.newest = (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO);
         self.for_others.clear();
+        self.outside.forget_parked();
         self.publish_to(None);
     }
 
@@ -200,6 +201,9 @@ impl Translation {
     /// Hands a frame to the worker whose flow it may be of; lost if too many wait.
     fn hand_over(&mut self, to: WorkerId, mut frame: LinkFrame) -> Result<(), DropReason> {
         frame.tried = frame.tried.with(self.worker);
+        if frame.tried.has(to) {
+            return Err(DropReason::NoFlow);
+        }
         if self.for_others.len() >= LETTERS_MAX {
             return Err(DropReason::TableFull);
         }
@@ -265,11 +269,7 @@ impl LinkEnd {
             return true;
         }
         let (src, dst) = (addr_at(head, SRC_AT), addr_at(head, DST_AT));
-        header.dst.is_multicast()
-            || src.is_unspecified()
-            || dst.is_broadcast()
-            || dst.is_multicast()
-            || translation.subnet.contains(dst)
+        src.is_unspecified() || dst.is_broadcast() || dst.is_multicast() || translation.subnet.contains(dst)
     }
 
     /// Translates and sends one frame of the guest, for which [`LinkEnd::stays`] does not hold.
@@ -424,7 +424,11 @@ impl LinkEnd {
         let Some(translation) = &mut self.translation else { return };
         match arrived {
             Arrived::ForGuest => {}
-            Arrived::Ours => self.send_station_frames(),
+            Arrived::Ours => {
+                self.send_station_frames();
+                // It may have been the answer they wait for.
+                self.send_parked(now);
+            }
             Arrived::Held => translation.nat.hold(now, Side::World, whole),
             Arrived::Elsewhere(worker) => {
                 let pair = QueuePair::default();
@@ -461,7 +465,12 @@ impl LinkEnd {
                     whole: Payload::from_host(&frame.bytes),
                     pair: frame.pair,
                 };
-                self.translate(now, &tx, frame.tried, engine, port).map(|_| ())
+                match self.translate(now, &tx, frame.tried, engine, port) {
+                    Ok(Left::Yes) => Ok(()),
+                    // Nobody keeps it.
+                    Ok(Left::Full) => Err(DropReason::LinkRefused),
+                    Err(reason) => Err(reason),
+                }
             }
             Side::World => self.handed_from_world(now, &mut frame, engine, port),
         };
@@ -484,6 +493,7 @@ impl LinkEnd {
         head.copy_from_slice(&frame.bytes[..head.len()]);
         match translation.arrived(now, &frame.vnet, head, (len_bytes, frame.tried))? {
             Arrived::ForGuest => {
+                lan::check_offloads(&frame.vnet, port.offloads())?;
                 frame.bytes[..head.len()].copy_from_slice(head);
                 self.counters.payload_to_guest_bytes += len_bytes as u64;
                 engine.send_to_guest(now, port, frame.pair, frame.vnet, &frame.bytes);
@@ -538,7 +548,8 @@ impl LinkEnd {
                 let tried = WorkerSet::default();
                 translation.hand_over(worker, LinkFrame { side, pair, vnet, tried, bytes: frame })
             }
-            (Verdict::Drop(reason), _) => Err(reason),
+            // Counted there.
+            (Verdict::Drop(_), _) => Ok(()),
             (Verdict::Ours | Verdict::Answer(_) | Verdict::Hold, _) => Err(DropReason::NotForUs),
         }
     }
@@ -551,7 +562,14 @@ impl LinkEnd {
         port: &mut impl GuestPort,
     ) {
         let Some(translation) = &mut self.translation else { return };
-        translation.publish_to(engine.published_guest());
+        let published_guest = engine.published_guest();
+        translation.publish_to(published_guest);
+        if let Some(guest) = published_guest
+            && translation.guest_mac(guest).is_none()
+            && let Some(neighbour) = engine.guest_at(guest)
+        {
+            translation.learn(guest, neighbour.mac);
+        }
         if let Some(addr) = translation.unknown.take() {
             match engine.guest_at(addr) {
                 Some(neighbour) => translation.learn(addr, neighbour.mac),
@@ -563,6 +581,13 @@ impl LinkEnd {
         self.send_station_frames();
         self.send_parked(now);
         self.send_released(now, engine, port);
+        // The answer they wait for may come to another worker.
+        if let Some(translation) = &mut self.translation
+            && translation.outside.has_parked()
+            && translation.claims.is_none()
+        {
+            translation.claims = Some(now + CLAIM_PAUSE);
+        }
     }
 
     /// When [`LinkEnd::run_translation`] has something to do.
@@ -570,6 +595,11 @@ impl LinkEnd {
         let translation = self.translation.as_ref()?;
         let own = [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims];
         own.into_iter().flatten().min()
+    }
+
+    /// Whether a frame waits in its ring for our address rather than for room in the link.
+    pub(in crate::worker) fn awaits_claim(&self) -> bool {
+        self.translation.as_ref().is_some_and(|translation| translation.claims.is_some())
     }
 
     /// Whether frames that waited for our address may be tried again.
