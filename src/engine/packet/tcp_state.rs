@@ -1,6 +1,6 @@
 //! What a NAT knows of a TCP connection it only sees pass: who has said what, and which bytes may come next.
 //!
-//! Each end has a [`Side`] of its own, moved by what it sends and by what the other acknowledges; the state
+//! Each end has a `Side` of its own, moved by what it sends and by what the other acknowledges; the state
 //! people know from connection tables ([`TcpState`]) is read off both. Nothing is kept of data. For each end:
 //! how far it has sent (`sent`), how far it may send (`edge`: the highest acknowledgement and window of the other),
 //! how far it has acknowledged, and its largest window. By these a segment is plausible or not: it starts within

@@ -4,7 +4,7 @@
 //! before it leases anything; each lease has the number of the process that gave it. Whoever sees that a
 //! process is gone, as its user file's lock is free, notes here when that was. From then on its leases are
 //! *let go*: their names resolve no more, and after [`RESTART_HOLD`] others may get their addresses, if no
-//! others are left. A process that finds the same guest takes its lease up again ([`LeaseStore::resume`]).
+//! others are left. A process that finds the same guest takes its lease up again (`resume` of the store).
 //!
 //! While it lives, its leases are its own guest's: another process whose guest comes with the MAC address of one
 //! gets [`Refusal::Elsewhere`], and cannot give it back either, unless it may take over ([`Pool::takes_over`]).
