@@ -295,6 +295,19 @@ struct Ports {
     bound: (Bound, Bound),
 }
 
+/// What is translated to sockets of the host. Behind an address on a link no port is the host's, and the way to
+/// the world is that link.
+fn on_sockets(mode: &Mode, is_translated: bool) -> NatConfig {
+    let mut nat = match mode {
+        Mode::Nat(nat) => nat.clone(),
+        Mode::Isolated => NatConfig::default(),
+    };
+    if is_translated {
+        nat.publish.clear();
+    }
+    nat
+}
+
 /// Opens what the workers need, within the open files limit; `holder` is this process's number in the store of
 /// its named network. Published ports are the first worker's; their flows move to the worker
 /// whose queue pair the guest answers on.
@@ -305,17 +318,10 @@ fn prepare(
     links: Vec<LinkParts>,
     stop: &EventFd,
 ) -> Result<Prepared, Error> {
-    let mut nat = match &config.mode {
-        Mode::Nat(nat) => nat.clone(),
-        Mode::Isolated => NatConfig::default(),
-    };
     let workers = queues.len();
     let named = |error| membership::with_owner(error, config.network.as_ref());
-    // Its ports are those of an address that is not the host's, and its way to the world is the link.
     let is_translated = links.iter().any(LinkParts::translates);
-    if is_translated {
-        nat.publish.clear();
-    }
+    let mut nat = on_sockets(&config.mode, is_translated);
     let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
     // On a named network the kernel translates, and names are all that is asked of the world here.

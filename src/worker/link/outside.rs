@@ -85,8 +85,6 @@ pub(super) struct Parked {
 #[derive(Debug)]
 pub(super) struct Outside {
     shared: Arc<SharedStation>,
-    /// The worker that gives a leased address back.
-    is_first: bool,
     seen: u64,
     held: Option<LinkAddress>,
     hops: [Option<Hop>; HOPS_KEPT],
@@ -95,9 +93,9 @@ pub(super) struct Outside {
 }
 
 impl Outside {
-    pub(super) fn new(shared: Arc<SharedStation>, is_first: bool) -> Outside {
+    pub(super) fn new(shared: Arc<SharedStation>) -> Outside {
         let (hops, parked) = ([None; HOPS_KEPT], VecDeque::new());
-        Outside { shared, is_first, seen: 0, held: None, hops, parked, parked_bytes: 0 }
+        Outside { shared, seen: 0, held: None, hops, parked, parked_bytes: 0 }
     }
 
     /// Our MAC address on the link.
@@ -223,11 +221,9 @@ impl Outside {
         self.shared.with(Station::next_frame)
     }
 
-    /// Gives a leased address back, on the first worker.
+    /// Gives a leased address back.
     pub(super) fn release(&mut self) {
-        if self.is_first {
-            self.shared.with(Station::release);
-        }
+        self.shared.with(Station::release);
     }
 }
 
@@ -260,7 +256,7 @@ mod tests {
         let address = StationAddress::Fixed(held());
         let station = Station::new(ms(0), StationConfig { mac: OURS, address, guests, seed: 3 });
         let shared = Arc::new(SharedStation::new(station));
-        let mut views = [true, false].map(|is_first| Outside::new(Arc::clone(&shared), is_first));
+        let mut views = [(), ()].map(|()| Outside::new(Arc::clone(&shared)));
         assert_eq!(views[1].address(|_| panic!("there is none")), None);
         assert_eq!(views[1].way(ms(0), WORLD), Way::NotYet);
         for at in [0, 200, 400, 600] {

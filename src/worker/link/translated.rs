@@ -58,7 +58,7 @@ pub struct TranslationParts {
     pub station: Arc<SharedStation>,
     /// The guest's network.
     pub guests: Ipv4Subnet,
-    /// This worker. The first does what is done once for all: the station's timers, and published ports.
+    /// This worker. The first looks after the station while there is no guest, and at the end.
     pub worker: WorkerId,
     /// Ports that lead to the guest.
     pub publish: Vec<Publish>,
@@ -79,7 +79,8 @@ pub(super) struct Translation {
     head: Box<[u8; FRAME_HEAD_BYTES]>,
     /// Frames whose flows are other workers'.
     for_others: VecDeque<(WorkerId, LinkFrame)>,
-    /// A frame of the guest waits in its ring for our address to be ours; when to look again.
+    /// When to look again whether frames need wait no longer: in their ring for our address, or parked for a next
+    /// hop that another worker may hear of.
     claims: Option<Instant>,
     publish: Vec<Publish>,
     /// The guest they lead to.
@@ -104,11 +105,10 @@ pub(super) enum Arrived {
 impl Translation {
     pub(super) fn new(parts: TranslationParts) -> Translation {
         let TranslationParts { nat, worker, station, guests, publish } = parts;
-        let is_first = worker == WorkerId(0);
         Translation {
             nat,
             worker,
-            outside: Outside::new(station, is_first),
+            outside: Outside::new(station),
             subnet: guests,
             guests: HashMap::default(),
             newest: (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO),
@@ -212,9 +212,8 @@ impl Translation {
     }
 
     /// Whether a frame of the link is addressed to us.
-    fn is_to_us(&self, head: &[u8]) -> bool {
-        let header = ethernet::Header::parse(head);
-        header.is_ok_and(|header| header.dst == self.outside.mac() || header.dst.is_multicast())
+    fn is_to_us(&self, header: &ethernet::Header) -> bool {
+        header.dst == self.outside.mac() || header.dst.is_multicast()
     }
 
     /// Takes a frame of the link whose first bytes are `head`.
@@ -226,7 +225,7 @@ impl Translation {
         (len_bytes, tried): (usize, WorkerSet),
     ) -> Result<Arrived, DropReason> {
         let header = ethernet::Header::parse(head).map_err(|_| DropReason::Malformed)?;
-        if !self.is_to_us(head) {
+        if !self.is_to_us(&header) {
             return Err(DropReason::NotForUs);
         }
         if Outside::may_be_for_station(head) && self.outside.receive(now, head) {
@@ -597,7 +596,7 @@ impl LinkEnd {
         own.into_iter().flatten().min()
     }
 
-    /// Whether a frame waits in its ring for our address rather than for room in the link.
+    /// Whether what waits is looked at again soon, without an event of the link.
     pub(in crate::worker) fn awaits_claim(&self) -> bool {
         self.translation.as_ref().is_some_and(|translation| translation.claims.is_some())
     }
@@ -644,7 +643,7 @@ impl LinkEnd {
             }
             let head = without_tag(head, tag_bytes);
             if let Some(translation) = &mut self.translation
-                && translation.is_to_us(head)
+                && ethernet::Header::parse(head).is_ok_and(|header| translation.is_to_us(&header))
                 && Outside::may_be_for_station(head)
                 && translation.outside.receive(now, head)
             {
@@ -656,7 +655,9 @@ impl LinkEnd {
 
     /// The end: a leased address is given back.
     pub(in crate::worker) fn leave_link(&mut self) {
-        if let Some(translation) = &mut self.translation {
+        if let Some(translation) = &mut self.translation
+            && translation.worker == WorkerId(0)
+        {
             translation.outside.release();
             self.send_station_frames();
         }
