@@ -17,15 +17,20 @@ impl Rate {
         Rate { burst, each_us: 1_000_000 / u64::from(per_second), tokens: burst, filled: Instant::ZERO }
     }
 
-    /// Whether it may be done once more at `now`.
+    /// Whether it may be done once more at `now`; it is counted as done if so.
     pub(crate) fn take(&mut self, now: Instant) -> bool {
+        let may = self.has(now);
+        self.tokens -= u32::from(may);
+        may
+    }
+
+    /// Whether it may be done once more at `now`.
+    pub(crate) fn has(&mut self, now: Instant) -> bool {
         let passed_us = now.as_micros().saturating_sub(self.filled.as_micros());
         let more = passed_us / self.each_us;
         self.tokens = u32::try_from(more).unwrap_or(u32::MAX).saturating_add(self.tokens).min(self.burst);
         self.filled = Instant::from_micros(self.filled.as_micros() + more * self.each_us);
-        let may = self.tokens > 0;
-        self.tokens -= u32::from(may);
-        may
+        self.tokens > 0
     }
 }
 

@@ -15,6 +15,7 @@ use crate::addr::MacAddr;
 use crate::config::Lan;
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
+use crate::rate::Rate;
 use crate::time::Instant;
 use crate::wire::arp;
 use crate::wire::ethernet::{self, EtherType};
@@ -65,8 +66,7 @@ pub struct Core {
     /// The same the other way round.
     owners_by_addr: HashMap<IpAddr, u64, foldhash::quality::RandomState>,
     outbox: VecDeque<Queued>,
-    icmp_tokens: u32,
-    icmp_refilled: Instant,
+    icmp_rate: Rate,
     next_ident: u16,
 }
 
@@ -93,8 +93,7 @@ impl Core {
             owners: HashMap::default(),
             owners_by_addr: HashMap::default(),
             outbox: VecDeque::new(),
-            icmp_tokens: limits::ICMP_ERRORS_BURST,
-            icmp_refilled: Instant::ZERO,
+            icmp_rate: Rate::new(limits::ICMP_ERRORS_BURST, limits::ICMP_ERRORS_PER_SECOND),
             next_ident: 0,
         }
     }
@@ -378,20 +377,11 @@ impl Core {
     }
 
     fn take_icmp_token(&mut self) -> bool {
-        let has = self.has_icmp_token();
-        self.icmp_tokens -= u32::from(has);
-        has
+        self.icmp_rate.take(self.now)
     }
 
     /// Whether the rate limit allows an ICMP error now.
     pub fn has_icmp_token(&mut self) -> bool {
-        let passed = self.now.since(self.icmp_refilled);
-        let refill = passed.as_millis() as u64 * u64::from(limits::ICMP_ERRORS_PER_SECOND) / 1000;
-        if refill > 0 {
-            let full = u64::from(limits::ICMP_ERRORS_BURST);
-            self.icmp_tokens = (u64::from(self.icmp_tokens) + refill).min(full) as u32;
-            self.icmp_refilled = self.now;
-        }
-        self.icmp_tokens > 0
+        self.icmp_rate.has(self.now)
     }
 }

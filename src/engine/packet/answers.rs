@@ -9,6 +9,7 @@ use crate::addr::MacAddr;
 use crate::engine::counters::DropReason;
 use crate::engine::emit::{self, ICMP_ERROR_FRAME_BYTES_MAX};
 use crate::limits;
+use crate::rate::Rate;
 use crate::time::Instant;
 use crate::wire::icmpv4::Message;
 
@@ -18,8 +19,7 @@ pub(super) struct Answers {
     frame: Box<[u8; ICMP_ERROR_FRAME_BYTES_MAX]>,
     len_bytes: usize,
     next_ident: u16,
-    tokens: u32,
-    refilled: Instant,
+    rate: Rate,
 }
 
 impl Default for Answers {
@@ -28,8 +28,7 @@ impl Default for Answers {
             frame: Box::new([0; ICMP_ERROR_FRAME_BYTES_MAX]),
             len_bytes: 0,
             next_ident: 0,
-            tokens: limits::ICMP_ERRORS_BURST,
-            refilled: Instant::ZERO,
+            rate: Rate::new(limits::ICMP_ERRORS_BURST, limits::ICMP_ERRORS_PER_SECOND),
         }
     }
 }
@@ -52,8 +51,7 @@ impl Answers {
         message: Message,
         packet: &Packet<'_>,
     ) -> Result<usize, Option<DropReason>> {
-        self.refill(now);
-        if self.tokens == 0 {
+        if !self.rate.has(now) {
             return Err(Some(DropReason::RateLimited));
         }
         let mac: [u8; 6] = packet.head[6..12].try_into().expect("six bytes");
@@ -61,17 +59,7 @@ impl Answers {
         let made = emit::icmp_error(&mut self.frame, from, MacAddr(mac), self.next_ident, message, quoted);
         self.len_bytes = made.ok_or(None)?;
         self.next_ident = self.next_ident.wrapping_add(1);
-        self.tokens -= 1;
+        self.rate.take(now);
         Ok(self.len_bytes)
-    }
-
-    fn refill(&mut self, now: Instant) {
-        let passed = now.since(self.refilled);
-        let refill = passed.as_millis() as u64 * u64::from(limits::ICMP_ERRORS_PER_SECOND) / 1000;
-        if refill > 0 {
-            let full = u64::from(limits::ICMP_ERRORS_BURST);
-            self.tokens = (u64::from(self.tokens) + refill).min(full) as u32;
-            self.refilled = now;
-        }
     }
 }
