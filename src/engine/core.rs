@@ -18,7 +18,6 @@ use crate::limits;
 use crate::rate::Rate;
 use crate::time::Instant;
 use crate::wire::arp;
-use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::vnet::VnetHeader;
 
@@ -254,11 +253,7 @@ impl Core {
         to: MacAddr,
         packet: &arp::Packet,
     ) {
-        let mut frame = [0u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
-        let header = ethernet::Header { dst: to, src: MacAddr::GATEWAY, ethertype: EtherType::ARP };
-        header.emit(&mut frame);
-        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
-        self.send(port, pair, VnetHeader::default(), &frame);
+        self.send(port, pair, VnetHeader::default(), &packet.frame(to, MacAddr::GATEWAY));
     }
 
     /// A fresh IPv4 identification for a packet that may be fragmented. Workers share none: fragments of

@@ -141,6 +141,20 @@ pub fn udp(
     Some(Head { bytes, len_bytes, vnet: VnetHeader { checksum: state, ..VnetHeader::default() } })
 }
 
+/// A UDP datagram as a whole, with a complete checksum, to be put behind an IP header.
+pub fn datagram(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let len_bytes = udp::HEADER_BYTES + payload.len();
+    let mut bytes = vec![0u8; len_bytes];
+    let header = udp::Header { src_port: from.port(), dst_port: to.port(), len_bytes, checksum: 0 };
+    header.emit(&mut bytes);
+    bytes[udp::HEADER_BYTES..].copy_from_slice(payload);
+    let mut sum = checksum::pseudo_header(from.ip(), to.ip(), Protocol::UDP, len_bytes);
+    sum.add_bytes(&bytes);
+    let at = udp::CHECKSUM_OFFSET;
+    bytes[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
+    bytes
+}
+
 /// Headers of an ICMP message from `from` to the guest at `to`, followed by `payload`.
 pub fn icmp(
     guest_mac: MacAddr,

@@ -19,7 +19,6 @@ use crate::frame::{Payload, QueuePair};
 use crate::limits;
 use crate::service::dhcp::{self, DhcpServer, LeaseChange, LeaseEvent, Outcome, Silence};
 use crate::service::dns::{self, DnsAction, DnsService, Transport};
-use crate::wire::checksum;
 use crate::wire::icmpv4::{self, Message};
 use crate::wire::ipv4::{self, Protocol};
 use crate::wire::vnet::VnetHeader;
@@ -263,16 +262,7 @@ fn send_udp(
     target: SocketAddr,
     payload: &[u8],
 ) {
-    let mut transport = vec![0u8; udp::HEADER_BYTES + payload.len()];
-    let total = transport.len();
-    let header =
-        udp::Header { src_port: source.port(), dst_port: target.port(), len_bytes: total, checksum: 0 };
-    header.emit(&mut transport);
-    transport[udp::HEADER_BYTES..].copy_from_slice(payload);
-    let mut sum = checksum::pseudo_header(source.ip(), target.ip(), Protocol::UDP, total);
-    sum.add_bytes(&transport);
-    let at = udp::CHECKSUM_OFFSET;
-    transport[at..at + 2].copy_from_slice(&checksum::udp_nonzero(sum.finish()).to_be_bytes());
+    let transport = emit::datagram(source, target, payload);
     send_transport(core, port, to, (source.ip(), target.ip()), Protocol::UDP, &transport);
 }
 

@@ -5,10 +5,14 @@
 use std::net::Ipv4Addr;
 
 use super::WireError;
+use super::ethernet::{self, EtherType};
 use crate::addr::MacAddr;
 
 /// Length of a packet in bytes, without the Ethernet header.
 pub const PACKET_BYTES: usize = 28;
+
+/// The same with it.
+pub const FRAME_BYTES: usize = ethernet::HEADER_BYTES + PACKET_BYTES;
 
 /// Hardware type Ethernet, protocol type IPv4, their address lengths.
 const ETHERNET_IPV4: [u8; 6] = [0, 1, 0x08, 0x00, 6, 4];
@@ -63,6 +67,14 @@ impl Packet {
             target_mac: mac(18),
             target_ip: ip(24),
         })
+    }
+
+    /// The packet in a frame from `src` to `dst`.
+    pub fn frame(&self, dst: MacAddr, src: MacAddr) -> [u8; FRAME_BYTES] {
+        let mut frame = [0; FRAME_BYTES];
+        ethernet::Header { dst, src, ethertype: EtherType::ARP }.emit(&mut frame);
+        self.emit(&mut frame[ethernet::HEADER_BYTES..]);
+        frame
     }
 
     /// Writes the packet to the start of `out`.

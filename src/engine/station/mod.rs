@@ -10,18 +10,19 @@
 mod neighbours;
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use crate::addr::{Ipv4Subnet, MacAddr};
 use crate::config::{LinkAddress, StationAddress};
+use crate::engine::emit;
 use crate::limits;
 use crate::service::dhcp::client::{ClientEvent, ClientMessage, DhcpClient};
 use crate::service::dhcp::{CLIENT_PORT, SERVER_PORT};
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
-use crate::wire::{arp, checksum, udp};
+use crate::wire::{arp, udp};
 
 use self::neighbours::{Found, Neighbours, Question};
 
@@ -420,15 +421,13 @@ impl Station {
     }
 
     fn send_arp(&mut self, dst: MacAddr, packet: &arp::Packet) {
-        let mut frame = [0; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
-        ethernet::Header { dst, src: self.config.mac, ethertype: EtherType::ARP }.emit(&mut frame);
-        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
-        self.send(&frame);
+        self.send(&packet.frame(dst, self.config.mac));
     }
 
     fn send_dhcp(&mut self, message: &ClientMessage) {
-        let udp_bytes = udp::HEADER_BYTES + message.payload.len();
-        let mut frame = vec![0; ethernet::HEADER_BYTES + ipv4::HEADER_BYTES + udp_bytes];
+        let (from, to) = ((message.src, CLIENT_PORT).into(), (message.dst, SERVER_PORT).into());
+        let datagram = emit::datagram(from, to, &message.payload);
+        let mut frame = vec![0; ethernet::HEADER_BYTES + ipv4::HEADER_BYTES];
         // The server is on the link, and a broadcast reaches it whoever it is: no neighbour need be known.
         let header =
             ethernet::Header { dst: MacAddr::BROADCAST, src: self.config.mac, ethertype: EtherType::IPV4 };
@@ -445,19 +444,10 @@ impl Station {
             more_fragments: false,
             fragment_offset_bytes: 0,
             header_bytes: ipv4::HEADER_BYTES,
-            payload_bytes: udp_bytes,
+            payload_bytes: datagram.len(),
         };
         packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
-        let datagram = &mut frame[ethernet::HEADER_BYTES + ipv4::HEADER_BYTES..];
-        let header =
-            udp::Header { src_port: CLIENT_PORT, dst_port: SERVER_PORT, len_bytes: udp_bytes, checksum: 0 };
-        header.emit(datagram);
-        datagram[udp::HEADER_BYTES..].copy_from_slice(&message.payload);
-        let (src, dst) = (IpAddr::V4(message.src), IpAddr::V4(message.dst));
-        let mut sum = checksum::pseudo_header(src, dst, Protocol::UDP, udp_bytes);
-        sum.add_bytes(datagram);
-        let sum = checksum::udp_nonzero(sum.finish());
-        datagram[udp::CHECKSUM_OFFSET..udp::CHECKSUM_OFFSET + 2].copy_from_slice(&sum.to_be_bytes());
+        frame.extend_from_slice(&datagram);
         self.send(&frame);
     }
 

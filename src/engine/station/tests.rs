@@ -1,5 +1,8 @@
+use std::net::IpAddr;
+
 use super::*;
 use crate::addr::Ipv4Subnet;
+use crate::wire::checksum;
 
 const OURS: MacAddr = MacAddr([0x56, 0x54, 0, 0, 0, 1]);
 const OTHER: MacAddr = MacAddr([2, 0, 0, 0, 0, 2]);
@@ -34,12 +37,9 @@ fn sent(station: &mut Station) -> Vec<(MacAddr, arp::Packet)> {
 }
 
 fn says(operation: arp::Operation, sender: (MacAddr, Ipv4Addr), target_ip: Ipv4Addr) -> Vec<u8> {
-    let mut frame = vec![0; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
-    ethernet::Header { dst: MacAddr::BROADCAST, src: sender.0, ethertype: EtherType::ARP }.emit(&mut frame);
     let (sender_mac, sender_ip) = sender;
     let packet = arp::Packet { operation, sender_mac, sender_ip, target_mac: MacAddr::ZERO, target_ip };
-    packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
-    frame
+    packet.frame(MacAddr::BROADCAST, sender_mac).to_vec()
 }
 
 /// A station that has its address, and whose router answered.

@@ -267,9 +267,7 @@ mod tests {
         views
     }
 
-    fn answer(from: (MacAddr, Ipv4Addr)) -> [u8; ethernet::HEADER_BYTES + arp::PACKET_BYTES] {
-        let mut frame = [0; ethernet::HEADER_BYTES + arp::PACKET_BYTES];
-        ethernet::Header { dst: OURS, src: from.0, ethertype: EtherType::ARP }.emit(&mut frame);
+    fn answer(from: (MacAddr, Ipv4Addr)) -> [u8; arp::FRAME_BYTES] {
         let packet = arp::Packet {
             operation: arp::Operation::Reply,
             sender_mac: from.0,
@@ -277,8 +275,7 @@ mod tests {
             target_mac: OURS,
             target_ip: held().addr,
         };
-        packet.emit(&mut frame[ethernet::HEADER_BYTES..]);
-        frame
+        packet.frame(OURS, from.0)
     }
 
     #[test]
