@@ -8,15 +8,13 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex};
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group};
-use vunet::config::UdpConfig;
-use vunet::engine::packet::config::{PacketNatConfig, Timeouts};
+use vunet::engine::packet::config::PacketNatConfig;
 use vunet::engine::packet::flow::{Flow, FlowFlags, FlowKey, Ticks};
 use vunet::engine::packet::head::Packet;
 use vunet::engine::packet::ports::Mappings;
 use vunet::engine::packet::random::Random;
 use vunet::engine::packet::table::{FlowTable, TableConfig};
 use vunet::engine::packet::{PacketNat, Verdict};
-use vunet::engine::placement::WorkerId;
 use vunet::time::Instant;
 use vunet::wire::checksum::{Accumulator, pseudo_header};
 use vunet::wire::ipv4::Protocol;
@@ -203,20 +201,14 @@ struct Nat {
 impl Nat {
     fn new(flows: u32) -> Nat {
         let config = PacketNatConfig {
-            subnet: "10.0.2.0/24".parse().expect("a subnet"),
-            gateway: Ipv4Addr::new(10, 0, 2, 1),
             outside: Some(OUTSIDE),
-            guest_ip_mtu: 1500,
-            outside_ip_mtu: 1500,
-            ports: 49_152..=65_535,
             flows_max: flows as usize,
             guest_flows_max: flows as usize,
-            udp: UdpConfig::default(),
-            liberal: false,
-            timeouts: Timeouts::default(),
-            published: Vec::new(),
-            worker: WorkerId(0),
-            seed: (3, 4),
+            ..PacketNatConfig::new(
+                "10.0.2.0/24".parse().expect("a subnet"),
+                Ipv4Addr::new(10, 0, 2, 1),
+                (3, 4),
+            )
         };
         let mappings = Arc::new(Mutex::new(Mappings::new(config.ports.clone(), (5, 6))));
         let now = Instant::from_micros(1_000_000);

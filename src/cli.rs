@@ -10,6 +10,8 @@
 mod bridge;
 mod check;
 mod leases;
+#[cfg(test)]
+mod lines;
 mod member;
 pub mod network;
 mod subnet;

@@ -7,7 +7,7 @@ use super::{Error, random_pair, starting};
 use crate::addr::MacAddr;
 use crate::config::{Lan, TranslateConfig};
 use crate::engine::packet::PacketNat;
-use crate::engine::packet::config::{PacketNatConfig, Timeouts};
+use crate::engine::packet::config::PacketNatConfig;
 use crate::engine::packet::ports::Mappings;
 use crate::engine::placement::WorkerId;
 use crate::engine::station::{Station, StationConfig};
@@ -43,20 +43,14 @@ pub(super) fn parts(
         .take(workers)
         .map(|worker| {
             let nat = PacketNatConfig {
-                subnet: lan.subnet,
-                gateway: lan.gateway,
-                outside: None,
                 guest_ip_mtu: lan.ip_mtu.get(),
                 outside_ip_mtu: lan.ip_mtu.get(),
                 ports: config.ports.clone(),
                 flows_max,
                 guest_flows_max: flows_max - flows_max / 4,
                 udp: config.udp,
-                liberal: false,
-                timeouts: Timeouts::default(),
-                published: Vec::new(),
                 worker: WorkerId(worker),
-                seed: random_pair()?,
+                ..PacketNatConfig::new(lan.subnet, lan.gateway, random_pair()?)
             };
             let nat = PacketNat::new(nat, Arc::clone(&mappings), Instant::ZERO).map_err(Error::Flows)?;
             Ok(TranslationParts {

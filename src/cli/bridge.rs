@@ -138,26 +138,8 @@ fn refuse_outside(args: &Args) -> Result<(), UsageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{Command, parse};
-
-    fn args(line: &str) -> Args {
-        let line = format!("vunet --socket-path vm.sock {line}");
-        match parse(line.split_ascii_whitespace().map(Into::into)) {
-            Ok(Command::Run(args)) => *args,
-            other => panic!("{line}: {other:?}"),
-        }
-    }
-
-    fn error(line: &str) -> String {
-        args(line).into_config(Ok(Vec::new())).expect_err(line).to_string()
-    }
-
-    fn assert_says(line: &str, parts: &[&str]) {
-        let error = error(line);
-        for part in parts {
-            assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
-        }
-    }
+    use crate::cli::lines::{args, assert_says};
+    use crate::cli::parse;
 
     #[test]
     fn each_link_can_be_asked_for() {

@@ -571,19 +571,11 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
-    use crate::cli::{Command, parse};
+    use crate::cli::lines::whole as args;
     use crate::config::IpMtu;
 
     fn route(network: [u8; 4], prefix_len: u8) -> HostRoute {
         HostRoute { network: network.into(), prefix_len, interface: "eth0".to_owned() }
-    }
-
-    fn args(line: &str) -> Args {
-        let words = ["vunet"].into_iter().chain(line.split_ascii_whitespace());
-        match parse(words.map(Into::into)) {
-            Ok(Command::Run(args)) => *args,
-            other => panic!("{line}: {other:?}"),
-        }
     }
 
     /// The configuration of `line` behind `--socket-path`, on a host with one ordinary route.

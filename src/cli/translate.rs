@@ -114,16 +114,9 @@ fn address(args: &Args, lan: &Lan) -> Result<StationAddress, UsageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{Command, parse};
+    use crate::cli::lines::{args, assert_says};
+    use crate::cli::parse;
     use crate::config::Mode;
-
-    fn args(line: &str) -> Args {
-        let line = format!("vunet --socket-path vm.sock {line}");
-        match parse(line.split_ascii_whitespace().map(Into::into)) {
-            Ok(Command::Run(args)) => *args,
-            other => panic!("{line}: {other:?}"),
-        }
-    }
 
     fn translate(line: &str) -> TranslateConfig {
         let (config, _) = args(line).into_config(Ok(Vec::new())).unwrap();
@@ -131,13 +124,6 @@ mod tests {
         let link = config.link.expect("a link");
         assert_eq!(link.guard, None);
         link.translate.expect("translation")
-    }
-
-    fn assert_says(line: &str, parts: &[&str]) {
-        let error = args(line).into_config(Ok(Vec::new())).expect_err(line).to_string();
-        for part in parts {
-            assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
-        }
     }
 
     #[test]

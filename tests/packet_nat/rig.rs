@@ -5,13 +5,11 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vunet::config::UdpConfig;
 use vunet::engine::counters::DropReason;
-use vunet::engine::packet::config::{PacketNatConfig, PublishedPort, Timeouts};
+use vunet::engine::packet::config::{PacketNatConfig, PublishedPort};
 use vunet::engine::packet::head::Packet;
 use vunet::engine::packet::ports::{Mappings, WorkerSet};
 use vunet::engine::packet::{PacketNat, Side, Verdict};
-use vunet::engine::placement::WorkerId;
 use vunet::limits;
 use vunet::time::Instant;
 use vunet::wire::vnet::VnetHeader;
@@ -28,20 +26,11 @@ pub(crate) const PORTS: RangeInclusive<u16> = 49_152..=65_535;
 
 pub(crate) fn settings() -> PacketNatConfig {
     PacketNatConfig {
-        subnet: "10.0.2.0/24".parse().expect("a subnet"),
-        gateway: GATEWAY,
         outside: Some(OUTSIDE),
-        guest_ip_mtu: 1500,
-        outside_ip_mtu: 1500,
         ports: PORTS,
         flows_max: 70_000,
         guest_flows_max: 60_000,
-        udp: UdpConfig::default(),
-        liberal: false,
-        timeouts: Timeouts::default(),
-        published: Vec::new(),
-        worker: WorkerId(0),
-        seed: (3, 4),
+        ..PacketNatConfig::new("10.0.2.0/24".parse().expect("a subnet"), GATEWAY, (3, 4))
     }
 }
 

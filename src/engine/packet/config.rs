@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::tcp_state::TcpTimeouts;
 use crate::addr::Ipv4Subnet;
-use crate::config::{self, UdpConfig};
+use crate::config::{self, IpMtu, TranslateConfig, UdpConfig};
 use crate::engine::placement::WorkerId;
+use crate::limits;
 
 /// A port of the outside address that leads to a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,4 +86,26 @@ pub struct PacketNatConfig {
     pub worker: WorkerId,
     /// From the operating system's randomness: keys indices and chooses ports.
     pub seed: (u64, u64),
+}
+
+impl PacketNatConfig {
+    /// The defaults for the guests of `subnet`: Ethernet's MTU, the dynamic ports, one worker, no address outside yet.
+    pub fn new(subnet: Ipv4Subnet, gateway: Ipv4Addr, seed: (u64, u64)) -> PacketNatConfig {
+        PacketNatConfig {
+            subnet,
+            gateway,
+            outside: None,
+            guest_ip_mtu: IpMtu::DEFAULT.get(),
+            outside_ip_mtu: IpMtu::DEFAULT.get(),
+            ports: TranslateConfig::DEFAULT_PORTS,
+            flows_max: limits::PACKET_FLOWS_MAX,
+            guest_flows_max: limits::PACKET_FLOWS_MAX,
+            udp: UdpConfig::default(),
+            liberal: false,
+            timeouts: Timeouts::default(),
+            published: Vec::new(),
+            worker: WorkerId(0),
+            seed,
+        }
+    }
 }

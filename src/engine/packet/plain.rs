@@ -256,11 +256,9 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::Verdict;
-    use super::super::config::{PacketNatConfig, Timeouts};
+    use super::super::config::PacketNatConfig;
     use super::super::ports::Mappings;
     use super::*;
-    use crate::config::UdpConfig;
-    use crate::engine::placement::WorkerId;
     use crate::wire::checksum::Accumulator;
     use crate::wire::vnet::VnetHeader;
 
@@ -271,20 +269,10 @@ mod tests {
 
     fn nat() -> PacketNat {
         let config = PacketNatConfig {
-            subnet: "10.0.2.0/24".parse().unwrap(),
-            gateway: Ipv4Addr::new(10, 0, 2, 1),
             outside: Some(OUTSIDE),
-            guest_ip_mtu: 1500,
-            outside_ip_mtu: 1500,
-            ports: 49_152..=65_535,
             flows_max: 64,
             guest_flows_max: 64,
-            udp: UdpConfig::default(),
-            liberal: false,
-            timeouts: Timeouts::default(),
-            published: Vec::new(),
-            worker: WorkerId(0),
-            seed: (3, 4),
+            ..PacketNatConfig::new("10.0.2.0/24".parse().unwrap(), Ipv4Addr::new(10, 0, 2, 1), (3, 4))
         };
         let mappings = Arc::new(Mutex::new(Mappings::new(config.ports.clone(), (5, 6))));
         PacketNat::new(config, mappings, Instant::ZERO).unwrap()
