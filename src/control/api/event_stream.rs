@@ -12,6 +12,7 @@ use serde::Deserialize;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 
+use super::error::ErrorBody;
 use super::{ApiError, Shared};
 use crate::control::events::{Event, FlowListener};
 
@@ -19,7 +20,8 @@ use crate::control::events::{Event, FlowListener};
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What a client wants to hear of.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
     /// Each flow that begins or ends, too.
@@ -27,6 +29,16 @@ pub(super) struct Wanted {
     flows: bool,
 }
 
+/// What happens, as server-sent events, until the client leaves
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(Wanted),
+    responses(
+        (status = 200, description = "One event for each thing that happens: its name, and its data as a JSON object", content_type = "text/event-stream", body = String),
+        (status = 400, description = "A value is wrong", body = ErrorBody),
+    )
+)]
 pub(super) async fn get(
     State(api): Shared,
     wanted: Result<Query<Wanted>, QueryRejection>,
