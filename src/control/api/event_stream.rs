@@ -7,7 +7,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::response::Sse;
 use axum::response::sse::{Event as SentEvent, KeepAlive};
-use futures_util::stream::{self, Stream};
+use futures_util::stream::{self, Stream, StreamExt as _};
 use serde::Deserialize;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
@@ -45,11 +45,12 @@ pub(super) async fn get(
 ) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
     let Query(Wanted { flows }) = wanted?;
     let of_flows = flows.then(|| api.events.want_flows());
+    let first = stream::once(async { Ok(sent(Event::Listening.name(), &Event::Listening)) });
     let news = stream::unfold((api.events.listen(), of_flows), |(mut events, of_flows)| async move {
         let event = next(&mut events, of_flows.as_ref()).await?;
         Some((Ok(event), (events, of_flows)))
     });
-    Ok(Sse::new(news).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    Ok(Sse::new(first.chain(news)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
 /// The next event for one who wants flows or not; none after the last.

@@ -14,6 +14,7 @@ mod facts;
 pub mod flows;
 pub mod leases;
 pub mod log_level;
+mod metrics;
 pub mod names;
 mod server;
 pub mod status;
@@ -105,6 +106,7 @@ fn resources() -> (Router<Arc<Api>>, OpenApi) {
         .routes(routes!(names::get))
         .routes(routes!(log_level::get, log_level::put))
         .routes(routes!(event_stream::get))
+        .routes(routes!(metrics::get))
         .routes(routes!(stopping::drain))
         .routes(routes!(stopping::stop))
         .split_for_parts()
