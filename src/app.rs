@@ -14,7 +14,7 @@ pub use hold::hold;
 use outside::{Inner, Outside};
 
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -71,7 +71,7 @@ pub enum Error {
         /// `tcp` or `udp`.
         kind: &'static str,
         /// The host address asked for.
-        host: std::net::SocketAddr,
+        host: SocketAddr,
         /// Whose it is, if that is known; begins with a comma.
         taken_by: String,
         /// The kernel's refusal.
@@ -83,6 +83,14 @@ pub enum Error {
     /// The named network could not be joined.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// There is no socket for metrics.
+    #[error("--metrics {address}: cannot listen there")]
+    Metrics {
+        /// The address asked for.
+        address: SocketAddr,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
     /// There is no control socket.
     #[error(transparent)]
     Control(#[from] SocketFileError),
@@ -142,6 +150,10 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
         .map_err(starting("the control runtime"))?;
     let facts = Facts::of(&config);
     let control = config.control.as_deref().map(api::listen).transpose()?;
+    let metrics = config
+        .metrics
+        .map(|address| api::listen_for_metrics(address).map_err(|source| Error::Metrics { address, source }));
+    let metrics = metrics.transpose()?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
@@ -180,7 +192,7 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outside = Outside { signals, log: log.clone(), facts, control };
+    let outside = Outside { signals, log: log.clone(), facts, control, metrics };
     let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());

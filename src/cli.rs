@@ -348,6 +348,10 @@ pub struct Args {
     /// Unix socket to create (mode 0600) for the control API: HTTP and JSON, for `vunet ctl` and programs
     #[arg(long, value_name = "PATH", help_heading = "Control")]
     control: Option<PathBuf>,
+    /// Address at which whoever may connect gets metrics for Prometheus (/metrics), besides the control socket;
+    /// port 0 picks a free one and logs it
+    #[arg(long, value_name = "IP:PORT", help_heading = "Control")]
+    metrics: Option<SocketAddr>,
 
     /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level, default_value = "info",

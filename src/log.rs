@@ -1,6 +1,7 @@
 //! The log on standard error: its level changes while the process runs, and warnings are events too.
 
 use std::fmt::{self, Write as _};
+use std::io::IsTerminal as _;
 
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
@@ -40,7 +41,8 @@ impl Log {
     /// If one was started before.
     pub fn start(config: &LogConfig) -> Log {
         let (filter, handle) = reload::Layer::new(EnvFilter::new(&config.level));
-        let written = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let is_read = std::io::stderr().is_terminal();
+        let written = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(is_read);
         let events = Events::default();
         let told = Told(events.clone()).with_filter(LevelFilter::WARN);
         let written = if config.json { written.json().boxed() } else { written.boxed() };

@@ -1,6 +1,7 @@
 //! What people and programs outside have to do with the process: signals, the control API, the log.
 
-use std::net::Ipv4Addr;
+use std::io;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ pub(super) struct Outside {
     pub(super) facts: Facts,
     /// The control API's listener, and its file.
     pub(super) control: Option<(UnixListener, SocketFile)>,
+    /// The listener for metrics alone.
+    pub(super) metrics: Option<TcpListener>,
 }
 
 /// What the control API answers from.
@@ -36,29 +39,34 @@ pub(super) struct Inner {
 }
 
 impl Outside {
-    /// Serves the control API from now on, on the runtime this is called on, and tells of the guest's address.
+    /// Serves the control API and metrics from now on, on the runtime this is called on, and tells of the guest's address.
     /// What ends the process, and the API's socket, whose file goes with it.
     pub(super) fn open(
         self,
         guest: watch::Receiver<Option<Ipv4Addr>>,
         inner: Inner,
     ) -> (Signals, Stop, Option<SocketFile>) {
-        let Outside { signals, log, facts, control } = self;
+        let Outside { signals, log, facts, control, metrics } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest, events.clone()));
+        let Inner { workers, dhcp, dns, resolver, clock } = inner;
+        let api = Api { facts, workers, dhcp, dns, resolver, events, log, stop: stop.clone(), clock };
+        let api = Arc::new(api);
+        if let Some(listener) = metrics {
+            tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));
+        }
         let file = control.map(|(listener, file)| {
-            let Inner { workers, dhcp, dns, resolver, clock } = inner;
-            let stop = stop.clone();
-            let api = Api { facts, workers, dhcp, dns, resolver, events, log, stop, clock };
-            tokio::spawn(async move {
-                if let Err(error) = api::serve(listener, Arc::new(api)).await {
-                    tracing::error!(%error, "the control API cannot be served");
-                }
-            });
+            tokio::spawn(served(api::serve(listener, api)));
             file
         });
         (signals, stop, file)
+    }
+}
+
+async fn served(serving: impl Future<Output = io::Result<()>>) {
+    if let Err(error) = serving.await {
+        tracing::error!(%error, "the control API cannot be served");
     }
 }
 

@@ -332,6 +332,7 @@ pub(super) fn into_config(
             busy_poll_us: args.busy_poll_us,
         },
         control: args.control.clone(),
+        metrics: args.metrics,
         log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.

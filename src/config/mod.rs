@@ -328,6 +328,8 @@ pub struct Config {
     pub workers: WorkersConfig,
     /// Where the control API listens.
     pub control: Option<PathBuf>,
+    /// Where metrics are served besides.
+    pub metrics: Option<SocketAddr>,
     /// The log.
     pub log: LogConfig,
     /// Never use `SO_PEEK_OFF` on TCP even where the kernel has it (hidden, for tests).

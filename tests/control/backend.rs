@@ -1,9 +1,10 @@
 //! A backend with a control socket, and a client that speaks plain HTTP to it.
 
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -36,13 +37,14 @@ impl Backend {
     /// Starts one with `args` besides its sockets and waits for the control socket.
     pub(crate) fn start(args: &[&str]) -> Backend {
         let dir = tempfile::tempdir().unwrap();
+        let log = File::create(dir.path().join("log")).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_vunet"))
             .arg("--socket-path")
             .arg(dir.path().join("vm"))
             .arg("--control")
             .arg(dir.path().join("ctl"))
             .args(args)
-            .stderr(Stdio::null())
+            .stderr(log)
             .spawn()
             .unwrap();
         let backend = Backend { child, dir };
@@ -90,6 +92,21 @@ impl Backend {
 
     pub(crate) fn get(&self, resource: &str) -> Answer {
         self.ask("GET", resource, None)
+    }
+
+    /// The number its log has behind `text`.
+    pub(crate) fn logged(&self, text: &str) -> u16 {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+            let word =
+                log.split_once(text).and_then(|(_, rest)| rest.split_whitespace().next().map(str::to_owned));
+            if let Some(number) = word.and_then(|word| word.parse().ok()) {
+                return number;
+            }
+            assert!(Instant::now() < deadline, "nothing behind {text:?} in {log}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// `vunet ctl` with `args`.

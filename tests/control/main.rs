@@ -4,4 +4,5 @@
 mod backend;
 mod bounds;
 mod description;
+mod metrics;
 mod resources;

@@ -24,6 +24,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::routing::get;
 use futures_util::future::try_join_all;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
@@ -31,7 +32,7 @@ use utoipa_axum::routes;
 
 pub use self::error::ApiError;
 pub use self::facts::Facts;
-pub use self::server::{listen, serve};
+pub use self::server::{listen, listen_for_metrics, serve, serve_metrics};
 pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
@@ -119,6 +120,16 @@ pub fn router(api: Arc<Api>) -> Router {
         .fallback(error::no_resource)
         .method_not_allowed_fallback(error::no_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .layer(axum::middleware::from_fn(server::in_time))
+        .with_state(api)
+}
+
+/// What serves metrics alone.
+fn metrics_router(api: Arc<Api>) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics::get))
+        .fallback(error::no_resource)
+        .method_not_allowed_fallback(error::no_method)
         .layer(axum::middleware::from_fn(server::in_time))
         .with_state(api)
 }

@@ -4,10 +4,12 @@
 //! further ones wait; each request's head, and all of it until its answer begins, has its time.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::Router;
 use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::middleware::Next;
@@ -15,10 +17,11 @@ use axum::response::Response;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Api, ApiError, router};
+use super::{Api, ApiError, metrics_router, router};
 use crate::socket_file::{self, AskedPath, SocketFile, SocketFileError};
 
 /// Connections served at once; others wait in the listener's queue ...
@@ -46,7 +49,19 @@ pub fn listen(path: &Path) -> Result<(std::os::unix::net::UnixListener, SocketFi
     Ok(listening)
 }
 
-/// Serves clients until the runtime ends.
+/// Listens at `--metrics`' address, for whoever may connect.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn listen_for_metrics(address: SocketAddr) -> io::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    tracing::info!(%address, "metrics");
+    Ok(listener)
+}
+
+/// Serves clients of the control socket until the runtime ends.
 ///
 /// # Errors
 /// The listener cannot be watched.
@@ -57,32 +72,56 @@ pub async fn serve(listener: std::os::unix::net::UnixListener, api: Arc<Api>) ->
     loop {
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a client of the control API; trying again");
-                tokio::time::sleep(ACCEPT_RETRY).await;
-                continue;
-            }
-        };
-        if !may_control(&stream) {
-            continue;
+        match listener.accept().await {
+            Ok((stream, _)) if may_control(&stream) => serve_client(stream, router.clone(), place),
+            Ok(_) => {}
+            Err(error) => rest(&error).await,
         }
-        let service = TowerToHyperService::new(router.clone());
-        tokio::spawn(async move {
-            let _place = place;
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEAD_TIMEOUT)
-                .max_buf_size(HEAD_BYTES_MAX)
-                .max_headers(HEADERS_MAX)
-                .serve_connection(TokioIo::new(stream), service)
-                .await;
-            if let Err(error) = served {
-                tracing::debug!(%error, "a client of the control API left");
-            }
-        });
     }
+}
+
+/// Serves clients that want metrics, and nothing else, until the runtime ends.
+///
+/// # Errors
+/// The listener cannot be watched.
+pub async fn serve_metrics(listener: std::net::TcpListener, api: Arc<Api>) -> io::Result<()> {
+    let listener = TcpListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let router = metrics_router(api);
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        match listener.accept().await {
+            Ok((stream, _)) => serve_client(stream, router.clone(), place),
+            Err(error) => rest(&error).await,
+        }
+    }
+}
+
+/// A client could not be taken, for want of descriptors say.
+async fn rest(error: &io::Error) {
+    tracing::warn!(%error, "cannot accept a client of the control API; trying again");
+    tokio::time::sleep(ACCEPT_RETRY).await;
+}
+
+/// Serves one client, which has its `place` until it leaves.
+fn serve_client(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    router: Router,
+    place: OwnedSemaphorePermit,
+) {
+    tokio::spawn(async move {
+        let _place = place;
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD_TIMEOUT)
+            .max_buf_size(HEAD_BYTES_MAX)
+            .max_headers(HEADERS_MAX)
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
+            .await;
+        if let Err(error) = served {
+            tracing::debug!(%error, "a client of the control API left");
+        }
+    });
 }
 
 /// Whether a client is this process's user, or root.
