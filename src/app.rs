@@ -17,7 +17,7 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use socket2::{Socket, Type};
+use socket2::Socket;
 use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -49,7 +49,7 @@ use crate::postbox;
 use crate::random;
 use crate::service::dns::DnsService;
 use crate::time::Clock;
-use crate::uplink::sockets::bind_published;
+use crate::uplink::published::{self, BindError};
 use crate::uplink::sys::socket::raise_open_files_limit;
 use crate::uplink::sys::tap::TapQueue;
 use crate::uplink::tap::{self, OpenLink};
@@ -59,17 +59,8 @@ use crate::worker::{LinkParts, Worker, WorkerParts};
 #[derive(Debug, Error)]
 pub enum Error {
     /// A published port could not be bound.
-    #[error("--publish: cannot listen on {kind} {host}{taken_by}")]
-    Publish {
-        /// `tcp` or `udp`.
-        kind: &'static str,
-        /// The host address asked for.
-        host: std::net::SocketAddr,
-        /// Whose it is, if that is known; begins with a comma.
-        taken_by: String,
-        /// The kernel's refusal.
-        source: io::Error,
-    },
+    #[error("a published port")]
+    Publish(#[from] BindError),
     /// The link of `--uplink` could not be had.
     #[error(transparent)]
     Link(#[from] tap::OpenError),
@@ -430,15 +421,8 @@ fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
 
 /// Binds one published port, which must be a free one.
 fn bind(port: &mut Publish) -> Result<Socket, Error> {
-    let (kind, socket_type) = match port.protocol {
-        Protocol::Tcp => ("tcp", Type::STREAM),
-        Protocol::Udp => ("udp", Type::DGRAM),
-    };
-    let refused = |source| Error::Publish { kind, host: port.host, taken_by: String::new(), source };
-    let socket = bind_published(socket_type, port.host).map_err(refused)?;
-    let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(port.host);
-    tracing::info!(kind, %host, guest_port = port.guest_port, "published");
-    port.host = host;
+    let socket = published::bind(port)?;
+    tracing::info!(kind = port.protocol.name(), host = %port.host, guest_port = port.guest_port, "published");
     Ok(socket)
 }
 

@@ -132,22 +132,6 @@ impl HostSockets {
     }
 }
 
-/// Binds a socket for a published port: TCP sockets listen.
-///
-/// # Errors
-/// The kernel's refusal, such as an address in use.
-pub fn bind_published(kind: Type, address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
-    if kind == Type::STREAM {
-        socket.set_reuse_address(true)?;
-    }
-    socket.bind(&address.into())?;
-    if kind == Type::STREAM {
-        socket.listen(1024)?;
-    }
-    Ok(socket)
-}
-
 fn tcp_knows_peek_offset() -> bool {
     let probe = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), Some(Protocol::TCP));
     probe.is_ok_and(|socket| sys::set_peek_offset(socket.as_fd(), 0).is_ok())

@@ -248,7 +248,7 @@ fn publishing(bound: [u8; 4]) -> Rig {
 /// The same before its guest is known.
 fn publishing_for_nobody(bound: [u8; 4]) -> Rig {
     let host = SocketAddr::from((bound, 5000));
-    let publish = [Protocol::Tcp, Protocol::Udp].map(|protocol| Publish { protocol, host, guest_port: 53 });
+    let publish = [Protocol::Tcp, Protocol::Udp].map(|protocol| Publish::new(protocol, host, 53));
     let nat = NatConfig { publish: publish.into(), ..NatConfig::default() };
     let mut rig = Rig::with(Setup { mode: Mode::Nat(nat), ..Setup::default() });
     rig.world().own.insert(IpAddr::V4(OWN));
@@ -368,7 +368,7 @@ fn what_the_guest_sends_from_a_published_port_leaves_from_there() {
 #[test]
 fn what_the_guest_sends_from_a_published_port_leaves_from_there_at_any_worker() {
     let host = SocketAddr::from(([0, 0, 0, 0], 5000));
-    let publish = vec![Publish { protocol: Protocol::Udp, host, guest_port: 53 }];
+    let publish = vec![Publish::new(Protocol::Udp, host, 53)];
     let nat = NatConfig { publish, ..NatConfig::default() };
     let mut rigs = Rig::workers_with(3, &Setup { mode: Mode::Nat(nat), ..Setup::default() });
     let token = rigs[0].engine.nat().next_datagram_token();

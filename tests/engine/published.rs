@@ -452,7 +452,7 @@ fn two_guests() -> (Rig, [Token; 2]) {
 }
 
 fn port(protocol: Protocol, host_port: u16, guest_port: u16) -> Publish {
-    Publish { protocol, host: SocketAddr::from(([0, 0, 0, 0], host_port)), guest_port }
+    Publish::new(protocol, SocketAddr::from(([0, 0, 0, 0], host_port)), guest_port)
 }
 
 fn arrives_at(rig: &mut Rig, at: usize, listener: Token) -> Vec<Seen> {
