@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
-use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::lease_claims;
@@ -283,7 +283,7 @@ struct Prepared {
 #[derive(Default)]
 struct Ports {
     publish: Vec<Publish>,
-    bound: (Bound, Bound),
+    bound: Bound,
 }
 
 /// What is translated to sockets of the host. Behind an address on a link no port is the host's, and the way to
@@ -335,7 +335,6 @@ fn prepare(
         forwarders.push(forwarder);
         let addresses_gone = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
         wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
-        let (tcp, udp) = published.take().unwrap_or_default();
         let several = workers > 1;
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
         parts.push(WorkerParts {
@@ -352,8 +351,7 @@ fn prepare(
             dns: Arc::clone(&dns),
             link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
             dns_client,
-            tcp,
-            udp,
+            published: published.take().unwrap_or_default(),
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
             addresses_gone,
             peek_offset: !config.no_peek_off,
@@ -406,17 +404,15 @@ async fn supervise(
     }
 }
 
-type Bound = Vec<(Socket, u16)>;
+type Bound = Vec<(Publish, Socket)>;
 
 /// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
-fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
-    let (mut tcp, mut udp) = (Vec::new(), Vec::new());
-    for entry in publish {
-        let socket = bind(entry)?;
-        let list = if entry.protocol == Protocol::Tcp { &mut tcp } else { &mut udp };
-        list.push((socket, entry.guest_port));
-    }
-    Ok((tcp, udp))
+fn bind_all(publish: &mut [Publish]) -> Result<Bound, Error> {
+    let each = |port: &mut Publish| {
+        let socket = bind(port)?;
+        Ok((*port, socket))
+    };
+    publish.iter_mut().map(each).collect()
 }
 
 /// Binds one published port, which must be a free one.

@@ -129,16 +129,15 @@ pub(super) fn update(joined: &SharedJoined, change: impl FnOnce(&mut User)) -> R
 pub(super) fn serve(
     joined: &SharedJoined,
     publish: &[Publish],
-    (tcp, udp): (Bound, Bound),
+    bound: Bound,
     mut guest: watch::Receiver<Option<Ipv4Addr>>,
 ) -> Result<(), Error> {
-    for (socket, port) in tcp {
-        port_relay::relay_tcp(socket, guest.clone(), port)
-            .map_err(starting("the relay of a published port"))?;
-    }
-    for (socket, port) in udp {
-        port_relay::relay_udp(socket, guest.clone(), port)
-            .map_err(starting("the relay of a published port"))?;
+    for (port, socket) in bound {
+        let relay = match port.protocol {
+            Protocol::Tcp => port_relay::relay_tcp,
+            Protocol::Udp => port_relay::relay_udp,
+        };
+        relay(socket, guest.clone(), port.guest_port).map_err(starting("the relay of a published port"))?;
     }
     let published = publish.iter().map(published_port).collect();
     update(joined, |user| user.published = published)?;

@@ -24,6 +24,7 @@ use super::sys::error_queue::ErrorReader;
 use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
 use super::sys::stream_runs::StreamRuns;
+use crate::config::Publish;
 use crate::engine::host_net::{Close, HostListener, HostNet, HostStream, SendSpace, Token};
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
@@ -317,6 +318,18 @@ impl HostStream for Stream {
     fn detach(self) -> DetachedStream {
         self.shared.poll.unwatch(self.socket.as_raw_fd());
         DetachedStream { socket: self.socket, kind: self.kind, position: self.position, window: self.window }
+    }
+
+    fn came_by(&self, port: &Publish) -> bool {
+        let bound = self.socket.local_addr().ok().and_then(|addr| addr.as_socket());
+        let at_end = bound.is_some_and(|bound| {
+            let (ip, wanted) = (bound.ip(), port.host.ip());
+            bound.port() == port.host.port() && (ip == wanted || wanted.is_unspecified())
+        });
+        // Taken from the listener, it is bound to the same interface.
+        let interface = || self.socket.device().ok().flatten();
+        let wanted = port.interface.as_ref().map(|name| name.as_str().as_bytes());
+        self.kind == StreamKind::Tcp && at_end && interface().as_deref() == wanted
     }
 
     fn uses_ecn(&self) -> bool {

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use vunet::config::{Mode, NatConfig, Protocol, Publish, UdpConfig, UdpFiltering, UdpMapping};
+use vunet::engine::core::Owner;
 use vunet::engine::counters::DropReason;
 use vunet::limits;
 
@@ -186,7 +187,7 @@ fn a_flood_of_strangers_costs_no_exchange_of_the_guests_own() {
     udp(&mut rig, world(9), b"ask");
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     let client = |n: usize| {
         SocketAddrV4::new(Ipv4Addr::from_bits(0xc612_0000 + (n as u32 >> 8)), 1000 + (n as u16 & 255))
     };
@@ -254,7 +255,7 @@ fn publishing_for_nobody(bound: [u8; 4]) -> Rig {
     rig.world().own.insert(IpAddr::V4(OWN));
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.engine.publish_udp(Owner::TheGuest, Publish::new(Protocol::Udp, host, 53), socket);
     rig
 }
 
@@ -373,7 +374,7 @@ fn what_the_guest_sends_from_a_published_port_leaves_from_there_at_any_worker() 
     let mut rigs = Rig::workers_with(3, &Setup { mode: Mode::Nat(nat), ..Setup::default() });
     let token = rigs[0].engine.nat().next_datagram_token();
     let socket = rigs[0].engine.nat().net().published_udp(token);
-    rigs[0].engine.publish_udp(socket, 53);
+    rigs[0].engine.publish_udp(Owner::TheGuest, Publish::new(Protocol::Udp, host, 53), socket);
     for n in 0..3 * limits::SENT_ON_FRAMES {
         rigs[2].send(&udp_frame(guest(53), other(9), &[n as u8]));
         exchange(&mut rigs);
