@@ -5,11 +5,13 @@
 
 mod hold;
 mod membership;
+mod outside;
 mod services;
 mod stations;
 mod translation;
 
 pub use hold::hold;
+use outside::{Inner, Outside};
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -24,8 +26,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
+use crate::control::api::{self, Facts, Stop};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
@@ -39,6 +43,7 @@ use crate::engine::packet::table::TableError;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::holder::{self, Services};
 use crate::limits;
+use crate::log::Log;
 use crate::network::manager::NetworkError;
 use crate::network::name::NetworkName;
 use crate::network::rootless::JoinError;
@@ -47,7 +52,9 @@ use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
 use crate::random;
+use crate::requests;
 use crate::service::dns::DnsService;
+use crate::socket_file::SocketFileError;
 use crate::time::Clock;
 use crate::uplink::published::{self, BindError};
 use crate::uplink::sys::socket::raise_open_files_limit;
@@ -67,6 +74,9 @@ pub enum Error {
     /// The named network could not be joined.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// There is no control socket.
+    #[error(transparent)]
+    Control(#[from] SocketFileError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -116,11 +126,13 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(mut config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
+    let facts = Facts::of(&config);
+    let control = config.control.as_deref().map(api::listen).transpose()?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
@@ -159,7 +171,8 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outcome = run_on(config, links, &runtime, signals, membership);
+    let outside = Outside { signals, log: log.clone(), facts, control };
+    let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
@@ -215,7 +228,7 @@ fn run_on(
     config: Config,
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
-    signals: Signals,
+    outside: Outside,
     membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
@@ -230,12 +243,13 @@ fn run_on(
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
-    let prepared = prepare(&config, (open_files, holder), queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
+    let events = outside.log.events.clone();
+    let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner } = prepared;
     if let Some((joined, held)) = membership {
         let _inside = runtime.enter();
         // Where a holder answers DHCP, the guard sees what it says.
-        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest))?;
+        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest.clone()))?;
     }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
@@ -251,8 +265,9 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
+        let (signals, stop, _file) = outside.open(guest, inner);
         let ended = tokio::task::spawn_blocking(move || session.join());
-        supervise(signals, ended, &shutdown).await
+        supervise(signals, &stop, ended, &shutdown).await
     });
     let _ = stop.write(1);
     let mut total = Counters::default();
@@ -276,6 +291,8 @@ struct Prepared {
     keeper: Option<Keeper>,
     /// Published ports that no worker serves, because the kernel translates.
     ports: Ports,
+    /// What the control API answers from.
+    inner: Inner,
     /// The guest's address as DHCP gives it.
     guest: watch::Receiver<Option<Ipv4Addr>>,
 }
@@ -305,6 +322,7 @@ fn on_sockets(mode: &Mode, is_translated: bool) -> NatConfig {
 fn prepare(
     config: &Config,
     (open_files, holder): (u64, Option<u64>),
+    events: &Events,
     queues: Vec<DeviceQueues>,
     links: Vec<LinkParts>,
     stop: &EventFd,
@@ -330,12 +348,15 @@ fn prepare(
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
     let mut links = links.into_iter();
+    let mut handles = Vec::new();
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
         let addresses_gone = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
         wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
         let several = workers > 1;
+        let (handle, asked) = requests::channel().map_err(starting("an eventfd"))?;
+        handles.push(handle);
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
         parts.push(WorkerParts {
             queues,
@@ -357,6 +378,9 @@ fn prepare(
             peek_offset: !config.no_peek_off,
             dhcp: Arc::clone(&dhcp),
             postbox: several.then_some(postbox),
+            requests: asked,
+            events: events.clone(),
+            number: own.0.into(),
             clock,
             cpu: config.workers.cpus.iter().copied().cycle().nth(own.0.into()),
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
@@ -364,9 +388,16 @@ fn prepare(
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
+    let inner = Inner {
+        workers: handles,
+        dhcp: Arc::clone(&dhcp),
+        dns: Arc::clone(&dns),
+        resolver: Arc::clone(&resolver),
+        clock,
+    };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner })
 }
 
 /// What others are told of this process's published ports, whoever serves them.
@@ -384,15 +415,20 @@ fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
         .map_err(starting("a worker thread"))
 }
 
-/// Waits for a signal or the session's end, and for the session after a signal.
+/// Waits for a signal, a client's wish or the session's end, and for the session after a signal.
 async fn supervise(
     mut signals: Signals,
+    stop: &Stop,
     mut session: tokio::task::JoinHandle<thread::Result<Result<(), SessionError>>>,
     shutdown: &EventFd,
 ) -> Result<(), Error> {
     let ended = tokio::select! {
         name = signals.next() => {
             tracing::info!(signal = name, "ending");
+            let _ = shutdown.write(1);
+            (&mut session).await
+        }
+        () = stop.asked() => {
             let _ = shutdown.write(1);
             (&mut session).await
         }

@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+pub mod ctl;
 mod leases;
 #[cfg(test)]
 mod lines;
@@ -50,6 +51,8 @@ pub enum Command {
     PrintCapabilities,
     /// Run a backend.
     Run(Box<Args>),
+    /// Ask a backend that runs, or tell it something.
+    Ctl(ctl::Ctl),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
 }
@@ -105,6 +108,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
     (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
     match args.subcommand.take() {
+        Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
+        Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
         None => Ok(Command::Run(Box::new(args))),
     }
@@ -113,6 +118,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
 /// What else the program does than run a backend.
 #[derive(Debug, clap::Subcommand)]
 enum Subcommand {
+    /// Ask a backend that runs, or tell it something, on the socket of its --control
+    Ctl(ctl::Ctl),
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),
@@ -347,6 +354,10 @@ pub struct Args {
     /// Do not answer DNS; the guest is given no resolver
     #[arg(long, help_heading = "DNS")]
     no_dns: bool,
+
+    /// Unix socket to create (mode 0600) for the control API: HTTP and JSON, for `vunet ctl` and programs
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    control: Option<PathBuf>,
 
     /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level, default_value = "info",

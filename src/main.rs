@@ -5,17 +5,18 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use tracing_subscriber::EnvFilter;
-
+use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command};
 use vunet::config::LogConfig;
+use vunet::log::Log;
 use vunet::uplink::sys::routes;
 
 fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
+        Command::Ctl(ctl) => Ok(control(&ctl)),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
     });
     outcome.unwrap_or_else(|error| {
@@ -32,10 +33,20 @@ fn print_capabilities() -> ExitCode {
     }
 }
 
+fn control(ctl: &Ctl) -> ExitCode {
+    match ctl.run(&mut std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, false);
+            ExitCode::FAILURE
+        }
+    }
+}
+
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
-    start_log(&LogConfig { level: level.to_owned(), json: false });
+    Log::start(&LogConfig { level: level.to_owned(), json: false });
     match command.run(state_dir, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,
@@ -51,23 +62,17 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
 fn run(args: Args) -> Result<ExitCode, cli::Error> {
     let (config, notices) = args.into_config(routes::host_routes())?;
     let json = config.log.json;
-    start_log(&config.log);
+    let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
-    match vunet::app::run(config) {
+    match vunet::app::run(config, &log) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             report(&error, json);
             Ok(ExitCode::FAILURE)
         }
     }
-}
-
-fn start_log(log: &LogConfig) {
-    let filter = EnvFilter::new(&log.level);
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if log.json { builder.json().init() } else { builder.init() }
 }
 
 /// Says why the process ends: one line, the outermost error first. A reader of JSON gets JSON.

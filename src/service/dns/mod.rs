@@ -14,6 +14,7 @@
 mod names;
 mod reply;
 
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use hickory_proto::op::{Message, ResponseCode};
@@ -85,6 +86,12 @@ impl DnsService {
     pub fn with_guests(mut self, guests: Arc<dyn GuestNames>, lan: &Lan) -> DnsService {
         self.names.set_guests(guests, lan.gateway);
         self
+    }
+
+    /// Every local name with its addresses: the configured ones, the gateway's, and those of a named network's
+    /// guests.
+    pub fn records(&self) -> Vec<(String, IpAddr)> {
+        self.names.records()
     }
 
     /// Judges one query.
