@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, bind, random_pair, services, starting};
+use super::publishing::bind;
+use super::{Error, random_pair, services, starting};
 use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
-use crate::control::port_relay;
 use crate::engine::lan::guard::SharedTable;
 use crate::holder::door::Use;
 use crate::holder::ports::Lent;
@@ -104,6 +104,11 @@ pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Opti
     Ok(Some((place, used)))
 }
 
+/// Whether the network is one with a holder.
+pub(super) fn is_rootless(joined: &SharedJoined) -> bool {
+    joined.lock().unwrap_or_else(PoisonError::into_inner).definition().is_rootless()
+}
+
 /// The network's store of leases, where a holder gives them and this process claims its guest's.
 pub(super) fn claims(joined: &SharedJoined, config: &Config) -> Result<Option<LeaseStore>, Error> {
     let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
@@ -125,21 +130,13 @@ pub(super) fn update(joined: &SharedJoined, change: impl FnOnce(&mut User)) -> R
     joined.lock().unwrap_or_else(PoisonError::into_inner).update(change)
 }
 
-/// Serves the published ports and looks after the network from now on, on the runtime this is called on.
+/// Tells others what is published and looks after the network from now on, on the runtime this is called on.
 pub(super) fn serve(
     joined: &SharedJoined,
     publish: &[Publish],
-    bound: Bound,
     mut guest: watch::Receiver<Option<Ipv4Addr>>,
 ) -> Result<(), Error> {
-    for (port, socket) in bound {
-        let relay = match port.protocol {
-            Protocol::Tcp => port_relay::relay_tcp,
-            Protocol::Udp => port_relay::relay_udp,
-        };
-        relay(socket, guest.clone(), port.guest_port).map_err(starting("the relay of a published port"))?;
-    }
-    let published = publish.iter().map(published_port).collect();
+    let published = publish.iter().map(PublishedPort::from).collect();
     update(joined, |user| user.published = published)?;
     tokio::spawn(network_watch::follow(Arc::clone(joined)));
     let joined = Arc::clone(joined);
@@ -154,12 +151,6 @@ pub(super) fn serve(
         }
     });
     Ok(())
-}
-
-/// As it is noted for others.
-fn published_port(publish: &Publish) -> PublishedPort {
-    let Publish { protocol, host, interface, guest_port } = *publish;
-    PublishedPort { udp: protocol == Protocol::Udp, host, interface, guest_port }
 }
 
 fn publish(port: &PublishedPort) -> Publish {

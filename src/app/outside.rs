@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::publishing::Place;
+
 use crate::control::api::{self, Api, Facts, Stop};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
+use crate::control::ports::Ports;
 use crate::control::signals::Signals;
 use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
@@ -24,6 +27,8 @@ pub(super) struct Outside {
     pub(super) facts: Facts,
     /// The control API's listener, and its file.
     pub(super) control: Option<(UnixListener, SocketFile)>,
+    /// Who serves published ports.
+    pub(super) place: Place,
 }
 
 /// What the control API answers from.
@@ -42,15 +47,16 @@ impl Outside {
         self,
         guest: watch::Receiver<Option<Ipv4Addr>>,
         inner: Inner,
+        ports: Ports,
     ) -> (Signals, Stop, Option<SocketFile>) {
-        let Outside { signals, log, facts, control } = self;
+        let Outside { signals, log, facts, control, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest, events.clone()));
         let file = control.map(|(listener, file)| {
             let Inner { workers, dhcp, dns, resolver, clock } = inner;
             let stop = stop.clone();
-            let api = Api { facts, workers, dhcp, dns, resolver, events, log, stop, clock };
+            let api = Api { facts, workers, dhcp, dns, resolver, ports, events, log, stop, clock };
             tokio::spawn(async move {
                 if let Err(error) = api::serve(listener, Arc::new(api)).await {
                     tracing::error!(%error, "the control API cannot be served");

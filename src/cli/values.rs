@@ -104,6 +104,11 @@ pub(super) fn publish(text: &str) -> Result<PublishRange, ValueError> {
     Ok(config::publish::publish(text)?)
 }
 
+/// What `--publish` would take, as it is written.
+pub(super) fn publish_text(text: &str) -> Result<String, ValueError> {
+    publish(text).map(|_| text.to_owned())
+}
+
 /// Reads `-t`.
 pub(super) fn tcp_ports(text: &str) -> Result<PublishList, ValueError> {
     Ok(config::publish::publish_list(Protocol::Tcp, text)?)

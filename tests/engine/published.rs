@@ -158,6 +158,23 @@ fn a_guest_that_never_answers_is_a_reset_to_the_client_after_six_tries() {
 }
 
 #[test]
+fn a_client_waits_for_a_guest_that_is_not_there_127_seconds_at_most() {
+    // One that never answered for its address, and one that falls silent.
+    for known in [false, true] {
+        let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+        let (listener, _) = publish(&mut rig);
+        if known {
+            rig.send(&arp_reply());
+        }
+        arrives(&mut rig, listener, client(999));
+        rig.pass(secs(126));
+        assert_eq!(rig.conn(0).end, End::Open, "known: {known}");
+        rig.pass(secs(2));
+        assert_eq!(rig.conn(0).end, End::Reset, "known: {known}");
+    }
+}
+
+#[test]
 fn without_a_guest_clients_are_reset() {
     let mut rig = Rig::new();
     let (listener, _) = publish(&mut rig);
@@ -565,7 +582,7 @@ fn connections_of_a_removed_port_are_reset_both_ways_if_that_is_asked_for() {
     let peer = answer(&mut rig, &syn);
     let spared = only(arrives(&mut rig, listener, client(8))).tcp();
     answer(&mut rig, &spared);
-    let own = crate::rig::connected(&mut rig, Peer::new(guest(22), crate::frames::world(port.host.port())));
+    crate::rig::connected(&mut rig, Peer::new(guest(22), crate::frames::world(port.host.port())));
     let (seen, ended) = rig.unpublish(&port, true);
     let reset = only(seen).tcp();
     assert!(reset.has(Flags::RST) && ended == 1, "{reset:?}");
@@ -573,7 +590,6 @@ fn connections_of_a_removed_port_are_reset_both_ways_if_that_is_asked_for() {
     assert_eq!(rig.conn(0).end, End::Reset, "the client is told");
     assert_eq!(rig.conn(1).end, End::Open, "a client of another port");
     assert_eq!(rig.conn(2).end, End::Open, "a flow of the guest's own");
-    drop(own);
     assert_eq!(rig.unpublish(&port, true), (vec![], 0), "there is none any more");
 }
 

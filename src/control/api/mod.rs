@@ -15,6 +15,7 @@ pub mod flows;
 pub mod leases;
 pub mod log_level;
 pub mod names;
+pub mod ports;
 mod server;
 pub mod status;
 pub mod stopping;
@@ -33,6 +34,7 @@ pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
+use crate::control::ports::Ports;
 use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
 use crate::requests::{Answer, Request, WorkerHandle};
@@ -55,6 +57,8 @@ pub struct Api {
     pub dns: Arc<DnsService>,
     /// Asks upstream resolvers.
     pub resolver: Arc<Resolver>,
+    /// Published ports.
+    pub ports: Ports,
     /// What happens.
     pub events: Events,
     /// The log.
@@ -84,6 +88,8 @@ pub fn router(api: Arc<Api>) -> Router {
         .route("/v1/flows/{id}", delete(flows::end))
         .route("/v1/leases", get(leases::get))
         .route("/v1/dns", get(names::get))
+        .route("/v1/ports", get(ports::list).post(ports::add))
+        .route("/v1/ports/{id}", delete(ports::remove))
         .route("/v1/log-level", get(log_level::get).put(log_level::put))
         .route("/v1/events", get(event_stream::get))
         .route("/v1/drain", post(stopping::drain))
