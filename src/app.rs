@@ -67,7 +67,7 @@ use crate::worker::{LinkParts, Worker, WorkerParts};
 #[derive(Debug, Error)]
 pub enum Error {
     /// A published port could not be bound.
-    #[error("a published port")]
+    #[error("--publish")]
     Publish(#[from] BindError),
     /// The link of `--uplink` could not be had.
     #[error(transparent)]

@@ -49,7 +49,9 @@ impl PublishedEnds {
 
     /// One more, unless it is known.
     pub fn add(&mut self, port: Publish) {
-        let ends = self.by_host_port.entry((port.protocol, port.host.port())).or_default();
+        // Nearly always one, of thousands of ports.
+        let number = (port.protocol, port.host.port());
+        let ends = self.by_host_port.entry(number).or_insert_with(|| Vec::with_capacity(1));
         if ends.contains(&port) {
             return;
         }
@@ -85,7 +87,7 @@ impl PublishedEnds {
     fn has(&self, protocol: Protocol, to: SocketAddr) -> bool {
         let leads_there = |bound: IpAddr| bound == to.ip() || bound.is_unspecified();
         let ends = self.by_host_port.get(&(protocol, to.port()));
-        // What the guest sends to the host comes to one bound to an interface by the loopback, and so not at all.
+        // Behind one interface's port the host may have a service of its own on its other addresses.
         ends.is_some_and(|ends| {
             ends.iter().any(|port| leads_there(port.host.ip()) && port.interface.is_none())
         })
