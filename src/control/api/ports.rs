@@ -6,9 +6,10 @@ use axum::Json;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::error::{ErrorBody, OwnerStatus};
 use super::{ApiError, Shared};
 use crate::config::publish::publish;
 use crate::config::{Publish, PublishRange};
@@ -17,20 +18,21 @@ use crate::uplink::port_owner::PortOwner;
 use crate::uplink::published::Obstacle;
 
 /// Published ports.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortList {
     /// In the order they were published.
     pub ports: Vec<PortStatus>,
 }
 
 /// One of them.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PortStatus {
     /// Its number, to remove it by; no other gets the same.
     pub id: u64,
     /// `tcp` or `udp`.
     pub protocol: String,
     /// Address of the host it is at; 0.0.0.0 for all.
+    #[schema(value_type = String)]
     pub host_address: IpAddr,
     /// Port of the host.
     pub host_port: u16,
@@ -43,7 +45,7 @@ pub struct PortStatus {
 }
 
 /// What is to be published.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewPort {
     /// As `--publish` takes it; all of a range, or none of it.
@@ -51,8 +53,9 @@ pub struct NewPort {
 }
 
 /// How a port is removed.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, utoipa::IntoParams)]
 #[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
 pub(super) struct Removal {
     /// Whether open connections end with it.
     #[serde(default)]
@@ -60,39 +63,10 @@ pub(super) struct Removal {
 }
 
 /// What became of a removed port's connections.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Removed {
     /// How many were reset.
     pub connections_reset: u64,
-}
-
-/// The body of a refusal because others have the port.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Taken {
-    /// As in every error.
-    pub error: TakenText,
-}
-
-/// What it says.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct TakenText {
-    /// `port_taken`.
-    pub code: String,
-    /// What people read.
-    pub message: String,
-    /// Who has it, as far as it is known.
-    pub owner: Option<OwnerStatus>,
-}
-
-/// Who has a port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OwnerStatus {
-    /// The user's number.
-    pub uid: u32,
-    /// The process, where this one may know it.
-    pub pid: Option<u32>,
-    /// Its name.
-    pub process: Option<String>,
 }
 
 impl From<&Published> for PortStatus {
@@ -116,64 +90,65 @@ impl From<&PortOwner> for OwnerStatus {
     }
 }
 
-/// Why a change was not made: an error, or one that names an owner.
-pub(super) enum Refusal {
-    Plain(ApiError),
-    Taken(Taken),
-}
-
-impl IntoResponse for Refusal {
-    fn into_response(self) -> Response {
-        match self {
-            Refusal::Plain(error) => error.into_response(),
-            Refusal::Taken(taken) => (StatusCode::CONFLICT, Json(taken)).into_response(),
-        }
-    }
-}
-
-impl<E: Into<ApiError>> From<E> for Refusal {
-    fn from(error: E) -> Refusal {
-        Refusal::Plain(error.into())
-    }
-}
-
-impl From<PortError> for Refusal {
-    fn from(error: PortError) -> Refusal {
+impl From<PortError> for ApiError {
+    fn from(error: PortError) -> ApiError {
         let message = error.to_string();
-        let plain = |status, code| Refusal::Plain(ApiError::new(status, code, message.clone()));
-        match &error {
-            PortError::NotHere(_) | PortError::CannotClose => plain(StatusCode::CONFLICT, "not_here"),
-            PortError::Known { .. } => plain(StatusCode::CONFLICT, "published"),
-            PortError::FlowHasIt(_) => plain(StatusCode::CONFLICT, "port_taken"),
-            PortError::TooMany => plain(StatusCode::CONFLICT, "too_many"),
+        let (status, code) = match &error {
+            PortError::NotHere(_) | PortError::CannotClose => (StatusCode::CONFLICT, "not_here"),
+            PortError::Known { .. } => (StatusCode::CONFLICT, "published"),
+            PortError::FlowHasIt(_) => (StatusCode::CONFLICT, "port_taken"),
+            PortError::TooMany => (StatusCode::CONFLICT, "too_many"),
             PortError::Bind(refused) => match &refused.why {
                 Obstacle::Taken { owner, .. } => {
                     let owner = owner.as_ref().map(OwnerStatus::from);
-                    let code = "port_taken".to_owned();
-                    Refusal::Taken(Taken { error: TakenText { code, message, owner } })
+                    return ApiError { owner, ..ApiError::new(StatusCode::CONFLICT, "port_taken", message) };
                 }
-                Obstacle::Privileged { .. } | Obstacle::OldKernel => {
-                    plain(StatusCode::FORBIDDEN, "privileged")
-                }
-                Obstacle::NoAddress | Obstacle::NoInterface => plain(StatusCode::BAD_REQUEST, "bad_value"),
-                Obstacle::Other => plain(StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+                Obstacle::Privileged { .. } | Obstacle::OldKernel => (StatusCode::FORBIDDEN, "privileged"),
+                Obstacle::NoAddress | Obstacle::NoInterface => (StatusCode::BAD_REQUEST, "bad_value"),
+                Obstacle::Other => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
             },
-            PortError::Serve(..) | PortError::Network(_) => {
-                plain(StatusCode::INTERNAL_SERVER_ERROR, "failed")
-            }
-            PortError::NoAnswer(no_answer) => Refusal::Plain((*no_answer).into()),
-        }
+            PortError::Serve(..) | PortError::Network(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+            PortError::NoAnswer(no_answer) => return (*no_answer).into(),
+        };
+        ApiError::new(status, code, message)
     }
 }
 
+/// What a task of ours that ended by itself is to a client.
+fn failed(_: tokio::task::JoinError) -> ApiError {
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "it failed; the log may say why")
+}
+
+/// Ports of the host that lead to the guest
+#[utoipa::path(
+    get,
+    path = "/v1/ports",
+    responses((status = 200, body = PortList))
+)]
 pub(super) async fn list(State(api): Shared) -> Json<PortList> {
     Json(PortList { ports: api.ports.list().await.iter().map(PortStatus::from).collect() })
 }
 
+/// Publishes a port, or a range of them: all or none
+#[utoipa::path(
+    post,
+    path = "/v1/ports",
+    request_body = NewPort,
+    responses(
+        (status = 201, description = "Published; port 0 is the port that was picked", body = PortList),
+        (status = 400, description = "It cannot be published on this host", body = ErrorBody),
+        (status = 403, description = "It needs a privilege", body = ErrorBody),
+        (status = 409, description = "Somebody has the port, or no port leads to this guest", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+        (status = 422, description = "The body is not this object", body = ErrorBody),
+        (status = 500, description = "The kernel or the network refuses", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn add(
     State(api): Shared,
     body: Result<Json<NewPort>, JsonRejection>,
-) -> Result<(StatusCode, Json<PortList>), Refusal> {
+) -> Result<(StatusCode, Json<PortList>), ApiError> {
     let Json(NewPort { publish: text }) = body?;
     let range = publish(&text).map_err(|error| ApiError::bad_value(format!("publish {text:?}: {error}")))?;
     // Carried out to its end even if the client goes: half a range would be neither there nor known.
@@ -185,17 +160,34 @@ pub(super) async fn add(
     Ok((StatusCode::CREATED, Json(PortList { ports: made.iter().map(PortStatus::from).collect() })))
 }
 
+/// Publishes a port no more; exchanges of datagrams end with it, connections only if asked
+#[utoipa::path(
+    delete,
+    path = "/v1/ports/{id}",
+    params(
+        ("id" = String, Path, description = "Its number; or all of it as `--publish` takes it, or `tcp:` or `udp:` and \
+         the host's port, where that is one"),
+        Removal,
+    ),
+    responses(
+        (status = 200, description = "Removed", body = Removed),
+        (status = 400, description = "A value is wrong", body = ErrorBody),
+        (status = 404, description = "There is no such port", body = ErrorBody),
+        (status = 409, description = "Several are meant, or connections cannot be closed here", body = ErrorBody),
+        (status = 500, description = "The network refuses", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn remove(
     State(api): Shared,
     Path(name): Path<String>,
     removal: Result<Query<Removal>, QueryRejection>,
-) -> Result<Json<Removed>, Refusal> {
+) -> Result<Json<Removed>, ApiError> {
     let Query(Removal { close }) = removal?;
     let id = find(&api.ports.list().await, &name)?;
     let ports = api.ports.clone();
     let removed = tokio::spawn(async move { ports.remove(id, close).await }).await;
-    let removed =
-        removed.map_err(|_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "it failed"))??;
+    let removed = removed.map_err(failed)??;
     let reset = removed.ok_or_else(|| no_port(&name))?;
     Ok(Json(Removed { connections_reset: reset as u64 }))
 }
