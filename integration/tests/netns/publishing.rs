@@ -51,7 +51,7 @@ impl Api {
             self.stream.read_line(&mut field)?;
             match field.trim_end().split_once(": ") {
                 Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
-                    length = value.parse()?
+                    length = value.parse()?;
                 }
                 Some(_) => {}
                 None => break,
