@@ -194,17 +194,26 @@ impl Ports {
     /// connections were reset; `None` if there is no such port.
     ///
     /// # Errors
-    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`].
+    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`] and [`PortError::NotHere`].
     pub async fn remove(&self, id: u64, reset: bool) -> Result<Option<usize>, PortError> {
         let mut table = self.table.lock().await;
-        if reset && matches!(&*self.way, Way::Kernel(..)) {
-            return Err(PortError::CannotClose);
+        match &*self.way {
+            Way::None(why) if table.entries.iter().any(|entry| entry.published.id == id) => {
+                return Err(PortError::NotHere(why));
+            }
+            Way::Kernel(..) if reset => return Err(PortError::CannotClose),
+            _ => {}
         }
+        let known = table.entries.iter().find(|entry| entry.published.id == id);
+        let Some(port) = known.map(|entry| entry.published.port) else { return Ok(None) };
         let outcome = self.remove_from(&mut table, id, reset).await;
+        tracing::info!(id, kind = port.protocol.name(), host = %port.host, "published no more");
+        self.events.tell(Event::PortUnpublished(event(&port)));
         self.note(&table).await?;
         outcome
     }
 
+    /// Removes a port without a word to others.
     async fn remove_from(
         &self,
         table: &mut MutexGuard<'_, Table>,
@@ -220,8 +229,6 @@ impl Ports {
             Way::None(_) | Way::Kernel(..) => Ok(0),
             Way::Workers(workers) | Way::Link(workers, _) => withdraw(workers, port, reset).await,
         };
-        tracing::info!(id, kind = port.protocol.name(), host = %port.host, "published no more");
-        self.events.tell(Event::PortUnpublished(event(&port)));
         Ok(Some(ended?))
     }
 
@@ -396,12 +403,14 @@ mod tests {
     async fn either_all_ports_of_a_request_are_published_or_none() {
         let (handle, served) = worker(|_| Ok(true));
         let ports = Ports::new(Way::Workers(vec![handle.clone()]), Events::default(), []);
+        let mut events = ports.events.listen();
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let wanted = Publish::new(Protocol::Tcp, taken.local_addr().unwrap(), 80);
         let error = ports.publish(vec![port("127.0.0.1:0:80"), wanted]).await.unwrap_err();
         let pid = format!("process {}", std::process::id());
         assert!(matches!(error, PortError::Bind(_)) && error.to_string().contains(&pid), "{error}");
         assert_eq!(ports.list().await, []);
+        assert!(events.try_recv().is_err(), "nobody was told of the one that was taken back");
         let many = vec![port("0:1"); limits::PUBLISHED_PORTS_MAX + 1];
         assert!(matches!(ports.publish(many).await, Err(PortError::TooMany)));
         end(&handle).await;
@@ -432,5 +441,9 @@ mod tests {
         let ports = Ports::new(Way::None("no port leads there"), Events::default(), []);
         let error = ports.publish(vec![port("80:80")]).await.unwrap_err();
         assert_eq!(error.to_string(), "no port leads there");
+        // Those of the start are others' to serve, and to end.
+        let ports = Ports::new(Way::None("a holder has it"), Events::default(), [(port("80:80"), None)]);
+        assert!(matches!(ports.remove(1, false).await, Err(PortError::NotHere("a holder has it"))));
+        assert_eq!(ports.list().await.len(), 1);
     }
 }
