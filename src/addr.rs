@@ -52,6 +52,67 @@ impl fmt::Debug for MacAddr {
     }
 }
 
+/// Longest name of an interface in bytes: `IFNAMSIZ` less its final zero.
+const LINK_NAME_BYTES_MAX: usize = 15;
+
+/// Name of an interface of the host, as the kernel would take it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LinkName {
+    bytes: [u8; LINK_NAME_BYTES_MAX],
+    len: u8,
+}
+
+impl LinkName {
+    /// `name`, if the kernel would take it for a new interface: 1 to 15 bytes, no slash,
+    /// colon or white space, not `.` or `..` (`dev_valid_name`); `%` is refused too, which the kernel would replace
+    /// by a number.
+    pub fn new(name: &str) -> Option<LinkName> {
+        let wrong =
+            |c: u8| c == b'/' || c == b':' || c == b'%' || c.is_ascii_whitespace() || c == 0x0b || c == 0;
+        let fits = !name.is_empty()
+            && name.len() <= LINK_NAME_BYTES_MAX
+            && name != "."
+            && name != ".."
+            && !name.bytes().any(wrong);
+        if !fits {
+            return None;
+        }
+        let mut bytes = [0; LINK_NAME_BYTES_MAX];
+        bytes[..name.len()].copy_from_slice(name.as_bytes());
+        Some(LinkName { bytes, len: name.len() as u8 })
+    }
+
+    /// The name.
+    pub fn as_str(&self) -> &str {
+        str::from_utf8(&self.bytes[..usize::from(self.len)]).expect("made of a whole text")
+    }
+}
+
+impl fmt::Display for LinkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl fmt::Debug for LinkName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl serde::Serialize for LinkName {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for LinkName {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<LinkName, D::Error> {
+        let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+        LinkName::new(&text).ok_or_else(|| serde::de::Error::custom("not a name of an interface"))
+    }
+}
+
 /// Identifier of a VLAN (IEEE 802.1Q, 9.6): 1 to 4094. 0 is a priority without a VLAN, 4095 is reserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VlanId(u16);

@@ -6,12 +6,14 @@
 mod hold;
 mod membership;
 mod outside;
+mod publishing;
 mod services;
 mod stations;
 mod translation;
 
 pub use hold::hold;
 use outside::{Inner, Outside};
+use publishing::{AtStart, bind_all};
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,13 +21,12 @@ use std::sync::{Arc, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use socket2::{Socket, Type};
 use thiserror::Error;
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
-use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
 use crate::control::api::{self, Facts, Stop};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
@@ -56,7 +57,7 @@ use crate::requests;
 use crate::service::dns::DnsService;
 use crate::socket_file::SocketFileError;
 use crate::time::Clock;
-use crate::uplink::sockets::bind_published;
+use crate::uplink::published::BindError;
 use crate::uplink::sys::socket::raise_open_files_limit;
 use crate::uplink::sys::tap::TapQueue;
 use crate::uplink::tap::{self, OpenLink};
@@ -66,17 +67,8 @@ use crate::worker::{LinkParts, Worker, WorkerParts};
 #[derive(Debug, Error)]
 pub enum Error {
     /// A published port could not be bound.
-    #[error("--publish: cannot listen on {kind} {host}{taken_by}")]
-    Publish {
-        /// `tcp` or `udp`.
-        kind: &'static str,
-        /// The host address asked for.
-        host: SocketAddr,
-        /// Whose it is, if that is known; begins with a comma.
-        taken_by: String,
-        /// The kernel's refusal.
-        source: io::Error,
-    },
+    #[error("--publish")]
+    Publish(#[from] BindError),
     /// The link of `--uplink` could not be had.
     #[error(transparent)]
     Link(#[from] tap::OpenError),
@@ -157,6 +149,7 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
+    let place = publishing::place(&config, joined.as_ref().is_some_and(membership::is_rootless));
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
@@ -192,7 +185,7 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outside = Outside { signals, log: log.clone(), facts, control, metrics };
+    let outside = Outside { signals, log: log.clone(), facts, control, metrics, place };
     let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
@@ -267,11 +260,14 @@ fn run_on(
     let events = outside.log.events.clone();
     let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
     let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner } = prepared;
-    if let Some((joined, held)) = membership {
-        let _inside = runtime.enter();
-        // Where a holder answers DHCP, the guard sees what it says.
-        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest.clone()))?;
+    let _inside = runtime.enter();
+    // Where a holder answers DHCP, the guard sees what it says.
+    let member = membership.map(|(joined, held)| (joined, held.unwrap_or(guest.clone())));
+    if let Some((joined, guest)) = &member {
+        membership::serve(joined, &ports.ports, guest.clone())?;
     }
+    let way = outside.place.with(inner.workers.clone(), member);
+    let ports = publishing::serve(way, events, ports, &guest)?;
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
@@ -286,7 +282,7 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
-        let (signals, stop, _file) = outside.open(guest, inner);
+        let (signals, stop, _file) = outside.open(guest, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
         supervise(signals, &stop, ended, &shutdown).await
     });
@@ -310,18 +306,12 @@ struct Prepared {
     host: Option<Dependents>,
     /// Of the named network's leases.
     keeper: Option<Keeper>,
-    /// Published ports that no worker serves, because the kernel translates.
-    ports: Ports,
+    /// What is published.
+    ports: AtStart,
     /// What the control API answers from.
     inner: Inner,
     /// The guest's address as DHCP gives it.
     guest: watch::Receiver<Option<Ipv4Addr>>,
-}
-
-#[derive(Default)]
-struct Ports {
-    publish: Vec<Publish>,
-    bound: (Bound, Bound),
 }
 
 /// What is translated to sockets of the host. Behind an address on a link no port is the host's, and the way to
@@ -357,9 +347,10 @@ fn prepare(
     // On a named network the kernel translates, and names are all that is asked of the world here.
     let is_shared = config.network.is_some();
     let mode = if world && !is_shared && !is_translated { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let ports = published_at_start(config, &nat, is_translated);
     let (mut published, ports) = match is_shared {
-        true => (None, Ports { publish: noted(config, &nat), bound }),
-        false => (Some(bound), Ports::default()),
+        true => (None, AtStart { ports, relayed: bound }),
+        false => (Some(bound), AtStart { ports, relayed: Vec::new() }),
     };
     let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
@@ -375,7 +366,6 @@ fn prepare(
         forwarders.push(forwarder);
         let addresses_gone = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
         wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
-        let (tcp, udp) = published.take().unwrap_or_default();
         let several = workers > 1;
         let (handle, asked) = requests::channel().map_err(starting("an eventfd"))?;
         handles.push(handle);
@@ -394,8 +384,7 @@ fn prepare(
             dns: Arc::clone(&dns),
             link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
             dns_client,
-            tcp,
-            udp,
+            published: published.take().unwrap_or_default(),
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
             addresses_gone,
             peek_offset: !config.no_peek_off,
@@ -423,10 +412,14 @@ fn prepare(
     Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner })
 }
 
-/// What others are told of this process's published ports, whoever serves them.
-fn noted(config: &Config, nat: &NatConfig) -> Vec<Publish> {
+/// The published ports, whoever serves them.
+fn published_at_start(config: &Config, nat: &NatConfig, is_translated: bool) -> Vec<Publish> {
     let lent = config.network.iter().flat_map(|network| &network.lent);
-    nat.publish.iter().chain(lent).copied().collect()
+    let of_link = match &config.mode {
+        Mode::Nat(nat) if is_translated => &nat.publish[..],
+        _ => &[],
+    };
+    nat.publish.iter().chain(lent).chain(of_link).copied().collect()
 }
 
 type WorkerThread = thread::JoinHandle<io::Result<Counters>>;
@@ -461,33 +454,6 @@ async fn supervise(
         Ok(Ok(result)) => Ok(result?),
         _ => Err(Error::Thread("session")),
     }
-}
-
-type Bound = Vec<(Socket, u16)>;
-
-/// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
-fn bind_all(publish: &mut [Publish]) -> Result<(Bound, Bound), Error> {
-    let (mut tcp, mut udp) = (Vec::new(), Vec::new());
-    for entry in publish {
-        let socket = bind(entry)?;
-        let list = if entry.protocol == Protocol::Tcp { &mut tcp } else { &mut udp };
-        list.push((socket, entry.guest_port));
-    }
-    Ok((tcp, udp))
-}
-
-/// Binds one published port, which must be a free one.
-fn bind(port: &mut Publish) -> Result<Socket, Error> {
-    let (kind, socket_type) = match port.protocol {
-        Protocol::Tcp => ("tcp", Type::STREAM),
-        Protocol::Udp => ("udp", Type::DGRAM),
-    };
-    let refused = |source| Error::Publish { kind, host: port.host, taken_by: String::new(), source };
-    let socket = bind_published(socket_type, port.host).map_err(refused)?;
-    let host = socket.local_addr().map_err(refused)?.as_socket().unwrap_or(port.host);
-    tracing::info!(kind, %host, guest_port = port.guest_port, "published");
-    port.host = host;
-    Ok(socket)
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {

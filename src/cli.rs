@@ -31,14 +31,14 @@ use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
-use crate::config::{Config, DnsConfig, IpMtu};
+use crate::config::{Config, DnsConfig, IpMtu, PublishList, PublishRange};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
 pub use subnet::Notice;
-pub use values::{DnsHost, PublishRange, ValueError};
+pub use values::{DnsHost, ValueError};
 
 /// What `--print-capabilities` prints: the conventions' JSON. A network back-end has no optional
 /// features by them.
@@ -316,10 +316,20 @@ pub struct Args {
     no_dhcp: bool,
 
     /// Publish a port of the guest on this host; repeatable. TCP unless udp: is said, on all IPv4
-    /// addresses unless HOSTADDR is given; host port 0 picks a free one and logs it
-    #[arg(long, value_name = "[tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END]",
+    /// addresses unless HOSTADDR is given, for clients of all interfaces unless %INTERFACE is; host port 0
+    /// picks a free one and logs it
+    #[arg(long, value_name = "[tcp:|udp:][HOSTADDR][%INTERFACE:]HOSTPORT[-END]:GUESTPORT[-END]",
           value_parser = values::publish, help_heading = "Reaching the guest and the host")]
     publish: Vec<PublishRange>,
+    /// Publish TCP ports as passt's -t does: [HOSTADDR][%INTERFACE]/, then FIRST[-LAST][:TO[-TO_LAST]] and, for
+    /// those to leave out, ~FIRST[-LAST], joined by commas; or none. Repeatable
+    #[arg(short = 't', long, value_name = "PORTS", value_parser = values::tcp_ports,
+          help_heading = "Reaching the guest and the host")]
+    tcp_ports: Vec<PublishList>,
+    /// The same for UDP
+    #[arg(short = 'u', long, value_name = "PORTS", value_parser = values::udp_ports,
+          help_heading = "Reaching the guest and the host")]
+    udp_ports: Vec<PublishList>,
     /// Let the gateway's address reach 127.0.0.1 of this host, and the guest this host's own addresses
     #[arg(long, help_heading = "Reaching the guest and the host")]
     allow_host_loopback: bool,

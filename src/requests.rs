@@ -12,10 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rtrb::{Consumer, Producer, RingBuffer};
+use socket2::Socket;
 use thiserror::Error;
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::config::Publish;
 use crate::device::{DeviceStats, Features};
 use crate::engine::counters::Counters;
 use crate::engine::flows::{FlowId, FlowPage, FlowQuery};
@@ -40,6 +42,18 @@ pub enum Request {
     EndFlow(FlowId, Answer<bool>),
     /// To let no flow begin any more.
     Drain(Answer<()>),
+    /// To serve a published port by its socket, or to know that another worker does. Answered with whether it could:
+    /// false if a flow has the port. Not carried out once nobody waits for the answer.
+    Publish(Publish, Option<Socket>, Answer<io::Result<bool>>),
+    /// To serve it no more. Answered with how many connections were reset.
+    Unpublish {
+        /// It, with the port that was picked.
+        port: Publish,
+        /// Whether open connections end with it.
+        reset: bool,
+        /// The way back.
+        answer: Answer<usize>,
+    },
 }
 
 /// How a worker is.

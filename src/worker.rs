@@ -17,10 +17,11 @@ use std::time::Duration;
 use epoll::Event;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::IpMtu;
+use crate::config::{IpMtu, Protocol, Publish};
 use crate::control::dns_forward::DnsClient;
 use crate::control::events::Events;
 use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, Taken, TxEvent};
+use crate::engine::core::Owner;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::GuestPort;
@@ -91,10 +92,8 @@ pub struct WorkerParts {
     pub link: Option<LinkParts>,
     /// The way to upstream resolvers.
     pub dns_client: DnsClient,
-    /// Bound sockets of published TCP ports, and the guest's port of each.
-    pub tcp: Vec<(socket2::Socket, u16)>,
-    /// The same for UDP.
-    pub udp: Vec<(socket2::Socket, u16)>,
+    /// Published ports, with their bound sockets.
+    pub published: Vec<(Publish, socket2::Socket)>,
     /// Written to end the worker.
     pub stop: EventFd,
     /// Written when addresses of the host went and did not come back.
@@ -131,6 +130,31 @@ impl KickWatch for Kicks<'_> {
     }
 }
 
+/// Has `engine` serve a published port by its bound socket.
+///
+/// # Errors
+/// The socket cannot be watched.
+pub(crate) fn publish(
+    engine: &mut Engine<HostSockets>,
+    owner: Owner,
+    port: Publish,
+    socket: socket2::Socket,
+) -> io::Result<()> {
+    match port.protocol {
+        Protocol::Tcp => {
+            let token = engine.nat().next_listener_token();
+            let listener = engine.nat().net().listener(token, socket)?;
+            engine.publish_tcp(owner, port, listener);
+        }
+        Protocol::Udp => {
+            let token = engine.nat().next_datagram_token();
+            let socket = engine.nat().net().published_udp(token, socket)?;
+            engine.publish_udp(owner, port, socket);
+        }
+    }
+    Ok(())
+}
+
 impl Worker {
     /// Puts a worker together.
     ///
@@ -153,15 +177,8 @@ impl Worker {
             poll.watch_readable(postbox.fd(), LETTERS)?;
         }
         let mut engine = Engine::new(&parts.engine, sockets, parts.dhcp, parts.dns);
-        for (socket, guest_port) in parts.tcp {
-            let token = engine.nat().next_listener_token();
-            let listener = engine.nat().net().listener(token, socket)?;
-            engine.nat().publish_tcp(listener, guest_port);
-        }
-        for (socket, guest_port) in parts.udp {
-            let token = engine.nat().next_datagram_token();
-            let socket = engine.nat().net().published_udp(token, socket)?;
-            engine.publish_udp(socket, guest_port);
+        for (port, socket) in parts.published {
+            publish(&mut engine, Owner::TheGuest, port, socket)?;
         }
         let mut link = parts.link.map(LinkEnd::new);
         if let Some(link) = &mut link {

@@ -1,16 +1,15 @@
 //! A named network in the life of the process: joined before anything else is opened, left after all else
 //! is closed.
 
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::{Bound, Error, bind, random_pair, services, starting};
+use super::publishing::bind;
+use super::{Error, random_pair, services, starting};
 use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
 use crate::control::network_watch::{self, SharedJoined};
-use crate::control::port_relay;
 use crate::engine::lan::guard::SharedTable;
 use crate::holder::door::Use;
 use crate::holder::ports::Lent;
@@ -18,6 +17,7 @@ use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
 use crate::network::store::LeaseStore;
 use crate::network::users::{PublishedPort, User};
+use crate::uplink::published::Obstacle;
 
 /// Joins the network of `config`, if it has one.
 pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
@@ -53,30 +53,30 @@ pub(super) fn bind_lent(network: Option<&mut NetworkConfig>) -> Result<Vec<Lent>
 
 /// The same error; of a port that another process of the same networks has published, with whose it is.
 pub(super) fn with_owner(error: Error, network: Option<&NetworkConfig>) -> Error {
-    match (error, network) {
-        (Error::Publish { kind, host, source, .. }, Some(network))
-            if source.kind() == io::ErrorKind::AddrInUse =>
-        {
-            let taken_by = owner(&Networks::new(network.state.clone()), kind == "udp", host);
-            Error::Publish { kind, host, taken_by: taken_by.unwrap_or_default(), source }
+    let Some(network) = network else { return error };
+    match error {
+        Error::Publish(mut refused) => {
+            if let Obstacle::Taken { network_user, .. } = &mut refused.why {
+                *network_user = owner(&Networks::new(network.state.clone()), &refused.port);
+            }
+            Error::Publish(refused)
         }
-        (error, _) => error,
+        error => error,
     }
 }
 
 /// Who of all users of `networks` has published this end of the host, in words.
-fn owner(networks: &Networks, udp: bool, host: SocketAddr) -> Option<String> {
-    let is_it = |port: &PublishedPort| {
-        let ip = IpAddr::V4(*port.host.ip());
-        let same_ip = ip == host.ip() || ip.is_unspecified() || host.ip().is_unspecified();
-        port.udp == udp && port.host.port() == host.port() && same_ip
-    };
+fn owner(networks: &Networks, wanted: &Publish) -> Option<String> {
+    let is_it = |port: &PublishedPort| publish(port).collides(wanted);
     for network in networks.all().ok()? {
         let users = networks.users(&network.name).unwrap_or_default();
         if let Some(user) = users.iter().find(|user| user.published.iter().any(is_it)) {
             let socket = user.socket.as_ref().map(|path| format!(" ({})", path.display()));
             let (pid, socket) = (user.pid, socket.unwrap_or_default());
-            return Some(format!(", which process {pid}{socket} of network {} has published", network.name));
+            return Some(format!(
+                "process {pid}{socket} of network {}, which has published it",
+                network.name
+            ));
         }
     }
     None
@@ -104,6 +104,11 @@ pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Opti
     Ok(Some((place, used)))
 }
 
+/// Whether the network is one with a holder.
+pub(super) fn is_rootless(joined: &SharedJoined) -> bool {
+    joined.lock().unwrap_or_else(PoisonError::into_inner).definition().is_rootless()
+}
+
 /// The network's store of leases, where a holder gives them and this process claims its guest's.
 pub(super) fn claims(joined: &SharedJoined, config: &Config) -> Result<Option<LeaseStore>, Error> {
     let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
@@ -125,22 +130,13 @@ pub(super) fn update(joined: &SharedJoined, change: impl FnOnce(&mut User)) -> R
     joined.lock().unwrap_or_else(PoisonError::into_inner).update(change)
 }
 
-/// Serves the published ports and looks after the network from now on, on the runtime this is called on.
+/// Tells others what is published and looks after the network from now on, on the runtime this is called on.
 pub(super) fn serve(
     joined: &SharedJoined,
     publish: &[Publish],
-    (tcp, udp): (Bound, Bound),
     mut guest: watch::Receiver<Option<Ipv4Addr>>,
 ) -> Result<(), Error> {
-    for (socket, port) in tcp {
-        port_relay::relay_tcp(socket, guest.clone(), port)
-            .map_err(starting("the relay of a published port"))?;
-    }
-    for (socket, port) in udp {
-        port_relay::relay_udp(socket, guest.clone(), port)
-            .map_err(starting("the relay of a published port"))?;
-    }
-    let published = publish.iter().filter_map(published_port).collect();
+    let published = publish.iter().map(PublishedPort::from).collect();
     update(joined, |user| user.published = published)?;
     tokio::spawn(network_watch::follow(Arc::clone(joined)));
     let joined = Arc::clone(joined);
@@ -157,7 +153,7 @@ pub(super) fn serve(
     Ok(())
 }
 
-fn published_port(publish: &Publish) -> Option<PublishedPort> {
-    let SocketAddr::V4(host) = publish.host else { return None };
-    Some(PublishedPort { udp: publish.protocol == Protocol::Udp, host, guest_port: publish.guest_port })
+fn publish(port: &PublishedPort) -> Publish {
+    let PublishedPort { udp, host, interface, guest_port } = *port;
+    Publish { protocol: if udp { Protocol::Udp } else { Protocol::Tcp }, host, interface, guest_port }
 }

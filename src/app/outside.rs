@@ -7,9 +7,12 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 
+use super::publishing::Place;
+
 use crate::control::api::{self, Api, Facts, Stop};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
+use crate::control::ports::Ports;
 use crate::control::signals::Signals;
 use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
@@ -27,6 +30,8 @@ pub(super) struct Outside {
     pub(super) control: Option<(UnixListener, SocketFile)>,
     /// The listener for metrics alone.
     pub(super) metrics: Option<TcpListener>,
+    /// Who serves published ports.
+    pub(super) place: Place,
 }
 
 /// What the control API answers from.
@@ -45,13 +50,14 @@ impl Outside {
         self,
         guest: watch::Receiver<Option<Ipv4Addr>>,
         inner: Inner,
+        ports: Ports,
     ) -> (Signals, Stop, Option<SocketFile>) {
-        let Outside { signals, log, facts, control, metrics } = self;
+        let Outside { signals, log, facts, control, metrics, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest, events.clone()));
         let Inner { workers, dhcp, dns, resolver, clock } = inner;
-        let api = Api { facts, workers, dhcp, dns, resolver, events, log, stop: stop.clone(), clock };
+        let api = Api { facts, workers, dhcp, dns, resolver, ports, events, log, stop: stop.clone(), clock };
         let api = Arc::new(api);
         if let Some(listener) = metrics {
             tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));

@@ -1,7 +1,7 @@
 //! `--mode bridge`: the guest is a station of a network that has its own gateway, so that no flag of ours
 //! about one has a meaning; and the flags that have one there only.
 
-use super::check::UsageError;
+use super::check::{UsageError, publishing_flag};
 use super::{Args, ModeArg, UplinkArg, subnet};
 use crate::config::{DnsConfig, GuardConfig, KeepLeases, Lan, LinkConfig, LinkSource};
 use crate::network::state_dir::{self, StateDirError};
@@ -92,9 +92,14 @@ pub(super) fn no_gateway(args: &Args) -> (Lan, DnsConfig) {
 pub(super) fn refuse_within(args: &Args) -> Result<(), UsageError> {
     let addresses = "that network's DHCP or the guest itself decides its addresses";
     let names = "that network's DHCP tells the guest its resolvers, and vunet answers no names there";
+    let publishing = publishing_flag(args);
     let udp = "nothing is translated, so no datagram has a port of this host";
     let given = [
-        (!args.publish.is_empty(), "--publish", "the guest has an address of its own that others reach"),
+        (
+            publishing.is_some(),
+            publishing.unwrap_or_default(),
+            "the guest has an address of its own that others reach",
+        ),
         (args.allow_host_loopback, "--allow-host-loopback", "there is no gateway of ours on that network"),
         (args.subnet.is_some(), "--subnet", addresses),
         (args.gateway.is_some(), "--gateway", addresses),
@@ -188,6 +193,8 @@ mod tests {
     fn flags_of_a_gateway_of_ours_are_refused_on_a_network_with_its_own() {
         for flag in [
             "--publish 80:80",
+            "--tcp-ports 80",
+            "--udp-ports 80",
             "--allow-host-loopback",
             "--subnet 10.0.2.0/24",
             "--gateway 10.0.2.1",

@@ -1,5 +1,6 @@
 //! Flags judged together: what cannot be said by one value alone.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix;
@@ -11,12 +12,12 @@ use super::bridge;
 use super::member;
 use super::subnet::{self, Notice};
 use super::translate;
-use super::values::{self, PublishRange, ValueError};
+use super::values::{self, ValueError};
 use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::config::{
     Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
-    UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
+    PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
 use crate::network::manager::NetworkError;
@@ -266,19 +267,12 @@ pub enum UsageError {
     #[error("--guest-ip {0} is the gateway's address: give the guest another, or --gateway")]
     GuestIsGateway(Ipv4Addr),
     /// One host port for two guest ports.
-    #[error(
-        "--publish takes {protocol} port {port} of this host twice ({first} and {second}): publish each \
-         host port once"
-    )]
+    #[error("{first} and {second} take one port of this host: publish each host port once")]
     PublishedTwice {
-        /// `tcp` or `udp`.
-        protocol: &'static str,
-        /// The port.
-        port: u16,
-        /// Address it is first taken at.
-        first: IpAddr,
-        /// Address it is taken at again.
-        second: IpAddr,
+        /// What takes it.
+        first: Publish,
+        /// What takes it again.
+        second: Publish,
     },
     /// A flag given more often than its bound.
     #[error("{flag}: {count} {what} are more than the {max} allowed: give fewer")]
@@ -403,8 +397,8 @@ fn mode(args: &Args) -> Result<Mode, UsageError> {
         ModeArg::Bridge => return Ok(Mode::Isolated),
     };
     let refuse = |flag: String, why| Err(UsageError::NeedsNat { flag, mode: name, why });
-    if !args.publish.is_empty() {
-        return refuse("--publish".to_owned(), "no port of this host leads to the guest");
+    if let Some(flag) = publishing_flag(args) {
+        return refuse(flag.to_owned(), "no port of this host leads to the guest");
     }
     if args.allow_host_loopback {
         return refuse("--allow-host-loopback".to_owned(), "nothing leads from the guest to this host");
@@ -434,7 +428,7 @@ pub(super) fn nat(args: &Args) -> Result<NatConfig, UsageError> {
     }
     Ok(NatConfig {
         udp: udp(args),
-        publish: published(&args.publish)?,
+        publish: published(args)?,
         allow_host_loopback: args.allow_host_loopback,
         dns_servers,
     })
@@ -453,35 +447,39 @@ fn udp(args: &Args) -> UdpConfig {
     UdpConfig { mapping: mapping.unwrap_or_default(), filtering: filtering.unwrap_or_default() }
 }
 
+/// What the flags publish, in the order of the flags.
+pub(super) fn ranges(args: &Args) -> impl Iterator<Item = PublishRange> {
+    let listed = args.tcp_ports.iter().chain(&args.udp_ports).flat_map(|list| &list.0);
+    args.publish.iter().chain(listed).copied()
+}
+
+/// A flag that publishes something.
+pub(super) fn publishing_flag(args: &Args) -> Option<&'static str> {
+    let is_given = |lists: &[PublishList]| lists.iter().any(|list| !list.0.is_empty());
+    let given = [
+        (!args.publish.is_empty(), "--publish"),
+        (is_given(&args.tcp_ports), "--tcp-ports"),
+        (is_given(&args.udp_ports), "--udp-ports"),
+    ];
+    given.into_iter().find(|(given, _)| *given).map(|(_, flag)| flag)
+}
+
 /// Every port by itself; no host port twice, or the second could not be bound.
-pub(super) fn published(ranges: &[PublishRange]) -> Result<Vec<Publish>, UsageError> {
-    let count = ranges.iter().map(PublishRange::count).sum();
-    bound("--publish", "ports", count, limits::PUBLISHED_PORTS_MAX)?;
+pub(super) fn published(args: &Args) -> Result<Vec<Publish>, UsageError> {
+    let count = ranges(args).map(|range| range.count()).sum();
+    let flag = publishing_flag(args).unwrap_or("--publish");
+    bound(flag, "ports", count, limits::PUBLISHED_PORTS_MAX)?;
     let mut ports: Vec<Publish> = Vec::with_capacity(count);
-    for port in ranges.iter().flat_map(|range| range.iter()) {
-        if let Some(first) = ports.iter().find(|other| collide(other, &port)) {
-            return Err(UsageError::PublishedTwice {
-                protocol: match port.protocol {
-                    Protocol::Tcp => "TCP",
-                    Protocol::Udp => "UDP",
-                },
-                port: port.host.port(),
-                first: first.host.ip(),
-                second: port.host.ip(),
-            });
+    let mut at_port: HashMap<(Protocol, u16), Vec<usize>> = HashMap::new();
+    for port in ranges(args).flat_map(PublishRange::iter) {
+        let of_number = at_port.entry((port.protocol, port.host.port())).or_default();
+        if let Some(first) = of_number.iter().map(|at| &ports[*at]).find(|other| other.collides(&port)) {
+            return Err(UsageError::PublishedTwice { first: *first, second: port });
         }
+        of_number.push(ports.len());
         ports.push(port);
     }
     Ok(ports)
-}
-
-/// Whether both need the same port of the same address; "all addresses" has every one.
-fn collide(a: &Publish, b: &Publish) -> bool {
-    let (a_addr, b_addr) = (a.host.ip(), b.host.ip());
-    a.protocol == b.protocol
-        && a.host.port() == b.host.port()
-        && a.host.port() != 0
-        && (a_addr == b_addr || a_addr.is_unspecified() || b_addr.is_unspecified())
 }
 
 fn bound(flag: &'static str, what: &'static str, count: usize, max: usize) -> Result<(), UsageError> {
@@ -704,6 +702,8 @@ mod tests {
             assert_eq!(notices, []);
             for flag in [
                 "--publish 80:80",
+                "--tcp-ports 80",
+                "--udp-ports 80",
                 "--allow-host-loopback",
                 "--dns-server 192.0.2.1",
                 "--uplink sockets",
@@ -797,15 +797,22 @@ mod tests {
             "--publish 80:80 --publish 127.0.0.1:80:80",
             "--publish 127.0.0.1:80:80 --publish tcp:0.0.0.0:80:80",
             "--publish 80-90:80-90 --publish 85:1",
+            "--publish 80:80 -t 80",
+            "-t 80-90 -t 127.0.0.1/85:1",
+            "-u 53 --publish udp:%eth0:53:53",
         ] {
             let error = error(&format!("--socket-path s {line}"));
             assert!(error.contains("publish each host port once"), "{error}");
         }
         let config = config(
             "--publish 80:80 --publish udp:80:80 --publish 127.0.0.1:81:80 --publish 127.0.0.2:81:80 \
-             --publish 0:22 --publish 0:22",
+             --publish 0:22 --publish 0:22 -t none -u 127.0.0.1/53 -t %eth0/7000-7002,~7001 -t %eth1/7000",
         );
-        assert_eq!(nat_of(&config).publish.len(), 6);
+        let ports: Vec<String> = nat_of(&config).publish.iter().map(ToString::to_string).collect();
+        assert_eq!(ports.len(), 10);
+        let listed = ["tcp:0.0.0.0%eth0:7000:7000", "tcp:0.0.0.0%eth0:7002:7002"];
+        let rest = ["tcp:0.0.0.0%eth1:7000:7000", "udp:127.0.0.1:53:53"];
+        assert_eq!(ports[6..], [listed, rest].concat());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `vunet ctl`: the control API for people (tables) and scripts (`--json`).
 
 use std::io::Write;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -9,11 +9,13 @@ use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::values;
 use crate::control::api::counters::CountersAnswer;
 use crate::control::api::flows::{FlowStatus, Flows};
 use crate::control::api::leases::Leases;
 use crate::control::api::log_level::LogLevel;
 use crate::control::api::names::Names;
+use crate::control::api::ports::{NewPort, PortList};
 use crate::control::api::status::Status;
 use crate::control::api::stopping::Drain;
 use crate::control::client::{Client, ClientError};
@@ -45,6 +47,24 @@ enum What {
         /// Names of flows
         #[arg(required = true, value_name = "FLOW")]
         flows: Vec<String>,
+    },
+    /// Ports of this host that lead to the guest
+    Ports,
+    /// Publish ports of the guest on this host, as --publish does; of a range all or none
+    Publish {
+        /// Ports, such as 8080:80, udp:127.0.0.1:5353:53 or 0:22 (0 picks a free one, which is shown)
+        #[arg(required = true, value_name = "[tcp:|udp:][HOSTADDR][%INTERFACE:]HOSTPORT[-END]:GUESTPORT[-END]",
+              value_parser = values::publish_text)]
+        ports: Vec<String>,
+    },
+    /// Publish ports no more; their open connections go on
+    Unpublish {
+        /// Their numbers as `ports` shows them, or tcp:HOSTPORT or udp:HOSTPORT, or all of it as --publish takes it
+        #[arg(required = true, value_name = "PORT")]
+        ports: Vec<String>,
+        /// Reset their open connections
+        #[arg(long)]
+        close: bool,
     },
     /// Addresses that DHCP gave
     Leases,
@@ -123,6 +143,15 @@ impl Ctl {
                 }
                 String::new()
             }
+            What::Ports => self.show(&client, "/v1/ports", ports_text)?,
+            What::Publish { ports } => self.publish(&client, ports)?,
+            What::Unpublish { ports, close } => {
+                for port in ports {
+                    let resource = format!("/v1/ports/{}?close={close}", path_segment(port));
+                    client.call(Method::DELETE, &resource, None::<&()>)?;
+                }
+                String::new()
+            }
             What::Leases => self.show(&client, "/v1/leases", leases_text)?,
             What::Dns => self.show(&client, "/v1/dns", names_text)?,
             What::LogLevel { level: None } => {
@@ -154,6 +183,18 @@ impl Ctl {
     ) -> Result<String, ClientError> {
         let answer: T = client.get(resource)?;
         if self.json { Ok(serde_json::to_string_pretty(&answer)? + "\n") } else { Ok(text(&answer)) }
+    }
+
+    /// Publishes ports one after another; what was published, as text or JSON.
+    fn publish(&self, client: &Client, ports: &[String]) -> Result<String, ClientError> {
+        let mut all = PortList { ports: Vec::new() };
+        for port in ports {
+            let body = NewPort { publish: port.clone() };
+            let made: PortList =
+                serde_json::from_slice(&client.call(Method::POST, "/v1/ports", Some(&body))?)?;
+            all.ports.extend(made.ports);
+        }
+        Ok(if self.json { serde_json::to_string_pretty(&all)? + "\n" } else { ports_text(&all) })
     }
 
     /// All pages of flows.
@@ -277,6 +318,27 @@ fn flows_text(flows: &[FlowStatus]) -> String {
     table(&["FLOW", "PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE"], &rows.collect::<Vec<_>>())
 }
 
+fn ports_text(list: &PortList) -> String {
+    let rows = list.ports.iter().map(|port| {
+        vec![
+            port.id.to_string(),
+            port.protocol.clone(),
+            SocketAddr::new(port.host_address, port.host_port).to_string(),
+            or_none(port.interface.as_deref()),
+            port.guest_port.to_string(),
+        ]
+    });
+    table(&["PORT", "PROTOCOL", "HOST", "INTERFACE", "GUEST PORT"], &rows.collect::<Vec<_>>())
+}
+
+/// A text as one segment of a path (RFC 3986, 2.1).
+fn path_segment(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~:".contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
 fn leases_text(leases: &Leases) -> String {
     let rows = leases.leases.iter().map(|lease| {
         vec![
@@ -315,4 +377,15 @@ fn event_text(name: &str, data: &str) -> String {
         other => format!(" {field}={other}"),
     });
     name.to_owned() + &words.collect::<String>() + "\n"
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_of_a_port_is_one_segment_of_a_path_whatever_is_in_it() {
+        assert_eq!(path_segment("udp:[::1]%lo:80:80"), "udp:%5B::1%5D%25lo:80:80");
+        assert_eq!(path_segment("../x?y#z"), "..%2Fx%3Fy%23z");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::check::{Parts, UsageError, dns, nat, published};
+use super::check::{Parts, UsageError, dns, nat, published, publishing_flag};
 use super::{Args, bridge};
 use crate::config::{
     DnsConfig, GuardConfig, IpMtu, KeepLeases, Lan, LinkConfig, LinkSource, Mode, NetworkConfig,
@@ -31,7 +31,7 @@ pub(super) fn parts(args: &Args, name: &NetworkName) -> Result<Parts, UsageError
             if !world {
                 refuse_host_only(args, name)?;
             }
-            let config = NetworkConfig { lent: published(&args.publish)?, ..config };
+            let config = NetworkConfig { lent: published(args)?, ..config };
             let parts = station(args, lan.ip_mtu, guard, config);
             Ok(Parts { lan: Lan { guest: args.guest_ip, ..parts.lan }, ..parts })
         }
@@ -139,8 +139,8 @@ fn refuse_defined(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
 fn refuse_host_only(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
     let given = [
         (
-            !args.publish.is_empty(),
-            "--publish",
+            publishing_flag(args).is_some(),
+            publishing_flag(args).unwrap_or_default(),
             "its guests are reached from this host only, at their own addresses",
         ),
         (!args.dns_server.is_empty(), "--dns-server", "only local names are answered"),
@@ -153,7 +153,7 @@ fn refuse_rootless(args: &Args, name: &NetworkName) -> Result<(), UsageError> {
     let holder = "the network's holder serves all its guests";
     let given = [
         (
-            !args.publish.is_empty() && args.trust_guest && args.guest_ip.is_none(),
+            publishing_flag(args).is_some() && args.trust_guest && args.guest_ip.is_none(),
             "--publish with --trust-guest",
             "nothing says which of its addresses the port leads to: add --guest-ip IP",
         ),

@@ -66,6 +66,11 @@ pub(super) fn link(args: &Args, lan: &Lan, nat: &NatConfig) -> Result<LinkConfig
             let why = "ports are published at the address on the link (--nat-address), and at no other";
             return Err(UsageError::NotWithPacketNat { flag, why });
         }
+        if let Some(interface) = port.interface {
+            let flag = format!("--publish %{interface}");
+            let why = "ports are published on the link of --uplink, and on no other interface";
+            return Err(UsageError::NotWithPacketNat { flag, why });
+        }
         if port.host.port() == 0 {
             let flag = "--publish with host port 0".to_owned();
             let why = "nobody on the link could know the port picked";
@@ -168,6 +173,8 @@ mod tests {
         assert_says(&format!("{fixed} --publish 192.0.2.51:80:80"), &["192.0.2.51:80", "--nat-address"]);
         assert_says(&format!("{on} --publish 192.0.2.50:80:80"), &["--nat-address"]);
         assert_says(&format!("{fixed} --publish 0:80"), &["host port 0"]);
+        assert_says(&format!("{fixed} -t %eth0/80"), &["%eth0", "no other interface"]);
+        assert_says(&format!("{fixed} --publish [::1]:80:80"), &["--nat-address"]);
         assert_says(&format!("{fixed} --allow-host-loopback"), &["--allow-host-loopback"]);
         assert_says(&format!("{fixed} --trust-guest"), &["--trust-guest"]);
         for bad in

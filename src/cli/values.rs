@@ -1,7 +1,7 @@
 //! Values of single flags: text to a checked value, with an error that says why not and what to write
 //! instead. The flag's name and the text itself are put in front by the argument parser.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::os::fd::RawFd;
 
@@ -10,7 +10,7 @@ use tracing_subscriber::EnvFilter;
 
 use super::UplinkArg;
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
-use crate::config::{DnsConfig, IpMtu, Protocol, Publish};
+use crate::config::{self, DnsConfig, IpMtu, Protocol, PublishError, PublishList, PublishRange};
 use crate::uplink::links::is_link_name;
 use crate::uplink::sys::affinity::CPUS_MAX;
 
@@ -36,34 +36,9 @@ pub enum ValueError {
     /// Not a list of CPUs.
     #[error("expected CPU numbers and ranges joined by commas, such as 2,3 or 4-7")]
     CpuList,
-    /// Not the form of `--publish`.
-    #[error(
-        "expected [tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END], such as 8080:80 or udp:127.0.0.1:5353:53"
-    )]
-    PublishForm,
-    /// Not a port number.
-    #[error("'{0}' is not a port: give a number from 1 to 65535{1}")]
-    Port(String, &'static str),
-    /// A range that ends before it starts.
-    #[error("the range {0}-{1} ends before it starts: give the lower port first")]
-    Backwards(u16, u16),
-    /// Ranges of different lengths.
-    #[error("{host} host ports cannot lead to {guest} guest ports: give ranges of equal length")]
-    RangeLengths {
-        /// Ports in the host's range.
-        host: usize,
-        /// Ports in the guest's range.
-        guest: usize,
-    },
-    /// Host port 0 as part of a range.
-    #[error("host port 0 (pick a free one) stands for a single port: publish each guest port by itself")]
-    PickRange,
-    /// An IPv6 address to listen on.
-    #[error("IPv6 is not offered by this version: publish on an IPv4 address of this host")]
-    Ipv6,
-    /// A host address that is none.
-    #[error("'{0}' is not an IPv4 address: give one of this host's, or none to listen on all of them")]
-    HostAddress(String),
+    /// Not what can be published.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
     /// Not a resolver's address.
     #[error("expected IP[:PORT], such as 192.0.2.53, 192.0.2.53:5353 or [2001:db8::53]:53")]
     DnsServerForm,
@@ -124,84 +99,24 @@ pub enum ValueError {
     Addr(#[from] crate::addr::ParseAddrError),
 }
 
-/// What one `--publish` asks for: `ports` host ports in a row to as many guest ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PublishRange {
-    protocol: Protocol,
-    host: Ipv4Addr,
-    host_port: u16,
-    guest_port: u16,
-    ports: u16,
-}
-
-impl PublishRange {
-    /// How many ports it publishes.
-    pub fn count(&self) -> usize {
-        self.ports.into()
-    }
-
-    /// Each port by itself, in order.
-    pub fn iter(self) -> impl Iterator<Item = Publish> {
-        (0..self.ports).map(move |n| Publish {
-            protocol: self.protocol,
-            host: SocketAddr::V4(SocketAddrV4::new(self.host, self.host_port + n)),
-            guest_port: self.guest_port + n,
-        })
-    }
-}
-
-/// Reads `[tcp:|udp:][HOSTADDR:]HOSTPORT[-END]:GUESTPORT[-END]`.
+/// Reads `--publish`.
 pub(super) fn publish(text: &str) -> Result<PublishRange, ValueError> {
-    let (protocol, rest) = match text.split_once(':') {
-        Some(("tcp", rest)) => (Protocol::Tcp, rest),
-        Some(("udp", rest)) => (Protocol::Udp, rest),
-        _ => (Protocol::Tcp, text),
-    };
-    let parts: Vec<&str> = rest.split(':').collect();
-    if rest.starts_with('[') || (parts.len() > 3 && rest.contains("::")) {
-        return Err(ValueError::Ipv6);
-    }
-    let (host, host_ports, guest_ports) = match parts[..] {
-        [host_ports, guest_ports] => (Ipv4Addr::UNSPECIFIED, host_ports, guest_ports),
-        [host, host_ports, guest_ports] => (host_address(host)?, host_ports, guest_ports),
-        _ => return Err(ValueError::PublishForm),
-    };
-    let (host_port, host_end) = port_range(host_ports, true)?;
-    let (guest_port, guest_end) = port_range(guest_ports, false)?;
-    if host_port == 0 && (host_end, guest_end) != (host_port, guest_port) {
-        return Err(ValueError::PickRange);
-    }
-    if host_end - host_port != guest_end - guest_port {
-        let count = |first: u16, end: u16| usize::from(end - first) + 1;
-        return Err(ValueError::RangeLengths {
-            host: count(host_port, host_end),
-            guest: count(guest_port, guest_end),
-        });
-    }
-    // Guest port 0 is refused, so the count is at most 65,535.
-    Ok(PublishRange { protocol, host, host_port, guest_port, ports: guest_end - guest_port + 1 })
+    Ok(config::publish::publish(text)?)
 }
 
-fn host_address(text: &str) -> Result<Ipv4Addr, ValueError> {
-    match text.parse::<Ipv4Addr>() {
-        Ok(addr) if !addr.is_multicast() && !addr.is_broadcast() => Ok(addr),
-        _ => Err(ValueError::HostAddress(text.to_owned())),
-    }
+/// What `--publish` would take, as it is written.
+pub(super) fn publish_text(text: &str) -> Result<String, ValueError> {
+    publish(text).map(|_| text.to_owned())
 }
 
-/// `FIRST` or `FIRST-END` as (first, end); 0 only where a port may be picked.
-fn port_range(text: &str, may_pick: bool) -> Result<(u16, u16), ValueError> {
-    let hint = if may_pick { ", or 0 to have a free one picked" } else { "" };
-    let port = |text: &str| {
-        let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
-        let number = text.parse::<u16>().ok().filter(|&port| digits && (port != 0 || may_pick));
-        number.ok_or_else(|| ValueError::Port(text.to_owned(), hint))
-    };
-    let (first, end) = match text.split_once('-') {
-        Some((first, end)) => (port(first)?, port(end)?),
-        None => (port(text)?, port(text)?),
-    };
-    if end < first { Err(ValueError::Backwards(first, end)) } else { Ok((first, end)) }
+/// Reads `-t`.
+pub(super) fn tcp_ports(text: &str) -> Result<PublishList, ValueError> {
+    Ok(config::publish::publish_list(Protocol::Tcp, text)?)
+}
+
+/// Reads `-u`.
+pub(super) fn udp_ports(text: &str) -> Result<PublishList, ValueError> {
+    Ok(config::publish::publish_list(Protocol::Udp, text)?)
 }
 
 /// Reads `IP[:PORT]`; port 53 without one. IPv6 resolvers are asked by the host, so they are allowed.
@@ -426,70 +341,6 @@ mod tests {
             let error = parse(text).expect_err(text).to_string();
             assert!(error.contains(part), "{text}: '{part}' is not in: {error}");
         }
-    }
-
-    fn ports(protocol: Protocol, host: [u8; 4], host_port: u16, guest_port: u16, ports: u16) -> PublishRange {
-        PublishRange { protocol, host: host.into(), host_port, guest_port, ports }
-    }
-
-    #[test]
-    fn publish_values() {
-        use Protocol::{Tcp, Udp};
-        const ANY: [u8; 4] = [0; 4];
-        table(
-            publish,
-            &[
-                ("8080:80", ports(Tcp, ANY, 8080, 80, 1)),
-                ("tcp:8080:80", ports(Tcp, ANY, 8080, 80, 1)),
-                ("udp:53:53", ports(Udp, ANY, 53, 53, 1)),
-                ("127.0.0.1:2222:22", ports(Tcp, [127, 0, 0, 1], 2222, 22, 1)),
-                ("udp:192.0.2.1:0:53", ports(Udp, [192, 0, 2, 1], 0, 53, 1)),
-                ("0:22-22", ports(Tcp, ANY, 0, 22, 1)),
-                ("0.0.0.0:1:1", ports(Tcp, ANY, 1, 1, 1)),
-                ("8000-8009:9000-9009", ports(Tcp, ANY, 8000, 9000, 10)),
-                ("1-65535:1-65535", ports(Tcp, ANY, 1, 1, 65_535)),
-                ("65535:65535", ports(Tcp, ANY, 65_535, 65_535, 1)),
-            ],
-            &[
-                ("", "expected [tcp:|udp:]"),
-                ("80", "expected [tcp:|udp:]"),
-                ("tcp:80", "expected [tcp:|udp:]"),
-                ("1:2:3:4", "expected [tcp:|udp:]"),
-                ("sctp:80:80", "'sctp' is not an IPv4 address"),
-                ("localhost:80:80", "'localhost' is not an IPv4 address"),
-                ("224.0.0.1:80:80", "'224.0.0.1' is not an IPv4 address"),
-                ("255.255.255.255:80:80", "not an IPv4 address"),
-                ("[::1]:80:80", "IPv6 is not offered by this version"),
-                ("tcp:[2001:db8::1]:80:80", "IPv6 is not offered by this version"),
-                ("2001:db8::1:80:80", "IPv6 is not offered by this version"),
-                ("80:0", "'0' is not a port: give a number from 1 to 65535"),
-                ("65536:80", "'65536' is not a port"),
-                ("8080:80/tcp", "'80/tcp' is not a port"),
-                ("+80:80", "'+80' is not a port"),
-                ("127.0.0.1::80", "or 0 to have a free one picked"),
-                ("80-:80", "'' is not a port"),
-                ("90-80:80-90", "90-80 ends before it starts"),
-                ("80-89:80-88", "10 host ports cannot lead to 9 guest ports"),
-                ("80:80-81", "1 host ports cannot lead to 2 guest ports"),
-                ("0:80-81", "stands for a single port"),
-                ("0-1:80-81", "stands for a single port"),
-            ],
-        );
-    }
-
-    #[test]
-    fn a_published_range_yields_its_ports_in_order() {
-        let range = publish("udp:127.0.0.1:65534-65535:1-2").unwrap();
-        let each = |host: &str, guest_port| Publish {
-            protocol: Protocol::Udp,
-            host: host.parse().unwrap(),
-            guest_port,
-        };
-        assert_eq!(range.count(), 2);
-        assert_eq!(
-            range.iter().collect::<Vec<_>>(),
-            [each("127.0.0.1:65534", 1), each("127.0.0.1:65535", 2)]
-        );
     }
 
     #[test]

@@ -3,6 +3,8 @@
 //! A [`Config`] cannot be wrong: each value was checked where it entered. Modes are types, so a
 //! host-only network has no field that could reach the world.
 
+pub mod publish;
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::ops::RangeInclusive;
@@ -13,6 +15,8 @@ use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::network::name::NetworkName;
 use crate::network::state_dir::StateDir;
 use crate::uplink::sys::tap::TapQueue;
+
+pub use self::publish::{Publish, PublishError, PublishList, PublishRange};
 
 /// How the front-end is met.
 #[derive(Debug)]
@@ -63,15 +67,14 @@ pub enum Protocol {
     Udp,
 }
 
-/// One published port (a range is expanded into its ports).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Publish {
-    /// Transport protocol.
-    pub protocol: Protocol,
-    /// Host address and port to listen on; the address is unspecified for "any", port 0 picks one.
-    pub host: SocketAddr,
-    /// Port in the guest.
-    pub guest_port: u16,
+impl Protocol {
+    /// `tcp` or `udp`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Protocol::Tcp => "tcp",
+            Protocol::Udp => "udp",
+        }
+    }
 }
 
 /// The network's addresses.

@@ -19,5 +19,6 @@ pub mod lease_claims;
 pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;
+pub mod ports;
 pub mod signals;
 pub mod station_leases;

@@ -7,6 +7,7 @@
 //!
 //! Until the guest has an address, a connection is reset and a datagram dropped.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -15,7 +16,9 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::AbortHandle;
 
+use crate::config::{Protocol, Publish};
 use crate::limits::{DATAGRAM_BYTES_MAX, RELAYED_MAX};
 
 /// The guest's address as it comes and goes.
@@ -28,20 +31,38 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Datagrams of one sender that wait for their way to the guest.
 const DATAGRAMS_WAITING: usize = 32;
 
-/// Relays connections that come to `socket`, bound and not yet listening, to `port` of the guest.
-///
-/// # Errors
-/// The socket cannot listen.
-///
-/// # Panics
-/// Outside a tokio runtime.
-pub fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Result<()> {
-    /// Connections that wait to be taken: the kernel's usual bound.
-    const BACKLOG: i32 = 128;
-    socket.listen(BACKLOG)?;
-    socket.set_nonblocking(true)?;
+/// The relay of a published port. Dropped, it takes nobody any more; connections it has go on, and exchanges of
+/// datagrams end as their senders fall silent.
+#[derive(Debug)]
+pub struct Relay(AbortHandle);
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Relay {
+    /// Relays what comes to `socket`, bound as `port` says, to the guest.
+    ///
+    /// # Errors
+    /// The socket cannot be watched.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn new(socket: socket2::Socket, guest: GuestAddress, port: &Publish) -> io::Result<Relay> {
+        let relay = match port.protocol {
+            Protocol::Tcp => relay_tcp,
+            Protocol::Udp => relay_udp,
+        };
+        relay(socket, guest, port.guest_port).map(Relay)
+    }
+}
+
+/// Relays connections that come to `socket`, which listens, to `port` of the guest.
+fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Result<AbortHandle> {
     let listener = TcpListener::from_std(socket.into())?;
-    tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         let places = Arc::new(Semaphore::new(RELAYED_MAX));
         loop {
             // The semaphore is never closed.
@@ -59,7 +80,7 @@ pub fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io:
             });
         }
     });
-    Ok(())
+    Ok(task.abort_handle())
 }
 
 async fn relay_connection(mut client: TcpStream, target: Option<Ipv4Addr>, port: u16) -> io::Result<()> {
@@ -85,26 +106,17 @@ fn reset(stream: TcpStream) -> io::Result<()> {
 }
 
 /// Relays datagrams that come to `socket`, bound, to `port` of the guest, and the answers back.
-///
-/// # Errors
-/// The socket cannot be watched.
-///
-/// # Panics
-/// Outside a tokio runtime.
-pub fn relay_udp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Result<()> {
-    socket.set_nonblocking(true)?;
+fn relay_udp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Result<AbortHandle> {
     let socket = Arc::new(UdpSocket::from_std(socket.into())?);
-    tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         let mut senders: HashMap<SocketAddr, mpsc::Sender<Vec<u8>>> = HashMap::new();
-        let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
         loop {
-            let (len, from) = match socket.recv_from(&mut buffer).await {
+            let (datagram, from) = match receive(&socket).await {
                 Ok(received) => received,
                 // An ICMP error about an answer is no reason to end.
                 Err(_) => continue,
             };
             let Some(target) = *guest.borrow() else { continue };
-            let datagram = buffer[..len].to_vec();
             senders.retain(|_, sender| !sender.is_closed());
             if let Some(sender) = senders.get(&from) {
                 // One that is full loses it, as a socket would.
@@ -117,7 +129,27 @@ pub fn relay_udp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io:
             }
         }
     });
-    Ok(())
+    Ok(task.abort_handle())
+}
+
+thread_local! {
+    /// Where datagrams are read: one buffer for all ports of the control thread.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; DATAGRAM_BYTES_MAX]);
+}
+
+/// The next datagram and its sender.
+async fn receive(socket: &UdpSocket) -> io::Result<(Vec<u8>, SocketAddr)> {
+    loop {
+        socket.readable().await?;
+        let read = BUFFER.with_borrow_mut(|buffer| {
+            let (len, from) = socket.try_recv_from(buffer)?;
+            Ok((buffer[..len].to_vec(), from))
+        });
+        match read {
+            Err(error) if io::Error::kind(&error) == io::ErrorKind::WouldBlock => {}
+            outcome => return outcome,
+        }
+    }
 }
 
 /// Carries one sender's datagrams to the guest and its answers back, until both fall silent.

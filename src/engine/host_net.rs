@@ -7,6 +7,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
+use crate::config::Publish;
 use crate::frame::{Payload, PayloadMut};
 use crate::wire::icmpv4::Message;
 
@@ -118,6 +119,11 @@ pub trait HostStream {
     /// The host's address it comes from; `None` if it does not leave the process.
     fn local_ip(&self) -> Option<IpAddr> {
         None
+    }
+
+    /// Whether its client came by this published port, by where the socket is bound.
+    fn came_by(&self, _port: &Publish) -> bool {
+        false
     }
 
     /// Closes the socket. Dropping it without this call is a reset.

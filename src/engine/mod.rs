@@ -31,7 +31,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
-use self::core::{Core, Neighbour};
+use self::core::{Core, Neighbour, Owner};
 use self::counters::{Counters, DropReason};
 use self::flows::{FlowId, NewsList, Table, Walk};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
@@ -172,19 +172,33 @@ impl<N: HostNet> Engine<N> {
         self.reassembly.held_bytes()
     }
 
-    /// Publishes a bound UDP socket to the guest's `guest_port`.
-    pub fn publish_udp(&mut self, socket: N::Datagram, guest_port: u16) {
-        self.nat.publish_udp(&self.core, socket, guest_port);
+    /// This end of the host leads to the guest by way of another worker.
+    pub fn note_published(&mut self, port: Publish) {
+        self.nat.note_published(port);
     }
 
-    /// Publishes a listening socket, bound as `port` says, to the guest `number` of several.
-    pub fn publish_tcp_of(&mut self, number: u64, port: Publish, listener: N::Listener) {
-        self.nat.publish_tcp_of(number, port, listener);
+    /// Publishes a listening socket, bound as `port` says, to a guest.
+    pub fn publish_tcp(&mut self, owner: Owner, port: Publish, listener: N::Listener) {
+        self.nat.publish_tcp(owner, port, listener);
     }
 
-    /// Publishes a UDP socket, bound as `port` says, to the guest `number` of several.
-    pub fn publish_udp_of(&mut self, number: u64, port: Publish, socket: N::Datagram) {
-        self.nat.publish_udp_of(&self.core, number, port, socket);
+    /// Publishes a UDP socket, bound as `port` says, to a guest.
+    pub fn publish_udp(&mut self, owner: Owner, port: Publish, socket: N::Datagram) {
+        self.nat.publish_udp(&self.core, owner, port, socket);
+    }
+
+    /// Closes a published port. Exchanges of datagrams that came by it end; connections go on, unless they are
+    /// to be `reset` (RST both ways). Returns how many were.
+    pub fn unpublish(
+        &mut self,
+        now: Instant,
+        guest: &mut impl GuestPort,
+        (owner, port): (Owner, &Publish),
+        reset: bool,
+    ) -> usize {
+        self.begin(now);
+        self.nat.unpublish(&mut self.core, owner, port);
+        if reset { self.nat.reset_published(&mut self.core, guest, port) } else { 0 }
     }
 
     /// The published ports of the guest `number` of several lead to this address of it from now on, or nowhere. An
@@ -196,8 +210,8 @@ impl<N: HostNet> Engine<N> {
 
     /// The guest `number` of several is gone: its published ports are closed, and its flows end, the world sees
     /// RST.
-    pub fn unpublish(&mut self, number: u64) {
-        self.nat.unpublish(&mut self.core, number);
+    pub fn guest_gone(&mut self, number: u64) {
+        self.nat.unpublish_all(&mut self.core, Owner::OneOf(number));
         if let Some(addr) = self.core.set_owner(number, None) {
             self.forget_address(addr);
         }

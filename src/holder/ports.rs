@@ -17,7 +17,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -30,6 +30,7 @@ use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::addr::LinkName;
 use crate::config::{Protocol, Publish};
 use crate::limits;
 
@@ -290,7 +291,8 @@ impl PortsOf {
 /// What a process's socket is, if it is one that can be published: whatever else came is closed.
 fn judge(socket: File, guest_port: u16) -> Option<(Publish, Socket)> {
     let socket = Socket::from(OwnedFd::from(socket));
-    if socket.domain().ok()? != Domain::IPV4 || guest_port == 0 {
+    let family = socket.domain().ok()?;
+    if ![Domain::IPV4, Domain::IPV6].contains(&family) || guest_port == 0 {
         return None;
     }
     let (kind, transport) = (socket.r#type().ok()?, socket.protocol().ok()??);
@@ -300,8 +302,17 @@ fn judge(socket: File, guest_port: u16) -> Option<(Publish, Socket)> {
         _ => return None,
     };
     let host: SocketAddr = socket.local_addr().ok()?.as_socket()?;
+    // Clients of IPv6 elsewhere have no address that a guest could see.
+    if family == Domain::IPV6 && host.ip() != IpAddr::V6(Ipv6Addr::LOCALHOST) {
+        return None;
+    }
+    let device = socket.device().ok()?;
+    let interface = match &device {
+        Some(name) => Some(LinkName::new(str::from_utf8(name).ok()?)?),
+        None => None,
+    };
     socket.set_nonblocking(true).ok()?;
-    (host.port() != 0).then_some((Publish { protocol, host, guest_port }, socket))
+    (host.port() != 0).then_some((Publish { protocol, host, interface, guest_port }, socket))
 }
 
 #[cfg(test)]
@@ -309,7 +320,7 @@ mod tests {
     use std::io::{Read as _, Write as _};
 
     use super::*;
-    use crate::uplink::sockets::bind_published;
+    use crate::uplink::published::bind;
 
     fn file(socket: Socket) -> File {
         File::from(OwnedFd::from(socket))
@@ -318,22 +329,22 @@ mod tests {
     #[test]
     fn only_sockets_that_can_be_published_are_taken() {
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let (port, _) = judge(file(bind_published(Type::STREAM, any).unwrap()), 80).unwrap();
+        let (port, _) = judge(file(bind(&mut Publish::new(Protocol::Tcp, any, 80)).unwrap()), 80).unwrap();
         assert_eq!((port.protocol, port.guest_port), (Protocol::Tcp, 80));
         assert!(port.host.port() != 0);
-        let (port, _) = judge(file(bind_published(Type::DGRAM, any).unwrap()), 53).unwrap();
+        let (port, _) = judge(file(bind(&mut Publish::new(Protocol::Udp, any, 80)).unwrap()), 53).unwrap();
         assert_eq!(port.protocol, Protocol::Udp);
         let refused = [
             file(Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()),
             file(Socket::new(Domain::IPV4, Type::DGRAM, None).unwrap()),
-            file(bind_published(Type::STREAM, "[::1]:0".parse().unwrap()).unwrap()),
+            file(bind(&mut Publish::new(Protocol::Tcp, "[::]:0".parse().unwrap(), 80)).unwrap()),
             file(Socket::from(OwnedFd::from(UnixStream::pair().unwrap().0))),
             File::open("/dev/null").unwrap(),
         ];
         for (n, socket) in refused.into_iter().enumerate() {
             assert!(judge(socket, 80).is_none(), "number {n}");
         }
-        assert!(judge(file(bind_published(Type::STREAM, any).unwrap()), 0).is_none());
+        assert!(judge(file(bind(&mut Publish::new(Protocol::Tcp, any, 80)).unwrap()), 0).is_none());
     }
 
     #[tokio::test(flavor = "current_thread")]
@@ -378,7 +389,7 @@ mod tests {
             seen
         });
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let socket = || Some(file(bind_published(Type::DGRAM, any).unwrap()));
+        let socket = || Some(file(bind(&mut Publish::new(Protocol::Udp, any, 80)).unwrap()));
         let mut first = ports.of(1);
         assert_eq!(first.publish(socket(), 80).await, TAKEN);
         ports.published.store(limits::PUBLISHED_PORTS_MAX, Ordering::Relaxed);
@@ -401,9 +412,9 @@ mod tests {
     #[test]
     fn a_holder_that_says_no_is_understood() {
         let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-        let socket = bind_published(Type::STREAM, any).unwrap();
+        let socket = bind(&mut Publish::new(Protocol::Tcp, any, 80)).unwrap();
         let host = socket.local_addr().unwrap().as_socket().unwrap();
-        let lent = Lent { socket, port: Publish { protocol: Protocol::Tcp, host, guest_port: 80 } };
+        let lent = Lent { socket, port: Publish::new(Protocol::Tcp, host, 80) };
         for (answer, expected) in
             [(TOO_MANY, "as many"), (NO_SUCH, "another version"), (b'?', "another version")]
         {

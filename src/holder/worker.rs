@@ -5,13 +5,12 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use epoll::Event;
-use socket2::Socket;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ports::{Order, Orders};
 use super::tap_port::{self, TapPort, TapSource};
-use crate::config::{Protocol, Publish};
 use crate::control::dns_forward::DnsClient;
+use crate::engine::core::Owner;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::host_net::Token;
@@ -22,6 +21,7 @@ use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::poll::{self, Poll};
 use crate::worker::names::Names;
+use crate::worker::publish;
 
 /// Events taken at once.
 const EVENTS: usize = 256;
@@ -153,7 +153,7 @@ impl HolderWorker {
         let HolderWorker { engine, orders, .. } = self;
         orders.take(|order| match order {
             Order::Publish(number, port, socket) => {
-                let outcome = publish(engine, number, port, socket);
+                let outcome = publish(engine, Owner::OneOf(number), port, socket);
                 if let Err(error) = &outcome {
                     tracing::warn!(%error, host = %port.host, "a published port cannot be watched");
                 }
@@ -164,25 +164,9 @@ impl HolderWorker {
                 true
             }
             Order::Gone(number) => {
-                engine.unpublish(number);
+                engine.guest_gone(number);
                 true
             }
         });
     }
-}
-
-fn publish(engine: &mut Engine<HostSockets>, number: u64, port: Publish, socket: Socket) -> io::Result<()> {
-    match port.protocol {
-        Protocol::Tcp => {
-            let token = engine.nat().next_listener_token();
-            let listener = engine.nat().net().listener(token, socket)?;
-            engine.publish_tcp_of(number, port, listener);
-        }
-        Protocol::Udp => {
-            let token = engine.nat().next_datagram_token();
-            let socket = engine.nat().net().published_udp(token, socket)?;
-            engine.publish_udp_of(number, port, socket);
-        }
-    }
-    Ok(())
 }

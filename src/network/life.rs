@@ -13,13 +13,14 @@
 
 use std::fs::OpenOptions;
 use std::io;
-use std::net::SocketAddrV4;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::path::Path;
 
 use thiserror::Error;
 
 use super::definition::{Definition, Kind};
 use super::users::User;
+use crate::addr::LinkName;
 use crate::uplink::firewall::{self, Beyond, FirewallError, Redirect, Ruleset};
 use crate::uplink::forwarding::{Forwarding, ForwardingError};
 use crate::uplink::links::{Link, LinkError, LinkKind, Links};
@@ -260,15 +261,24 @@ fn ruleset(
     }))
 }
 
+/// Whether this is the host's loopback interface, which every namespace has under this name.
+fn is_loopback(interface: Option<LinkName>) -> bool {
+    interface.is_some_and(|name| name.as_str() == "lo")
+}
+
 fn redirects(user: &User) -> Vec<Redirect> {
     let Some(guest) = user.guest else { return Vec::new() };
-    let redirect = |port: &super::users::PublishedPort| Redirect {
-        udp: port.udp,
-        host: port.host,
-        guest: SocketAddrV4::new(guest, port.guest_port),
+    let redirect = |port: &super::users::PublishedPort| match port.host {
+        // What the host sends to itself is never redirected: the process's own relay serves it.
+        SocketAddr::V4(host) if !host.ip().is_loopback() && !is_loopback(port.interface) => Some(Redirect {
+            udp: port.udp,
+            host,
+            interface: port.interface,
+            guest: SocketAddrV4::new(guest, port.guest_port),
+        }),
+        _ => None,
     };
-    // Loopback addresses never come in by an interface: the process's own relay serves them.
-    user.published.iter().filter(|port| !port.host.ip().is_loopback()).map(redirect).collect()
+    user.published.iter().filter_map(redirect).collect()
 }
 
 /// Puts TAPs on the bridge of a rootless network. Before this process has moved into the namespaces nothing of

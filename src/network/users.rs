@@ -9,12 +9,13 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::addr::LinkName;
 use crate::limits;
 use crate::random;
 
@@ -38,7 +39,10 @@ pub struct PublishedPort {
     /// Whether it is UDP, else TCP.
     pub udp: bool,
     /// Address and port of the host; the address is unspecified for "any".
-    pub host: SocketAddrV4,
+    pub host: SocketAddr,
+    /// The one interface of the host whose clients are taken; those of all if `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<LinkName>,
     /// Port in the guest.
     pub guest_port: u16,
 }
@@ -243,7 +247,9 @@ mod tests {
         let mut first = run.join(&user(7)).unwrap();
         let second = run.join(&user(3)).unwrap();
         assert_eq!(run.users().unwrap(), [user(3), user(7)]);
-        let published = PublishedPort { udp: false, host: "0.0.0.0:8080".parse().unwrap(), guest_port: 80 };
+        let host = "0.0.0.0:8080".parse().unwrap();
+        let interface = LinkName::new("eth0");
+        let published = PublishedPort { udp: false, host, interface, guest_port: 80 };
         let more = User { tap: Some("vt-1".to_owned()), published: vec![published; 9], ..user(7) };
         first.note(&run, &more).unwrap();
         assert_eq!(run.users().unwrap(), [user(3), more]);

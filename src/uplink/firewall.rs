@@ -28,7 +28,7 @@ use nftables::helper::{self, NftablesError};
 use siphasher::sip::SipHasher13;
 use thiserror::Error;
 
-use crate::addr::Ipv4Subnet;
+use crate::addr::{Ipv4Subnet, LinkName};
 use listing::Listing;
 
 /// How often a transaction is tried anew because others changed rules between listing and it.
@@ -41,6 +41,8 @@ pub struct Redirect {
     pub udp: bool,
     /// Address and port of the host; the address is unspecified for "any".
     pub host: SocketAddrV4,
+    /// The one interface it is redirected from; all but the loopback if `None`.
+    pub interface: Option<LinkName>,
     /// Where it leads.
     pub guest: SocketAddrV4,
 }

@@ -17,21 +17,11 @@ use rtnetlink::packet_route::link::{
 use rtnetlink::{Handle, LinkBridge, LinkBridgePort, LinkMacVtap, LinkUnspec};
 use thiserror::Error;
 
-use crate::addr::MacAddr;
+use crate::addr::{LinkName, MacAddr};
 
-/// Longest name of an interface, in bytes (`IFNAMSIZ` less the terminator).
-pub const LINK_NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
-
-/// Whether the kernel would take `name` for a new interface: 1 to [`LINK_NAME_BYTES_MAX`] bytes, no
-/// slash, colon or white space, not `.` or `..` (`dev_valid_name`); `%` is refused too, which the kernel
-/// would replace by a number.
+/// Whether `name` can be that of an interface; see [`LinkName::new`].
 pub fn is_link_name(name: &str) -> bool {
-    let wrong = |c: u8| c == b'/' || c == b':' || c == b'%' || c.is_ascii_whitespace() || c == 0x0b || c == 0;
-    !name.is_empty()
-        && name.len() <= LINK_NAME_BYTES_MAX
-        && name != "."
-        && name != ".."
-        && !name.bytes().any(wrong)
+    LinkName::new(name).is_some()
 }
 
 /// What a link is, as far as it matters here.

@@ -10,6 +10,8 @@ pub mod links;
 pub mod network_news;
 mod own_addresses;
 pub mod own_bridge;
+pub mod port_owner;
+pub mod published;
 mod receive_window;
 pub mod sockets;
 pub mod sys;

@@ -24,6 +24,7 @@ use super::sys::error_queue::ErrorReader;
 use super::sys::poll::Poll;
 use super::sys::socket::{self as sys, PeerState};
 use super::sys::stream_runs::StreamRuns;
+use crate::config::Publish;
 use crate::engine::host_net::{Close, HostListener, HostNet, HostStream, SendSpace, Token};
 use crate::frame::{Payload, PayloadMut};
 use crate::limits;
@@ -130,22 +131,6 @@ impl HostSockets {
             run: None,
         })
     }
-}
-
-/// Binds a socket for a published port: TCP sockets listen.
-///
-/// # Errors
-/// The kernel's refusal, such as an address in use.
-pub fn bind_published(kind: Type, address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), kind.nonblocking().cloexec(), None)?;
-    if kind == Type::STREAM {
-        socket.set_reuse_address(true)?;
-    }
-    socket.bind(&address.into())?;
-    if kind == Type::STREAM {
-        socket.listen(1024)?;
-    }
-    Ok(socket)
 }
 
 fn tcp_knows_peek_offset() -> bool {
@@ -333,6 +318,18 @@ impl HostStream for Stream {
     fn detach(self) -> DetachedStream {
         self.shared.poll.unwatch(self.socket.as_raw_fd());
         DetachedStream { socket: self.socket, kind: self.kind, position: self.position, window: self.window }
+    }
+
+    fn came_by(&self, port: &Publish) -> bool {
+        let bound = self.socket.local_addr().ok().and_then(|addr| addr.as_socket());
+        let at_end = bound.is_some_and(|bound| {
+            let (ip, wanted) = (bound.ip(), port.host.ip());
+            bound.port() == port.host.port() && (ip == wanted || wanted.is_unspecified())
+        });
+        // Taken from the listener, it is bound to the same interface.
+        let interface = || self.socket.device().ok().flatten();
+        let wanted = port.interface.as_ref().map(|name| name.as_str().as_bytes());
+        self.kind == StreamKind::Tcp && at_end && interface().as_deref() == wanted
     }
 
     fn uses_ecn(&self) -> bool {

@@ -21,7 +21,7 @@ use std::net::Ipv4Addr;
 use std::sync::PoisonError;
 
 use crate::addr::{MacAddr, VlanId};
-use crate::config::IpMtu;
+use crate::config::{IpMtu, Publish};
 use crate::engine::counters::{Counters, DropReason};
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
@@ -182,6 +182,16 @@ impl LinkEnd {
     /// Translation of the guest's packets, if they are translated.
     pub(super) fn nat(&mut self) -> Option<&mut crate::engine::packet::PacketNat> {
         self.translation.as_mut().map(Translation::nat)
+    }
+
+    /// Publishes a port of the address on the link; false if a flow of the guest has it, `None` if nothing is translated.
+    pub(super) fn publish(&mut self, port: Publish) -> Option<bool> {
+        self.translation.as_mut().map(|translation| translation.publish(port))
+    }
+
+    /// Publishes it no more; how many flows were ended, `None` if nothing is translated.
+    pub(super) fn unpublish(&mut self, port: &Publish, reset: bool) -> Option<usize> {
+        self.translation.as_mut().map(|translation| translation.unpublish(port, reset))
     }
 
     pub(super) fn queue(&self) -> &TapQueue {

@@ -2,9 +2,15 @@
 //!
 //! May touch: the worker's parts, between two batches.
 
+use std::io;
+
+use socket2::Socket;
+
 use super::Worker;
+use crate::config::Publish;
 use crate::control::events::{Event, Events};
 use crate::device::DeviceEvent;
+use crate::engine::core::Owner;
 use crate::engine::flows::{FlowId, FlowPage, FlowQuery, NewsList, Table, Walk};
 use crate::engine::packet::PacketNat;
 use crate::requests::{Request, RequestBox, RingReport, WorkerReport};
@@ -66,8 +72,38 @@ impl Worker {
                     }
                     let _ = answer.send(());
                 }
+                Request::Publish(port, socket, answer) => {
+                    // Who gave up would not know of it.
+                    if !answer.is_closed() {
+                        let _ = answer.send(self.publish(port, socket));
+                    }
+                }
+                Request::Unpublish { port, reset, answer } => {
+                    let _ = answer.send(self.unpublish(now, &port, reset));
+                }
             }
         }
+    }
+
+    /// Serves a published port, or knows that another worker does. False if a flow of the guest has it.
+    fn publish(&mut self, port: Publish, socket: Option<Socket>) -> io::Result<bool> {
+        if let Some(published) = self.link.as_mut().and_then(|link| link.publish(port)) {
+            return Ok(published);
+        }
+        match socket {
+            Some(socket) => super::publish(&mut self.engine, Owner::TheGuest, port, socket)?,
+            None => self.engine.note_published(port),
+        }
+        Ok(true)
+    }
+
+    /// Serves it no more; how many connections were reset.
+    fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> usize {
+        if let Some(ended) = self.link.as_mut().and_then(|link| link.unpublish(port, reset)) {
+            return ended;
+        }
+        let (_, rx) = self.queues.split();
+        self.engine.unpublish(now, rx, (Owner::TheGuest, port), reset)
     }
 
     fn report(&mut self) -> WorkerReport {

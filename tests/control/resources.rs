@@ -168,3 +168,75 @@ fn ctl_shows_tables_json_and_refusals() {
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(String::from_utf8_lossy(&refused.stderr), "error: no flow \"0-1\"\n");
 }
+
+#[test]
+fn ports_are_published_picked_listed_refused_and_removed() {
+    let backend = Backend::start(&["--queues", "2", "-t", "127.0.0.1/0:22"]);
+    let list = || {
+        let answer = backend.get("/v1/ports");
+        check("GET", "/v1/ports", &answer);
+        answer.body["ports"].as_array().expect("a list").clone()
+    };
+    let publish = |port: &str| {
+        let answer = backend.ask("POST", "/v1/ports", Some(&json!({ "publish": port }).to_string()));
+        check("POST", "/v1/ports", &answer);
+        answer
+    };
+    let remove = |name: &str| {
+        let answer = backend.ask("DELETE", &format!("/v1/ports/{name}"), None);
+        check("DELETE", "/v1/ports/{id}", &answer);
+        answer
+    };
+    let first = list();
+    assert_eq!((first.len(), &first[0]["guest_port"]), (1, &json!(22)));
+    assert!(first[0]["host_port"].as_u64() > Some(0), "the port that was picked: {first:?}");
+    let made = publish("udp:127.0.0.1%lo:0:53");
+    assert_eq!(made.status, 201);
+    let port = &made.body["ports"][0];
+    assert_eq!((&port["protocol"], &port["interface"]), (&json!("udp"), &json!("lo")));
+    assert_eq!(list().len(), 2);
+    // Another socket has it, and it is known whose that is.
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let host = taken.local_addr().unwrap();
+    let refused = publish(&format!("{host}:80"));
+    assert_eq!((refused.status, refused.code()), (409, "port_taken"));
+    assert_eq!(refused.body["error"]["owner"]["pid"], std::process::id(), "{}", refused.body);
+    let again = publish(port["publish"].as_str().unwrap());
+    assert_eq!((again.status, again.code()), (409, "published"));
+    for wrong in ["", "80", "[::]:80:80", "198.51.100.77:80:80", "%vunet-none:80:80"] {
+        assert_eq!((publish(wrong).status, publish(wrong).code()), (400, "bad_value"), "{wrong}");
+    }
+    let answer = backend.ask("POST", "/v1/ports", Some("{\"publsh\":\"1:1\"}"));
+    check("POST", "/v1/ports", &answer);
+    assert_eq!(answer.status, 422);
+    assert_eq!((remove("77").status, remove("77?close=maybe").status), (404, 400));
+    let removed = remove(&format!("{}?close=true", port["id"]));
+    assert_eq!((removed.status, removed.body), (200, json!({ "connections_reset": 0 })));
+    assert_eq!(remove(&format!("tcp:{}", first[0]["host_port"])).status, 200);
+    assert_eq!(list(), [] as [Value; 0]);
+}
+
+#[test]
+fn where_no_port_leads_to_the_guest_that_is_said() {
+    let backend = Backend::start(&["--mode", "host-only"]);
+    let answer = backend.ask("POST", "/v1/ports", Some("{\"publish\":\"0:80\"}"));
+    check("POST", "/v1/ports", &answer);
+    assert_eq!((answer.status, answer.code()), (409, "not_here"));
+    assert_eq!(backend.get("/v1/ports").body, json!({ "ports": [] }));
+}
+
+#[test]
+fn ctl_publishes_and_shows_ports() {
+    let backend = Backend::start(&[]);
+    let made = backend.ctl(&["publish", "127.0.0.1:0:80", "udp:127.0.0.1:0:53"]);
+    let text = String::from_utf8(made.stdout).unwrap();
+    assert!(
+        made.status.success() && text.lines().count() == 3 && text.starts_with("PORT  PROTOCOL"),
+        "{text}"
+    );
+    let refused = backend.ctl(&["unpublish", "tcp:1"]);
+    assert_eq!(String::from_utf8_lossy(&refused.stderr), "error: no published port \"tcp:1\"\n");
+    assert_eq!(backend.ctl(&["publish", "auto"]).status.code(), Some(2), "it is not asked for");
+    assert!(backend.ctl(&["unpublish", "1", "2", "--close"]).status.success());
+    assert_eq!(backend.get("/v1/ports").body, json!({ "ports": [] }));
+}

@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 
 use vunet::config::{Mode, NatConfig, Protocol, Publish, UdpConfig, UdpFiltering, UdpMapping};
+use vunet::engine::core::Owner;
 use vunet::engine::counters::DropReason;
 use vunet::limits;
 
@@ -186,7 +187,7 @@ fn a_flood_of_strangers_costs_no_exchange_of_the_guests_own() {
     udp(&mut rig, world(9), b"ask");
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     let client = |n: usize| {
         SocketAddrV4::new(Ipv4Addr::from_bits(0xc612_0000 + (n as u32 >> 8)), 1000 + (n as u16 & 255))
     };
@@ -248,13 +249,13 @@ fn publishing(bound: [u8; 4]) -> Rig {
 /// The same before its guest is known.
 fn publishing_for_nobody(bound: [u8; 4]) -> Rig {
     let host = SocketAddr::from((bound, 5000));
-    let publish = [Protocol::Tcp, Protocol::Udp].map(|protocol| Publish { protocol, host, guest_port: 53 });
+    let publish = [Protocol::Tcp, Protocol::Udp].map(|protocol| Publish::new(protocol, host, 53));
     let nat = NatConfig { publish: publish.into(), ..NatConfig::default() };
     let mut rig = Rig::with(Setup { mode: Mode::Nat(nat), ..Setup::default() });
     rig.world().own.insert(IpAddr::V4(OWN));
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.engine.publish_udp(Owner::TheGuest, Publish::new(Protocol::Udp, host, 53), socket);
     rig
 }
 
@@ -368,12 +369,12 @@ fn what_the_guest_sends_from_a_published_port_leaves_from_there() {
 #[test]
 fn what_the_guest_sends_from_a_published_port_leaves_from_there_at_any_worker() {
     let host = SocketAddr::from(([0, 0, 0, 0], 5000));
-    let publish = vec![Publish { protocol: Protocol::Udp, host, guest_port: 53 }];
+    let publish = vec![Publish::new(Protocol::Udp, host, 53)];
     let nat = NatConfig { publish, ..NatConfig::default() };
     let mut rigs = Rig::workers_with(3, &Setup { mode: Mode::Nat(nat), ..Setup::default() });
     let token = rigs[0].engine.nat().next_datagram_token();
     let socket = rigs[0].engine.nat().net().published_udp(token);
-    rigs[0].engine.publish_udp(socket, 53);
+    rigs[0].engine.publish_udp(Owner::TheGuest, Publish::new(Protocol::Udp, host, 53), socket);
     for n in 0..3 * limits::SENT_ON_FRAMES {
         rigs[2].send(&udp_frame(guest(53), other(9), &[n as u8]));
         exchange(&mut rigs);

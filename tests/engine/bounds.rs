@@ -198,7 +198,7 @@ fn clients_of_published_ports_evict_only_for_clients_there_are() {
     let mut rig = small(3);
     let listener = rig.engine.nat().net().listener();
     let token = rig.engine.nat().next_listener_token();
-    rig.engine.nat().publish_tcp(listener, 22);
+    rig.publish_tcp(22, listener);
     for n in 0..3 {
         rig.now = rig.now + ms(10);
         connected(&mut rig, Peer::new(guest(4000 + n), world(80)));
@@ -220,7 +220,7 @@ fn published_sockets_take_no_flows_place() {
     for n in 0..4 {
         let token = rig.engine.nat().next_datagram_token();
         let socket = rig.engine.nat().net().published_udp(token);
-        rig.engine.publish_udp(socket, 1000 + n);
+        rig.publish_udp(1000 + n, socket);
     }
     connected(&mut rig, Peer::new(guest(4000), world(80)));
     connected(&mut rig, Peer::new(guest(4001), world(80)));

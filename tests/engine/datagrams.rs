@@ -202,7 +202,7 @@ fn a_socket_whose_reading_keeps_failing_is_left_alone_until_there_is_news() {
     udp(&mut rig, world(9), b"ask");
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     for n in 0..2 {
         rig.sock(n).receives_fail = Some(libc::ENOMEM);
         // The flush behind it fails the test if the engine goes on without pause.
@@ -220,7 +220,7 @@ fn a_published_socket_whose_reading_fails_without_a_guest_does_not_spin() {
     let mut rig = Rig::new();
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     rig.sock(0).receives_fail = Some(libc::ENOMEM);
     assert_eq!(rig.datagram_arrives(0, b"lost", world(9).into()), []);
     assert!(!rig.engine.nat().has_more());

@@ -264,7 +264,7 @@ fn errors_about_a_published_ports_answers_reach_the_guest() {
     let mut rig = Rig::new();
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
     let client = SocketAddr::from(([198, 51, 100, 9], 999));
     rig.datagram_arrives(0, b"ask", client);
@@ -548,7 +548,7 @@ fn a_published_port_outlives_every_refusal() {
     let mut rig = Rig::new();
     let token = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(token);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
     for _ in 0..3 {
         assert_eq!(rig.datagram_arrives(0, b"ask", world(999).into()).len(), 1);

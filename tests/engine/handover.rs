@@ -221,7 +221,7 @@ fn a_client_whose_port_a_flow_of_another_worker_has_comes_from_another_port() {
         let mut rigs = Rig::workers(2);
         let listener = rigs[0].engine.nat().next_listener_token();
         let published = rigs[0].engine.nat().net().listener();
-        rigs[0].engine.nat().publish_tcp(published, 22);
+        rigs[0].publish_tcp(22, published);
         let mut old = connected(&mut rigs[1], Peer::new(guest(22), world(999)));
         exchange(&mut rigs);
         if is_on_its_way {
@@ -288,7 +288,7 @@ fn a_guest_one_worker_has_seen_is_known_to_the_published_ports_of_another() {
     let mut rigs = Rig::workers(2);
     let token = rigs[0].engine.nat().next_datagram_token();
     let socket = rigs[0].engine.nat().net().published_udp(token);
-    rigs[0].engine.publish_udp(socket, 9006);
+    rigs[0].publish_udp(9006, socket);
     rigs[1].send(&udp_frame(guest(4000), world(53), b"anything"));
     exchange(&mut rigs);
     assert_eq!(rigs[0].datagram_arrives(0, b"hello", world(5000).into()).len(), 1);

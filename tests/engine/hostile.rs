@@ -64,10 +64,10 @@ impl Chaos {
         let mut rig = Rig::with(setup);
         let listener = rig.engine.nat().next_listener_token();
         let socket = rig.engine.nat().net().listener();
-        rig.engine.nat().publish_tcp(socket, 22);
+        rig.publish_tcp(22, socket);
         let token = rig.engine.nat().next_datagram_token();
         let socket = rig.engine.nat().net().published_udp(token);
-        rig.engine.publish_udp(socket, 53);
+        rig.publish_udp(53, socket);
         Chaos { rig, rng, aims: Vec::new(), listener }
     }
 

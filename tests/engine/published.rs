@@ -4,6 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 
 use vunet::addr::MacAddr;
 use vunet::config::{Protocol, Publish};
+use vunet::engine::core::Owner;
 use vunet::engine::counters::DropReason;
 use vunet::engine::host_net::Token;
 use vunet::limits;
@@ -30,10 +31,10 @@ fn v4(addr: SocketAddr) -> std::net::SocketAddrV4 {
 fn publish(rig: &mut Rig) -> (Token, Token) {
     let tcp = rig.engine.nat().next_listener_token();
     let listener = rig.engine.nat().net().listener();
-    rig.engine.nat().publish_tcp(listener, 22);
+    rig.publish_tcp(22, listener);
     let udp = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(udp);
-    rig.engine.publish_udp(socket, 53);
+    rig.publish_udp(53, socket);
     (tcp, udp)
 }
 
@@ -154,6 +155,26 @@ fn a_guest_that_never_answers_is_a_reset_to_the_client_after_six_tries() {
     assert_eq!(repeated.len(), 6);
     assert_eq!(rig.conn(0).end, End::Reset);
     assert!(rig.engine.nat().is_empty());
+}
+
+#[test]
+fn a_client_waits_for_a_guest_that_is_not_there_some_two_minutes() {
+    // One that never answered for its address, and one that falls silent.
+    for known in [false, true] {
+        let mut rig = Rig::with(Setup { guest: Some(GUEST_IP), ..Setup::default() });
+        let (listener, _) = publish(&mut rig);
+        if known {
+            rig.send(&arp_reply());
+        }
+        arrives(&mut rig, listener, client(999));
+        let mut waited = 0;
+        while rig.conn(0).end == End::Open {
+            rig.pass(secs(1));
+            waited += 1;
+            assert!(waited <= 200, "known: {known}");
+        }
+        assert_eq!((rig.conn(0).end, waited), (End::Reset, 123), "known: {known}");
+    }
 }
 
 #[test]
@@ -442,17 +463,17 @@ fn two_guests() -> (Rig, [Token; 2]) {
     let listeners = [(1, 22, 8022), (2, 80, 8080)].map(|(number, guest_port, host_port)| {
         let token = rig.engine.nat().next_listener_token();
         let listener = rig.engine.nat().net().listener();
-        rig.engine.publish_tcp_of(number, port(Protocol::Tcp, host_port, guest_port), listener);
+        rig.engine.publish_tcp(Owner::OneOf(number), port(Protocol::Tcp, host_port, guest_port), listener);
         token
     });
     let udp = rig.engine.nat().next_datagram_token();
     let socket = rig.engine.nat().net().published_udp(udp);
-    rig.engine.publish_udp_of(1, port(Protocol::Udp, 8053, 53), socket);
+    rig.engine.publish_udp(Owner::OneOf(1), port(Protocol::Udp, 8053, 53), socket);
     (rig, listeners)
 }
 
 fn port(protocol: Protocol, host_port: u16, guest_port: u16) -> Publish {
-    Publish { protocol, host: SocketAddr::from(([0, 0, 0, 0], host_port)), guest_port }
+    Publish::new(protocol, SocketAddr::from(([0, 0, 0, 0], host_port)), guest_port)
 }
 
 fn arrives_at(rig: &mut Rig, at: usize, listener: Token) -> Vec<Seen> {
@@ -504,15 +525,15 @@ fn ports_of_a_guest_that_is_gone_are_closed_with_its_flows_and_the_others_stay()
     answer(&mut rig, &syn);
     let second = only(arrives_at(&mut rig, 1, two)).tcp();
     rig.datagram_arrives(0, b"ask", client(999));
-    rig.engine.unpublish(1);
+    rig.engine.guest_gone(1);
     assert_eq!(rig.conn(0).end, End::Reset, "the client is told");
     assert!(!rig.world().socks[0].is_open, "the port is free");
     assert_eq!(rig.ready(one, READABLE), [], "news of a listener that is gone");
     assert_eq!(rig.conn(1).end, End::Open);
     assert_eq!(second.to, SocketAddr::from((SECOND_IP, 80)));
     assert_eq!(only(arrives_at(&mut rig, 1, two)).tcp().to.port(), 80);
-    rig.engine.unpublish(2);
-    rig.engine.unpublish(3);
+    rig.engine.guest_gone(2);
+    rig.engine.guest_gone(3);
     rig.assert_empty();
     assert_eq!(rig.engine.next_deadline(), None);
 }
@@ -526,8 +547,119 @@ fn a_published_port_of_one_guest_is_in_reach_of_another_by_way_of_the_host() {
     let mut peer = Peer::new(guest(4000), std::net::SocketAddrV4::new(host, 8080));
     peer.syn(&mut rig);
     assert_eq!(rig.conn(0).peer, SocketAddr::from((host, 8080)));
-    rig.engine.unpublish(2);
+    rig.engine.guest_gone(2);
     let mut peer = Peer::new(guest(4001), std::net::SocketAddrV4::new(host, 8080));
     assert!(!peer.syn(&mut rig).is_empty(), "it is told");
     assert_eq!(rig.world().conns.len(), 1, "no port of the host's own but a published one");
+}
+
+#[test]
+fn a_port_that_is_published_no_more_takes_no_clients_and_keeps_those_it_has() {
+    let (mut rig, listener) = rig();
+    let other = rig.engine.nat().next_listener_token();
+    let socket = rig.engine.nat().net().listener();
+    let port = rig.publish_tcp(22, socket);
+    let syn = only(arrives_at(&mut rig, 1, other)).tcp();
+    let mut peer = answer(&mut rig, &syn);
+    assert_eq!(rig.unpublish(&port, false), (vec![], 0));
+    rig.world().backlogs[1].push_back(client(7));
+    assert_eq!(rig.ready(other, READABLE), [], "news of a listener that is gone");
+    rig.conn(0).queue.extend(b"still here");
+    let seen = rig.stream_ready(0, READABLE);
+    assert_eq!(peer.take(seen), b"still here");
+    // The one beside it, which leads to the same port of the guest, stays, and this one comes again.
+    assert_eq!(arrives(&mut rig, listener, client(8)).len(), 1);
+    let again = rig.engine.nat().next_listener_token();
+    let socket = rig.engine.nat().net().listener();
+    rig.publish_tcp(22, socket);
+    assert_eq!(arrives_at(&mut rig, 2, again).len(), 1);
+}
+
+#[test]
+fn connections_of_a_removed_port_are_reset_both_ways_if_that_is_asked_for() {
+    let (mut rig, listener) = rig();
+    let other = rig.engine.nat().next_listener_token();
+    let socket = rig.engine.nat().net().listener();
+    let port = rig.publish_tcp(22, socket);
+    let syn = only(arrives_at(&mut rig, 1, other)).tcp();
+    let peer = answer(&mut rig, &syn);
+    let spared = only(arrives(&mut rig, listener, client(8))).tcp();
+    answer(&mut rig, &spared);
+    crate::rig::connected(&mut rig, Peer::new(guest(22), crate::frames::world(port.host.port())));
+    let (seen, ended) = rig.unpublish(&port, true);
+    let reset = only(seen).tcp();
+    assert!(reset.has(Flags::RST) && ended == 1, "{reset:?}");
+    assert_eq!((reset.from, reset.header.seq.0), (client(999), peer.ack), "the guest is told");
+    assert_eq!(rig.conn(0).end, End::Reset, "the client is told");
+    assert_eq!(rig.conn(1).end, End::Open, "a client of another port");
+    assert_eq!(rig.conn(2).end, End::Open, "a flow of the guest's own");
+    assert_eq!(rig.unpublish(&port, true), (vec![], 0), "there is none any more");
+}
+
+#[test]
+fn exchanges_of_a_removed_port_end_and_another_port_takes_its_place() {
+    let mut rig = Rig::new();
+    rig.send(&echo_frame(GATEWAY, 1, 1, b"hello"));
+    let everywhere = |host_port| port(Protocol::Udp, host_port, 53);
+    for host_port in [8053, 9053] {
+        let token = rig.engine.nat().next_datagram_token();
+        let socket = rig.engine.nat().net().published_udp(token);
+        rig.engine.publish_udp(Owner::TheGuest, everywhere(host_port), socket);
+    }
+    assert_eq!(rig.datagram_arrives(0, b"ask", client(999)).len(), 1);
+    assert_eq!(rig.datagram_arrives(1, b"ask", client(999)).len(), 1);
+    rig.unpublish(&everywhere(8053), false);
+    assert!(!rig.world().socks[0].is_open, "the port is free");
+    let token = rig.sock(0).token;
+    assert_eq!(rig.ready(token, READABLE), [], "news of a socket that is gone");
+    // What the guest sends from there leaves from the other.
+    rig.send(&udp_frame(guest(53), v4(client(5)), b"mine"));
+    assert_eq!(rig.sock(1).sent.last(), Some(&(b"mine".to_vec(), client(5))));
+    rig.unpublish(&everywhere(9053), false);
+    rig.send(&udp_frame(guest(53), v4(client(5)), b"mine"));
+    assert_eq!(rig.sock(2).sent, [(b"mine".to_vec(), client(5))], "a socket of its own");
+    rig.pass(secs(400));
+    rig.assert_empty();
+    assert_eq!(rig.engine.next_deadline(), None);
+}
+
+#[test]
+fn ports_come_and_go_ten_thousand_times_and_leave_nothing() {
+    let (mut rig, _) = rig();
+    let before = rig.engine.nat().len();
+    for n in 0..5000u32 {
+        let socket = rig.engine.nat().net().listener();
+        let tcp = rig.publish_tcp(22, socket);
+        let token = rig.engine.nat().next_datagram_token();
+        let socket = rig.engine.nat().net().published_udp(token);
+        let udp = port(Protocol::Udp, 8053, 54);
+        rig.engine.publish_udp(Owner::TheGuest, udp, socket);
+        if n % 2 == 0 {
+            let at = rig.world().socks.len() - 1;
+            rig.datagram_arrives(at, b"ask", client(n as u16));
+        }
+        rig.unpublish(&tcp, n % 3 == 0);
+        rig.unpublish(&udp, n % 3 == 0);
+    }
+    assert_eq!(rig.engine.nat().len(), before);
+    assert_eq!(rig.engine.next_deadline(), None);
+}
+
+#[test]
+fn a_removed_port_is_in_reach_of_the_guest_by_way_of_the_host_no_more() {
+    let (mut rig, _) = rig();
+    let host = Ipv4Addr::new(203, 0, 113, 1);
+    rig.world().own.insert(host.into());
+    let reachable = |rig: &mut Rig, from: u16| {
+        let before = rig.world().conns.len();
+        Peer::new(guest(from), std::net::SocketAddrV4::new(host, 8080)).syn(rig);
+        rig.world().conns.len() > before
+    };
+    let everywhere = port(Protocol::Tcp, 8080, 80);
+    assert!(!reachable(&mut rig, 4000));
+    // As at a worker that has not its socket.
+    rig.engine.note_published(everywhere);
+    assert!(reachable(&mut rig, 4001));
+    rig.unpublish(&everywhere, false);
+    assert!(!reachable(&mut rig, 4002));
 }

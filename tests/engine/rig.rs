@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
+use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig, Protocol, Publish};
+use vunet::engine::core::Owner;
 use vunet::engine::counters::DropReason;
 use vunet::engine::guest_port::GuestOffloads;
 use vunet::engine::host_net::{Readiness, Token};
@@ -24,7 +25,7 @@ use vunet::wire::vnet::VnetHeader;
 
 use crate::frames::{GATEWAY, Reader, Seen, Seg, TcpSeen};
 use crate::port::Port;
-use crate::world::{Conn, Net, Sock, World};
+use crate::world::{Conn, FakeDatagram, FakeListener, Net, Sock, World};
 
 pub(crate) const READABLE: Readiness = Readiness { readable: true, writable: true, ..NOTHING };
 pub(crate) const WRITABLE: Readiness = Readiness { writable: true, ..NOTHING };
@@ -92,6 +93,27 @@ pub(crate) struct Rig {
 }
 
 impl Rig {
+    /// Publishes a listener to a port of the guest.
+    pub(crate) fn publish_tcp(&mut self, guest_port: u16, listener: FakeListener) -> Publish {
+        let host = SocketAddr::from(([203, 0, 113, 200], listener.host_port()));
+        let port = Publish::new(Protocol::Tcp, host, guest_port);
+        self.engine.publish_tcp(Owner::TheGuest, port, listener);
+        port
+    }
+
+    /// Closes a published port of the guest; returns what the guest sees of it, and how many connections were reset.
+    pub(crate) fn unpublish(&mut self, port: &Publish, reset: bool) -> (Vec<Seen>, usize) {
+        let ended = self.engine.unpublish(self.now, &mut self.port, (Owner::TheGuest, port), reset);
+        (self.flush(), ended)
+    }
+
+    /// Publishes a socket to a UDP port of the guest.
+    pub(crate) fn publish_udp(&mut self, guest_port: u16, socket: FakeDatagram) {
+        let port =
+            Publish::new(Protocol::Udp, SocketAddr::from(([203, 0, 113, 200], guest_port)), guest_port);
+        self.engine.publish_udp(Owner::TheGuest, port, socket);
+    }
+
     pub(crate) fn new() -> Rig {
         Rig::with(Setup::default())
     }

@@ -241,7 +241,7 @@ fn a_flood_of_clients_of_one_published_port_spares_another() {
     let (mut rig, listener) = rig();
     let other = rig.engine.nat().next_listener_token();
     let socket = rig.engine.nat().net().listener();
-    rig.engine.nat().publish_tcp(socket, 23);
+    rig.publish_tcp(23, socket);
     rig.world().backlogs[1].push_back(client(1));
     only(rig.ready(other, READABLE));
     for n in 0..limits::TCP_BACKLOG_MAX as u16 {

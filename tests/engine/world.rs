@@ -6,6 +6,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 
+use vunet::config::Publish;
 use vunet::engine::host_net::{
     Arrival, Close, HostDatagram, HostListener, HostNet, HostStream, NetworkError, PacketFields, SendSpace,
     Token,
@@ -54,6 +55,8 @@ pub(crate) struct Conn {
     pub(crate) discarded: usize,
     /// The host's address it comes from.
     pub(crate) local: Option<IpAddr>,
+    /// The listener's port, of a client that was accepted.
+    came_by: Option<u16>,
     pub(crate) end: End,
     /// Its stream leaves its worker: what is dropped there is not the socket.
     leaves: bool,
@@ -213,6 +216,7 @@ impl World {
             peek_max: usize::MAX,
             discarded: 0,
             local: None,
+            came_by: None,
             end: End::Open,
             leaves: false,
         });
@@ -284,6 +288,13 @@ pub(crate) struct FakeDatagram {
 pub(crate) struct FakeListener {
     world: Rc<RefCell<World>>,
     at: usize,
+}
+
+impl FakeListener {
+    /// The port of the host it is bound to.
+    pub(crate) fn host_port(&self) -> u16 {
+        8000 + self.at as u16
+    }
 }
 
 impl HostNet for Net {
@@ -358,6 +369,10 @@ impl HostStream for FakeStream {
 
     fn uses_ecn(&self) -> bool {
         self.world.borrow().ecn
+    }
+
+    fn came_by(&self, port: &Publish) -> bool {
+        self.world.borrow().conns[self.at].came_by == Some(port.host.port())
     }
 
     fn local_ip(&self) -> Option<IpAddr> {
@@ -579,6 +594,7 @@ impl HostListener for FakeListener {
         world.take_descriptor()?;
         let client = world.backlogs[self.at].pop_front().expect("a client waits");
         let at = world.add_conn(token, client, false);
+        world.conns[at].came_by = Some(self.host_port());
         Ok((FakeStream { world: Rc::clone(&self.world), at }, client))
     }
 }

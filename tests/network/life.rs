@@ -237,8 +237,12 @@ fn ports_of_a_user_lead_to_its_guest_once_it_has_an_address() {
         let lab = create(&networks, "lab", nat());
         let mut one = join(&networks, "lab");
         let mut two = join(&networks, "lab");
-        let port =
-            |udp, host: &str, guest_port| PublishedPort { udp, host: host.parse().unwrap(), guest_port };
+        let port = |udp, host: &str, guest_port| PublishedPort {
+            udp,
+            host: host.parse().unwrap(),
+            interface: None,
+            guest_port,
+        };
         let table = || run("nft", &format!("list table inet {}", lab.id.table()));
         let ports = vec![port(false, "0.0.0.0:8080", 80), port(false, "0.0.0.0:8443", 443)];
         one.update(|user| user.published = ports).unwrap();

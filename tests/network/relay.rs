@@ -5,22 +5,27 @@ use std::io::ErrorKind;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use socket2::{Domain, Socket, Type};
+use socket2::Socket;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use vunet::control::port_relay::{relay_tcp, relay_udp};
+use vunet::config::{Protocol, Publish};
+use vunet::control::port_relay::{GuestAddress, Relay};
 use vunet::limits::RELAYED_MAX;
+use vunet::uplink::published;
 
 const LOOPBACK: Ipv4Addr = Ipv4Addr::LOCALHOST;
 
-/// A bound socket, as published ports are, and its address.
-fn bound(kind: Type) -> (Socket, SocketAddr) {
-    let socket = Socket::new(Domain::IPV4, kind, None).unwrap();
-    socket.bind(&SocketAddr::from((LOOPBACK, 0)).into()).unwrap();
-    let addr = socket.local_addr().unwrap().as_socket().unwrap();
-    (socket, addr)
+/// A published port's socket, and its address.
+fn bound(protocol: Protocol) -> (Socket, SocketAddr) {
+    let mut port = Publish::new(protocol, SocketAddr::from((LOOPBACK, 0)), 80);
+    let socket = published::bind(&mut port).unwrap();
+    (socket, port.host)
+}
+
+fn relay(protocol: Protocol, socket: Socket, guest: GuestAddress, guest_port: u16) -> Relay {
+    Relay::new(socket, guest, &Publish::new(protocol, SocketAddr::from((LOOPBACK, 0)), guest_port)).unwrap()
 }
 
 fn on_a_runtime(work: impl Future<Output = ()>) {
@@ -32,9 +37,9 @@ fn on_a_runtime(work: impl Future<Output = ()>) {
 fn bytes_and_ends_pass_both_ways() {
     on_a_runtime(async {
         let server = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let (socket, published) = bound(Type::STREAM);
+        let (socket, published) = bound(Protocol::Tcp);
         let (_address, guest) = watch::channel(Some(LOOPBACK));
-        relay_tcp(socket, guest, server.local_addr().unwrap().port()).unwrap();
+        let _relay = relay(Protocol::Tcp, socket, guest, server.local_addr().unwrap().port());
         let mut client = TcpStream::connect(published).await.unwrap();
         let (mut served, _) = server.accept().await.unwrap();
         client.write_all(&[7; 300_000]).await.unwrap();
@@ -55,9 +60,9 @@ fn a_connection_nobody_takes_is_reset_and_so_is_its_other_end() {
     on_a_runtime(async {
         let server = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
         let port = server.local_addr().unwrap().port();
-        let (socket, published) = bound(Type::STREAM);
+        let (socket, published) = bound(Protocol::Tcp);
         let (address, guest) = watch::channel(None);
-        relay_tcp(socket, guest, port).unwrap();
+        let _relay = relay(Protocol::Tcp, socket, guest, port);
         let ended = async |mut client: TcpStream| client.read(&mut [0]).await.map_err(|error| error.kind());
         let early = TcpStream::connect(published).await.unwrap();
         assert_eq!(ended(early).await, Err(ErrorKind::ConnectionReset), "the guest has no address");
@@ -77,9 +82,9 @@ fn a_connection_nobody_takes_is_reset_and_so_is_its_other_end() {
 fn datagrams_come_back_to_whom_they_answer() {
     on_a_runtime(async {
         let server = UdpSocket::bind((LOOPBACK, 0)).await.unwrap();
-        let (socket, published) = bound(Type::DGRAM);
+        let (socket, published) = bound(Protocol::Udp);
         let (address, guest) = watch::channel(None);
-        relay_udp(socket, guest, server.local_addr().unwrap().port()).unwrap();
+        let _relay = relay(Protocol::Udp, socket, guest, server.local_addr().unwrap().port());
         let clients =
             [UdpSocket::bind((LOOPBACK, 0)).await.unwrap(), UdpSocket::bind((LOOPBACK, 0)).await.unwrap()];
         clients[0].send_to(b"too early", published).await.unwrap();
@@ -104,9 +109,9 @@ fn datagrams_come_back_to_whom_they_answer() {
 fn one_connection_past_the_bound_waits_for_another_to_end() {
     on_a_runtime(async {
         let server = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
-        let (socket, published) = bound(Type::STREAM);
+        let (socket, published) = bound(Protocol::Tcp);
         let (_address, guest) = watch::channel(Some(LOOPBACK));
-        relay_tcp(socket, guest, server.local_addr().unwrap().port()).unwrap();
+        let _relay = relay(Protocol::Tcp, socket, guest, server.local_addr().unwrap().port());
         let mut pairs = Vec::new();
         for _ in 0..RELAYED_MAX {
             let client = TcpStream::connect(published).await.unwrap();
@@ -117,5 +122,25 @@ fn one_connection_past_the_bound_waits_for_another_to_end() {
         assert!(waited.is_err(), "one past the bound was relayed");
         drop(pairs.pop());
         server.accept().await.unwrap();
+    });
+}
+
+#[test]
+fn a_relay_that_is_gone_frees_the_port_and_keeps_its_connections() {
+    on_a_runtime(async {
+        let server = TcpListener::bind((LOOPBACK, 0)).await.unwrap();
+        let (socket, published) = bound(Protocol::Tcp);
+        let (_address, guest) = watch::channel(Some(LOOPBACK));
+        let relayed = relay(Protocol::Tcp, socket, guest, server.local_addr().unwrap().port());
+        let mut client = TcpStream::connect(published).await.unwrap();
+        let (mut served, _) = server.accept().await.unwrap();
+        drop(relayed);
+        tokio::task::yield_now().await;
+        TcpStream::connect(published).await.expect_err("nobody listens");
+        client.write_all(b"on and on").await.unwrap();
+        let mut got = [0; 9];
+        served.read_exact(&mut got).await.unwrap();
+        assert_eq!(&got, b"on and on");
+        published::bind(&mut Publish::new(Protocol::Tcp, published, 80)).expect("the port is free");
     });
 }

@@ -8,7 +8,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
+use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig, Protocol, Publish};
+use vunet::engine::core::Owner;
 use vunet::engine::host_net::{HostNet, Token};
 use vunet::engine::placement::{Directory, Home, WorkerId};
 use vunet::engine::{Engine, EngineConfig, PostOf};
@@ -247,18 +248,22 @@ impl Run<'_> {
     }
 
     fn publish(&mut self) {
+        // One each, of no consequence here.
+        let host = |n: usize| SocketAddr::from(([203, 0, 113, 1], 8000 + n as u16));
         let engine = &mut self.workers[0].engine;
         for (n, flow) in self.plan.flows.iter().enumerate().filter(|(_, flow)| flow.published) {
             self.listeners[n] = Some(engine.nat().next_listener_token());
             let listener = SimListener { world: Rc::clone(&self.world), flow: n };
-            engine.nat().publish_tcp(listener, flow.guest_port);
+            let port = Publish::new(Protocol::Tcp, host(n), flow.guest_port);
+            engine.publish_tcp(Owner::TheGuest, port, listener);
             self.clients.push((flow.begins_us, n));
         }
         for plan in self.plan.datagrams.iter().filter(|plan| plan.kind == DatagramKind::Published) {
             let token = engine.nat().next_datagram_token();
             let socket = SimDatagram::new(&self.world, 0, token, false);
             let at = socket.at();
-            engine.publish_udp(socket, plan.guest_port);
+            let port = Publish::new(Protocol::Udp, host(at), plan.guest_port);
+            engine.publish_udp(Owner::TheGuest, port, socket);
             self.world.borrow_mut().socks.begin_client(at, *plan);
         }
     }

@@ -5,10 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use socket2::Type;
+use vunet::config::{Protocol, Publish};
 use vunet::engine::host_net::{HostDatagram, HostNet, NetworkError, PacketFields, Token};
 use vunet::frame::Payload;
-use vunet::uplink::sockets::{Datagram, bind_published};
+use vunet::uplink::published::bind;
+use vunet::uplink::sockets::Datagram;
 use vunet::wire::icmpv4::{Message, UnreachableCode};
 
 use crate::{Uplink, loopback, pattern};
@@ -208,7 +209,7 @@ fn a_closed_port_is_no_error_to_the_socket_that_others_use_too() {
 #[test]
 fn a_published_port_receives_and_answers_from_where_it_is() {
     let uplink = Uplink::new(true);
-    let bound = bind_published(Type::DGRAM, loopback(0)).expect("bound");
+    let bound = bind(&mut Publish::new(Protocol::Udp, loopback(0), 80)).expect("bound");
     let address = bound.local_addr().expect("an address").as_socket().expect("an IP address");
     let mut socket = uplink.net.published_udp(TOKEN, bound).expect("a socket");
     let client = UdpSocket::bind(loopback(0)).expect("a socket");
@@ -450,7 +451,8 @@ fn a_free_port_is_had_and_a_taken_one_gives_another_of_its_parity() {
 #[test]
 fn a_published_port_on_all_addresses_says_which_was_used_and_answers_from_it() {
     let uplink = Uplink::new(true);
-    let bound = bind_published(Type::DGRAM, SocketAddr::from(([0, 0, 0, 0], 0))).expect("bound");
+    let bound =
+        bind(&mut Publish::new(Protocol::Udp, SocketAddr::from(([0, 0, 0, 0], 0)), 80)).expect("bound");
     let port = bound.local_addr().expect("an address").as_socket().expect("an IP address").port();
     let mut socket = uplink.net.published_udp(TOKEN, bound).expect("a socket");
     let bytes = pattern(3000);

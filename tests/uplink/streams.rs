@@ -5,10 +5,12 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use socket2::{SockRef, Type};
+use socket2::SockRef;
+use vunet::config::{Protocol, Publish};
 use vunet::engine::host_net::{Close, HostListener, HostNet, HostStream, Token};
 use vunet::frame::PayloadMut;
-use vunet::uplink::sockets::{Stream, bind_published};
+use vunet::uplink::published::bind;
+use vunet::uplink::sockets::Stream;
 
 use crate::{Uplink, both_ways, loopback, pattern, peek, peek_when_there, read_to_end, send};
 
@@ -381,7 +383,7 @@ fn urgent_bytes_are_announced_and_lie_in_the_stream_where_they_were_sent() {
 fn small_writes_wait_for_no_acknowledgement_and_a_dead_world_is_asked_for() {
     both_ways(|mut uplink| {
         let (stream, far) = uplink.connected(TOKEN);
-        let bound = bind_published(Type::STREAM, loopback(0)).expect("bound");
+        let bound = bind(&mut Publish::new(Protocol::Tcp, loopback(0), 80)).expect("bound");
         let address = bound.local_addr().expect("an address").as_socket().expect("an address");
         let mut listener = uplink.net.listener(Token(1), bound).expect("a listener");
         let client = TcpStream::connect(address).expect("a client");
@@ -402,7 +404,7 @@ fn a_published_port_is_had_again_at_once_though_its_connections_linger() {
     let mut address = loopback(0);
     for _ in 0..3 {
         let uplink = Uplink::new(true);
-        let bound = bind_published(Type::STREAM, address).expect("bound again");
+        let bound = bind(&mut Publish::new(Protocol::Tcp, address, 80)).expect("bound again");
         address = bound.local_addr().expect("an address").as_socket().expect("an address");
         let mut listener = uplink.net.listener(Token(1), bound).expect("a listener");
         let mut client = TcpStream::connect(address).expect("a client");
@@ -420,7 +422,7 @@ fn a_published_port_is_had_again_at_once_though_its_connections_linger() {
 #[test]
 fn streams_of_a_published_port_end_like_any_other() {
     both_ways(|uplink| {
-        let bound = bind_published(Type::STREAM, loopback(0)).expect("bound");
+        let bound = bind(&mut Publish::new(Protocol::Tcp, loopback(0), 80)).expect("bound");
         let address = bound.local_addr().expect("an address").as_socket().expect("an IP address");
         let mut listener = uplink.net.listener(Token(1), bound).expect("a listener");
         assert!(listener.accept(Token(2)).is_err_and(|error| error.kind() == ErrorKind::WouldBlock));

@@ -28,5 +28,6 @@ mod packet_nat;
 mod policy;
 mod programs;
 mod publish;
+mod publishing;
 mod syscalls;
 mod transfer;

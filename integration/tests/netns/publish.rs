@@ -22,14 +22,14 @@ const PUBLISH: [&str; 8] = [
     "tcp:127.0.0.1:7006:9006",
 ];
 
-fn serve_in_guest(bench: &Bench) -> Result<Process, Failure> {
+pub(crate) fn serve_in_guest(bench: &Bench) -> Result<Process, Failure> {
     let binary = integration_binary().display().to_string();
     let server = bench.lab.guest.spawn(&[&binary, "world-server", "--bind", &GUEST.to_string()])?;
     server.wait_line(SHORT, "servers in the guest", |line| line.contains("ready"))?;
     Ok(server)
 }
 
-fn connect(from: &Netns, to: (Ipv4Addr, u16)) -> Result<TcpStream, Failure> {
+pub(crate) fn connect(from: &Netns, to: (Ipv4Addr, u16)) -> Result<TcpStream, Failure> {
     let addr = SocketAddr::from(to);
     let stream = from
         .inside(|| TcpStream::connect_timeout(&addr, PATIENCE))
@@ -40,7 +40,7 @@ fn connect(from: &Netns, to: (Ipv4Addr, u16)) -> Result<TcpStream, Failure> {
 }
 
 /// The address the guest's server sees for a client in `from` that connects to `to`.
-fn seen(from: &Netns, to: (Ipv4Addr, u16)) -> Result<SocketAddr, Failure> {
+pub(crate) fn seen(from: &Netns, to: (Ipv4Addr, u16)) -> Result<SocketAddr, Failure> {
     let mut text = String::new();
     connect(from, to)?.take(ANSWER_BYTES_MAX).read_to_string(&mut text)?;
     Ok(text.trim().parse()?)

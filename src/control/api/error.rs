@@ -18,6 +18,8 @@ pub struct ApiError {
     pub code: &'static str,
     /// What people read.
     pub message: String,
+    /// Who has what was asked for.
+    pub owner: Option<OwnerStatus>,
 }
 
 /// An error's body.
@@ -34,12 +36,26 @@ pub struct ErrorText {
     pub code: String,
     /// What people read.
     pub message: String,
+    /// With `port_taken`: who has the port, as far as it is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<OwnerStatus>,
+}
+
+/// Who has a port of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OwnerStatus {
+    /// The user's number.
+    pub uid: u32,
+    /// The process, where this one may know it.
+    pub pid: Option<u32>,
+    /// Its name.
+    pub process: Option<String>,
 }
 
 impl ApiError {
     /// An error with `status` and `code`.
     pub fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { status, code, message: message.into() }
+        ApiError { status, code, message: message.into(), owner: None }
     }
 
     /// A value of the request is wrong.
@@ -55,7 +71,7 @@ impl ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let error = ErrorText { code: self.code.to_owned(), message: self.message };
+        let error = ErrorText { code: self.code.to_owned(), message: self.message, owner: self.owner };
         (self.status, Json(ErrorBody { error })).into_response()
     }
 }

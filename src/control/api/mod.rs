@@ -16,6 +16,7 @@ pub mod leases;
 pub mod log_level;
 mod metrics;
 pub mod names;
+pub mod ports;
 mod server;
 pub mod status;
 pub mod stopping;
@@ -37,6 +38,7 @@ pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
+use crate::control::ports::Ports;
 use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
 use crate::requests::{Answer, Request, WorkerHandle};
@@ -59,6 +61,8 @@ pub struct Api {
     pub dns: Arc<DnsService>,
     /// Asks upstream resolvers.
     pub resolver: Arc<Resolver>,
+    /// Published ports.
+    pub ports: Ports,
     /// What happens.
     pub events: Events,
     /// The log.
@@ -105,6 +109,8 @@ fn resources() -> (Router<Arc<Api>>, OpenApi) {
         .routes(routes!(flows::end))
         .routes(routes!(leases::get))
         .routes(routes!(names::get))
+        .routes(routes!(ports::list, ports::add))
+        .routes(routes!(ports::remove))
         .routes(routes!(log_level::get, log_level::put))
         .routes(routes!(event_stream::get))
         .routes(routes!(metrics::get))

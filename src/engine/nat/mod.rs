@@ -89,7 +89,8 @@ pub enum Elsewhere {
 struct Published<L> {
     listener: L,
     owner: Owner,
-    guest_port: u16,
+    /// Where it is bound, and where it leads.
+    port: Publish,
     /// When clients that could not be taken are tried again: the socket tells of each once.
     again: TimerSlot,
 }
@@ -104,8 +105,8 @@ pub struct Nat<N: HostNet> {
     listeners: Slab<Published<N::Listener>>,
     /// Listeners whose turn ended with clients waiting.
     accept_again: Vec<usize>,
-    /// Ports of one of several guests, with the addresses they are bound to: they come and go.
-    lent: Vec<(Owner, Publish)>,
+    /// Published ports that `flows_max` knows of; others came later.
+    published_at_start: usize,
     dns: bool,
 }
 
@@ -143,13 +144,13 @@ impl<N: HostNet> Nat<N> {
     ) -> Nat<N> {
         Nat {
             net,
+            published_at_start: policy.published.len(),
             policy,
             flows_max: flows_max.clamp(1, limits::FLOWS_MAX),
             tcp: TcpTable::new(flows_max, isn_secret),
             datagrams: DatagramTable::new(udp),
             listeners: Slab::new(),
             accept_again: Vec::new(),
-            lent: Vec::new(),
             dns,
         }
     }
@@ -200,75 +201,61 @@ impl<N: HostNet> Nat<N> {
         TokenKind::Listener.token(0, self.listeners.vacant_key())
     }
 
-    /// Publishes a listening socket to `guest_port`.
-    pub fn publish_tcp(&mut self, listener: N::Listener, guest_port: u16) {
-        self.listen(listener, Owner::TheGuest, guest_port);
+    /// This end of the host leads back to a guest, by this worker or another.
+    pub fn note_published(&mut self, port: Publish) {
+        self.policy.published.add(port);
     }
 
-    fn listen(&mut self, listener: N::Listener, owner: Owner, guest_port: u16) {
-        self.listeners.insert(Published { listener, owner, guest_port, again: TimerSlot::default() });
+    /// Publishes a listening socket, bound as `port` says, to a guest of `owner`.
+    pub fn publish_tcp(&mut self, owner: Owner, port: Publish, listener: N::Listener) {
+        self.note_published(port);
+        self.listeners.insert(Published { listener, owner, port, again: TimerSlot::default() });
     }
 
-    /// Publishes a listening socket, bound as `port` says, to the guest `number` of several.
-    pub fn publish_tcp_of(&mut self, number: u64, port: Publish, listener: N::Listener) {
-        self.lend(number, port);
-        self.listen(listener, Owner::OneOf(number), port.guest_port);
+    /// Publishes a UDP socket, bound as `port` says, to a guest of `owner`.
+    pub fn publish_udp(&mut self, core: &Core, owner: Owner, port: Publish, socket: N::Datagram) {
+        self.note_published(port);
+        self.datagrams.insert_published(core, owner, port, socket);
     }
 
-    /// Publishes a UDP socket, bound as `port` says, to the guest `number` of several.
-    pub fn publish_udp_of(&mut self, core: &Core, number: u64, port: Publish, socket: N::Datagram) {
-        self.lend(number, port);
-        let to = (Owner::OneOf(number), port.guest_port);
-        self.datagrams.insert_published(core, to, socket, port.host.ip().is_unspecified());
+    /// Closes all published ports of `owner`; their datagram exchanges end, their connections do not.
+    pub fn unpublish_all(&mut self, core: &mut Core, owner: Owner) {
+        let of_it = |published: &Published<N::Listener>| published.owner == owner;
+        let tcp = self.listeners.iter().filter(|(_, published)| of_it(published));
+        let mut ports: Vec<Publish> = tcp.map(|(_, published)| published.port).collect();
+        ports.extend(self.datagrams.published_of(owner));
+        for port in ports {
+            self.unpublish(core, owner, &port);
+        }
     }
 
-    fn lend(&mut self, number: u64, port: Publish) {
-        self.lent.push((Owner::OneOf(number), port));
-        self.policy.published.push(port);
-    }
-
-    /// Closes the published ports of the guest `number` of several; their datagram exchanges end.
-    pub fn unpublish(&mut self, core: &mut Core, number: u64) {
-        let owner = Owner::OneOf(number);
-        let of_it: Vec<usize> = self
-            .listeners
-            .iter()
-            .filter(|(_, published)| published.owner == owner)
-            .map(|(at, _)| at)
-            .collect();
-        for at in of_it {
+    /// Closes one published port of `owner`, if this worker has its socket; nobody takes it for one any more. Its
+    /// datagram exchanges end, its connections do not.
+    pub fn unpublish(&mut self, core: &mut Core, owner: Owner, port: &Publish) {
+        self.policy.published.remove(port);
+        let is_it = |published: &Published<N::Listener>| published.owner == owner && published.port == *port;
+        if let Some((at, _)) = self.listeners.iter().find(|(_, published)| is_it(published)) {
             let mut published = self.listeners.remove(at);
             core.timers.clear(&mut published.again);
         }
-        self.datagrams.unpublish(core, owner);
-        let policy = &mut self.policy;
-        self.lent.retain(|(of, port)| {
-            if *of == owner
-                && let Some(at) = policy.published.iter().position(|known| known == port)
-            {
-                policy.published.remove(at);
-            }
-            *of != owner
-        });
+        self.datagrams.unpublish(core, owner, port);
+    }
+
+    /// Resets the connections of clients that came by a published port, both ways; returns how many.
+    pub fn reset_published(&mut self, core: &mut Core, guest: &mut impl GuestPort, port: &Publish) -> usize {
+        self.tcp.reset_published(core, guest, port)
     }
 
     /// Bound of flows and sockets: what ports that came later hold is not there for flows.
     fn flows_max(&self) -> usize {
-        self.flows_max.saturating_sub(self.lent.len()).max(limits::FLOWS_MIN.min(self.flows_max))
+        let later =
+            (self.listeners.len() + self.datagrams.published()).saturating_sub(self.published_at_start);
+        self.flows_max.saturating_sub(later).max(limits::FLOWS_MIN.min(self.flows_max))
     }
 
     /// The token the next datagram socket will have.
     pub fn next_datagram_token(&self) -> Token {
         self.datagrams.next_token()
-    }
-
-    /// Publishes a bound UDP socket to `guest_port`.
-    pub fn publish_udp(&mut self, core: &Core, socket: N::Datagram, guest_port: u16) {
-        // They come in the order they were given.
-        let port = self.policy.published_udp().nth(self.datagrams.published());
-        let is_everywhere =
-            port.is_some_and(|port| port.guest_port == guest_port && port.host.ip().is_unspecified());
-        self.datagrams.insert_published(core, (Owner::TheGuest, guest_port), socket, is_everywhere);
     }
 
     /// Keeps the tables within `flows`: finished connections go first, then the longest idle.
@@ -598,7 +585,7 @@ impl<N: HostNet> Nat<N> {
         for _ in 0..limits::ACCEPT_BURST {
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
-            let to = (published.owner, published.guest_port);
+            let to = (published.owner, published.port.guest_port);
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,

@@ -10,19 +10,101 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use hashbrown::HashMap;
+
 use crate::config::{Mode, Protocol, Publish};
 use crate::engine::core::Core;
 use crate::engine::host_net::HostNet;
 
 /// What may be reached.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Policy {
     /// The world beyond the gateway.
     pub world: bool,
     /// The host itself.
     pub host_loopback: bool,
     /// Ports of the host that lead back to the guest, with the addresses they are really bound to.
-    pub published: Vec<Publish>,
+    pub published: PublishedEnds,
+}
+
+/// Ends of the host that lead back to guests, found in one step however many there are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PublishedEnds {
+    by_host_port: HashMap<(Protocol, u16), Vec<Publish>, foldhash::quality::RandomState>,
+    /// How many lead to this UDP port of a guest from all of the host's addresses and interfaces.
+    udp_from_everywhere: HashMap<u16, usize, foldhash::quality::RandomState>,
+    len: usize,
+}
+
+impl PublishedEnds {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// One more, unless it is known.
+    pub fn add(&mut self, port: Publish) {
+        // Nearly always one, of thousands of ports.
+        let number = (port.protocol, port.host.port());
+        let ends = self.by_host_port.entry(number).or_insert_with(|| Vec::with_capacity(1));
+        if ends.contains(&port) {
+            return;
+        }
+        ends.push(port);
+        self.len += 1;
+        if is_udp_everywhere(&port) {
+            *self.udp_from_everywhere.entry(port.guest_port).or_default() += 1;
+        }
+    }
+
+    /// One less; false if it is not known.
+    pub fn remove(&mut self, port: &Publish) -> bool {
+        let number = (port.protocol, port.host.port());
+        let Some(ends) = self.by_host_port.get_mut(&number) else { return false };
+        let Some(at) = ends.iter().position(|known| known == port) else { return false };
+        ends.swap_remove(at);
+        if ends.is_empty() {
+            self.by_host_port.remove(&number);
+        }
+        self.len -= 1;
+        if is_udp_everywhere(port)
+            && let Some(count) = self.udp_from_everywhere.get_mut(&port.guest_port)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.udp_from_everywhere.remove(&port.guest_port);
+            }
+        }
+        true
+    }
+
+    /// Whether this end of the host's own is one of them.
+    fn has(&self, protocol: Protocol, to: SocketAddr) -> bool {
+        let leads_there = |bound: IpAddr| bound == to.ip() || bound.is_unspecified();
+        let ends = self.by_host_port.get(&(protocol, to.port()));
+        // Behind one interface's port the host may have a service of its own on its other addresses.
+        ends.is_some_and(|ends| {
+            ends.iter().any(|port| leads_there(port.host.ip()) && port.interface.is_none())
+        })
+    }
+}
+
+impl FromIterator<Publish> for PublishedEnds {
+    fn from_iter<I: IntoIterator<Item = Publish>>(ports: I) -> PublishedEnds {
+        let mut ends = PublishedEnds::default();
+        ports.into_iter().for_each(|port| ends.add(port));
+        ends
+    }
+}
+
+/// Whether what a guest sends from there by itself can leave through this port's socket, whatever the route.
+pub fn is_udp_everywhere(port: &Publish) -> bool {
+    port.protocol == Protocol::Udp && port.host.ip().is_unspecified() && port.interface.is_none()
 }
 
 /// What becomes of a new flow.
@@ -43,9 +125,10 @@ impl Policy {
     pub fn of(mode: &Mode) -> Policy {
         match mode {
             Mode::Nat(nat) => {
-                Policy { world: true, host_loopback: nat.allow_host_loopback, published: nat.publish.clone() }
+                let published = nat.publish.iter().copied().collect();
+                Policy { world: true, host_loopback: nat.allow_host_loopback, published }
             }
-            Mode::Isolated => Policy { world: false, host_loopback: false, published: Vec::new() },
+            Mode::Isolated => Policy::default(),
         }
     }
 
@@ -75,21 +158,13 @@ impl Policy {
 
     /// Whether this end of the host's own is a published port.
     fn is_published(&self, protocol: Option<Protocol>, to: SocketAddr) -> bool {
-        let leads_there = |bound: SocketAddr| {
-            bound.port() == to.port() && (bound.ip() == to.ip() || bound.ip().is_unspecified())
-        };
-        self.published.iter().any(|port| Some(port.protocol) == protocol && leads_there(port.host))
+        protocol.is_some_and(|protocol| self.published.has(protocol, to))
     }
 
     /// Whether a UDP port of the guest is published on all addresses of the host: then what it sends can
     /// leave from there, whatever the route.
     pub fn publishes_udp(&self, guest_port: u16) -> bool {
-        self.published_udp().any(|port| port.guest_port == guest_port && port.host.ip().is_unspecified())
-    }
-
-    /// Published UDP ports, in the order they were given.
-    pub fn published_udp(&self) -> impl Iterator<Item = &Publish> {
-        self.published.iter().filter(|port| port.protocol == Protocol::Udp)
+        self.published.udp_from_everywhere.contains_key(&guest_port)
     }
 }
 

@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::flow::{self, Flow, FlowFlags, FlowKey, Ticks};
-use super::{PacketNat, give_back, lock};
+use super::{PacketNat, give_back, lock, published_protocol};
+use crate::config as settings;
 use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, NewsList, Table, Walk};
 use crate::time::Instant;
 use crate::wire::ipv4::Protocol;
@@ -67,6 +68,22 @@ impl PacketNat {
         give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
         self.flow_news.note(|| news(false, &flow));
         true
+    }
+
+    /// Ends the flows that clients began by a published port, without a word to either end; how many.
+    pub fn end_published(&mut self, protocol: settings::Protocol, port: u16) -> usize {
+        let protocol = published_protocol(protocol);
+        let came_by = |flow: &Flow| {
+            let key = flow.key();
+            flow.flags.has(FlowFlags::PUBLISHED) && (key.protocol, key.external_port) == (protocol, port)
+        };
+        let places = 0..self.table.places();
+        let named = places.filter_map(|place| self.table.at_place(place));
+        let ends: Vec<FlowId> = named
+            .filter(|(flow, _)| came_by(flow))
+            .map(|(_, own)| FlowId::new(Table::Packet, own.generation, own.index))
+            .collect();
+        ends.into_iter().filter(|id| self.end(*id)).count()
     }
 
     /// Flows that begin and end.

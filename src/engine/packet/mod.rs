@@ -348,6 +348,11 @@ impl PacketNat {
         self.config.published.len() - self.published.len()
     }
 
+    /// Whether a port of the outside address leads to a guest.
+    pub fn is_published(&self, protocol: settings::Protocol, port: u16) -> bool {
+        self.published.contains_key(&(published_protocol(protocol), port))
+    }
+
     /// What happened so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -635,12 +640,16 @@ fn scope(config: &PacketNatConfig, key: &FlowKey) -> Scope {
     }
 }
 
-/// Whom a published port is mapped to: the guest's end, and what stands in for it where that has another port outside.
-fn published_ends(port: &PublishedPort) -> [GuestEnd; 2] {
-    let protocol = match port.protocol {
+const fn published_protocol(protocol: settings::Protocol) -> Protocol {
+    match protocol {
         settings::Protocol::Tcp => Protocol::TCP,
         settings::Protocol::Udp => Protocol::UDP,
-    };
+    }
+}
+
+/// Whom a published port is mapped to: the guest's end, and what stands in for it where that has another port outside.
+fn published_ends(port: &PublishedPort) -> [GuestEnd; 2] {
+    let protocol = published_protocol(port.protocol);
     [
         GuestEnd { protocol, addr: port.guest, port: port.guest_port },
         GuestEnd { protocol, addr: Ipv4Addr::UNSPECIFIED, port: port.port },

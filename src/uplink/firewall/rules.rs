@@ -24,7 +24,7 @@ use nftables::types::{NfChainPolicy, NfChainType, NfFamily, NfHook};
 
 use super::listing::{Accept, FILTER, Family, Listing};
 use super::{Beyond, Redirect, Ruleset};
-use crate::addr::Ipv4Subnet;
+use crate::addr::{Ipv4Subnet, LinkName};
 
 /// Priority of our filters: before those of iptables and of most users (`filter`, 0). A drop is final
 /// wherever it is; being first spares others what we drop.
@@ -180,12 +180,14 @@ fn input(ruleset: &Ruleset) -> Vec<Vec<Stmt>> {
 
 /// One rule for each guest, protocol and address of the host, which maps ports.
 fn published(redirects: &[Redirect]) -> Vec<Vec<Stmt>> {
-    let mut groups: BTreeMap<(bool, Ipv4Addr, Ipv4Addr), Vec<(u16, u16)>> = BTreeMap::new();
+    /// Protocol, address and interface of the host, guest.
+    type Group = (bool, Ipv4Addr, Option<LinkName>, Ipv4Addr);
+    let mut groups: BTreeMap<Group, Vec<(u16, u16)>> = BTreeMap::new();
     for redirect in redirects {
-        let group = (redirect.udp, *redirect.host.ip(), *redirect.guest.ip());
+        let group = (redirect.udp, *redirect.host.ip(), redirect.interface, *redirect.guest.ip());
         groups.entry(group).or_default().push((redirect.host.port(), redirect.guest.port()));
     }
-    let rule = |((udp, host, guest), ports): ((bool, Ipv4Addr, Ipv4Addr), Vec<(u16, u16)>)| {
+    let rule = |((udp, host, interface, guest), ports): (Group, Vec<(u16, u16)>)| {
         let destination = || payload(if udp { "udp" } else { "tcp" }, "dport");
         let number = |port: u16| Expression::Number(port.into());
         let known = ports.iter().map(|(host_port, _)| SetItem::Element(number(*host_port))).collect();
@@ -196,9 +198,13 @@ fn published(redirects: &[Redirect]) -> Vec<Vec<Stmt>> {
         } else {
             is(payload("ip", "daddr"), string(host.to_string()))
         };
+        // What the host sends to itself is relayed by the process that listens there.
+        let comes_in = match interface {
+            Some(name) => enters_by(name.as_str()),
+            None => is_not(meta(MetaKey::Iifname), string("lo")),
+        };
         vec![
-            // What the host sends to itself is relayed by the process that listens there.
-            is_not(meta(MetaKey::Iifname), string("lo")),
+            comes_in,
             is_ipv4(),
             to_host,
             is(destination(), Expression::Named(NamedExpression::Set(known))),

@@ -143,20 +143,45 @@ impl Translation {
             return;
         }
         self.published_to = guest;
+        let missing = self.set_published();
+        if missing > 0 {
+            tracing::warn!(
+                missing,
+                "flows of the guest have published ports that are to lead to it; they do when the guest begins anew"
+            );
+        }
+    }
+
+    /// Has the translation know what is published to whom; how many ports flows of the guest have.
+    fn set_published(&mut self) -> usize {
         let to = |guest, port: &Publish| PublishedPort {
             protocol: port.protocol,
             port: port.host.port(),
             guest,
             guest_port: port.guest_port,
         };
+        let guest = self.published_to;
         let ports = guest.map(|guest| self.publish.iter().map(|port| to(guest, port)).collect());
-        let missing = self.nat.set_published(ports.unwrap_or_default());
-        if missing > 0 {
-            tracing::warn!(
-                missing,
-                "--publish: flows of the guest have ports that are to lead to it; they do when the guest begins anew"
-            );
+        self.nat.set_published(ports.unwrap_or_default())
+    }
+
+    /// One port more leads to the guest, or will when there is one. False, and nothing has changed, if a flow of the
+    /// guest has it.
+    pub(super) fn publish(&mut self, port: Publish) -> bool {
+        self.publish.push(port);
+        self.set_published();
+        let is_free = self.published_to.is_none() || self.nat.is_published(port.protocol, port.host.port());
+        if !is_free {
+            self.unpublish(&port, false);
         }
+        is_free
+    }
+
+    /// One port less. Flows that came by it go on, unless they are to end; how many did.
+    pub(super) fn unpublish(&mut self, port: &Publish, end: bool) -> usize {
+        self.publish.retain(|known| known != port);
+        self.set_published();
+        if end { self.nat.end_published(port.protocol, port.host.port()) } else { 0 }
     }
 
     /// Whether an answer of DHCP may come, of which all is to be read.

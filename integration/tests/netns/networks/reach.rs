@@ -1,10 +1,10 @@
 //! Who reaches whom.
 
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::time::Duration;
 
 use vunet_integration::lab::frame::Capture;
-use vunet_integration::lab::{DOMAIN, HOST, SHORT, WORLD};
+use vunet_integration::lab::{DOMAIN, HOST, SHORT, WORLD, vunet_binary};
 use vunet_integration::world::ports;
 
 use super::site::{Site, Vm, connect, ensure_as_before, on_a_site, seen, until};
@@ -106,6 +106,52 @@ fn published_ports_lead_to_their_guest_from_the_world_the_host_and_other_guests(
         let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
         ensure!(gone.is_err(), "the port outlives its process");
         two.stop()
+    });
+}
+
+/// `vunet ctl` on the host.
+fn ctl(site: &Site, control: &str, words: &str) -> Result<String, Failure> {
+    let binary = vunet_binary().display().to_string();
+    let mut command = vec![&*binary, "ctl", "--control", control];
+    command.extend(words.split(' '));
+    Ok(site.lab.host.run(&command, PATIENCE)?.stdout)
+}
+
+#[test]
+fn ports_of_a_network_come_and_go_and_are_nobody_elses_meanwhile() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let control = site.lab.dir().join("control.sock").display().to_string();
+        let one = site.vm("lab", "vm1", &["--control", &control, "-t", "%p0/8007:9006"])?;
+        let _server = site.serve(&one.netns)?;
+        let bind = || site.lab.host.inside(|| TcpListener::bind((HOST, 8006)));
+        for _ in 0..3 {
+            ctl(site, &control, "publish 8006:9006 udp:8006:9006")?;
+            let peer = seen(&site.lab.world, (HOST, 8006))?;
+            ensure!(peer.ip() == WORLD, "the guest saw {peer} for the world's client");
+            ensure!(seen_by_udp(&site.lab.world, (HOST, 8006))? == WORLD.to_string(), "over UDP");
+            let peer = seen(&site.lab.host, (Ipv4Addr::LOCALHOST, 8006))?;
+            ensure!(
+                peer.ip() == Ipv4Addr::new(10, 0, 2, 1),
+                "the guest saw {peer} for the host's own client"
+            );
+            ensure!(bind().is_err(), "another process took a published port");
+            let users = site.inspect("lab")?["users"].clone();
+            ensure!(users[0]["published"].as_array().is_some_and(|ports| ports.len() == 3), "{users}");
+            ctl(site, &control, "unpublish tcp:8006 udp:8006")?;
+            let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
+            ensure!(gone.is_err(), "the port outlives its removal");
+            drop(bind()?);
+        }
+        // The other network's process is told whose it is.
+        ctl(site, &control, "publish 8006:9006")?;
+        let socket = site.lab.dir().join("vm2.sock");
+        let mut second = site.start("lab", &socket, &["--publish", "8006:1"])?;
+        until("the refusal", || !second.is_running())?;
+        let words = second.errors().join("\n");
+        let owner = format!("process {}", one.vunet.pid());
+        ensure!(words.contains(&owner) && words.contains("network lab"), "{words}");
+        one.stop()
     });
 }
 

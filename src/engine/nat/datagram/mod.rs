@@ -21,9 +21,9 @@ use std::time::Duration;
 use hashbrown::HashMap;
 use slab::Slab;
 
-use super::{Datagram, TokenKind};
+use super::{Datagram, TokenKind, policy};
 use crate::addr::MacAddr;
-use crate::config::{UdpConfig, UdpMapping};
+use crate::config::{Publish, UdpConfig, UdpMapping};
 use crate::engine::core::{Core, Neighbour, Owner};
 use crate::engine::host_net::{HostDatagram, PacketFields, Token};
 use crate::engine::lru::Lru;
@@ -196,7 +196,8 @@ pub struct DatagramTable<D> {
     spoken_to: HashMap<(usize, IpAddr), usize, foldhash::quality::RandomState>,
     again: Vec<Token>,
     starved: VecDeque<Token>,
-    published: usize,
+    /// Published ports, by their sockets.
+    published: HashMap<usize, Publish, foldhash::quality::RandomState>,
     generation: u32,
 }
 
@@ -218,14 +219,14 @@ impl<D: HostDatagram> DatagramTable<D> {
             spoken_to: HashMap::default(),
             again: Vec::new(),
             starved: VecDeque::new(),
-            published: 0,
+            published: HashMap::default(),
             generation: 0,
         }
     }
 
     /// Sockets in the table; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
-        self.mappings.len() - self.published
+        self.mappings.len() - self.published.len()
     }
 
     /// Whether there is none.
@@ -302,44 +303,51 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// Published ports' sockets.
     pub fn published(&self) -> usize {
-        self.published
+        self.published.len()
     }
 
-    /// Adds the socket of a published UDP port, which leads to `guest_port` of `owner`. It lives as long as the
-    /// table, or until the owner's ports are closed. What the guest sends from there by itself leaves through
-    /// it if the socket `is_everywhere`: on all addresses of the host.
-    pub fn insert_published(
-        &mut self,
-        core: &Core,
-        (owner, guest_port): (Owner, u16),
-        socket: D,
-        is_everywhere: bool,
-    ) {
+    /// Ports that are published to a guest of `owner`.
+    pub fn published_of(&self, owner: Owner) -> impl Iterator<Item = Publish> {
+        self.published.iter().filter(move |(at, _)| self.mappings[**at].owner == owner).map(|(_, port)| *port)
+    }
+
+    /// Adds the socket of a published UDP port, which leads to a guest of `owner`. It lives as long as the
+    /// table, or until the port is closed. What the guest sends from there by itself leaves through it if it is on
+    /// all addresses of the host.
+    pub fn insert_published(&mut self, core: &Core, owner: Owner, port: Publish, socket: D) {
         let at = self.insert(core, Kind::Udp, socket);
-        self.mappings[at].published_port = Some(guest_port);
+        self.mappings[at].published_port = Some(port.guest_port);
         self.mappings[at].owner = owner;
-        if is_everywhere {
-            self.by_published.entry((owner, guest_port)).or_insert(at);
+        if policy::is_udp_everywhere(&port) {
+            self.by_published.entry((owner, port.guest_port)).or_insert(at);
         }
-        self.published += 1;
+        self.published.insert(at, port);
     }
 
-    /// Closes the sockets of all published ports of `owner`, with their exchanges.
-    pub fn unpublish(&mut self, core: &mut Core, owner: Owner) {
-        let is_of = |mapping: &Mapping<D>| mapping.published_port.is_some() && mapping.owner == owner;
-        let all: Vec<usize> =
-            self.mappings.iter().filter(|(_, mapping)| is_of(mapping)).map(|(at, _)| at).collect();
-        for at in all {
-            while let Some(peer) = self.mappings[at].newest_peer {
-                self.forget_peer(core, peer);
-            }
-            // Others may have the socket open still, so that it would not be forgotten by itself.
-            if let Some(socket) = self.mappings.remove(at).socket {
-                drop(socket.detach());
-            }
-            self.published -= 1;
+    /// Closes the socket of a published port of `owner`, with its exchanges, if there is one.
+    pub fn unpublish(&mut self, core: &mut Core, owner: Owner, port: &Publish) {
+        let is_it = |(at, known): &(&usize, &Publish)| *known == port && self.mappings[**at].owner == owner;
+        let Some(at) = self.published.iter().find(is_it).map(|(at, _)| *at) else { return };
+        while let Some(peer) = self.mappings[at].newest_peer {
+            self.forget_peer(core, peer);
         }
-        self.by_published.retain(|(of, _), _| *of != owner);
+        // Others may have the socket open still, so that it would not be forgotten by itself.
+        if let Some(socket) = self.mappings.remove(at).socket {
+            drop(socket.detach());
+        }
+        self.published.remove(&at);
+        let end = (owner, port.guest_port);
+        if self.by_published.get(&end) == Some(&at) {
+            self.by_published.remove(&end);
+            let serves = |(at, other): &(&usize, &Publish)| {
+                other.guest_port == port.guest_port
+                    && policy::is_udp_everywhere(other)
+                    && self.mappings[**at].owner == owner
+            };
+            if let Some((at, _)) = self.published.iter().find(serves) {
+                self.by_published.insert(end, *at);
+            }
+        }
     }
 
     fn insert(&mut self, core: &Core, kind: Kind, socket: D) -> usize {

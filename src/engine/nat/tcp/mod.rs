@@ -26,6 +26,7 @@ use pool::Budget;
 use turns::Turns;
 
 use super::TokenKind;
+use crate::config::Publish;
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::emit;
@@ -364,6 +365,20 @@ impl<S: HostStream> TcpTable<S> {
             self.flows[at].reset_guest(core, port);
             self.remove(core, at);
         }
+    }
+
+    /// Ends every flow of a client that came by a published port; both sides see RST. Returns how many.
+    pub fn reset_published(&mut self, core: &mut Core, guest: &mut impl GuestPort, port: &Publish) -> usize {
+        let came = |flow: &Flow<S>| {
+            flow.key.guest.port() == port.guest_port
+                && flow.stream.as_ref().is_some_and(|stream| stream.came_by(port))
+        };
+        let ends: Vec<usize> = self.flows.iter().filter(|(_, flow)| came(flow)).map(|(at, _)| at).collect();
+        for at in &ends {
+            self.flows[*at].reset_guest(core, guest);
+            self.remove(core, *at);
+        }
+        ends.len()
     }
 
     /// News of a flow's socket.
