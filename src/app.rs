@@ -7,9 +7,11 @@ mod hold;
 mod membership;
 mod services;
 mod stations;
+mod supervise;
 mod translation;
 
 pub use hold::hold;
+use supervise::{Live, Supervisor};
 
 use std::io;
 use std::net::Ipv4Addr;
@@ -23,12 +25,14 @@ use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
-use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::cli::Reloader;
+use crate::config::{Attach, Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
+use crate::control::service_manager::ServiceManager;
 use crate::control::signals::Signals;
 use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
@@ -39,6 +43,7 @@ use crate::engine::packet::table::TableError;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::holder::{self, Services};
 use crate::limits;
+use crate::log::LogLevel;
 use crate::network::manager::NetworkError;
 use crate::network::name::NetworkName;
 use crate::network::rootless::JoinError;
@@ -121,17 +126,20 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Start { what, source }
 }
 
-/// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for.
+/// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for. At SIGHUP its settings
+/// are read again by `reloader`, if there is one; `log` is what they change of the log.
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(mut config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config, log: LogLevel, reloader: Option<Reloader>) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
-    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let signals =
+        runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
+    let steered = Steered { signals: signals.map_err(starting("signal handlers"))?, log, reloader };
     let joined = membership::join(&config)?;
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
@@ -168,7 +176,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outcome = run_on(config, links, &runtime, signals, membership);
+    let outcome = run_on(config, links, &runtime, steered, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
@@ -176,6 +184,13 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     drop(runtime);
     drop(joined);
     outcome
+}
+
+/// By what the process is steered while it runs.
+struct Steered {
+    signals: Signals,
+    log: LogLevel,
+    reloader: Option<Reloader>,
 }
 
 /// What the workers' ends of a link are told of it.
@@ -224,7 +239,7 @@ fn run_on(
     config: Config,
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
-    signals: Signals,
+    steered: Steered,
     membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
@@ -249,7 +264,12 @@ fn run_on(
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
+    let status = serving(&config.attach);
     let session = session.spawn(config.attach, for_session)?;
+    let Steered { signals, log, reloader } = steered;
+    let live = Live { log, dns: Arc::clone(&dns), lan: config.lan };
+    let manager = ServiceManager::from_environment();
+    let supervisor = Supervisor { signals, reloader, live, manager, status };
     let outcome = runtime.block_on(async {
         for forwarder in forwarders {
             tokio::task::spawn(forwarder.run(Arc::clone(&dns)));
@@ -261,7 +281,7 @@ fn run_on(
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
         let ended = tokio::task::spawn_blocking(move || session.join());
-        supervise(signals, ended, &shutdown).await
+        supervisor.run(ended, &shutdown).await
     });
     let _ = stop.write(1);
     let mut total = Counters::default();
@@ -395,23 +415,12 @@ fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
         .map_err(starting("a worker thread"))
 }
 
-/// Waits for a signal or the session's end, and for the session after a signal.
-async fn supervise(
-    mut signals: Signals,
-    mut session: tokio::task::JoinHandle<thread::Result<Result<(), SessionError>>>,
-    shutdown: &EventFd,
-) -> Result<(), Error> {
-    let ended = tokio::select! {
-        name = signals.next() => {
-            tracing::info!(signal = name, "ending");
-            let _ = shutdown.write(1);
-            (&mut session).await
-        }
-        ended = &mut session => ended,
-    };
-    match ended {
-        Ok(Ok(result)) => Ok(result?),
-        _ => Err(Error::Thread("session")),
+/// How a process stands that serves there, for people.
+fn serving(attach: &Attach) -> String {
+    match attach {
+        Attach::Listen(path) => format!("serving {}", path.display()),
+        Attach::Connect(path) => format!("serving the VM that listens on {}", path.display()),
+        Attach::Inherited(_) => "serving the socket it was started with".to_owned(),
     }
 }
 

@@ -9,11 +9,13 @@
 
 mod bridge;
 mod check;
+mod config_file;
 mod leases;
 #[cfg(test)]
 mod lines;
 mod member;
 pub mod network;
+mod reload;
 mod subnet;
 mod translate;
 mod values;
@@ -36,6 +38,8 @@ use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use check::UsageError;
+pub use config_file::FileError;
+pub use reload::{ReloadError, Reloader, SettingsFile};
 pub use subnet::Notice;
 pub use values::{DnsHost, PublishRange, ValueError};
 
@@ -63,6 +67,17 @@ pub enum Error {
     /// Flags that are well-formed by themselves but not together, or not on this host.
     #[error(transparent)]
     Usage(#[from] UsageError),
+    /// The same of flags some of which are settings of a file.
+    #[error("with the settings of {}: {source}", path.display())]
+    UsageOfFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: UsageError,
+    },
+    /// The file of `--config`.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl Error {
@@ -74,6 +89,18 @@ impl Error {
         }
     }
 
+    /// The same for an error that ends nothing: in one line, without the usage.
+    fn text(&self) -> String {
+        match self {
+            Error::Arguments(error) => {
+                let text = error.render().to_string();
+                let first = text.split("\n\n").next().unwrap_or_default();
+                first.trim_start_matches("error: ").replace('\n', " ")
+            }
+            error => error.to_string(),
+        }
+    }
+
     /// Prints the error, or the help that was asked for, where it belongs.
     ///
     /// # Errors
@@ -81,7 +108,7 @@ impl Error {
     pub fn print(&self) -> io::Result<()> {
         match self {
             Error::Arguments(error) => error.print(),
-            Error::Usage(error) => {
+            error => {
                 use io::Write as _;
                 writeln!(io::stderr(), "error: {error}\n\nFor more information, try '--help'.")
             }
@@ -100,14 +127,33 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let matches = Args::command().try_get_matches_from(args)?;
-    let mut args = Args::from_arg_matches(&matches)?;
-    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
-    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    let mut args = settings(&args)?;
     match args.subcommand.take() {
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
         None => Ok(Command::Run(Box::new(args))),
     }
+}
+
+/// The flags of a command line, with those of the file it names.
+fn settings(line: &[OsString]) -> Result<Args, Error> {
+    let command = Args::command();
+    let given = command.clone().try_get_matches_from(line)?;
+    let path = given.get_one::<PathBuf>("config").cloned();
+    let matches = match &path {
+        Some(path) => {
+            command.clone().try_get_matches_from(config_file::merged(&command, line, &given, path)?)?
+        }
+        None => given,
+    };
+    let mut args = Args::from_arg_matches(&matches)?;
+    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    args.file = path.map(|path| SettingsFile {
+        line: line.to_vec(),
+        path,
+        standing: config_file::standing(&command, &matches),
+    });
+    Ok(args)
 }
 
 /// What else the program does than run a backend.
@@ -231,6 +277,13 @@ pub struct Args {
     /// ~/.local/state/vunet]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
+    /// Settings from this TOML file: a key for each of these flags, named like it; flags given here win.
+    /// SIGHUP has it read again: log-level and dns-host change, a change of others is refused
+    #[arg(long, value_name = "FILE.toml", help_heading = "Settings")]
+    config: Option<PathBuf>,
+    // `settings` sets it.
+    #[arg(skip)]
+    file: Option<SettingsFile>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -391,6 +444,11 @@ impl Args {
         routes: io::Result<Vec<HostRoute>>,
     ) -> Result<(Config, Vec<Notice>), UsageError> {
         check::into_config(self, routes)
+    }
+
+    /// The file of `--config`, for who reads it again.
+    pub fn take_file(&mut self) -> Option<SettingsFile> {
+        self.file.take()
     }
 
     fn domain(&self) -> &str {

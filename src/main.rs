@@ -5,11 +5,10 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use tracing_subscriber::EnvFilter;
-
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command};
 use vunet::config::LogConfig;
+use vunet::log;
 use vunet::uplink::sys::routes;
 
 fn main() -> ExitCode {
@@ -35,7 +34,7 @@ fn print_capabilities() -> ExitCode {
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
-    start_log(&LogConfig { level: level.to_owned(), json: false });
+    log::start(&LogConfig { level: level.to_owned(), json: false });
     match command.run(state_dir, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,
@@ -48,26 +47,25 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<ExitCode, cli::Error> {
-    let (config, notices) = args.into_config(routes::host_routes())?;
+fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
+    let file = args.take_file();
+    let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
+        Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source },
+        None => source.into(),
+    })?;
     let json = config.log.json;
-    start_log(&config.log);
+    let level = log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
-    match vunet::app::run(config) {
+    let reloader = file.map(|file| file.reloader(&config));
+    match vunet::app::run(config, level, reloader) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             report(&error, json);
             Ok(ExitCode::FAILURE)
         }
     }
-}
-
-fn start_log(log: &LogConfig) {
-    let filter = EnvFilter::new(&log.level);
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    if log.json { builder.json().init() } else { builder.init() }
 }
 
 /// Says why the process ends: one line, the outermost error first. A reader of JSON gets JSON.

@@ -3,7 +3,8 @@
 //! That is upstream DNS (`dns_forward`), and the host's network as it changes: `host_watch` sees it,
 //! `dependents` are told. For a named network, `network_watch` keeps it as it must be, `port_relay` serves
 //! published ports to the host itself, and `lease_keeping` writes the log of leases back. On a LAN
-//! `station_leases` keeps what its DHCP leased to the guest.
+//! `station_leases` keeps what its DHCP leased to the guest. `service_manager` tells who started the process how it
+//! stands.
 //!
 //! Workers talk to it through single-producer rings with an eventfd in each direction, and never
 //! wait for it.
@@ -15,5 +16,6 @@ pub mod lease_claims;
 pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;
+pub mod service_manager;
 pub mod signals;
 pub mod station_leases;

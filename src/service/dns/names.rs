@@ -116,6 +116,11 @@ impl LocalNames {
         }
     }
 
+    /// The guests it answers for.
+    pub(super) fn guests(&self) -> Option<Arc<dyn GuestNames>> {
+        self.guests.clone()
+    }
+
     /// Time to live of what is local, in seconds: short where names come and go.
     pub(super) fn ttl_s(&self) -> u32 {
         if self.guests.is_some() { GUEST_TTL_S } else { LOCAL_TTL_S }
