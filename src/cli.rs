@@ -7,6 +7,7 @@
 //! Read first: the vhost-user back-end program conventions (QEMU, `docs/interop/vhost-user.rst`), which
 //! fix `--socket-path`, `--fd` and `--print-capabilities`.
 
+mod activation;
 mod bridge;
 mod check;
 mod config_file;
@@ -15,6 +16,7 @@ mod leases;
 mod lines;
 mod member;
 pub mod network;
+mod pages;
 mod reload;
 mod subnet;
 mod translate;
@@ -37,8 +39,10 @@ use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
+pub use activation::PassedError;
 pub use check::UsageError;
 pub use config_file::FileError;
+pub use pages::{PageError, completions, man, man_all};
 pub use reload::{ReloadError, Reloader, SettingsFile};
 pub use subnet::Notice;
 pub use values::{DnsHost, PublishRange, ValueError};
@@ -56,6 +60,10 @@ pub enum Command {
     Run(Box<Args>),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
+    /// Write the manual page of a command, or with a folder those of all.
+    Man(Vec<String>, Option<PathBuf>),
+    /// Write the completions of a shell.
+    Completions(clap_complete::Shell),
 }
 
 /// Why the command line is refused.
@@ -130,6 +138,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     let mut args = settings(&args)?;
     match args.subcommand.take() {
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        Some(Subcommand::Man { command, dir }) => Ok(Command::Man(command, dir)),
+        Some(Subcommand::Completions { shell }) => Ok(Command::Completions(shell)),
         None => Ok(Command::Run(Box::new(args))),
     }
 }
@@ -162,6 +172,21 @@ enum Subcommand {
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),
+    /// Print a manual page, for man -l or a package: vunet man | man -l -
+    Man {
+        /// Words of the command, such as network create; none for vunet itself
+        #[arg(value_name = "COMMAND")]
+        command: Vec<String>,
+        /// Write the pages of all commands into this folder instead
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        dir: Option<PathBuf>,
+    },
+    /// Print completions for a shell, to be put where it looks for them
+    Completions {
+        /// The shell
+        #[arg(value_enum, value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
 }
 
 /// What a guest may reach.
@@ -266,7 +291,7 @@ pub enum LogFormatArg {
     name = "vunet",
     version,
     max_term_width = 100,
-    after_long_help = EXAMPLES,
+    after_long_help = format!("{EXAMPLES}\nExit codes: {EXIT_CODES}"),
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
@@ -284,6 +309,9 @@ pub struct Args {
     // `settings` sets it.
     #[arg(skip)]
     file: Option<SettingsFile>,
+    // A socket that a service manager passed.
+    #[arg(skip)]
+    passed: Option<RawFd>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -446,6 +474,16 @@ impl Args {
         check::into_config(self, routes)
     }
 
+    /// Takes the socket that a service manager passed, if it did (`LISTEN_FDS`), in the place of `--fd`. To be called
+    /// before the process opens files of its own.
+    ///
+    /// # Errors
+    /// [`UsageError::Passed`].
+    pub fn take_passed(&mut self) -> Result<(), UsageError> {
+        self.passed = activation::passed()?;
+        Ok(())
+    }
+
     /// The file of `--config`, for who reads it again.
     pub fn take_file(&mut self) -> Option<SettingsFile> {
         self.file.take()
@@ -483,5 +521,7 @@ Examples:
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9
+";
 
-Exit codes: 0 ended as asked, 2 usage or configuration, 1 anything else.";
+/// What the codes that the process ends with mean.
+const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 1 anything else.";

@@ -16,6 +16,8 @@ fn main() -> ExitCode {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
+        Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
+        Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
     });
     outcome.unwrap_or_else(|error| {
         // Nobody is left to tell if standard error is gone too; the exit code still says it.
@@ -28,6 +30,23 @@ fn print_capabilities() -> ExitCode {
     match writeln!(std::io::stdout(), "{}", cli::CAPABILITIES) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn man(words: &[String], dir: Option<&Path>) -> ExitCode {
+    match dir {
+        Some(dir) => written(cli::man_all(dir).map(|_| ())),
+        None => written(cli::man(words, &mut std::io::stdout())),
+    }
+}
+
+fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, false);
+            ExitCode::from(error.exit_code())
+        }
     }
 }
 
@@ -48,6 +67,7 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
 }
 
 fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
+    args.take_passed()?;
     let file = args.take_file();
     let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
         Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source },

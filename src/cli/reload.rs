@@ -66,6 +66,12 @@ pub struct Reloader {
     running: Running,
 }
 
+/// The keys that can change while the backend runs.
+#[cfg(test)]
+pub(super) fn live_keys() -> impl Iterator<Item = &'static str> {
+    LIVE.iter().map(|(key, _)| *key)
+}
+
 /// The file of a command line, and what it and the flags say.
 #[derive(Debug)]
 pub struct SettingsFile {
