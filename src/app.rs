@@ -5,12 +5,14 @@
 
 mod hold;
 mod membership;
+mod outside;
 mod services;
 mod stations;
 mod supervise;
 mod translation;
 
 pub use hold::hold;
+use outside::{Inner, Opened, Outside};
 use supervise::{Live, Supervisor};
 
 use std::io;
@@ -26,13 +28,14 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
 use crate::cli::Reloader;
-use crate::config::{Attach, Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Protocol, Publish};
+use crate::control::api::{self, Facts};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
+use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
-use crate::control::service_manager::ServiceManager;
 use crate::control::signals::Signals;
 use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
@@ -43,7 +46,7 @@ use crate::engine::packet::table::TableError;
 use crate::engine::placement::{Directory, Home, WorkerId};
 use crate::holder::{self, Services};
 use crate::limits;
-use crate::log::LogLevel;
+use crate::log::Log;
 use crate::network::manager::NetworkError;
 use crate::network::name::NetworkName;
 use crate::network::rootless::JoinError;
@@ -52,7 +55,9 @@ use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
 use crate::random;
+use crate::requests;
 use crate::service::dns::DnsService;
+use crate::socket_file::SocketFileError;
 use crate::time::Clock;
 use crate::uplink::sockets::bind_published;
 use crate::uplink::sys::socket::raise_open_files_limit;
@@ -81,6 +86,9 @@ pub enum Error {
     /// The named network could not be joined.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// There is no control socket.
+    #[error(transparent)]
+    Control(#[from] SocketFileError),
     /// The vhost-user socket could not be had, or the session failed.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -131,15 +139,17 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(mut config: Config, log: LogLevel, reloader: Option<Reloader>) -> Result<(), Error> {
+pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
+    let facts = Facts::of(&config);
+    let control = config.control.as_deref().map(api::listen).transpose()?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals =
         runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
-    let steered = Steered { signals: signals.map_err(starting("signal handlers"))?, log, reloader };
+    let signals = signals.map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
@@ -176,7 +186,8 @@ pub fn run(mut config: Config, log: LogLevel, reloader: Option<Reloader>) -> Res
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outcome = run_on(config, links, &runtime, steered, membership);
+    let outside = Outside { signals, log: log.clone(), reloader, facts, control };
+    let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
     }
@@ -184,13 +195,6 @@ pub fn run(mut config: Config, log: LogLevel, reloader: Option<Reloader>) -> Res
     drop(runtime);
     drop(joined);
     outcome
-}
-
-/// By what the process is steered while it runs.
-struct Steered {
-    signals: Signals,
-    log: LogLevel,
-    reloader: Option<Reloader>,
 }
 
 /// What the workers' ends of a link are told of it.
@@ -239,7 +243,7 @@ fn run_on(
     config: Config,
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
-    steered: Steered,
+    outside: Outside,
     membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
@@ -254,22 +258,19 @@ fn run_on(
     let stop = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
-    let prepared = prepare(&config, (open_files, holder), queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest } = prepared;
+    let events = outside.log.events.clone();
+    let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
+    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner } = prepared;
     if let Some((joined, held)) = membership {
         let _inside = runtime.enter();
         // Where a holder answers DHCP, the guard sees what it says.
-        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest))?;
+        membership::serve(joined, &ports.publish, ports.bound, held.unwrap_or(guest.clone()))?;
     }
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
-    let status = serving(&config.attach);
+    let serving = supervise::serving(&config.attach);
     let session = session.spawn(config.attach, for_session)?;
-    let Steered { signals, log, reloader } = steered;
-    let live = Live { log, dns: Arc::clone(&dns), lan: config.lan };
-    let manager = ServiceManager::from_environment();
-    let supervisor = Supervisor { signals, reloader, live, manager, status };
     let outcome = runtime.block_on(async {
         for forwarder in forwarders {
             tokio::task::spawn(forwarder.run(Arc::clone(&dns)));
@@ -280,7 +281,11 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
+        let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
+        let workers = inner.workers.clone();
+        let Opened { signals, stop, reloader, file: _file } = outside.open(guest, inner);
         let ended = tokio::task::spawn_blocking(move || session.join());
+        let supervisor = Supervisor { signals, stop, reloader, live, workers, serving };
         supervisor.run(ended, &shutdown).await
     });
     let _ = stop.write(1);
@@ -305,6 +310,8 @@ struct Prepared {
     keeper: Option<Keeper>,
     /// Published ports that no worker serves, because the kernel translates.
     ports: Ports,
+    /// What the control API answers from.
+    inner: Inner,
     /// The guest's address as DHCP gives it.
     guest: watch::Receiver<Option<Ipv4Addr>>,
 }
@@ -334,6 +341,7 @@ fn on_sockets(mode: &Mode, is_translated: bool) -> NatConfig {
 fn prepare(
     config: &Config,
     (open_files, holder): (u64, Option<u64>),
+    events: &Events,
     queues: Vec<DeviceQueues>,
     links: Vec<LinkParts>,
     stop: &EventFd,
@@ -359,6 +367,7 @@ fn prepare(
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
     let mut links = links.into_iter();
+    let mut handles = Vec::new();
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
@@ -366,6 +375,8 @@ fn prepare(
         wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
         let (tcp, udp) = published.take().unwrap_or_default();
         let several = workers > 1;
+        let (handle, asked) = requests::channel().map_err(starting("an eventfd"))?;
+        handles.push(handle);
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
         parts.push(WorkerParts {
             queues,
@@ -388,6 +399,9 @@ fn prepare(
             peek_offset: !config.no_peek_off,
             dhcp: Arc::clone(&dhcp),
             postbox: several.then_some(postbox),
+            requests: asked,
+            events: events.clone(),
+            number: own.0.into(),
             clock,
             cpu: config.workers.cpus.iter().copied().cycle().nth(own.0.into()),
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
@@ -395,9 +409,16 @@ fn prepare(
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
+    let inner = Inner {
+        workers: handles,
+        dhcp: Arc::clone(&dhcp),
+        dns: Arc::clone(&dns),
+        resolver: Arc::clone(&resolver),
+        clock,
+    };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest })
+    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner })
 }
 
 /// What others are told of this process's published ports, whoever serves them.
@@ -413,15 +434,6 @@ fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
         .name(format!("worker-{n}"))
         .spawn(move || Worker::new(parts)?.run())
         .map_err(starting("a worker thread"))
-}
-
-/// How a process stands that serves there, for people.
-fn serving(attach: &Attach) -> String {
-    match attach {
-        Attach::Listen(path) => format!("serving {}", path.display()),
-        Attach::Connect(path) => format!("serving the VM that listens on {}", path.display()),
-        Attach::Inherited(_) => "serving the socket it was started with".to_owned(),
-    }
 }
 
 type Bound = Vec<(Socket, u16)>;

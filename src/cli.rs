@@ -11,6 +11,7 @@ mod activation;
 mod bridge;
 mod check;
 mod config_file;
+pub mod ctl;
 mod leases;
 #[cfg(test)]
 mod lines;
@@ -58,6 +59,8 @@ pub enum Command {
     PrintCapabilities,
     /// Run a backend.
     Run(Box<Args>),
+    /// Ask a backend that runs, or tell it something.
+    Ctl(ctl::Ctl),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
     /// Write the manual page of a command, or with a folder those of all.
@@ -137,6 +140,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     }
     let mut args = settings(&args)?;
     match args.subcommand.take() {
+        Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
+        Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
         Some(Subcommand::Man { command, dir }) => Ok(Command::Man(command, dir)),
         Some(Subcommand::Completions { shell }) => Ok(Command::Completions(shell)),
@@ -169,6 +174,8 @@ fn settings(line: &[OsString]) -> Result<Args, Error> {
 /// What else the program does than run a backend.
 #[derive(Debug, clap::Subcommand)]
 enum Subcommand {
+    /// Ask a backend that runs, or tell it something, on the socket of its --control
+    Ctl(ctl::Ctl),
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),
@@ -418,6 +425,10 @@ pub struct Args {
     /// Do not answer DNS; the guest is given no resolver
     #[arg(long, help_heading = "DNS")]
     no_dns: bool,
+
+    /// Unix socket to create (mode 0600) for the control API: HTTP and JSON, for `vunet ctl` and programs
+    #[arg(long, value_name = "PATH", help_heading = "Control")]
+    control: Option<PathBuf>,
 
     /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level, default_value = "info",

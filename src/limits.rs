@@ -68,6 +68,9 @@ pub const REASSEMBLY_FRAGMENTS_MAX: usize = 128;
 /// Neighbours (guest address to MAC) remembered; one guest with containers bridged behind it.
 pub const NEIGHBOURS_MAX: usize = 1024;
 
+/// Flows that begin or end in one batch and are told to who listens; of others only the number is.
+pub const FLOW_NEWS_MAX: usize = 1024;
+
 /// ICMP errors towards the guest: burst and sustained rate per second (RFC 1812, 4.3.2.8).
 pub const ICMP_ERRORS_BURST: u32 = 64;
 /// See [`ICMP_ERRORS_BURST`].

@@ -5,16 +5,18 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command};
 use vunet::config::LogConfig;
-use vunet::log;
+use vunet::log::Log;
 use vunet::uplink::sys::routes;
 
 fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
+        Command::Ctl(ctl) => Ok(control(&ctl)),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
         Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
         Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
@@ -30,6 +32,16 @@ fn print_capabilities() -> ExitCode {
     match writeln!(std::io::stdout(), "{}", cli::CAPABILITIES) {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn control(ctl: &Ctl) -> ExitCode {
+    match ctl.run(&mut std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, false);
+            ExitCode::FAILURE
+        }
     }
 }
 
@@ -53,7 +65,7 @@ fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
-    log::start(&LogConfig { level: level.to_owned(), json: false });
+    Log::start(&LogConfig { level: level.to_owned(), json: false });
     match command.run(state_dir, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,
@@ -74,12 +86,12 @@ fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
         None => source.into(),
     })?;
     let json = config.log.json;
-    let level = log::start(&config.log);
+    let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
     let reloader = file.map(|file| file.reloader(&config));
-    match vunet::app::run(config, level, reloader) {
+    match vunet::app::run(config, &log, reloader) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             report(&error, json);

@@ -8,6 +8,7 @@
 
 mod link;
 pub(crate) mod names;
+mod requests;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,6 +19,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::IpMtu;
 use crate::control::dns_forward::DnsClient;
+use crate::control::events::Events;
 use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, Taken, TxEvent};
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
@@ -27,6 +29,7 @@ use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::postbox::{HostLetter, Postbox};
+use crate::requests::RequestBox;
 use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
@@ -35,6 +38,7 @@ use crate::uplink::sys::poll::{self, Poll};
 
 use self::link::{Left, LinkEnd};
 use self::names::Names;
+use self::requests::Requests;
 
 pub use self::link::{LinkParts, SharedStation, TranslationParts};
 
@@ -51,6 +55,7 @@ const STOP: Token = Token(0x83 << 56);
 const LETTERS: Token = Token(0x84 << 56);
 const ADDRESSES_GONE: Token = Token(0x85 << 56);
 const LINK: Token = Token(0x86 << 56);
+const REQUESTS: Token = Token(0x87 << 56);
 const KIND_MASK: u64 = 0xff << 56;
 
 /// Everything a worker owns. Made on its own thread: its parts share without locks.
@@ -63,6 +68,7 @@ pub struct Worker {
     names: Names,
     clock: Clock,
     postbox: Option<Postbox>,
+    requests: Requests,
     addresses_gone: EventFd,
     busy_poll: Duration,
     /// Transmit rings with frames waiting, a bit a pair.
@@ -98,6 +104,12 @@ pub struct WorkerParts {
     pub dhcp: SharedDhcp,
     /// The way to other workers, if there are others.
     pub postbox: Option<Postbox>,
+    /// What the control thread asks.
+    pub requests: RequestBox,
+    /// Where what happens is told.
+    pub events: Events,
+    /// Its number among the workers; the first tells what concerns all.
+    pub number: usize,
     /// The clock of all workers: flows carry its time from one to another.
     pub clock: Clock,
     /// CPU to run on, if not any.
@@ -127,6 +139,7 @@ impl Worker {
         let poll = Poll::new()?;
         poll.watch_readable(parts.queues.command_fd(), COMMANDS)?;
         poll.watch_readable(parts.stop.as_raw_fd(), STOP)?;
+        poll.watch_readable(parts.requests.fd(), REQUESTS)?;
         poll.watch_readable(parts.addresses_gone.as_raw_fd(), ADDRESSES_GONE)?;
         let names = Names::new(parts.dns_client, &poll, DNS)?;
         let sockets = HostSockets::new(poll.clone(), names.streams(), parts.peek_offset);
@@ -162,6 +175,7 @@ impl Worker {
             names,
             clock: parts.clock,
             postbox: parts.postbox,
+            requests: Requests::new(parts.requests, parts.events, parts.number == 0),
             addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
             tx_waiting: 0,
@@ -256,6 +270,7 @@ impl Worker {
             _ if token == COMMANDS => self.commands(now),
             _ if token == DNS => self.dns_answers(now),
             _ if token == LETTERS => self.letters(now),
+            _ if token == REQUESTS => self.answer_requests(now),
             _ if token == ADDRESSES_GONE => {
                 let _ = self.addresses_gone.read();
                 let (_, rx) = self.queues.split();
@@ -317,6 +332,7 @@ impl Worker {
         let mut events = std::mem::take(&mut self.device_events);
         self.queues.handle_commands(&mut Kicks(&self.poll), &mut events);
         for event in events.drain(..) {
+            self.requests.saw(event);
             self.tell_link(now, event);
             match event {
                 DeviceEvent::Attached | DeviceEvent::RingsDown => {}
@@ -405,6 +421,7 @@ impl Worker {
         // Last: frames of the link may be other workers'.
         let all_sent = self.send_letters();
         self.queues.publish();
+        self.tell_flows();
         more || link_more || self.tx_waiting != 0 || !all_sent
     }
 

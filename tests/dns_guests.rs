@@ -34,6 +34,10 @@ impl GuestNames for Guests {
     fn name_of(&self, ip: Ipv4Addr) -> Option<String> {
         self.0.lock().unwrap().iter().find(|(_, held)| **held == ip).map(|(name, _)| name.clone())
     }
+
+    fn all(&self) -> Vec<(String, Ipv4Addr)> {
+        self.0.lock().unwrap().iter().map(|(name, held)| (name.clone(), *held)).collect()
+    }
 }
 
 struct Network {

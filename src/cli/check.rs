@@ -36,6 +36,12 @@ pub enum UsageError {
          --socket-path PATH (or --fd N, if a parent process passes the socket)"
     )]
     NoSocket,
+    /// `vunet ctl` without a socket.
+    #[error(
+        "no backend is named: give --control PATH, the socket the backend was started with, or set \
+         VUNET_CONTROL"
+    )]
+    NoControl,
     /// Two things to attach to.
     #[error(
         "--socket-path {} and --fd {fd} both say how the VM attaches: give one of them", path.display()
@@ -347,6 +353,7 @@ pub(super) fn into_config(
             cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
             busy_poll_us: args.busy_poll_us,
         },
+        control: args.control.clone(),
         log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.

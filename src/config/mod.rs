@@ -344,6 +344,8 @@ pub struct Config {
     pub network: Option<NetworkConfig>,
     /// The workers.
     pub workers: WorkersConfig,
+    /// Where the control API listens.
+    pub control: Option<PathBuf>,
     /// The log.
     pub log: LogConfig,
     /// Never use `SO_PEEK_OFF` on TCP even where the kernel has it (hidden, for tests).

@@ -30,6 +30,11 @@ impl ServiceManager {
         tell(&[NotifyState::Ready, NotifyState::Status(status)]);
     }
 
+    /// How it stands, in one line for people.
+    pub fn status(&self, status: &str) {
+        tell(&[NotifyState::Status(status)]);
+    }
+
     /// Settings are being read again; to be followed by [`ServiceManager::ready`].
     pub fn reloading(&self) {
         match NotifyState::monotonic_usec_now() {

@@ -211,6 +211,20 @@ impl DeviceQueues {
         &self.stats
     }
 
+    /// Features that were acknowledged and count.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The rings that run: index, entries, and how many of those the driver made available that were not taken
+    /// yet. The driver's word for the last, bounded by the second.
+    pub fn rings(&self) -> impl Iterator<Item = (u16, u16, u16)> {
+        (0..VRINGS_MAX as u16).filter_map(|index| {
+            let ring = self.ring_at(index)?;
+            Some((index, ring.size(), ring.available()))
+        })
+    }
+
     /// Whether a running ring has no kick descriptor and must be polled.
     pub fn polled(&self) -> bool {
         (0..VRINGS_MAX).any(|n| self.slots[n].kick.is_none() && self.ring_at(n as u16).is_some())

@@ -186,6 +186,11 @@ impl Ring {
         self.avail_seen.wrapping_sub(self.next_avail)
     }
 
+    /// Entries the driver made available that were not popped, by its word; never more than the ring has.
+    pub(super) fn available(&self) -> u16 {
+        self.avail.load_u16(INDEX_AT).wrapping_sub(self.next_avail).min(self.size)
+    }
+
     /// Loads the driver's index.
     fn refresh(&mut self) -> Result<(), RingFault> {
         let avail = self.avail.load_u16(INDEX_AT);

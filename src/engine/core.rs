@@ -8,6 +8,7 @@ use hashbrown::HashMap;
 
 use super::counters::{Counters, DropReason};
 use super::emit;
+use super::flows::NewsList;
 use super::guest_port::{GuestPort, ReserveError};
 use super::placement::{Home, Place, WorkerId};
 use super::timers::Timers;
@@ -55,6 +56,8 @@ pub struct Core {
     pub timers: Timers,
     /// This worker's place among others, if there are others.
     pub home: Option<Home>,
+    /// No flow may begin any more: the process is to end with the last.
+    pub draining: bool,
     neighbours: HashMap<IpAddr, Neighbour, foldhash::quality::RandomState>,
     /// The one learned last: nearly every frame comes from it.
     newest_neighbour: Option<(IpAddr, Neighbour)>,
@@ -67,6 +70,8 @@ pub struct Core {
     outbox: VecDeque<Queued>,
     icmp_rate: Rate,
     next_ident: u16,
+    /// Flows that begin and end.
+    pub flow_news: NewsList,
 }
 
 #[derive(Debug)]
@@ -86,6 +91,7 @@ impl Core {
             counters: Counters::default(),
             timers: Timers::default(),
             home: None,
+            draining: false,
             neighbours: HashMap::default(),
             newest_neighbour: None,
             primary: lan.guest.map(IpAddr::V4),
@@ -94,6 +100,7 @@ impl Core {
             outbox: VecDeque::new(),
             icmp_rate: Rate::new(limits::ICMP_ERRORS_BURST, limits::ICMP_ERRORS_PER_SECOND),
             next_ident: 0,
+            flow_news: NewsList::default(),
         }
     }
 

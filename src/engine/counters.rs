@@ -159,6 +159,11 @@ impl Counters {
         self.drops.iter().sum()
     }
 
+    /// Every reason by its name, with its count.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        REASONS.iter().map(|(reason, name)| (*name, self.dropped(*reason)))
+    }
+
     /// The reasons that occurred, as `name=count` words.
     pub fn drops_text(&self) -> String {
         let words: Vec<String> = REASONS

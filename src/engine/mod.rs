@@ -14,6 +14,7 @@ mod complaints;
 pub mod core;
 pub mod counters;
 pub mod emit;
+pub mod flows;
 pub mod gateway;
 pub mod guest_port;
 pub mod host_net;
@@ -32,6 +33,7 @@ use std::sync::Arc;
 
 use self::core::{Core, Neighbour};
 use self::counters::{Counters, DropReason};
+use self::flows::{FlowId, NewsList, Table, Walk};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
 use self::host_net::{HostDatagram, HostNet, HostStream, PacketFields, Readiness, Token};
@@ -758,6 +760,36 @@ impl<N: HostNet> Engine<N> {
     pub fn dns_answer(&mut self, now: Instant, port: &mut impl GuestPort, id: u64, answer: &[u8]) {
         self.begin(now);
         self.gateway.dns_answer(&mut self.core, port, id, answer);
+    }
+
+    /// Shows flows to a walk.
+    pub fn list_flows(&self, walk: &mut Walk<'_>) {
+        self.nat.list_flows(walk);
+    }
+
+    /// Ends a flow; both its ends are told, where its protocol can. False if there is none of this name.
+    pub fn end_flow(&mut self, now: Instant, port: &mut impl GuestPort, id: FlowId) -> bool {
+        self.begin(now);
+        match id.table() {
+            Some(Table::Tcp) => self.nat.end_stream(&mut self.core, port, id),
+            Some(Table::Datagram) => self.nat.end_exchange(&mut self.core, id),
+            Some(Table::Packet) | None => false,
+        }
+    }
+
+    /// Lets no flow begin any more; those under way go on.
+    pub fn drain(&mut self) {
+        self.core.draining = true;
+    }
+
+    /// Flows and datagram sockets it has.
+    pub fn flows(&self) -> usize {
+        self.nat.len()
+    }
+
+    /// Flows that begin and end.
+    pub fn flow_news(&mut self) -> &mut NewsList {
+        &mut self.core.flow_news
     }
 
     /// The guest is gone or began anew: its flows end, here and at every other worker; the world sees

@@ -9,4 +9,6 @@ pub trait GuestNames: fmt::Debug + Send + Sync {
     fn address_of(&self, label: &str) -> Option<Ipv4Addr>;
     /// The name, one lower-case label, of the guest that holds `ip`.
     fn name_of(&self, ip: Ipv4Addr) -> Option<String>;
+    /// All of them, by label.
+    fn all(&self) -> Vec<(String, Ipv4Addr)>;
 }

@@ -179,6 +179,11 @@ impl LinkEnd {
         self.translation.is_some()
     }
 
+    /// Translation of the guest's packets, if they are translated.
+    pub(super) fn nat(&mut self) -> Option<&mut crate::engine::packet::PacketNat> {
+        self.translation.as_mut().map(Translation::nat)
+    }
+
     pub(super) fn queue(&self) -> &TapQueue {
         &self.parts.queue
     }

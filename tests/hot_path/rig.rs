@@ -8,10 +8,12 @@ use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vunet::config::{Attach, DnsConfig, IpMtu, Lan, Mode, NatConfig};
 use vunet::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
+use vunet::control::events::Events;
 use vunet::device::{DeviceConfig, DeviceQueues, SessionError, device};
 use vunet::engine::EngineConfig;
 use vunet::engine::counters::Counters;
 use vunet::limits;
+use vunet::requests;
 use vunet::service::dhcp::DhcpServer;
 use vunet::service::dns::DnsService;
 use vunet::time::Clock;
@@ -74,6 +76,9 @@ fn parts(queues: DeviceQueues, stop: EventFd) -> (WorkerParts, DnsForwarder) {
         addresses_gone: EventFd::new(EFD_NONBLOCK).expect("a descriptor"),
         peek_offset: true,
         postbox: None,
+        requests: requests::channel().expect("a descriptor").1,
+        events: Events::default(),
+        number: 0,
         clock: Clock::start(),
         cpu: None,
         busy_poll: Duration::ZERO,

@@ -177,10 +177,3 @@ pub(super) fn shared_memory(size_bytes: u64) -> io::Result<OwnedFd> {
     file.set_len(size_bytes)?;
     Ok(file.into())
 }
-
-/// Takes the lock of an open directory unless another process holds it; released when `directory`
-/// is closed. Returns whether it was taken.
-pub(super) fn try_lock(directory: &File) -> bool {
-    // SAFETY: locking an open file has no preconditions.
-    unsafe { libc::flock(directory.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) == 0 }
-}

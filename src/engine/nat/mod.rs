@@ -18,6 +18,7 @@ use self::policy::{Policy, Verdict};
 use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour, Owner};
 use super::counters::DropReason;
+use super::flows::{FlowId, Walk};
 use super::guest_port::GuestPort;
 use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
@@ -156,6 +157,22 @@ impl<N: HostNet> Nat<N> {
     /// Flows and sockets in the tables; those of published ports, which stay, are not counted.
     pub fn len(&self) -> usize {
         self.tcp.len() + self.datagrams.len()
+    }
+
+    /// Shows flows to a walk.
+    pub fn list_flows(&self, walk: &mut Walk<'_>) {
+        self.tcp.list(walk);
+        self.datagrams.list(walk);
+    }
+
+    /// Ends a TCP flow; both sides see RST. False if there is none of this name.
+    pub fn end_stream(&mut self, core: &mut Core, port: &mut impl GuestPort, id: FlowId) -> bool {
+        self.tcp.end(core, port, id)
+    }
+
+    /// Ends an exchange of datagrams. False if there is none of this name.
+    pub fn end_exchange(&mut self, core: &mut Core, id: FlowId) -> bool {
+        self.datagrams.end(core, id)
     }
 
     /// Whether there is none.
@@ -322,6 +339,7 @@ impl<N: HostNet> Nat<N> {
         let is_dns = self.dns && key.remote == SocketAddr::new(core.gateway(), DNS_PORT);
         let verdict = match is_dns {
             true => Verdict::Connect(key.remote),
+            false if core.draining => Verdict::Prohibited,
             false => self.policy.judge(core, &mut self.net, Some(Protocol::Tcp), key.remote),
         };
         let to = match verdict {
@@ -490,7 +508,11 @@ impl<N: HostNet> Nat<N> {
     ) -> Option<PeerId> {
         let Datagram { key, from, packet, .. } = *datagram;
         let protocol = (key.kind == Kind::Udp).then_some(Protocol::Udp);
-        let code = match self.policy.judge(core, &mut self.net, protocol, key.remote) {
+        let verdict = match core.draining {
+            true => Verdict::Prohibited,
+            false => self.policy.judge(core, &mut self.net, protocol, key.remote),
+        };
+        let code = match verdict {
             Verdict::Connect(real) => {
                 if !self.datagrams.is_served(core, &self.datagrams.end_of(&key))
                     && !self.open_mapping(core, port, datagram, real)
@@ -621,7 +643,7 @@ impl<N: HostNet> Nat<N> {
         }
     }
 
-    /// Leads a client to the guest. Where there is none the stream is dropped: the client sees RST.
+    /// Leads a client to the guest. Where there is none, or no flow may begin any more, the stream is dropped: the client sees RST.
     fn begin_published(
         &mut self,
         core: &mut Core,
@@ -630,7 +652,7 @@ impl<N: HostNet> Nat<N> {
         client: SocketAddr,
         (owner, guest_port): (Owner, u16),
     ) {
-        let Some(addr) = core.guest_of(owner) else { return };
+        let Some(addr) = core.guest_of(owner).filter(|_| !core.draining) else { return };
         let guest = SocketAddr::new(addr, guest_port);
         let mut key = tcp::Key { guest, remote: policy::visible(core, client) };
         // A flow on its way here is in no table; the directory knows it and those of other workers.

@@ -24,6 +24,7 @@ pub mod head;
 pub mod icmp;
 mod index;
 mod inward;
+mod listing;
 mod outward;
 mod plain;
 pub mod ports;
@@ -49,6 +50,7 @@ use self::rewrite::{End, NewEnd, take_hop, translate};
 use self::table::{FlowIndex, FlowTable, TableConfig, TableError};
 use self::tcp_state::{Direction, TcpTracker, TcpVerdict};
 use super::counters::{Counters, DropReason};
+use super::flows::NewsList;
 use super::placement::WorkerId;
 use crate::config::{self as settings, UdpFiltering, UdpMapping};
 use crate::time::Instant;
@@ -139,6 +141,9 @@ pub struct PacketNat {
     published: HashMap<(Protocol, u16), (Ipv4Addr, u16), foldhash::quality::RandomState>,
     answers: Answers,
     counters: Counters,
+    flow_news: NewsList,
+    /// No flow may begin any more.
+    draining: bool,
 }
 
 /// Lifetimes of flows in milliseconds.
@@ -205,6 +210,8 @@ impl PacketNat {
             spoken_to: HashMap::default(),
             answers: Answers::default(),
             counters: Counters::default(),
+            flow_news: NewsList::default(),
+            draining: false,
             config,
         })
     }
@@ -274,11 +281,12 @@ impl PacketNat {
     pub fn tick(&mut self, now: Instant) {
         let lost = self.from_guest.expire(now) + self.from_world.expire(now);
         self.counters.drop_many(DropReason::FragmentHole, lost);
-        let PacketNat { table, mappings, spoken_to, config, .. } = self;
+        let PacketNat { table, mappings, spoken_to, config, flow_news, .. } = self;
         let mut shared = None;
         table.expire(now, |flow| {
             let mappings = shared.get_or_insert_with(|| lock(mappings));
             give_back(mappings, spoken_to, config, &flow);
+            flow_news.note(|| listing::news(false, &flow));
         });
     }
 
@@ -310,6 +318,7 @@ impl PacketNat {
         let mut mappings = lock(&self.mappings);
         for flow in self.table.iter() {
             give_back(&mut mappings, &mut self.spoken_to, &self.config, flow);
+            self.flow_news.note(|| listing::news(false, flow));
         }
         drop(mappings);
         self.table = fresh;
@@ -487,7 +496,7 @@ impl PacketNat {
 
     /// Takes a new flow in, which has its end outside already; gives that back if there is no room.
     fn begin(&mut self, now: Instant, key: FlowKey, flags: FlowFlags, tcp: TcpTracker) -> Option<FlowIndex> {
-        let outside = self.config.outside?;
+        let outside = self.config.outside.filter(|_| !self.draining)?;
         let lifetime_ms = match key.protocol {
             Protocol::TCP => self.lifetimes.of_tcp(&tcp),
             Protocol::UDP => self.lifetimes.of_udp(flags, key.remote_port),
@@ -505,6 +514,7 @@ impl PacketNat {
         let inserted = self.table.insert(flow).ok().and_then(|id| self.table.get(id));
         if inserted.is_some() {
             self.counters.flows_opened += 1;
+            self.flow_news.note(|| listing::news(true, &spare));
         } else {
             give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &spare);
         }
@@ -516,6 +526,7 @@ impl PacketNat {
         while let Some(victim) = self.table.crowded(guest) {
             let Some(flow) = self.table.remove(victim) else { return };
             self.counters.flows_evicted += 1;
+            self.flow_news.note(|| listing::news(false, &flow));
             give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
         }
     }

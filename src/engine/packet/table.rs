@@ -146,6 +146,17 @@ impl FlowTable {
         self.flows.iter().filter(|flow| flow.flags.has(FlowFlags::LIVE))
     }
 
+    /// Places that hold a flow or held one.
+    pub fn places(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// The flow at a place, with its name.
+    pub fn at_place(&self, place: usize) -> Option<(&Flow, FlowId)> {
+        let flow = self.flows.get(place).filter(|flow| flow.flags.has(FlowFlags::LIVE))?;
+        Some((flow, FlowId { index: place as u32, generation: flow.generation }))
+    }
+
     /// What the caches answered.
     pub fn cache_rates(&self) -> CacheRates {
         let (out, inn) = (self.outbound_cache.rates(), self.inbound_cache.rates());

@@ -108,4 +108,11 @@ impl GuestNames for LiveNames {
         let name = known.by_ip.get(&ip)?;
         known.held(name, now_us).map(|_| name.clone())
     }
+
+    fn all(&self) -> Vec<(String, Ipv4Addr)> {
+        let now_us = self.clock.now().boottime_us;
+        let known = self.known();
+        let held = known.by_name.iter().filter(|(_, held)| held.until_us > now_us);
+        held.map(|(name, held)| (name.clone(), held.ip)).collect()
+    }
 }

@@ -14,6 +14,7 @@
 mod names;
 mod reply;
 
+use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use hickory_proto::op::{Message, ResponseCode};
@@ -105,6 +106,12 @@ impl DnsService {
 
     fn names(&self) -> Arc<LocalNames> {
         Arc::clone(&self.names.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Every local name with its addresses: the configured ones, the gateway's, and those of a named network's
+    /// guests.
+    pub fn records(&self) -> Vec<(String, IpAddr)> {
+        self.names().records()
     }
 
     /// Judges one query.

@@ -121,6 +121,14 @@ impl LocalNames {
         self.guests.clone()
     }
 
+    pub(super) fn records(&self) -> Vec<(String, IpAddr)> {
+        let text = |name: &Name| name.to_ascii().trim_end_matches('.').to_owned();
+        let hosts = self.hosts.iter().flat_map(|(name, addrs)| addrs.iter().map(|addr| (text(name), *addr)));
+        let guests = self.guests.iter().flat_map(|guests| guests.all());
+        let guests = guests.filter_map(|(label, addr)| Some((text(&self.qualify(&label)?), addr.into())));
+        hosts.chain(guests).collect()
+    }
+
     /// Time to live of what is local, in seconds: short where names come and go.
     pub(super) fn ttl_s(&self) -> u32 {
         if self.guests.is_some() { GUEST_TTL_S } else { LOCAL_TTL_S }

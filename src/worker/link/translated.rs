@@ -121,6 +121,10 @@ impl Translation {
         }
     }
 
+    pub(super) fn nat(&mut self) -> &mut PacketNat {
+        &mut self.nat
+    }
+
     /// The guest is gone or began anew.
     pub(super) fn forget_guest(&mut self, now: Instant) {
         if let Err(error) = self.nat.forget(now) {

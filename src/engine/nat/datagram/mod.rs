@@ -9,6 +9,7 @@
 mod delivery;
 mod errors;
 mod filtering;
+mod listing;
 mod peers;
 mod turns;
 

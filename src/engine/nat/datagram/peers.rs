@@ -57,6 +57,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
         self.mappings[mapping].newest_peer = Some(at);
         self.by_key.insert(key, at);
+        Self::note_flow(core, true, &self.peers[at]);
         self.by_real.insert((mapping, real), at);
         if self.is_found_by_itself(at) {
             core.claim(Place::Exchange(key));
@@ -173,6 +174,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             core.release(&Place::Exchange(self.peers[at].key));
         }
         let mut peer = self.peers.remove(at);
+        Self::note_flow(core, false, &peer);
         core.timers.clear(&mut peer.timer);
         self.peer_lru.remove(at);
         self.stranger_lru.remove(at);

@@ -364,6 +364,8 @@ pub struct Flow<S> {
     /// Its place in the backlog: the end its SYN went to, until the handshake is done.
     pub(super) under_way: Option<SocketAddr>,
     pub(super) last_active: Instant,
+    /// A client of a published port began it.
+    pub(super) from_world: bool,
 }
 
 /// A flow on its way between workers. `D` is its stream without its worker.
@@ -375,6 +377,7 @@ pub struct Moved<D> {
     state: State,
     recv: Recv,
     send: Send,
+    from_world: bool,
 }
 
 impl<D> Moved<D> {
@@ -394,6 +397,7 @@ impl<S: HostStream> Flow<S> {
             state: self.state,
             recv: self.recv,
             send: self.send,
+            from_world: self.from_world,
         }
     }
 
@@ -420,6 +424,7 @@ impl<S: HostStream> Flow<S> {
             queued: false,
             under_way: None,
             last_active: now,
+            from_world: moved.from_world,
         })
     }
 }
@@ -457,6 +462,7 @@ impl<S: HostStream> Flow<S> {
             queued: false,
             under_way: None,
             last_active: core.now,
+            from_world: matches!(origin, Origin::World),
         };
         flow.begin(core, origin);
         flow

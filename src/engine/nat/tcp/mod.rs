@@ -2,6 +2,7 @@
 
 mod backlog;
 mod flow;
+mod listing;
 mod output;
 mod pool;
 mod round_trip;
@@ -252,6 +253,7 @@ impl<S: HostStream> TcpTable<S> {
         self.lru.touch(at);
         core.claim(Place::Tcp(key));
         core.counters.flows_opened += 1;
+        Self::note_flow(core, true, &self.flows[at]);
         self.enter_backlog(core, at);
         at
     }
@@ -563,6 +565,7 @@ impl<S: HostStream> TcpTable<S> {
 
     fn remove(&mut self, core: &mut Core, at: usize) {
         let mut flow = self.take_out(at);
+        Self::note_flow(core, false, &flow);
         core.release(&Place::Tcp(flow.key));
         core.timers.clear(&mut flow.timer);
         flow.recv.pool.clear(&mut self.budget);

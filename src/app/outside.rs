@@ -1,0 +1,78 @@
+//! What people and programs outside have to do with the process: signals, the control API, the log.
+
+use std::net::Ipv4Addr;
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use crate::cli::Reloader;
+use crate::control::api::{self, Api, Facts, Stop};
+use crate::control::dns_forward::Resolver;
+use crate::control::events::{Event, Events};
+use crate::control::signals::Signals;
+use crate::engine::gateway::SharedDhcp;
+use crate::log::Log;
+use crate::requests::WorkerHandle;
+use crate::service::dns::DnsService;
+use crate::socket_file::SocketFile;
+use crate::time::Clock;
+
+/// It, before the process runs.
+pub(super) struct Outside {
+    pub(super) signals: Signals,
+    pub(super) log: Log,
+    /// Reads the settings again, where they are in a file.
+    pub(super) reloader: Option<Reloader>,
+    pub(super) facts: Facts,
+    /// The control API's listener, and its file.
+    pub(super) control: Option<(UnixListener, SocketFile)>,
+}
+
+/// What the control API answers from.
+pub(super) struct Inner {
+    pub(super) workers: Vec<WorkerHandle>,
+    pub(super) dhcp: SharedDhcp,
+    pub(super) dns: Arc<DnsService>,
+    pub(super) resolver: Arc<Resolver>,
+    pub(super) clock: Clock,
+}
+
+/// What ends or changes the process from now on.
+pub(super) struct Opened {
+    pub(super) signals: Signals,
+    pub(super) stop: Stop,
+    pub(super) reloader: Option<Reloader>,
+    /// The API's socket, whose file goes with it.
+    pub(super) file: Option<SocketFile>,
+}
+
+impl Outside {
+    /// Serves the control API from now on, on the runtime this is called on, and tells of the guest's address.
+    pub(super) fn open(self, guest: watch::Receiver<Option<Ipv4Addr>>, inner: Inner) -> Opened {
+        let Outside { signals, log, reloader, facts, control } = self;
+        let stop = Stop::default();
+        let events = log.events.clone();
+        tokio::spawn(tell_leases(guest, events.clone()));
+        let file = control.map(|(listener, file)| {
+            let Inner { workers, dhcp, dns, resolver, clock } = inner;
+            let stop = stop.clone();
+            let api = Api { facts, workers, dhcp, dns, resolver, events, log, stop, clock };
+            tokio::spawn(async move {
+                if let Err(error) = api::serve(listener, Arc::new(api)).await {
+                    tracing::error!(%error, "the control API cannot be served");
+                }
+            });
+            file
+        });
+        Opened { signals, stop, reloader, file }
+    }
+}
+
+/// Tells of the guest's address as DHCP gives it.
+async fn tell_leases(mut guest: watch::Receiver<Option<Ipv4Addr>>, events: Events) {
+    while guest.changed().await.is_ok() {
+        let address = *guest.borrow_and_update();
+        events.tell(Event::Lease { address });
+    }
+}

@@ -1,0 +1,62 @@
+//! `/v1/events`: what happens, as server-sent events, until the client leaves.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::response::Sse;
+use axum::response::sse::{Event as SentEvent, KeepAlive};
+use futures_util::stream::{self, Stream};
+use serde::Deserialize;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+
+use super::{ApiError, Shared};
+use crate::control::events::{Event, FlowListener};
+
+/// Silence after which a comment is sent, so that a client that is gone is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// What a client wants to hear of.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wanted {
+    /// Each flow that begins or ends, too.
+    #[serde(default)]
+    flows: bool,
+}
+
+pub(super) async fn get(
+    State(api): Shared,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
+    let Query(Wanted { flows }) = wanted?;
+    let of_flows = flows.then(|| api.events.want_flows());
+    let news = stream::unfold((api.events.listen(), of_flows), |(mut events, of_flows)| async move {
+        let event = next(&mut events, of_flows.as_ref()).await?;
+        Some((Ok(event), (events, of_flows)))
+    });
+    Ok(Sse::new(news).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+}
+
+/// The next event for one who wants flows or not; none after the last.
+async fn next(events: &mut Receiver<Event>, of_flows: Option<&FlowListener>) -> Option<SentEvent> {
+    loop {
+        let event = match events.recv().await {
+            Ok(event) => event,
+            Err(RecvError::Lagged(missed)) => {
+                return Some(sent("missed", &serde_json::json!({ "count": missed })));
+            }
+            Err(RecvError::Closed) => return None,
+        };
+        if of_flows.is_some() || !event.is_of_flow() {
+            return Some(sent(event.name(), &event));
+        }
+    }
+}
+
+/// An event with its name, and itself as JSON, which has no line break.
+fn sent(name: &str, event: &impl serde::Serialize) -> SentEvent {
+    SentEvent::default().event(name).data(serde_json::to_string(event).unwrap_or_default())
+}

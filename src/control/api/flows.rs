@@ -1,0 +1,127 @@
+//! `/v1/flows`: connections and exchanges under way, by pages; and their ends.
+
+use std::net::{IpAddr, SocketAddr};
+
+use axum::Json;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use super::{ApiError, Shared};
+use crate::engine::flows::{Began, FlowId, FlowProtocol, FlowQuery, FlowView, PAGE_MAX};
+use crate::requests::Request;
+
+/// Flows on a page if nobody asks for more or fewer.
+const PAGE_DEFAULT: usize = 100;
+/// Pages of a worker looked at for one answer: a filter that fits nothing costs no more.
+const WALKS_MAX: usize = 16;
+
+/// Which flows.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wanted {
+    protocol: Option<FlowProtocol>,
+    guest: Option<IpAddr>,
+    remote: Option<IpAddr>,
+    port: Option<u16>,
+    limit: Option<usize>,
+    cursor: Option<String>,
+}
+
+/// A page of flows.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Flows {
+    /// They.
+    pub flows: Vec<FlowStatus>,
+    /// What to give as `cursor` for the next page; none with the last. A page may be empty and not the last.
+    pub next: Option<String>,
+}
+
+/// One flow.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FlowStatus {
+    /// Its name, to end it by.
+    pub id: String,
+    /// Protocol.
+    pub protocol: FlowProtocol,
+    /// The guest's end; of an echo the "port" is the identifier.
+    pub guest: SocketAddr,
+    /// The remote end as the guest sees it.
+    pub remote: SocketAddr,
+    /// The state it is in.
+    pub state: String,
+    /// `guest` or `world`.
+    pub began: Option<String>,
+    /// Seconds since anything was carried.
+    pub idle_seconds: f64,
+}
+
+impl FlowStatus {
+    fn of(worker: usize, flow: &FlowView) -> FlowStatus {
+        FlowStatus {
+            id: name(worker, flow.id.0),
+            protocol: flow.protocol,
+            guest: flow.guest,
+            remote: flow.remote,
+            state: flow.state.to_owned(),
+            began: flow.began.map(|began| if began == Began::Guest { "guest" } else { "world" }.to_owned()),
+            idle_seconds: flow.idle.as_secs_f64(),
+        }
+    }
+}
+
+/// A place in all workers' tables, as text.
+fn name(worker: usize, place: u64) -> String {
+    format!("{worker}-{place:x}")
+}
+
+fn parse(text: &str) -> Option<(usize, u64)> {
+    let (worker, place) = text.split_once('-')?;
+    Some((worker.parse().ok()?, u64::from_str_radix(place, 16).ok()?))
+}
+
+pub(super) async fn list(
+    State(api): Shared,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Result<Json<Flows>, ApiError> {
+    let Query(wanted) = wanted?;
+    let limit = wanted.limit.unwrap_or(PAGE_DEFAULT);
+    if !(1..=PAGE_MAX).contains(&limit) {
+        return Err(ApiError::bad_value(format!("limit={limit}: 1 to {PAGE_MAX}")));
+    }
+    let start = wanted.cursor.as_deref().map_or(Some((0, 0)), parse);
+    let Some((mut worker, mut cursor)) = start else {
+        return Err(ApiError::bad_value("cursor: not one of a page's \"next\""));
+    };
+    let mut flows = Vec::new();
+    for _ in 0..WALKS_MAX {
+        let Some(handle) = api.workers.get(worker) else { break };
+        let query = FlowQuery {
+            protocol: wanted.protocol,
+            guest: wanted.guest,
+            remote: wanted.remote,
+            port: wanted.port,
+            cursor,
+            limit: limit - flows.len(),
+        };
+        let page = handle.ask(|answer| Request::Flows(query, answer)).await?;
+        flows.extend(page.flows.iter().map(|flow| FlowStatus::of(worker, flow)));
+        (worker, cursor) = page.next.map_or((worker + 1, 0), |next| (worker, next));
+        if flows.len() >= limit {
+            break;
+        }
+    }
+    let next = (worker < api.workers.len()).then(|| name(worker, cursor));
+    Ok(Json(Flows { flows, next }))
+}
+
+pub(super) async fn end(State(api): Shared, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+    let no_flow = || ApiError::not_found(format!("no flow {id:?}"));
+    let (worker, place) = parse(&id).ok_or_else(no_flow)?;
+    let handle = api.workers.get(worker).ok_or_else(no_flow)?;
+    match handle.ask(|answer| Request::EndFlow(FlowId(place), answer)).await? {
+        true => Ok(StatusCode::NO_CONTENT),
+        false => Err(no_flow()),
+    }
+}

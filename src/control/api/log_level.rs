@@ -1,0 +1,30 @@
+//! `/v1/log-level`: how much is logged.
+
+use axum::Json;
+use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
+use serde::{Deserialize, Serialize};
+
+use super::{ApiError, Shared};
+
+/// How much is logged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogLevel {
+    /// `off`, `error`, `warn`, `info`, `debug` or `trace`, or `MODULE=LEVEL`, joined by commas.
+    pub level: String,
+}
+
+pub(super) async fn get(State(api): Shared) -> Json<LogLevel> {
+    Json(LogLevel { level: api.log.level() })
+}
+
+pub(super) async fn put(
+    State(api): Shared,
+    body: Result<Json<LogLevel>, JsonRejection>,
+) -> Result<Json<LogLevel>, ApiError> {
+    let Json(LogLevel { level }) = body?;
+    api.log.set_level(&level).map_err(|error| ApiError::bad_value(error.to_string()))?;
+    tracing::info!(level, "the log's level was set");
+    Ok(Json(LogLevel { level: api.log.level() }))
+}

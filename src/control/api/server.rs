@@ -1,0 +1,110 @@
+//! Clients of the control socket: who may, how many, how long.
+//!
+//! Only the user this process belongs to, and root, are served. So many connections at once have a place,
+//! further ones wait; each request's head, and all of it until its answer begins, has its time.
+
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::Next;
+use axum::response::Response;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+use super::{Api, ApiError, router};
+use crate::socket_file::{self, AskedPath, SocketFile, SocketFileError};
+
+/// Connections served at once; others wait in the listener's queue ...
+const CLIENTS_MAX: usize = 32;
+/// ... which has as many places.
+const BACKLOG: i32 = 32;
+/// How long a request's head may take, and the silence before it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a request may take until its answer begins.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of a request's head, at most.
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// Header fields of a request, at most.
+const HEADERS_MAX: usize = 64;
+/// Rest after a client could not be taken for want of descriptors.
+const ACCEPT_RETRY: Duration = Duration::from_millis(200);
+
+/// Listens at `--control`'s path, for the owner alone.
+///
+/// # Errors
+/// [`SocketFileError`].
+pub fn listen(path: &Path) -> Result<(std::os::unix::net::UnixListener, SocketFile), SocketFileError> {
+    let listening = socket_file::bind(AskedPath { flag: "--control", path }, BACKLOG)?;
+    tracing::info!(path = %path.display(), "control API");
+    Ok(listening)
+}
+
+/// Serves clients until the runtime ends.
+///
+/// # Errors
+/// The listener cannot be watched.
+pub async fn serve(listener: std::os::unix::net::UnixListener, api: Arc<Api>) -> io::Result<()> {
+    let listener = UnixListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(CLIENTS_MAX));
+    let router = router(api);
+    loop {
+        // The semaphore is never closed.
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a client of the control API; trying again");
+                tokio::time::sleep(ACCEPT_RETRY).await;
+                continue;
+            }
+        };
+        if !may_control(&stream) {
+            continue;
+        }
+        let service = TowerToHyperService::new(router.clone());
+        tokio::spawn(async move {
+            let _place = place;
+            let served = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_TIMEOUT)
+                .max_buf_size(HEAD_BYTES_MAX)
+                .max_headers(HEADERS_MAX)
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+            if let Err(error) = served {
+                tracing::debug!(%error, "a client of the control API left");
+            }
+        });
+    }
+}
+
+/// Whether a client is this process's user, or root.
+fn may_control(stream: &UnixStream) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == own || peer.uid() == 0 => true,
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid(), "--control: a client of another user was refused");
+            false
+        }
+        Err(error) => {
+            tracing::warn!(%error, "--control: a client whose user cannot be known was refused");
+            false
+        }
+    }
+}
+
+/// Gives up on a request that takes too long: a body that does not come.
+pub(super) async fn in_time(request: Request, next: Next) -> Result<Response, ApiError> {
+    let answered = tokio::time::timeout(REQUEST_TIMEOUT, next.run(request)).await;
+    answered.map_err(|_| {
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "too_slow", "the request did not come in time")
+    })
+}

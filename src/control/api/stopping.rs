@@ -1,0 +1,101 @@
+//! `/v1/stop` and `/v1/drain`: the process's end, at once or once its flows have ended.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
+
+use super::{Api, ApiError, Shared};
+use crate::requests::Request;
+
+/// How often a draining process looks whether flows are left.
+const LOOK: Duration = Duration::from_millis(200);
+/// The longest time a process may be asked to drain.
+const DRAIN_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// The process's end, asked for by a client.
+#[derive(Clone, Debug, Default)]
+pub struct Stop {
+    inner: Arc<(Notify, AtomicBool)>,
+}
+
+impl Stop {
+    /// Returns once a client has asked for the end.
+    pub async fn asked(&self) {
+        self.inner.0.notified().await;
+    }
+
+    fn ask(&self) {
+        self.inner.0.notify_one();
+    }
+
+    /// Whether no flow may begin any more.
+    pub fn is_draining(&self) -> bool {
+        self.inner.1.load(Ordering::Acquire)
+    }
+}
+
+/// How a process is to drain.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drain {
+    /// Seconds after which it ends whatever flows are left.
+    #[serde(default = "default_timeout_seconds")]
+    pub timeout_seconds: f64,
+}
+
+fn default_timeout_seconds() -> f64 {
+    60.0
+}
+
+pub(super) async fn stop(State(api): Shared) -> StatusCode {
+    tracing::info!("a client of the control API asked for the end");
+    // The answer leaves first: what ends then is the process.
+    let stop = api.stop.clone();
+    tokio::spawn(async move {
+        sleep(LOOK / 2).await;
+        stop.ask();
+    });
+    StatusCode::ACCEPTED
+}
+
+pub(super) async fn drain(
+    State(api): Shared,
+    body: Result<Json<Drain>, JsonRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Json(Drain { timeout_seconds }) = body?;
+    let timeout = Duration::try_from_secs_f64(timeout_seconds).ok().filter(|time| *time <= DRAIN_MAX);
+    let Some(timeout) = timeout else {
+        let longest = DRAIN_MAX.as_secs();
+        return Err(ApiError::bad_value(format!("timeout_seconds={timeout_seconds}: 0 to {longest}")));
+    };
+    api.ask_all(Request::Drain).await?;
+    if !api.stop.inner.1.swap(true, Ordering::AcqRel) {
+        tracing::info!(timeout_seconds, "no flow may begin any more; ending with the last");
+        tokio::spawn(end_with_flows(api, Instant::now() + timeout));
+    }
+    Ok(StatusCode::ACCEPTED)
+}
+
+/// Ends the process once no flow is left, or at `deadline`.
+async fn end_with_flows(api: Arc<Api>, deadline: Instant) {
+    loop {
+        sleep(LOOK).await;
+        let left = match api.ask_all(Request::Report).await {
+            Ok(reports) => reports.iter().map(|report| report.flows).sum::<u64>(),
+            // A worker that hangs has nothing to be waited for.
+            Err(_) => 0,
+        };
+        if left == 0 || Instant::now() >= deadline {
+            tracing::info!(flows_left = left, "drained");
+            return api.stop.ask();
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! A client of the control API, on its unix socket.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::{Bytes, Incoming};
+use hyper::client::conn::http1;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tokio::net::UnixStream;
+use tokio::runtime::Runtime;
+
+use super::api::error::ErrorBody;
+
+/// Bytes of an answer, at most.
+const ANSWER_BYTES_MAX: usize = 64 << 20;
+/// How long an answer may take until it begins.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why there is no answer, or one that says no.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody listens at the path.
+    #[error("--control {path}: cannot reach a vunet there; was it started with --control?", path = .0.display())]
+    Connect(PathBuf, #[source] io::Error),
+    /// No runtime.
+    #[error("cannot start")]
+    Start(#[source] io::Error),
+    /// The connection broke, or what came is not HTTP.
+    #[error("the answer")]
+    Http(#[from] hyper::Error),
+    /// The answer is too long or broke off.
+    #[error("the answer: {0}")]
+    Body(String),
+    /// Nothing came.
+    #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    TimedOut,
+    /// The answer is not what this version expects.
+    #[error("the answer is not what this version of vunet knows")]
+    Json(#[from] serde_json::Error),
+    /// The backend refused.
+    #[error("{message}")]
+    Refused {
+        /// The status of HTTP.
+        status: StatusCode,
+        /// What it said.
+        message: String,
+    },
+    /// What was answered could not be written.
+    #[error("cannot write")]
+    Write(#[source] io::Error),
+}
+
+/// A client.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    runtime: Runtime,
+}
+
+impl Client {
+    /// One for the socket at `path`.
+    ///
+    /// # Errors
+    /// No runtime.
+    pub fn new(path: &Path) -> Result<Client, ClientError> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        Ok(Client { path: path.to_owned(), runtime: runtime.map_err(ClientError::Start)? })
+    }
+
+    /// What a resource answers, as JSON has it.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn get<T: DeserializeOwned>(&self, resource: &str) -> Result<T, ClientError> {
+        Ok(serde_json::from_slice(&self.ask(Method::GET, resource, None)?)?)
+    }
+
+    /// Carries out a method on a resource; its answer as it came, nothing if there is none.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn call(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<Vec<u8>, ClientError> {
+        let body = body.map(serde_json::to_vec).transpose()?;
+        self.ask(method, resource, body)
+    }
+
+    fn ask(&self, method: Method, resource: &str, body: Option<Vec<u8>>) -> Result<Vec<u8>, ClientError> {
+        self.runtime.block_on(async {
+            let answer = tokio::time::timeout(ANSWER_TIMEOUT, self.send(method, resource, body)).await;
+            let answer = answer.map_err(|_| ClientError::TimedOut)??;
+            whole(answer).await
+        })
+    }
+
+    /// Hands each event of a stream to `each`, its name and its data, until the backend ends it or `each` says
+    /// false.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn follow(
+        &self,
+        resource: &str,
+        mut each: impl FnMut(&str, &str) -> Result<bool, ClientError>,
+    ) -> Result<(), ClientError> {
+        self.runtime.block_on(async {
+            let mut answer = self.send(Method::GET, resource, None).await?;
+            if !answer.status().is_success() {
+                return whole(answer).await.map(|_| ());
+            }
+            let mut lines = Lines::default();
+            while let Some(frame) = answer.frame().await {
+                // A backend that ends breaks the stream off.
+                let Ok(frame) = frame else { break };
+                let Ok(data) = frame.into_data() else { continue };
+                lines.rest.extend_from_slice(&data);
+                if lines.rest.len() > ANSWER_BYTES_MAX {
+                    return Err(ClientError::Body("an event is too long".to_owned()));
+                }
+                while let Some((name, data)) = lines.next_event() {
+                    if !each(&name, &data)? {
+                        return Ok(());
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        resource: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let failed = |error| ClientError::Connect(self.path.clone(), error);
+        let stream = UnixStream::connect(&self.path).await.map_err(failed)?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection);
+        let mut request = Request::builder().method(method).uri(resource).header("host", "vunet");
+        if body.is_some() {
+            request = request.header("content-type", "application/json");
+        }
+        let request = request.body(Full::new(Bytes::from(body.unwrap_or_default())));
+        let request = request.map_err(|error| ClientError::Body(error.to_string()))?;
+        Ok(sender.send_request(request).await?)
+    }
+}
+
+/// All of an answer, or what it refuses.
+async fn whole(answer: Response<Incoming>) -> Result<Vec<u8>, ClientError> {
+    let status = answer.status();
+    let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await;
+    let body = body.map_err(|error| ClientError::Body(error.to_string()))?.to_bytes().to_vec();
+    if status.is_success() {
+        return Ok(body);
+    }
+    let message = serde_json::from_slice::<ErrorBody>(&body).map(|body| body.error.message);
+    let message = message.unwrap_or_else(|_| format!("refused: {status}"));
+    Err(ClientError::Refused { status, message })
+}
+
+/// Events of a stream (HTML, server-sent events), as they come in pieces.
+#[derive(Debug, Default)]
+struct Lines {
+    rest: Vec<u8>,
+}
+
+impl Lines {
+    /// The next whole event that has data.
+    fn next_event(&mut self) -> Option<(String, String)> {
+        loop {
+            let end = self.rest.windows(2).position(|two| two == b"\n\n")?;
+            let block: Vec<u8> = self.rest.drain(..end + 2).collect();
+            let text = String::from_utf8_lossy(&block);
+            let field = |name: &str| {
+                text.lines()
+                    .find_map(|line| line.strip_prefix(name))
+                    .map(|value| value.trim_start().to_owned())
+            };
+            if let Some(data) = field("data:") {
+                return Some((field("event:").unwrap_or_default(), data));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_are_whole_however_they_come() {
+        let mut lines = Lines::default();
+        let mut seen = Vec::new();
+        for byte in b": hello\n\nevent: attached\ndata: {\"a\":1}\n\ndata: x\n\nevent: z\n" {
+            lines.rest.push(*byte);
+            seen.extend(lines.next_event());
+        }
+        let owned = |name: &str, data: &str| (name.to_owned(), data.to_owned());
+        assert_eq!(seen, [owned("attached", "{\"a\":1}"), owned("", "x")]);
+    }
+}

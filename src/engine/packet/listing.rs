@@ -1,0 +1,81 @@
+//! Translated flows as they are shown, and ended by who looks at them.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use super::flow::{self, Flow, FlowFlags, FlowKey, Ticks};
+use super::{PacketNat, give_back, lock};
+use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, NewsList, Table, Walk};
+use crate::time::Instant;
+use crate::wire::ipv4::Protocol;
+
+fn protocol(key: &FlowKey) -> FlowProtocol {
+    match key.protocol {
+        Protocol::TCP => FlowProtocol::Tcp,
+        Protocol::UDP => FlowProtocol::Udp,
+        Protocol::ICMP => FlowProtocol::Icmp,
+        _ => FlowProtocol::Other,
+    }
+}
+
+/// The guest's end and the remote one.
+fn ends(key: &FlowKey) -> (SocketAddr, SocketAddr) {
+    ((key.guest, key.guest_port).into(), (key.remote, key.remote_port).into())
+}
+
+/// A flow that began or ended.
+pub(super) fn news(opened: bool, flow: &Flow) -> FlowNews {
+    let key = flow.key();
+    let (guest, remote) = ends(&key);
+    FlowNews { opened, protocol: protocol(&key), guest, remote }
+}
+
+fn view(flow: &Flow, id: flow::FlowId, now: Instant) -> FlowView {
+    let key = flow.key();
+    let (guest, remote) = ends(&key);
+    let idle_ms = Ticks::at(now).since(flow.last_seen).max(0).unsigned_abs();
+    let state = match () {
+        () if flow.flags.has(FlowFlags::ASSURED) => "assured",
+        () if flow.flags.has(FlowFlags::SEEN_REPLY) => "answered",
+        () => "unanswered",
+    };
+    FlowView {
+        id: FlowId::new(Table::Packet, id.generation, id.index),
+        protocol: protocol(&key),
+        guest,
+        remote,
+        state,
+        began: Some(if flow.flags.has(FlowFlags::FROM_WORLD) { Began::World } else { Began::Guest }),
+        idle: Duration::from_millis(u64::from(idle_ms)),
+    }
+}
+
+impl PacketNat {
+    /// Shows flows to a walk.
+    pub fn list(&self, walk: &mut Walk<'_>) {
+        let now = walk.now;
+        let show = |place| self.table.at_place(place).map(|(flow, id)| view(flow, id, now));
+        walk.over(Table::Packet, self.table.places(), show);
+    }
+
+    /// Forgets a flow: what comes of the world is nobody's any more, and what comes of the guest begins another.
+    /// False if there is none of this name.
+    pub fn end(&mut self, id: FlowId) -> bool {
+        let named = self.table.at_place(id.place() as usize).map(|(_, own)| own);
+        let is_it = |own: &flow::FlowId| FlowId::new(Table::Packet, own.generation, own.index) == id;
+        let Some(flow) = named.filter(is_it).and_then(|own| self.table.remove(own)) else { return false };
+        give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
+        self.flow_news.note(|| news(false, &flow));
+        true
+    }
+
+    /// Flows that begin and end.
+    pub fn flow_news(&mut self) -> &mut NewsList {
+        &mut self.flow_news
+    }
+
+    /// Lets no flow begin any more; those under way go on.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+}

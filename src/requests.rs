@@ -1,0 +1,182 @@
+//! What the control thread asks of a worker: for each worker a single-producer single-consumer ring of requests
+//! and an eventfd; every request carries the way back for its answer.
+//!
+//! A worker looks here when the eventfd says so, between two batches, and never waits: it pays nothing while
+//! nobody asks. Who asks waits a second at most.
+//!
+//! May touch: the ring; what an answer is made of. Read first: `worker`.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rtrb::{Consumer, Producer, RingBuffer};
+use thiserror::Error;
+use tokio::sync::oneshot;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::device::{DeviceStats, Features};
+use crate::engine::counters::Counters;
+use crate::engine::flows::{FlowId, FlowPage, FlowQuery};
+
+/// Requests that may wait for one worker.
+const WAITING_MAX: usize = 64;
+/// How long an answer is waited for: a worker that takes longer hangs.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Where an answer goes.
+pub type Answer<T> = oneshot::Sender<T>;
+
+/// Something asked of a worker.
+#[derive(Debug)]
+pub enum Request {
+    /// How it is.
+    Report(Answer<WorkerReport>),
+    /// Its flows, a page of them.
+    Flows(FlowQuery, Answer<FlowPage>),
+    /// To end a flow, both ends told. Answered with whether there was one.
+    EndFlow(FlowId, Answer<bool>),
+    /// To let no flow begin any more.
+    Drain(Answer<()>),
+}
+
+/// How a worker is.
+#[derive(Clone, Debug, Default)]
+pub struct WorkerReport {
+    /// Whether a front-end is there.
+    pub attached: bool,
+    /// What the driver acknowledged and counts.
+    pub features: Features,
+    /// Rings that run, each with how many of its entries are in use.
+    pub rings: Vec<RingReport>,
+    /// What engine and link counted.
+    pub counters: Counters,
+    /// What the device counted.
+    pub device: DeviceStats,
+    /// Flows it has now.
+    pub flows: u64,
+}
+
+/// A ring that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingReport {
+    /// Its vring index: even ones receive, odd ones transmit.
+    pub index: u16,
+    /// Entries.
+    pub size: u16,
+    /// Entries the driver made available that are not used yet: frames waiting, or free receive buffers.
+    pub available: u16,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum NoAnswer {
+    /// The worker did not answer in time, or has too many requests waiting.
+    #[error("the worker does not answer")]
+    Busy,
+    /// The worker has ended.
+    #[error("the worker has ended")]
+    Gone,
+}
+
+/// The control thread's end of the way to one worker.
+#[derive(Clone, Debug)]
+pub struct WorkerHandle {
+    shared: Arc<(Mutex<Producer<Request>>, EventFd)>,
+}
+
+/// The worker's end.
+#[derive(Debug)]
+pub struct RequestBox {
+    ring: Consumer<Request>,
+    event: EventFd,
+}
+
+/// Both ends of a way to a worker.
+///
+/// # Errors
+/// No descriptor for the eventfd.
+pub fn channel() -> io::Result<(WorkerHandle, RequestBox)> {
+    let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+    let (producer, ring) = RingBuffer::new(WAITING_MAX);
+    let shared = Arc::new((Mutex::new(producer), event.try_clone()?));
+    Ok((WorkerHandle { shared }, RequestBox { ring, event }))
+}
+
+impl WorkerHandle {
+    fn send(&self, request: Request) -> Result<(), NoAnswer> {
+        let (ring, event) = &*self.shared;
+        let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+        if ring.is_abandoned() {
+            return Err(NoAnswer::Gone);
+        }
+        ring.push(request).map_err(|_| NoAnswer::Busy)?;
+        // Fails only if the counter is full, and then the worker was woken often enough.
+        let _ = event.write(1);
+        Ok(())
+    }
+
+    /// Asks, and waits for the answer.
+    ///
+    /// # Errors
+    /// [`NoAnswer`].
+    pub async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, NoAnswer> {
+        let (answer, answered) = oneshot::channel();
+        self.send(request(answer))?;
+        match tokio::time::timeout(ANSWER_TIMEOUT, answered).await {
+            Ok(Ok(answer)) => Ok(answer),
+            Ok(Err(_)) => Err(NoAnswer::Gone),
+            Err(_) => Err(NoAnswer::Busy),
+        }
+    }
+}
+
+impl RequestBox {
+    /// Readable (level-triggered) when requests wait.
+    pub fn fd(&self) -> RawFd {
+        self.event.as_raw_fd()
+    }
+
+    /// The next request; with none left the event is clear.
+    pub fn take(&mut self) -> Option<Request> {
+        let _ = self.event.read();
+        self.ring.pop().ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    #[test]
+    fn answer_comes_from_the_worker_that_was_asked() {
+        let (handle, mut requests) = channel().unwrap();
+        let worker = std::thread::spawn(move || {
+            loop {
+                match requests.take() {
+                    Some(Request::EndFlow(_, answer)) => return answer.send(true).unwrap(),
+                    Some(other) => panic!("{other:?} was not asked"),
+                    None => std::thread::yield_now(),
+                }
+            }
+        });
+        let asked = runtime().block_on(handle.ask(|answer| Request::EndFlow(FlowId(7), answer)));
+        worker.join().unwrap();
+        assert_eq!(asked, Ok(true));
+    }
+
+    #[test]
+    fn worker_that_hangs_or_ended_is_not_waited_for() {
+        let (handle, requests) = channel().unwrap();
+        let all = (0..=WAITING_MAX).map(|_| handle.ask(Request::Report));
+        let answers = runtime().block_on(futures_util::future::join_all(all));
+        assert!(answers.iter().all(|answer| matches!(answer, Err(NoAnswer::Busy))));
+        drop(requests);
+        assert_eq!(runtime().block_on(handle.ask(Request::Report)).unwrap_err(), NoAnswer::Gone);
+    }
+}

@@ -1,0 +1,127 @@
+//! What the control thread asks of a worker, and what the worker tells unasked.
+//!
+//! May touch: the worker's parts, between two batches.
+
+use super::Worker;
+use crate::control::events::{Event, Events};
+use crate::device::DeviceEvent;
+use crate::engine::flows::{FlowId, FlowPage, FlowQuery, NewsList, Table, Walk};
+use crate::engine::packet::PacketNat;
+use crate::requests::{Request, RequestBox, RingReport, WorkerReport};
+use crate::time::Instant;
+
+/// Both, of one worker.
+#[derive(Debug)]
+pub(super) struct Requests {
+    asked: RequestBox,
+    events: Events,
+    /// Tells what all workers see.
+    tells: bool,
+    attached: bool,
+    flows_told: bool,
+}
+
+impl Requests {
+    pub(super) fn new(asked: RequestBox, events: Events, tells: bool) -> Requests {
+        Requests { asked, events, tells, attached: false, flows_told: false }
+    }
+
+    /// Takes note of what happened to the device.
+    pub(super) fn saw(&mut self, event: DeviceEvent) {
+        let news = match event {
+            DeviceEvent::Attached => Event::Attached,
+            DeviceEvent::Detached => Event::Detached,
+            DeviceEvent::GuestReset => Event::GuestReset,
+            _ => return,
+        };
+        match event {
+            DeviceEvent::Attached => self.attached = true,
+            DeviceEvent::Detached => self.attached = false,
+            _ => {}
+        }
+        if self.tells {
+            self.events.tell(news);
+        }
+    }
+}
+
+impl Worker {
+    /// Answers what waits. Who asked and is gone is no matter.
+    pub(super) fn answer_requests(&mut self, now: Instant) {
+        while let Some(request) = self.requests.asked.take() {
+            match request {
+                Request::Report(answer) => {
+                    let _ = answer.send(self.report());
+                }
+                Request::Flows(query, answer) => {
+                    let _ = answer.send(self.flows(now, &query));
+                }
+                Request::EndFlow(id, answer) => {
+                    let _ = answer.send(self.end_flow(now, id));
+                }
+                Request::Drain(answer) => {
+                    self.engine.drain();
+                    if let Some(nat) = self.link.as_mut().and_then(super::LinkEnd::nat) {
+                        nat.drain();
+                    }
+                    let _ = answer.send(());
+                }
+            }
+        }
+    }
+
+    fn report(&mut self) -> WorkerReport {
+        let translated = self.link.as_mut().and_then(super::LinkEnd::nat).map_or(0, |nat| nat.table().len());
+        let rings = self.queues.rings().map(|(index, size, available)| RingReport { index, size, available });
+        WorkerReport {
+            attached: self.requests.attached,
+            features: self.queues.features(),
+            rings: rings.collect(),
+            counters: self.counters(),
+            device: *self.queues.stats(),
+            flows: (self.engine.flows() + translated) as u64,
+        }
+    }
+
+    fn flows(&mut self, now: Instant, query: &FlowQuery) -> FlowPage {
+        let mut walk = Walk::new(query, now);
+        self.engine.list_flows(&mut walk);
+        if let Some(nat) = self.link.as_mut().and_then(super::LinkEnd::nat) {
+            nat.list(&mut walk);
+        }
+        walk.done()
+    }
+
+    fn end_flow(&mut self, now: Instant, id: FlowId) -> bool {
+        if id.table() == Some(Table::Packet) {
+            return self.link.as_mut().and_then(super::LinkEnd::nat).is_some_and(|nat| nat.end(id));
+        }
+        let (_, rx) = self.queues.split();
+        self.engine.end_flow(now, rx, id)
+    }
+
+    /// Tells of flows that began or ended in this batch, to who wants to hear of each.
+    pub(super) fn tell_flows(&mut self) {
+        let wanted = self.requests.events.flows_wanted();
+        if !wanted && !self.requests.flows_told {
+            return;
+        }
+        self.requests.flows_told = wanted;
+        let nat = self.link.as_mut().and_then(super::LinkEnd::nat);
+        let lists = [Some(self.engine.flow_news()), nat.map(PacketNat::flow_news)];
+        for list in lists.into_iter().flatten() {
+            tell(&self.requests.events, list, wanted);
+        }
+    }
+}
+
+fn tell(events: &Events, list: &mut NewsList, wanted: bool) {
+    let (noted, missed) = list.take();
+    for flow in noted {
+        events.tell(flow.into());
+    }
+    if missed > 0 {
+        events.tell(Event::FlowsMissed { count: missed });
+    }
+    list.set(wanted);
+}
