@@ -10,12 +10,12 @@ DEB_SECONDS_MAX=600
 deb_tool() {
     local candidate
     for candidate in "$(command -v cargo-deb || true)" "$TARGET_DIR/tools/bin/cargo-deb"; do
-        [[ -x $candidate && $("$candidate" --version) == "$CARGO_DEB_VERSION" ]] || continue
+        [[ -x $candidate && $("$candidate" --version) == *" $CARGO_DEB_VERSION" ]] || continue
         CARGO_DEB=$candidate
         return 0
     done
     note "building cargo-deb $CARGO_DEB_VERSION into target/tools"
-    timeout "$DEB_SECONDS_MAX" cargo install --quiet --locked "cargo-deb@$CARGO_DEB_VERSION" --no-default-features \
+    timeout "$DEB_SECONDS_MAX" cargo install --quiet --locked --force "cargo-deb@$CARGO_DEB_VERSION" --no-default-features \
         --profile dev --root "$TARGET_DIR/tools" --target-dir "$TARGET_DIR/tools/build" || return 1
     CARGO_DEB=$TARGET_DIR/tools/bin/cargo-deb
 }
@@ -37,6 +37,6 @@ deb_build() {
     deb_tool || return 1
     deb_contents || return 1
     DEB=$REPO/target/package/vunet.deb
-    (cd "$REPO" && timeout "$DEB_SECONDS_MAX" "$CARGO_DEB" deb --quiet --no-build --locked --package vunet --output "$DEB") \
+    (cd "$REPO" && timeout "$DEB_SECONDS_MAX" "$CARGO_DEB" deb --quiet --no-build --strip --locked --package vunet --output "$DEB") \
         || return 1
 }

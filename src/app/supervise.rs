@@ -182,9 +182,13 @@ impl Manager {
         }
     }
 
+    /// Every worker tells of the same VM.
     fn note(&mut self, what: &str) {
-        self.status = format!("{}: {what}", self.serving);
-        self.told.status(&self.status);
+        let status = format!("{}: {what}", self.serving);
+        if self.status != status {
+            self.told.status(&status);
+            self.status = status;
+        }
     }
 }
 

@@ -283,6 +283,7 @@ mod tests {
         ("state-dir", "'/s'", &["--state-dir=/s"]),
         ("socket-path", "'vm.sock'", &["--socket-path=vm.sock"]),
         ("fd", "7", &["--fd=7"]),
+        ("control", "'vm.control'", &["--control=vm.control"]),
         ("client", "true", &["--client"]),
         ("one-off", "true", &["--one-off"]),
         ("network", "'lab'", &["--network=lab"]),

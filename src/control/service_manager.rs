@@ -19,10 +19,10 @@ impl ServiceManager {
         ServiceManager { watchdog: sd_notify::watchdog_enabled() }
     }
 
-    /// How often it wants to hear that this process is alive, if it wants to: half of its time-out, as
-    /// sd_watchdog_enabled(3) advises.
+    /// How often it is told that this process is alive, if it wants to hear it: three times in its time-out, so that one
+    /// may be late. (sd_watchdog_enabled(3) advises twice.)
     pub fn alive_period(&self) -> Option<Duration> {
-        self.watchdog.map(|timeout| timeout / 2)
+        self.watchdog.map(|timeout| timeout / 3)
     }
 
     /// The process serves, and how it stands in one line for people.
