@@ -148,7 +148,7 @@ scenario_qemu-script() {
     GUEST_PID=$!
     on_exit "end_process $GUEST_PID"
     guest_await_boot
-    every_step
+    guest_steps lease gateway name download
     console_send poweroff
     if ! wait_until 20 guest_is_gone; then
         say "FAIL  the script ended with its guest"
