@@ -124,7 +124,7 @@ units_start() {
     in_machine ln -s "$UNITS/vunet@.socket" "$UNITS/vunet@.service" /run/units/
     in_machine mkdir -p /run/units/vunet@vm1.service.d
     # No journal runs there; and nobody waits for 30 s.
-    in_machine sh -c 'printf "[Service]\nStandardError=file:/run/lab/service.log\nWatchdogSec=5\n" >/run/units/vunet@vm1.service.d/lab.conf'
+    in_machine sh -c 'printf "[Service]\nStandardError=append:/run/lab/service.log\nWatchdogSec=5\n" >/run/units/vunet@vm1.service.d/lab.conf'
     echo 'control = "/run/vunet/vm1/control"' >"$RUN_DIR/vm1.toml"
     in_machine cp /run/lab/vm1.toml /etc/vunet/
     in_machine systemctl start vunet@vm1.socket
@@ -224,10 +224,10 @@ guest_on_the_service() {
     verify 'the service is confined' '' service_is_confined
     verify 'the service reloads' '' service_reloads
     # The name came with the reload.
-    guest_held 'the guest sees what was reloaded' neighbour
+    guest_held 'the guest sees what was reloaded' known
     verify 'the watchdog watches' '' watchdog_watches
     # The socket was systemd's all the time, so that QEMU came back to the new process.
-    guest_held 'the guest after a restart by the watchdog' gateway name neighbour download
+    guest_held 'the guest after a restart by the watchdog' gateway name known download
     guest_stop
     verify 'the service stops' '' service_stops
 }
