@@ -14,6 +14,7 @@ pub mod control;
 pub mod device;
 pub mod engine;
 pub mod frame;
+pub mod histogram;
 pub mod holder;
 pub mod limits;
 pub mod log;

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::device::{DeviceStats, Features};
 use crate::engine::counters::Counters;
 use crate::engine::flows::{FlowId, FlowPage, FlowQuery};
+use crate::histogram::Histogram;
 
 /// Requests that may wait for one worker.
 const WAITING_MAX: usize = 64;
@@ -56,6 +57,21 @@ pub struct WorkerReport {
     pub device: DeviceStats,
     /// Flows it has now.
     pub flows: u64,
+    /// What it does.
+    pub measures: Measures,
+}
+
+/// What a worker does, since its start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Measures {
+    /// Times it woke up.
+    pub wake_ups: u64,
+    /// Notifications of the guest's it took.
+    pub kicks: u64,
+    /// How long it worked after a wake-up, in microseconds.
+    pub batch_time: Histogram,
+    /// Frames, both ways, it moved after a wake-up that moved any.
+    pub batch_frames: Histogram,
 }
 
 /// A ring that runs.

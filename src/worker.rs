@@ -29,7 +29,7 @@ use crate::engine::{Engine, EngineConfig};
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::postbox::{HostLetter, Postbox};
-use crate::requests::RequestBox;
+use crate::requests::{Measures, RequestBox};
 use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
 use crate::uplink::sockets::HostSockets;
@@ -69,6 +69,7 @@ pub struct Worker {
     clock: Clock,
     postbox: Option<Postbox>,
     requests: Requests,
+    measures: Measures,
     addresses_gone: EventFd,
     busy_poll: Duration,
     /// Transmit rings with frames waiting, a bit a pair.
@@ -176,6 +177,7 @@ impl Worker {
             clock: parts.clock,
             postbox: parts.postbox,
             requests: Requests::new(parts.requests, parts.events, parts.number == 0),
+            measures: Measures::default(),
             addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
             tx_waiting: 0,
@@ -225,9 +227,21 @@ impl Worker {
                 self.kick_all(now);
             }
             more = self.work(now);
-            if !self.busy_poll.is_zero() && (count > 0 || self.frames() != frames_before) {
+            let frames = self.frames() - frames_before;
+            self.measure(now, frames);
+            if !self.busy_poll.is_zero() && (count > 0 || frames > 0) {
                 busy_until = now + self.busy_poll;
             }
+        }
+    }
+
+    /// Notes what was done since it woke up at `begun`.
+    fn measure(&mut self, begun: Instant, frames: u64) {
+        let measures = &mut self.measures;
+        measures.wake_ups += 1;
+        if frames > 0 {
+            measures.batch_frames.record(frames);
+            measures.batch_time.record_time(self.clock.now().since(begun));
         }
     }
 
@@ -278,6 +292,7 @@ impl Worker {
             }
             _ if token == LINK => self.link_ready(event),
             KICK => {
+                self.measures.kicks += 1;
                 let kind = self.queues.kicked((token.0 & 0xffff) as u16);
                 self.kicked(now, kind);
             }

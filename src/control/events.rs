@@ -17,6 +17,8 @@ const KEPT: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
+    /// The first event of every stream: nothing after it is missed unsaid.
+    Listening,
     /// A front-end connected.
     Attached,
     /// It left.
@@ -83,6 +85,7 @@ impl Event {
     /// Its name, as its JSON has it.
     pub const fn name(&self) -> &'static str {
         match self {
+            Event::Listening => "listening",
             Event::Attached => "attached",
             Event::Detached => "detached",
             Event::GuestReset => "guest_reset",

@@ -1,5 +1,7 @@
 //! What happened, counted. A frame that goes nowhere is counted with its reason.
 
+use crate::histogram::Histogram;
+
 /// Why a frame, segment or datagram was dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(usize)]
@@ -103,6 +105,14 @@ pub struct Counters {
     pub flows_stranded: u64,
     /// TCP segments sent again.
     pub retransmits: u64,
+    /// Names the guest asked for that are local, or refused here.
+    pub names_answered: u64,
+    /// Names the guest asked for that were asked of resolvers.
+    pub names_forwarded: u64,
+    /// Answers of DHCP.
+    pub dhcp_answered: u64,
+    /// How long connects of TCP flows took that succeeded, in microseconds; a batch's time is that of its beginning.
+    pub connect_time: Histogram,
     drops: [u64; REASONS.len()],
 }
 
@@ -144,6 +154,10 @@ impl Counters {
         self.flows_evicted += other.flows_evicted;
         self.flows_stranded += other.flows_stranded;
         self.retransmits += other.retransmits;
+        self.names_answered += other.names_answered;
+        self.names_forwarded += other.names_forwarded;
+        self.dhcp_answered += other.dhcp_answered;
+        self.connect_time.add(&other.connect_time);
         for (mine, theirs) in self.drops.iter_mut().zip(other.drops) {
             *mine += theirs;
         }

@@ -140,6 +140,7 @@ impl Gateway {
         let source = SocketAddr::new(core.gateway(), dhcp::SERVER_PORT);
         let target = SocketAddr::new(reply.dst_ip.into(), reply.dst_port);
         let to = Neighbour { mac: reply.dst_mac, pair: from.pair };
+        core.counters.dhcp_answered += 1;
         send_udp(core, port, to, source, target, &reply.payload);
         if let Some(event) = reply.lease
             && event.change == LeaseChange::Bound
@@ -199,7 +200,10 @@ impl Gateway {
         let mut query = vec![0u8; payload.len()];
         payload.copy_to(&mut query);
         match self.dns.handle(&query, Transport::Udp) {
-            DnsAction::Reply(answer) => send_dns(core, port, from, client, &answer),
+            DnsAction::Reply(answer) => {
+                core.counters.names_answered += 1;
+                send_dns(core, port, from, client, &answer);
+            }
             DnsAction::Drop(_) => core.counters.drop(DropReason::ServiceSilent),
             DnsAction::Forward if !self.has_room_for(&query) => {
                 core.counters.drop(DropReason::TableFull);
@@ -209,6 +213,7 @@ impl Gateway {
                 self.next_id = self.next_id.wrapping_add(1);
                 let slot = self.pending.vacant_key() as u64;
                 let id = (u64::from(self.next_id) << 32) | slot;
+                core.counters.names_forwarded += 1;
                 self.pending_bytes += query.len();
                 self.pending.insert(PendingDns { id, client, from, query: query.clone() });
                 self.forwards.push_back(DnsForward { id, query });

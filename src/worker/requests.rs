@@ -79,6 +79,7 @@ impl Worker {
             rings: rings.collect(),
             counters: self.counters(),
             device: *self.queues.stats(),
+            measures: self.measures,
             flows: (self.engine.flows() + translated) as u64,
         }
     }

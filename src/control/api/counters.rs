@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::error::ErrorBody;
 use super::{ApiError, Shared};
 use crate::engine::counters::Counters;
 use crate::requests::Request;
 
 /// What was counted.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CountersAnswer {
     /// Frames taken from the guest.
     pub frames_from_guest: u64,
@@ -33,6 +35,15 @@ pub struct CountersAnswer {
     pub drops: BTreeMap<String, u64>,
 }
 
+/// What was counted since the start, all workers together
+#[utoipa::path(
+    get,
+    path = "/v1/counters",
+    responses(
+        (status = 200, body = CountersAnswer),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn get(State(api): Shared) -> Result<Json<CountersAnswer>, ApiError> {
     let mut total = Counters::default();
     for report in api.ask_all(Request::Report).await? {

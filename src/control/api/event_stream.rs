@@ -7,11 +7,12 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::response::Sse;
 use axum::response::sse::{Event as SentEvent, KeepAlive};
-use futures_util::stream::{self, Stream};
+use futures_util::stream::{self, Stream, StreamExt as _};
 use serde::Deserialize;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 
+use super::error::ErrorBody;
 use super::{ApiError, Shared};
 use crate::control::events::{Event, FlowListener};
 
@@ -19,7 +20,8 @@ use crate::control::events::{Event, FlowListener};
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What a client wants to hear of.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
     /// Each flow that begins or ends, too.
@@ -27,17 +29,28 @@ pub(super) struct Wanted {
     flows: bool,
 }
 
+/// What happens, as server-sent events, until the client leaves
+#[utoipa::path(
+    get,
+    path = "/v1/events",
+    params(Wanted),
+    responses(
+        (status = 200, description = "One event for each thing that happens: its name, and its data as a JSON object", content_type = "text/event-stream", body = String),
+        (status = 400, description = "A value is wrong", body = ErrorBody),
+    )
+)]
 pub(super) async fn get(
     State(api): Shared,
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
     let Query(Wanted { flows }) = wanted?;
     let of_flows = flows.then(|| api.events.want_flows());
+    let first = stream::once(async { Ok(sent(Event::Listening.name(), &Event::Listening)) });
     let news = stream::unfold((api.events.listen(), of_flows), |(mut events, of_flows)| async move {
         let event = next(&mut events, of_flows.as_ref()).await?;
         Some((Ok(event), (events, of_flows)))
     });
-    Ok(Sse::new(news).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
+    Ok(Sse::new(first.chain(news)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
 /// The next event for one who wants flows or not; none after the last.

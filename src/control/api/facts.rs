@@ -3,11 +3,12 @@
 use std::net::Ipv4Addr;
 
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::config::{Config, LinkConfig, LinkSource, Mode};
 
 /// The network a process gives its guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Facts {
     /// `nat`, `bridge` or `isolated`.
     pub mode: String,
@@ -20,6 +21,7 @@ pub struct Facts {
     /// The guest's subnet, with prefix.
     pub subnet: String,
     /// Address of router, DHCP and DNS server; none on a bridge of the host's.
+    #[schema(value_type = Option<String>, format = Ipv4)]
     pub gateway: Option<Ipv4Addr>,
     /// Largest IP packet on the guest's link, in bytes.
     pub ip_mtu_bytes: u16,

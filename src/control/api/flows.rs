@@ -7,7 +7,9 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::error::ErrorBody;
 use super::{ApiError, Shared};
 use crate::engine::flows::{Began, FlowId, FlowProtocol, FlowQuery, FlowView, PAGE_MAX};
 use crate::requests::Request;
@@ -18,19 +20,30 @@ const PAGE_DEFAULT: usize = 100;
 const WALKS_MAX: usize = 16;
 
 /// Which flows.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
+    /// Those of one protocol.
+    #[param(inline)]
     protocol: Option<FlowProtocol>,
+    /// Those of one address of the guest.
+    #[param(value_type = Option<String>)]
     guest: Option<IpAddr>,
+    /// Those to one remote address.
+    #[param(value_type = Option<String>)]
     remote: Option<IpAddr>,
+    /// Those with this port at either end.
     port: Option<u16>,
+    /// Flows on a page; 100 if it is not given.
+    #[param(minimum = 1, maximum = 1000)]
     limit: Option<usize>,
+    /// Where to go on: `next` of the page before.
     cursor: Option<String>,
 }
 
 /// A page of flows.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Flows {
     /// They.
     pub flows: Vec<FlowStatus>,
@@ -39,15 +52,17 @@ pub struct Flows {
 }
 
 /// One flow.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct FlowStatus {
     /// Its name, to end it by.
     pub id: String,
     /// Protocol.
     pub protocol: FlowProtocol,
     /// The guest's end; of an echo the "port" is the identifier.
+    #[schema(value_type = String)]
     pub guest: SocketAddr,
     /// The remote end as the guest sees it.
+    #[schema(value_type = String)]
     pub remote: SocketAddr,
     /// The state it is in.
     pub state: String,
@@ -81,6 +96,17 @@ fn parse(text: &str) -> Option<(usize, u64)> {
     Some((worker.parse().ok()?, u64::from_str_radix(place, 16).ok()?))
 }
 
+/// Connections and exchanges under way, by pages
+#[utoipa::path(
+    get,
+    path = "/v1/flows",
+    params(Wanted),
+    responses(
+        (status = 200, body = Flows),
+        (status = 400, description = "A value is wrong", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn list(
     State(api): Shared,
     wanted: Result<Query<Wanted>, QueryRejection>,
@@ -116,6 +142,17 @@ pub(super) async fn list(
     Ok(Json(Flows { flows, next }))
 }
 
+/// Ends a flow; both its ends see it, where the protocol can tell
+#[utoipa::path(
+    delete,
+    path = "/v1/flows/{id}",
+    params(("id" = String, Path, description = "Its name, as the list has it")),
+    responses(
+        (status = 204, description = "Ended"),
+        (status = 404, description = "There is no such flow", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn end(State(api): Shared, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
     let no_flow = || ApiError::not_found(format!("no flow {id:?}"));
     let (worker, place) = parse(&id).ok_or_else(no_flow)?;

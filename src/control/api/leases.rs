@@ -7,22 +7,25 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::error::ErrorBody;
 use super::{Api, ApiError, Shared};
 use crate::network::allocator::Lease;
 use crate::time::Instant;
 
 /// Leases known.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Leases {
     /// By address.
     pub leases: Vec<LeaseStatus>,
 }
 
 /// One client's address.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct LeaseStatus {
     /// The address.
+    #[schema(value_type = String, format = Ipv4)]
     pub address: Ipv4Addr,
     /// The client's hardware address.
     pub mac: String,
@@ -54,6 +57,15 @@ impl LeaseStatus {
     }
 }
 
+/// Addresses that DHCP gave
+#[utoipa::path(
+    get,
+    path = "/v1/leases",
+    responses(
+        (status = 200, body = Leases),
+        (status = 503, description = "The network's leases cannot be read", body = ErrorBody),
+    )
+)]
 pub(super) async fn get(State(api): Shared) -> Result<Json<Leases>, ApiError> {
     let now = api.clock.now();
     let leases = api.dhcp.lock().unwrap_or_else(PoisonError::into_inner).leases(now);

@@ -14,6 +14,7 @@ mod facts;
 pub mod flows;
 pub mod leases;
 pub mod log_level;
+mod metrics;
 pub mod names;
 mod server;
 pub mod status;
@@ -23,8 +24,10 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{delete, get, post};
 use futures_util::future::try_join_all;
+use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
 
 pub use self::error::ApiError;
 pub use self::facts::Facts;
@@ -75,19 +78,44 @@ impl Api {
     }
 }
 
-/// The resources.
+/// The API's description (OpenAPI 3.1), as `docs/openapi.json` has it.
+pub fn description() -> OpenApi {
+    let info = InfoBuilder::new()
+        .title("vunet control API")
+        .version("1")
+        .description(Some(
+            "HTTP/1.1 on the unix socket of `--control`, for the user the process belongs to and for root. \
+             Errors are `{\"error\": {\"code\", \"message\"}}`.",
+        ))
+        .license(Some(
+            LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0")).build(),
+        ));
+    let mut description = resources().1;
+    description.info = info.build();
+    description
+}
+
+/// Every resource, and its description.
+fn resources() -> (Router<Arc<Api>>, OpenApi) {
+    OpenApiRouter::new()
+        .routes(routes!(status::get))
+        .routes(routes!(counters::get))
+        .routes(routes!(flows::list))
+        .routes(routes!(flows::end))
+        .routes(routes!(leases::get))
+        .routes(routes!(names::get))
+        .routes(routes!(log_level::get, log_level::put))
+        .routes(routes!(event_stream::get))
+        .routes(routes!(metrics::get))
+        .routes(routes!(stopping::drain))
+        .routes(routes!(stopping::stop))
+        .split_for_parts()
+}
+
+/// What serves the resources.
 pub fn router(api: Arc<Api>) -> Router {
-    Router::new()
-        .route("/v1/status", get(status::get))
-        .route("/v1/counters", get(counters::get))
-        .route("/v1/flows", get(flows::list))
-        .route("/v1/flows/{id}", delete(flows::end))
-        .route("/v1/leases", get(leases::get))
-        .route("/v1/dns", get(names::get))
-        .route("/v1/log-level", get(log_level::get).put(log_level::put))
-        .route("/v1/events", get(event_stream::get))
-        .route("/v1/drain", post(stopping::drain))
-        .route("/v1/stop", post(stopping::stop))
+    resources()
+        .0
         .fallback(error::no_resource)
         .method_not_allowed_fallback(error::no_method)
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))

@@ -5,11 +5,12 @@ use std::net::IpAddr;
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use super::Shared;
 
 /// Names.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Names {
     /// Local names and their addresses, by name.
     pub records: Vec<NameRecord>,
@@ -18,16 +19,17 @@ pub struct Names {
 }
 
 /// A local name.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 pub struct NameRecord {
     /// It.
     pub name: String,
     /// An address of it.
+    #[schema(value_type = String)]
     pub address: IpAddr,
 }
 
 /// What became of names that are not local, counted since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Forwarded {
     /// Queries taken to be forwarded.
     pub queries: u64,
@@ -47,6 +49,14 @@ pub struct Forwarded {
     pub errors: u64,
 }
 
+/// Local names, and what became of all others
+#[utoipa::path(
+    get,
+    path = "/v1/dns",
+    responses(
+        (status = 200, body = Names),
+    )
+)]
 pub(super) async fn get(State(api): Shared) -> Json<Names> {
     let records = api.dns.records().into_iter().map(|(name, address)| NameRecord { name, address });
     let mut records: Vec<NameRecord> = records.collect();

@@ -5,13 +5,15 @@ use std::net::Ipv4Addr;
 use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use super::error::ErrorBody;
 use super::{ApiError, Facts, Shared};
 use crate::device::Feature;
 use crate::requests::Request;
 
 /// How the process is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 pub struct Status {
     /// Version of vunet.
     pub version: String,
@@ -29,6 +31,7 @@ pub struct Status {
     /// Virtqueues that run.
     pub rings: Vec<RingStatus>,
     /// The guest's address, once it is known.
+    #[schema(value_type = Option<String>, format = Ipv4)]
     pub guest_address: Option<Ipv4Addr>,
     /// Flows of all workers now.
     pub flows: u64,
@@ -37,7 +40,7 @@ pub struct Status {
 }
 
 /// A virtqueue that runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct RingStatus {
     /// The worker that serves it.
     pub worker: usize,
@@ -49,6 +52,15 @@ pub struct RingStatus {
     pub available: u16,
 }
 
+/// The process, its network, who is attached
+#[utoipa::path(
+    get,
+    path = "/v1/status",
+    responses(
+        (status = 200, body = Status),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn get(State(api): Shared) -> Result<Json<Status>, ApiError> {
     let reports = api.ask_all(Request::Report).await?;
     let rings = reports.iter().enumerate().flat_map(|(worker, report)| {

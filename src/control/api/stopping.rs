@@ -11,7 +11,9 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
+use utoipa::ToSchema;
 
+use super::error::ErrorBody;
 use super::{Api, ApiError, Shared};
 use crate::requests::Request;
 
@@ -43,7 +45,7 @@ impl Stop {
 }
 
 /// How a process is to drain.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Drain {
     /// Seconds after which it ends whatever flows are left.
@@ -55,6 +57,14 @@ fn default_timeout_seconds() -> f64 {
     60.0
 }
 
+/// Ends the process
+#[utoipa::path(
+    post,
+    path = "/v1/stop",
+    responses(
+        (status = 202, description = "It ends"),
+    )
+)]
 pub(super) async fn stop(State(api): Shared) -> StatusCode {
     tracing::info!("a client of the control API asked for the end");
     // The answer leaves first: what ends then is the process.
@@ -66,6 +76,19 @@ pub(super) async fn stop(State(api): Shared) -> StatusCode {
     StatusCode::ACCEPTED
 }
 
+/// Lets no flow begin any more, and ends the process with the last
+#[utoipa::path(
+    post,
+    path = "/v1/drain",
+    request_body = Drain,
+    responses(
+        (status = 202, description = "It drains"),
+        (status = 400, description = "A value is wrong", body = ErrorBody),
+        (status = 415, description = "The body is not JSON", body = ErrorBody),
+        (status = 422, description = "The body is not this object", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
+    )
+)]
 pub(super) async fn drain(
     State(api): Shared,
     body: Result<Json<Drain>, JsonRejection>,

@@ -28,6 +28,7 @@ use crate::control::dns_forward::message::{HEADER_BYTES, Key, question_end, reco
 use crate::control::dns_forward::source::{Source, Upstreams};
 use crate::control::dns_forward::upstreams::{Try, UpstreamList};
 use crate::control::dns_forward::{Counters, DnsStats, count};
+use crate::histogram::Histogram;
 use crate::limits;
 use crate::service::dns::{Transport, servfail};
 use crate::time::{Clock, Instant};
@@ -81,6 +82,8 @@ pub struct Resolver {
     /// The time by which answers grow old.
     since_boot: fn() -> Instant,
     counters: Arc<Counters>,
+    /// How long questions took that an upstream answered, in microseconds.
+    times: Mutex<Histogram>,
 }
 
 /// What became of a query at once.
@@ -178,12 +181,23 @@ impl Resolver {
             clock: Clock::start(),
             since_boot,
             counters,
+            times: Mutex::default(),
         })
     }
 
     /// What was done so far.
     pub fn stats(&self) -> DnsStats {
         self.counters.read()
+    }
+
+    /// How long questions took that an upstream answered, in microseconds.
+    pub fn times(&self) -> Histogram {
+        *self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn took(&self, begun: Instant) {
+        let time = self.clock.now().since(begun);
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).record_time(time);
     }
 
     pub(super) fn counters(&self) -> &Arc<Counters> {
@@ -356,10 +370,12 @@ impl Resolver {
             }
             self.try_all(query, transport, &mut second_best).await
         };
+        let begun = self.clock.now();
         let answer = timeout(QUESTION_TIMEOUT, asked).await.ok().flatten().or(second_best);
         match answer {
             Some(answer) => {
                 count(&self.counters.answered);
+                self.took(begun);
                 if self.failing.swap(false, Ordering::Relaxed) {
                     tracing::info!("resolvers answer again");
                 }

@@ -366,6 +366,8 @@ pub struct Flow<S> {
     pub(super) last_active: Instant,
     /// A client of a published port began it.
     pub(super) from_world: bool,
+    /// When it came to this worker.
+    begun: Instant,
 }
 
 /// A flow on its way between workers. `D` is its stream without its worker.
@@ -425,6 +427,7 @@ impl<S: HostStream> Flow<S> {
             under_way: None,
             last_active: now,
             from_world: moved.from_world,
+            begun: now,
         })
     }
 }
@@ -463,6 +466,7 @@ impl<S: HostStream> Flow<S> {
             under_way: None,
             last_active: core.now,
             from_world: matches!(origin, Origin::World),
+            begun: core.now,
         };
         flow.begin(core, origin);
         flow
@@ -522,7 +526,7 @@ impl<S: HostStream> Flow<S> {
     }
 
     /// The socket's news.
-    pub(super) fn host_ready(&mut self, core: &Core, budget: &mut Budget, ready: Readiness) -> Fate {
+    pub(super) fn host_ready(&mut self, core: &mut Core, budget: &mut Budget, ready: Readiness) -> Fate {
         let Some(stream) = self.stream.as_mut() else {
             return Fate::Live;
         };
@@ -536,6 +540,7 @@ impl<S: HostStream> Flow<S> {
             if self.recv.ecn == Ecn::Asked {
                 self.recv.ecn = if stream.uses_ecn() { Ecn::Agreed } else { Ecn::Off };
             }
+            core.counters.connect_time.record_time(core.now.since(self.begun));
             self.state = State::SynReceived;
             self.send.syn_due = true;
             self.send.timer_base = core.now;

@@ -1,0 +1,124 @@
+//! A backend with a control socket, and a client that speaks plain HTTP to it.
+
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// It, until it is dropped.
+pub(crate) struct Backend {
+    child: Child,
+    dir: TempDir,
+}
+
+/// An answer: the status, and the body as JSON, null if there is none.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) body: Value,
+}
+
+impl Answer {
+    /// The code of an error.
+    pub(crate) fn code(&self) -> &str {
+        self.body["error"]["code"].as_str().unwrap_or_default()
+    }
+}
+
+impl Backend {
+    /// Starts one with `args` besides its sockets and waits for the control socket.
+    pub(crate) fn start(args: &[&str]) -> Backend {
+        let dir = tempfile::tempdir().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_vunet"))
+            .arg("--socket-path")
+            .arg(dir.path().join("vm"))
+            .arg("--control")
+            .arg(dir.path().join("ctl"))
+            .args(args)
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let backend = Backend { child, dir };
+        let deadline = Instant::now() + PATIENCE;
+        while UnixStream::connect(backend.socket()).is_err() {
+            assert!(Instant::now() < deadline, "no control socket");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        backend
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.dir.path().join("ctl")
+    }
+
+    pub(crate) fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(self.socket()).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    /// Sends a request as it is and reads all of the answer.
+    pub(crate) fn raw(&self, request: &str) -> String {
+        let mut stream = self.connect();
+        // A backend that refuses early closes early.
+        let _ = stream.write_all(request.as_bytes());
+        let mut answer = Vec::new();
+        let _ = stream.read_to_end(&mut answer);
+        String::from_utf8(answer).unwrap()
+    }
+
+    /// A request with a body of JSON, or none.
+    pub(crate) fn ask(&self, method: &str, resource: &str, body: Option<&str>) -> Answer {
+        let length = body.map_or(0, str::len);
+        let kind = if body.is_some() { "Content-Type: application/json\r\n" } else { "" };
+        let body = body.unwrap_or_default();
+        let answer = self.raw(&format!(
+            "{method} {resource} HTTP/1.1\r\nHost: vunet\r\nConnection: close\r\n{kind}Content-Length: {length}\r\n\r\n{body}"
+        ));
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a whole answer");
+        let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a status");
+        let body = if body.is_empty() { Value::Null } else { serde_json::from_str(body).expect("JSON") };
+        Answer { status, body }
+    }
+
+    pub(crate) fn get(&self, resource: &str) -> Answer {
+        self.ask("GET", resource, None)
+    }
+
+    /// `vunet ctl` with `args`.
+    pub(crate) fn ctl(&self, args: &[&str]) -> Output {
+        let socket = self.socket();
+        Command::new(env!("CARGO_BIN_EXE_vunet"))
+            .args(["ctl", "--control"])
+            .arg(socket)
+            .args(args)
+            .output()
+            .unwrap()
+    }
+
+    /// The code it ended with, which it does soon.
+    pub(crate) fn ended(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("it did not end");
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

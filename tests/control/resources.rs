@@ -1,0 +1,170 @@
+//! Each resource without a guest, and that its answers are what the description says.
+
+use serde_json::{Value, json};
+
+use crate::backend::{Answer, Backend};
+
+/// Whether an answer is one that the description has for this operation.
+fn check(method: &str, route: &str, answer: &Answer) {
+    let description = serde_json::to_value(vunet::control::api::description()).unwrap();
+    let operation = &description["paths"][route][method.to_lowercase()];
+    let response = &operation["responses"][answer.status.to_string()];
+    assert!(response.is_object(), "{method} {route} does not answer {}: {}", answer.status, answer.body);
+    let Some(schema) = response["content"]["application/json"].get("schema") else {
+        assert_eq!(answer.body, Value::Null, "{method} {route}");
+        return;
+    };
+    let mut schema = schema.clone();
+    schema["components"] = description["components"].clone();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let errors: Vec<String> = validator.iter_errors(&answer.body).map(|error| error.to_string()).collect();
+    assert!(errors.is_empty(), "{method} {route}: {errors:?} in {}", answer.body);
+}
+
+#[test]
+fn status_says_what_was_configured_and_that_nobody_is_there() {
+    let backend = Backend::start(&["--subnet", "10.9.0.0/24", "--queues", "2", "--mac", "52:54:00:00:00:01"]);
+    let answer = backend.get("/v1/status");
+    assert_eq!(answer.status, 200);
+    check("GET", "/v1/status", &answer);
+    let wanted = json!({
+        "version": env!("CARGO_PKG_VERSION"), "mode": "nat", "uplink": "sockets", "nat": "sockets", "network": null,
+        "subnet": "10.9.0.0/24", "gateway": "10.9.0.1", "ip_mtu_bytes": 1500, "mac": "52:54:00:00:00:01",
+        "queue_pairs": 2, "attached": false, "features": [], "rings": [], "guest_address": null, "flows": 0,
+        "draining": false,
+    });
+    for (name, value) in wanted.as_object().unwrap() {
+        assert_eq!(&answer.body[name], value, "{name}");
+    }
+    assert!(answer.body["pid"].as_u64() > Some(1));
+}
+
+#[test]
+fn host_only_network_has_no_nat() {
+    let backend = Backend::start(&["--mode", "host-only"]);
+    let status = backend.get("/v1/status").body;
+    assert_eq!((&status["mode"], &status["nat"]), (&json!("isolated"), &Value::Null));
+}
+
+#[test]
+fn tables_are_empty_without_a_guest() {
+    let backend = Backend::start(&["--dns-host", "db=10.0.2.9"]);
+    for route in ["/v1/counters", "/v1/flows", "/v1/leases", "/v1/dns", "/v1/log-level"] {
+        let answer = backend.get(route);
+        assert_eq!(answer.status, 200, "{route}");
+        check("GET", route, &answer);
+    }
+    assert_eq!(backend.get("/v1/flows").body, json!({ "flows": [], "next": null }));
+    assert_eq!(backend.get("/v1/leases").body, json!({ "leases": [] }));
+    assert_eq!(backend.get("/v1/counters").body["drops"], json!({}));
+    let names = backend.get("/v1/dns").body;
+    let db = json!({ "name": "db.vunet.internal", "address": "10.0.2.9" });
+    assert!(names["records"].as_array().unwrap().contains(&db), "{names}");
+}
+
+#[test]
+fn flows_are_asked_for_with_right_values_or_refused() {
+    let backend = Backend::start(&["--queues", "2"]);
+    let good =
+        ["?protocol=tcp&guest=10.0.2.2&remote=192.0.2.1&port=80&limit=1000", "?cursor=1-0", "?limit=1"];
+    for query in good {
+        assert_eq!(backend.get(&format!("/v1/flows{query}")).status, 200, "{query}");
+    }
+    let bad = [
+        "?protocol=tc",
+        "?guest=10.0.2",
+        "?port=65536",
+        "?limit=0",
+        "?limit=1001",
+        "?limit=x",
+        "?cursor=",
+        "?cursor=1",
+        "?cursor=z-0",
+        "?cursor=0-g",
+        "?colour=red",
+    ];
+    for query in bad {
+        let answer = backend.get(&format!("/v1/flows{query}"));
+        assert_eq!((answer.status, answer.code()), (400, "bad_value"), "{query}: {}", answer.body);
+        check("GET", "/v1/flows", &answer);
+    }
+    for id in ["0-100000000000000", "0", "7-1", "nonsense"] {
+        let answer = backend.ask("DELETE", &format!("/v1/flows/{id}"), None);
+        assert_eq!((answer.status, answer.code()), (404, "not_found"), "{id}");
+        check("DELETE", "/v1/flows/{id}", &answer);
+    }
+}
+
+#[test]
+fn log_level_is_set_or_stays() {
+    let backend = Backend::start(&[]);
+    let put = |body: &str| {
+        let answer = backend.ask("PUT", "/v1/log-level", Some(body));
+        check("PUT", "/v1/log-level", &answer);
+        answer
+    };
+    assert_eq!(backend.get("/v1/log-level").body, json!({ "level": "info" }));
+    assert_eq!(put(r#"{"level":"warn"}"#).body, json!({ "level": "warn" }));
+    assert_eq!(backend.get("/v1/log-level").body, json!({ "level": "warn" }));
+    assert_eq!(put(r#"{"level":"a=b=c"}"#).status, 400);
+    assert_eq!(put(r#"{"levle":"debug"}"#).status, 422);
+    assert_eq!(put("{").status, 400);
+    assert_eq!(backend.get("/v1/log-level").body, json!({ "level": "warn" }));
+}
+
+#[test]
+fn what_is_no_resource_or_has_no_such_method_is_said_so() {
+    let backend = Backend::start(&[]);
+    for path in ["/", "/v1", "/v2/status", "/v1/status/", "/v1/flows/a/b"] {
+        let answer = backend.get(path);
+        assert_eq!((answer.status, answer.code()), (404, "not_found"), "{path}");
+    }
+    let answer = backend.ask("POST", "/v1/status", None);
+    assert_eq!((answer.status, answer.code()), (405, "no_method"));
+}
+
+#[test]
+fn process_ends_when_it_is_told_to_and_its_sockets_go() {
+    let mut backend = Backend::start(&[]);
+    let answer = backend.ask("POST", "/v1/stop", None);
+    assert_eq!(answer.status, 202);
+    check("POST", "/v1/stop", &answer);
+    assert_eq!(backend.ended(), Some(0));
+    assert!(!backend.socket().exists());
+}
+
+#[test]
+fn process_without_flows_has_drained() {
+    let mut backend = Backend::start(&["--queues", "2"]);
+    for seconds in ["-1", "1e300", "1e9"] {
+        let answer = backend.ask("POST", "/v1/drain", Some(&format!("{{\"timeout_seconds\":{seconds}}}")));
+        assert_eq!(answer.status, 400, "{seconds}: {}", answer.body);
+        check("POST", "/v1/drain", &answer);
+    }
+    let answer = backend.ask("POST", "/v1/drain", Some("{}"));
+    assert_eq!(answer.status, 202);
+    check("POST", "/v1/drain", &answer);
+    assert_eq!(backend.ended(), Some(0));
+}
+
+#[test]
+fn ctl_shows_tables_json_and_refusals() {
+    let backend = Backend::start(&[]);
+    let text = |args: &[&str]| {
+        let output = backend.ctl(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(text(&["status"]).contains("\nsubnet     10."));
+    assert!(text(&["flows"]).starts_with("FLOW  PROTOCOL"));
+    assert!(text(&["leases"]).starts_with("ADDRESS"));
+    assert!(text(&["dns"]).contains("host.vunet.internal"));
+    assert!(text(&["counters"]).contains("frames_from_guest"));
+    let json: Value = serde_json::from_str(&text(&["--json", "status"])).unwrap();
+    assert_eq!(json["mode"], "nat");
+    assert_eq!(text(&["log-level", "debug"]), "");
+    assert_eq!(text(&["log-level"]), "debug\n");
+    let refused = backend.ctl(&["kill", "0-1"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(String::from_utf8_lossy(&refused.stderr), "error: no flow \"0-1\"\n");
+}
