@@ -270,6 +270,8 @@ fn run_on(
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
     let serving = supervise::serving(&config.attach);
+    // Before the session: with socket activation a VM waits already.
+    let news = outside.log.events.listen();
     let session = session.spawn(config.attach, for_session)?;
     let outcome = runtime.block_on(async {
         for forwarder in forwarders {
@@ -286,7 +288,7 @@ fn run_on(
         let Opened { signals, stop, reloader, file: _file } = outside.open(guest, inner);
         let ended = tokio::task::spawn_blocking(move || session.join());
         let supervisor = Supervisor { signals, stop, reloader, live, workers, serving };
-        supervisor.run(ended, &shutdown).await
+        supervisor.run(news, ended, &shutdown).await
     });
     let _ = stop.write(1);
     let mut total = Counters::default();

@@ -117,10 +117,18 @@ impl Drop for Service {
 }
 
 /// Asks for the features over `stream` as a front-end does (GET_FEATURES), until they come.
-fn features(mut stream: &UnixStream) -> u64 {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+fn features(stream: &UnixStream) -> u64 {
+    say_hello(stream);
+    answered(stream)
+}
+
+fn say_hello(mut stream: &UnixStream) {
     let header: Vec<u8> = [1u32, 1, 0].iter().flat_map(|word| word.to_ne_bytes()).collect();
     stream.write_all(&header).unwrap();
+}
+
+fn answered(mut stream: &UnixStream) -> u64 {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut answer = [0; 20];
     stream.read_exact(&mut answer).expect("an answer");
     u64::from_ne_bytes(answer[12..].try_into().unwrap())
@@ -212,9 +220,11 @@ fn a_socket_that_is_passed_is_served_again_and_again_and_left_where_it_is() {
     let listener = UnixListener::bind(&path).unwrap();
     // Who comes before it runs waits, as with any socket unit.
     let early = connect(&path);
+    say_hello(&early);
     let passed = "LISTEN_FDS=1 LISTEN_PID=$$ LISTEN_FDNAMES=vunet@vm1.socket";
     let mut service = Service::ready("", "", passed, Some(listener.into()));
-    assert!(is_served(&early));
+    service.told_of(": a VM is attached\n");
+    assert!(answered(&early) & 1 << 30 != 0);
     drop(early);
     for _ in 0..3 {
         assert!(is_served(&connect(&path)));

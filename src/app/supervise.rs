@@ -73,8 +73,14 @@ pub(super) struct Supervisor {
 
 impl Supervisor {
     /// Waits for a signal or a client that ends the process, or the session's end; and for the session after a signal.
-    pub(super) async fn run(mut self, mut session: Ended, shutdown: &EventFd) -> Result<(), Error> {
-        let mut manager = Manager::new(&self);
+    /// `news` is what happens, from before the first VM could come.
+    pub(super) async fn run(
+        mut self,
+        news: broadcast::Receiver<Event>,
+        mut session: Ended,
+        shutdown: &EventFd,
+    ) -> Result<(), Error> {
+        let mut manager = Manager::new(&self.serving, &self.workers, news);
         manager.told.ready(&manager.status);
         let ended = loop {
             tokio::select! {
@@ -145,17 +151,15 @@ struct Manager {
 }
 
 impl Manager {
-    fn new(supervisor: &Supervisor) -> Manager {
+    fn new(serving: &str, workers: &[WorkerHandle], events: broadcast::Receiver<Event>) -> Manager {
         let told = ServiceManager::from_environment();
         let alive = told.alive_period().map(|period| {
             let mut alive = interval(period);
             alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
             alive
         });
-        let serving = supervisor.serving.clone();
         let status = format!("{serving}: no VM yet");
-        let events = supervisor.live.log.events.listen();
-        Manager { told, alive, workers: supervisor.workers.clone(), events, serving, status }
+        Manager { told, alive, workers: workers.to_vec(), events, serving: serving.to_owned(), status }
     }
 
     /// Waits until there is something to tell, and tells it. Dropped at any of its waits it loses nothing but a
