@@ -23,6 +23,7 @@ qemu-vunet-killed|qemu-system-x86_64|the same after kill -9 of vunet, with recon
 qemu-returns|qemu-system-x86_64|the same after QEMU was killed and another came to the same vunet
 qemu-is-server|qemu-system-x86_64|the same with QEMU listening and vunet --client
 qemu-microvm|qemu-system-x86_64|the same on a microvm, whose virtio device is on MMIO
+qemu-script|qemu-system-x86_64|the same by contrib/qemu.sh, which ends vunet with QEMU
 published|qemu-system-x86_64|a client in the world reaches a server in the guest, which sees the client'"'"'s address
 network|qemu-system-x86_64 nft|two QEMU guests on a named network find each other by name, and the world
 network-rootless|qemu-system-x86_64|the same without privilege; the death of one'"'"'s vunet takes nothing from the other
@@ -130,6 +131,37 @@ scenario_qemu-microvm() {
     every_step
     guest_stop
     backend_end
+}
+
+# The example that starts both, in the namespace that vunet has in other scenarios.
+scenario_qemu-script() {
+    local status=0
+    console_open qemu
+    install -m 0755 "$REPO/contrib/qemu.sh" "$RUN_DIR/qemu.sh"
+    : >"$RUN_DIR/qemu.log"
+    ip netns exec "$HOST_NS" setpriv --reuid "$LAB_UID" --regid "$LAB_GID" --clear-groups --no-new-privs --inh-caps=-all \
+        --bounding-set=-all --pdeathsig KILL -- env VUNET="$RUN_DIR/vunet" MEMORY="$QEMU_MEMORY" ACCEL=tcg,thread=multi \
+        DEVICE=vectors=0,romfile= TMPDIR="$SOCKET_DIR" "$RUN_DIR/qemu.sh" --dns-server "$WORLD_DNS" -- \
+        -cpu max -nodefaults -no-user-config -display none -serial stdio -kernel "$RUN_DIR/vmlinuz" \
+        -initrd "$RUN_DIR/initramfs-qemu" -append "console=ttyS0 quiet panic=-1 vunet.name=$WORLD_NAME vunet.host=$WORLD_HOST" \
+        <&"$CONSOLE_FD" >>"$RUN_DIR/qemu.log" 2>&1 &
+    GUEST_PID=$!
+    on_exit "end_process $GUEST_PID"
+    guest_await_boot
+    guest_steps lease gateway name download
+    console_send poweroff
+    if ! wait_until 20 guest_is_gone; then
+        say "FAIL  the script ended with its guest"
+        return 1
+    fi
+    wait "$GUEST_PID" || status=$?
+    [[ $status == 0 && -z $(find "$SOCKET_DIR" -mindepth 1) ]] \
+        || { say "FAIL  the script ended cleanly: status $status, $(find "$SOCKET_DIR" -mindepth 1)"; return 1; }
+    if pgrep -f "^$RUN_DIR/vunet " >/dev/null; then
+        say "FAIL  vunet ended with the guest"
+        return 1
+    fi
+    show_step ok 'vunet ended with the guest' 0 ''
 }
 
 # The guest serves, and a client in the world compares what it fetched and sent.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that shows vunet right: format, lints, unit and property and device tests, the namespace
-# guest, real guests, and the documentation's build.
+# guest, real guests, the package and its services, and the documentation's build.
 #
 #   integration/test.sh [--long]
 #
@@ -114,7 +114,8 @@ count_tests() {
 
 shell_scripts() {
     (cd "$REPO" && shellcheck -x .ci/run integration/*.sh integration/lib/*.sh integration/guest/*.sh \
-        integration/guest/init integration/guest/lease tests/sim/planted/find.sh)
+        integration/guest/init integration/guest/lease tests/sim/planted/find.sh \
+        contrib/*.sh contrib/debian/* contrib/kubevirt/entry-point)
 }
 
 check_sources() {
@@ -183,6 +184,21 @@ check_real_guests() {
     fi
 }
 
+check_package() {
+    local before
+    part 'package and services'
+    if ! can_be_root; then
+        result_lacking 1 'package and services' 'needs root or sudo'
+        return 0
+    fi
+    before=$(wc -l <"$VUNET_RESULTS")
+    # Each check counts itself; the script's own failure counts only if none did.
+    if ! bounded "$REPO/integration/package.sh" \
+        && ! tail -n +$((before + 1)) "$VUNET_RESULTS" | grep -q '^failed'; then
+        result failed 1 'package and services' 'ended before its checks were done'
+    fi
+}
+
 check_documentation() {
     part 'documentation'
     check 'documentation (cargo doc, warnings as errors)' env RUSTDOCFLAGS='-D warnings' \
@@ -204,6 +220,7 @@ main() {
     check_crates
     check_namespaces
     check_real_guests
+    check_package
     check_documentation
     part_end
     results_end

@@ -9,11 +9,13 @@ mod outside;
 mod publishing;
 mod services;
 mod stations;
+mod supervise;
 mod translation;
 
 pub use hold::hold;
-use outside::{Inner, Outside};
+use outside::{Inner, Opened, Outside};
 use publishing::{AtStart, bind_all};
+use supervise::{Live, Supervisor};
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -26,8 +28,9 @@ use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::addr::{MacAddr, VlanId};
+use crate::cli::Reloader;
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
-use crate::control::api::{self, Facts, Stop};
+use crate::control::api::{self, Facts};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::events::Events;
@@ -131,11 +134,12 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Start { what, source }
 }
 
-/// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for.
+/// Runs a backend until a signal, or until the front-end leaves and `one_off` was asked for. At SIGHUP its settings
+/// are read again by `reloader`, if there is one; `log` is what they change of the log.
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
-pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
+pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<(), Error> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -147,7 +151,9 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
         .map(|address| api::listen_for_metrics(address).map_err(|source| Error::Metrics { address, source }));
     let metrics = metrics.transpose()?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
-    let signals = runtime.block_on(async { Signals::new() }).map_err(starting("signal handlers"))?;
+    let signals =
+        runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
+    let signals = signals.map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
     let place = publishing::place(&config, joined.as_ref().is_some_and(membership::is_rootless));
     // Before the host's namespace is left, and while this is the only thread.
@@ -185,7 +191,7 @@ pub fn run(mut config: Config, log: &Log) -> Result<(), Error> {
         runtime.spawn(place.stay(used, lent, guest.clone()));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outside = Outside { signals, log: log.clone(), facts, control, metrics, place };
+    let outside = Outside { signals, log: log.clone(), reloader, facts, control, metrics, place };
     let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
@@ -271,6 +277,9 @@ fn run_on(
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
+    let serving = supervise::serving(&config.attach);
+    // Before the session: with socket activation a VM waits already.
+    let news = outside.log.events.listen();
     let session = session.spawn(config.attach, for_session)?;
     let outcome = runtime.block_on(async {
         for forwarder in forwarders {
@@ -282,9 +291,12 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
-        let (signals, stop, _file) = outside.open(guest, inner, ports.clone());
+        let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
+        let workers = inner.workers.clone();
+        let Opened { signals, stop, reloader, file: _file } = outside.open(guest, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
-        supervise(signals, &stop, ended, &shutdown).await
+        let supervisor = Supervisor { signals, stop, reloader, live, workers, serving };
+        supervisor.run(news, ended, &shutdown).await
     });
     let _ = stop.write(1);
     let mut total = Counters::default();
@@ -429,31 +441,6 @@ fn spawn_worker(n: usize, parts: WorkerParts) -> Result<WorkerThread, Error> {
         .name(format!("worker-{n}"))
         .spawn(move || Worker::new(parts)?.run())
         .map_err(starting("a worker thread"))
-}
-
-/// Waits for a signal, a client's wish or the session's end, and for the session after a signal.
-async fn supervise(
-    mut signals: Signals,
-    stop: &Stop,
-    mut session: tokio::task::JoinHandle<thread::Result<Result<(), SessionError>>>,
-    shutdown: &EventFd,
-) -> Result<(), Error> {
-    let ended = tokio::select! {
-        name = signals.next() => {
-            tracing::info!(signal = name, "ending");
-            let _ = shutdown.write(1);
-            (&mut session).await
-        }
-        () = stop.asked() => {
-            let _ = shutdown.write(1);
-            (&mut session).await
-        }
-        ended = &mut session => ended,
-    };
-    match ended {
-        Ok(Ok(result)) => Ok(result?),
-        _ => Err(Error::Thread("session")),
-    }
 }
 
 fn random_pair() -> Result<(u64, u64), Error> {

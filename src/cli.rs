@@ -7,14 +7,18 @@
 //! Read first: the vhost-user back-end program conventions (QEMU, `docs/interop/vhost-user.rst`), which
 //! fix `--socket-path`, `--fd` and `--print-capabilities`.
 
+mod activation;
 mod bridge;
 mod check;
+mod config_file;
 pub mod ctl;
 mod leases;
 #[cfg(test)]
 mod lines;
 mod member;
 pub mod network;
+mod pages;
+mod reload;
 mod subnet;
 mod translate;
 mod values;
@@ -36,7 +40,11 @@ use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::uplink::sys::routes::HostRoute;
 
+pub use activation::PassedError;
 pub use check::UsageError;
+pub use config_file::FileError;
+pub use pages::{PageError, completions, man, man_all};
+pub use reload::{ReloadError, Reloader, SettingsFile};
 pub use subnet::Notice;
 pub use values::{DnsHost, ValueError};
 
@@ -55,6 +63,10 @@ pub enum Command {
     Ctl(ctl::Ctl),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
+    /// Write the manual page of a command, or with a folder those of all.
+    Man(Vec<String>, Option<PathBuf>),
+    /// Write the completions of a shell.
+    Completions(clap_complete::Shell),
 }
 
 /// Why the command line is refused.
@@ -66,6 +78,17 @@ pub enum Error {
     /// Flags that are well-formed by themselves but not together, or not on this host.
     #[error(transparent)]
     Usage(#[from] UsageError),
+    /// The same of flags some of which are settings of a file.
+    #[error("with the settings of {}: {source}", path.display())]
+    UsageOfFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: UsageError,
+    },
+    /// The file of `--config`.
+    #[error(transparent)]
+    File(#[from] FileError),
 }
 
 impl Error {
@@ -77,6 +100,18 @@ impl Error {
         }
     }
 
+    /// The same for an error that ends nothing: in one line, without the usage.
+    fn text(&self) -> String {
+        match self {
+            Error::Arguments(error) => {
+                let text = error.render().to_string();
+                let first = text.split("\n\n").next().unwrap_or_default();
+                first.trim_start_matches("error: ").replace('\n', " ")
+            }
+            error => error.to_string(),
+        }
+    }
+
     /// Prints the error, or the help that was asked for, where it belongs.
     ///
     /// # Errors
@@ -84,7 +119,7 @@ impl Error {
     pub fn print(&self) -> io::Result<()> {
         match self {
             Error::Arguments(error) => error.print(),
-            Error::Usage(error) => {
+            error => {
                 use io::Write as _;
                 writeln!(io::stderr(), "error: {error}\n\nFor more information, try '--help'.")
             }
@@ -103,16 +138,37 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let matches = Args::command().try_get_matches_from(args)?;
-    let mut args = Args::from_arg_matches(&matches)?;
-    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
-    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    let mut args = settings(&args)?;
     match args.subcommand.take() {
         Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
         Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        Some(Subcommand::Man { command, dir }) => Ok(Command::Man(command, dir)),
+        Some(Subcommand::Completions { shell }) => Ok(Command::Completions(shell)),
         None => Ok(Command::Run(Box::new(args))),
     }
+}
+
+/// The flags of a command line, with those of the file it names.
+fn settings(line: &[OsString]) -> Result<Args, Error> {
+    let command = Args::command();
+    let given = command.clone().try_get_matches_from(line)?;
+    let path = given.get_one::<PathBuf>("config").cloned();
+    let matches = match &path {
+        Some(path) => {
+            command.clone().try_get_matches_from(config_file::merged(&command, line, &given, path)?)?
+        }
+        None => given,
+    };
+    let mut args = Args::from_arg_matches(&matches)?;
+    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    args.file = path.map(|path| SettingsFile {
+        line: line.to_vec(),
+        path,
+        standing: config_file::standing(&command, &matches),
+    });
+    Ok(args)
 }
 
 /// What else the program does than run a backend.
@@ -123,6 +179,21 @@ enum Subcommand {
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),
+    /// Print a manual page, for man -l or a package: vunet man | man -l -
+    Man {
+        /// Words of the command, such as network create; none for vunet itself
+        #[arg(value_name = "COMMAND")]
+        command: Vec<String>,
+        /// Write the pages of all commands into this folder instead
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        dir: Option<PathBuf>,
+    },
+    /// Print completions for a shell, to be put where it looks for them
+    Completions {
+        /// The shell
+        #[arg(value_enum, value_name = "SHELL")]
+        shell: clap_complete::Shell,
+    },
 }
 
 /// What a guest may reach.
@@ -227,7 +298,7 @@ pub enum LogFormatArg {
     name = "vunet",
     version,
     max_term_width = 100,
-    after_long_help = EXAMPLES,
+    after_long_help = format!("{EXAMPLES}\nExit codes: {EXIT_CODES}"),
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
@@ -238,6 +309,16 @@ pub struct Args {
     /// ~/.local/state/vunet]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
+    /// Settings from this TOML file: a key for each of these flags, named like it; flags given here win.
+    /// SIGHUP has it read again: log-level and dns-host change, a change of others is refused
+    #[arg(long, value_name = "FILE.toml", help_heading = "Settings")]
+    config: Option<PathBuf>,
+    // `settings` sets it.
+    #[arg(skip)]
+    file: Option<SettingsFile>,
+    // A socket that a service manager passed.
+    #[arg(skip)]
+    passed: Option<RawFd>,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -418,6 +499,21 @@ impl Args {
         check::into_config(self, routes)
     }
 
+    /// Takes the socket that a service manager passed, if it did (`LISTEN_FDS`), in the place of `--fd`. To be called
+    /// before the process opens files of its own.
+    ///
+    /// # Errors
+    /// [`UsageError::Passed`].
+    pub fn take_passed(&mut self) -> Result<(), UsageError> {
+        self.passed = activation::passed()?;
+        Ok(())
+    }
+
+    /// The file of `--config`, for who reads it again.
+    pub fn take_file(&mut self) -> Option<SettingsFile> {
+        self.file.take()
+    }
+
     fn domain(&self) -> &str {
         self.dns_domain.as_deref().unwrap_or(DnsConfig::DEFAULT_DOMAIN)
     }
@@ -450,5 +546,7 @@ Examples:
 
   A network without the world, and names of your own:
     vunet --socket-path vm1.sock --mode host-only --dns-host db=10.0.0.9
+";
 
-Exit codes: 0 ended as asked, 2 usage or configuration, 1 anything else.";
+/// What the codes that the process ends with mean.
+const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 1 anything else.";

@@ -194,6 +194,10 @@ pub const DNS_SERVERS_MAX: usize = 8;
 /// Local names given by hand: a generous hosts file, searched per query.
 pub const DNS_HOSTS_MAX: usize = 1024;
 
+/// A file of settings (`--config`). The most names and ports there may be, each on a line of its own, are half
+/// of it.
+pub const CONFIG_FILE_BYTES_MAX: u64 = 1 << 20;
+
 /// Queue pairs of one device. QEMU reads the answer to GET_QUEUE_NUM as pairs, cloud-hypervisor as
 /// rings; 16 lets the first bring 16 pairs and the second 8, and a guest of 16 vCPUs is served.
 pub const QUEUE_PAIRS_MAX: usize = 16;

@@ -18,6 +18,8 @@ fn main() -> ExitCode {
         Command::Run(args) => run(*args),
         Command::Ctl(ctl) => Ok(control(&ctl)),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
+        Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
+        Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
     });
     outcome.unwrap_or_else(|error| {
         // Nobody is left to tell if standard error is gone too; the exit code still says it.
@@ -43,6 +45,23 @@ fn control(ctl: &Ctl) -> ExitCode {
     }
 }
 
+fn man(words: &[String], dir: Option<&Path>) -> ExitCode {
+    match dir {
+        Some(dir) => written(cli::man_all(dir).map(|_| ())),
+        None => written(cli::man(words, &mut std::io::stdout())),
+    }
+}
+
+fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error, false);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
@@ -59,14 +78,20 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     }
 }
 
-fn run(args: Args) -> Result<ExitCode, cli::Error> {
-    let (config, notices) = args.into_config(routes::host_routes())?;
+fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
+    args.take_passed()?;
+    let file = args.take_file();
+    let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
+        Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source },
+        None => source.into(),
+    })?;
     let json = config.log.json;
     let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
-    match vunet::app::run(config, &log) {
+    let reloader = file.map(|file| file.reloader(&config));
+    match vunet::app::run(config, &log, reloader) {
         Ok(()) => Ok(ExitCode::SUCCESS),
         Err(error) => {
             report(&error, json);

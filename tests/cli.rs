@@ -11,7 +11,8 @@ fn text(bytes: &[u8]) -> &str {
 }
 
 /// The flags of the command line, as `--help` shows them.
-const FLAGS: [&str; 25] = [
+const FLAGS: [&str; 26] = [
+    "--config",
     "--socket-path",
     "--fd",
     "--client",
@@ -69,6 +70,25 @@ fn help_shows_every_flag_and_the_examples_on_standard_output() {
         assert!(help.contains(part), "'{part}' is not in the help");
     }
     assert!(!help.contains("peek"), "a switch for tests is in the help");
+}
+
+#[test]
+fn the_readme_explains_every_flag_of_the_help() {
+    let output = vunet(&["--help"]);
+    let readme = include_str!("../README.md");
+    // The examples have flags of other programs.
+    let help = text(&output.stdout).split("\nExamples:").next().unwrap_or_default();
+    let flags: Vec<&str> = help
+        .lines()
+        .filter_map(|line| line.trim_start().strip_prefix("--"))
+        .filter_map(|line| line.split([' ', ',']).next())
+        .collect();
+    assert!(flags.len() > 30, "{flags:?}");
+    for flag in flags {
+        let rows = [format!("| `--{flag}`"), format!("| `--{flag} ")];
+        let is_there = rows.iter().any(|row| readme.lines().any(|line| line.starts_with(row)));
+        assert!(is_there, "README.md's table has no --{flag}");
+    }
 }
 
 #[test]
@@ -131,7 +151,7 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 
 #[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
-    for flag in ["--pcap", "--config", "--subnet6", "--no-ipv6"] {
+    for flag in ["--pcap", "--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(text(&output.stderr).contains("unexpected argument"), "{flag}");
@@ -290,4 +310,28 @@ fn flags_that_a_named_network_decides_are_refused_with_it_and_others_are_not() {
             assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
         }
     }
+}
+
+#[test]
+fn pages_and_completions_are_printed_and_what_is_none_is_refused() {
+    let output = vunet(&["man", "network", "create"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(text(&output.stdout).contains(".TH vunet-network-create 1"), "{}", text(&output.stdout));
+    let output = vunet(&["completions", "bash"]);
+    assert_eq!(output.status.code(), Some(0));
+    assert!(text(&output.stdout).contains("complete -F _vunet"), "{}", text(&output.stdout));
+    for (args, part) in [
+        (&["man", "networks"][..], "no command 'networks'"),
+        (&["completions", "csh"], "'csh'"),
+        (&["completions"], "<SHELL>"),
+    ] {
+        let output = vunet(args);
+        assert_eq!(output.status.code(), Some(2), "{args:?}");
+        assert!(text(&output.stderr).contains(part), "{args:?}: {}", text(&output.stderr));
+    }
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("man1");
+    let output = vunet(&["man", "--dir", dir.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(dir.join("vunet.1").exists() && dir.join("vunet-network-remove.1").exists());
 }

@@ -515,3 +515,27 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn local_names_become_others_for_all_who_share_the_service() {
+    let service = std::sync::Arc::new(service());
+    let shared = std::sync::Arc::clone(&service);
+    let bytes = |name| query(name, RecordType::A).to_vec().unwrap();
+    assert_eq!(data(&ask_bytes(&service, &bytes("web.vunet.internal"))), ["10.0.2.9"]);
+    let subnet: vunet::addr::Ipv4Subnet = "10.0.2.0/24".parse().unwrap();
+    let gateway = subnet.host(1).unwrap();
+    let lan = Lan { subnet, gateway, guest: None, ip_mtu: IpMtu::DEFAULT, dhcp: true };
+    let mut dns = DnsConfig::of_gateway(DnsConfig::DEFAULT_DOMAIN, gateway);
+    dns.hosts.push(("mail.vunet.internal".to_owned(), "10.0.2.11".parse().unwrap()));
+    // From another thread, as the workers ask meanwhile.
+    std::thread::spawn(move || shared.set_names(&dns, &lan)).join().unwrap();
+    assert_eq!(data(&ask_bytes(&service, &bytes("mail.vunet.internal"))), ["10.0.2.11"]);
+    assert_eq!(data(&ask_bytes(&service, &bytes("host.vunet.internal"))), ["10.0.2.1"]);
+    let gone = ask_bytes(&service, &bytes("web.vunet.internal"));
+    assert_eq!(gone.metadata.response_code, ResponseCode::NXDomain);
+    assert_eq!(
+        service.handle(&bytes("api.example.com"), Transport::Udp),
+        DnsAction::Forward,
+        "a name of others again"
+    );
+}

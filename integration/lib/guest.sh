@@ -22,6 +22,7 @@ declare -A STEP_TITLES=(
     [peer]='address seen by the world'
     [serve]='server started'
     [neighbour]='neighbour found by its names'
+    [known]='name of the settings resolved'
 )
 declare -A STEP_MS=()
 STEPS_ALL='lease gateway name download upload upload_open world'

@@ -49,7 +49,16 @@ h2load|nghttp2-client|asks for many HTTP/2 streams at once
 /usr/lib/x86_64-linux-gnu/libseccomp.so.2|libseccomp2|is a library of chronyd
 /usr/lib/x86_64-linux-gnu/libgnutls.so.30|libgnutls30|is a library of chronyd
 linux.uml|user-mode-linux|is a guest kernel with a front-end of its own
-dpdk-testpmd|dpdk-dev|is a front-end with a driver of its own'
+dpdk-testpmd|dpdk-dev|is a front-end with a driver of its own
+/lib/systemd/systemd|systemd|runs the units
+systemd-analyze|systemd|checks the units
+groff|groff-base|checks the manual pages
+man|man-db|shows them
+virt-xml-validate|libvirt-clients|checks the libvirt example
+xmllint|libxml2-utils|is what that stands on
+python3|python3-minimal|runs the hook for KubeVirt
+dpkg-shlibdeps|dpkg-dev|finds what the package depends on
+strip|binutils|leaves debug information out of the package'
 
 # Daemons whose packages would start them on this machine: unpacked below target/guest-cache, where the tests
 # look for them, and not installed.

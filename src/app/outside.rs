@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::publishing::Place;
 
+use crate::cli::Reloader;
 use crate::control::api::{self, Api, Facts, Stop};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
@@ -25,6 +26,8 @@ use crate::time::Clock;
 pub(super) struct Outside {
     pub(super) signals: Signals,
     pub(super) log: Log,
+    /// Reads the settings again, where they are in a file.
+    pub(super) reloader: Option<Reloader>,
     pub(super) facts: Facts,
     /// The control API's listener, and its file.
     pub(super) control: Option<(UnixListener, SocketFile)>,
@@ -43,16 +46,19 @@ pub(super) struct Inner {
     pub(super) clock: Clock,
 }
 
+/// What ends or changes the process from now on.
+pub(super) struct Opened {
+    pub(super) signals: Signals,
+    pub(super) stop: Stop,
+    pub(super) reloader: Option<Reloader>,
+    /// The API's socket, whose file goes with it.
+    pub(super) file: Option<SocketFile>,
+}
+
 impl Outside {
     /// Serves the control API and metrics from now on, on the runtime this is called on, and tells of the guest's address.
-    /// What ends the process, and the API's socket, whose file goes with it.
-    pub(super) fn open(
-        self,
-        guest: watch::Receiver<Option<Ipv4Addr>>,
-        inner: Inner,
-        ports: Ports,
-    ) -> (Signals, Stop, Option<SocketFile>) {
-        let Outside { signals, log, facts, control, metrics, place: _ } = self;
+    pub(super) fn open(self, guest: watch::Receiver<Option<Ipv4Addr>>, inner: Inner, ports: Ports) -> Opened {
+        let Outside { signals, log, reloader, facts, control, metrics, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest, events.clone()));
@@ -66,7 +72,7 @@ impl Outside {
             tokio::spawn(served(api::serve(listener, api)));
             file
         });
-        (signals, stop, file)
+        Opened { signals, stop, reloader, file }
     }
 }
 

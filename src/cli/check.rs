@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::RawFd;
 use std::os::unix;
 use std::path::PathBuf;
 
 use thiserror::Error;
 
+use super::activation::PassedError;
 use super::bridge;
 use super::member;
 use super::subnet::{self, Notice};
@@ -31,8 +33,8 @@ use crate::uplink::sys::tap::InheritedTapError;
 pub enum UsageError {
     /// Nothing to attach to.
     #[error(
-        "neither --socket-path nor --fd is given, so no VM can attach: give --socket-path PATH (or --fd N, \
-         if a parent process passes the socket)"
+        "neither --socket-path nor --fd is given, and no service manager passed a socket, so no VM can attach: give \
+         --socket-path PATH (or --fd N, if a parent process passes the socket)"
     )]
     NoSocket,
     /// `vunet ctl` without a socket.
@@ -67,6 +69,26 @@ pub enum UsageError {
         path: PathBuf,
         /// Why, in the system's words.
         reason: String,
+    },
+    /// A flag beside a socket of the service manager's.
+    #[error(
+        "{0} and the socket that the service manager passed (LISTEN_FDS) both say how the VM attaches: drop {0}, or start \
+         vunet without a socket unit"
+    )]
+    PassedBeside(String),
+    /// What the service manager passed.
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+    /// The socket it passed is of no use.
+    #[error(
+        "LISTEN_FDS: the socket that the service manager passed as descriptor {fd}: {reason}; have it pass a unix stream \
+         socket (ListenStream=/PATH)"
+    )]
+    PassedSocket {
+        /// Its number.
+        fd: i32,
+        /// Why.
+        reason: InheritedError,
     },
     /// The inherited descriptor is of no use.
     #[error(
@@ -367,6 +389,9 @@ fn alone(
 }
 
 fn attach(args: Args) -> Result<Attach, UsageError> {
+    if let Some(fd) = args.passed {
+        return passed(&args, fd);
+    }
     match (args.socket_path, args.fd) {
         (None, None) => Err(UsageError::NoSocket),
         (Some(path), Some(fd)) => Err(UsageError::TwoSockets { path, fd }),
@@ -386,6 +411,22 @@ fn attach(args: Args) -> Result<Attach, UsageError> {
                 None => Ok(Attach::Listen(path)),
             }
         }
+    }
+}
+
+/// The socket of a service manager, which `--fd` may name too.
+fn passed(args: &Args, fd: RawFd) -> Result<Attach, UsageError> {
+    let beside = match (&args.socket_path, args.fd, args.client) {
+        (Some(path), ..) => Some(format!("--socket-path {}", path.display())),
+        (_, Some(other), _) if other != fd => Some(format!("--fd {other}")),
+        (.., true) => Some("--client".to_owned()),
+        _ => None,
+    };
+    match beside {
+        Some(flag) => Err(UsageError::PassedBeside(flag)),
+        None => inherited::unix_stream(fd)
+            .map(Attach::Inherited)
+            .map_err(|reason| UsageError::PassedSocket { fd, reason }),
     }
 }
 
@@ -743,6 +784,31 @@ mod tests {
         let number = ours.into_raw_fd();
         let (config, _) = args(&format!("--fd {number}")).into_config(Ok(Vec::new())).unwrap();
         assert!(matches!(&config.attach, Attach::Inherited(fd) if fd.as_raw_fd() == number));
+    }
+
+    #[test]
+    fn a_socket_that_a_service_manager_passed_is_the_only_one() {
+        let with = |line: &str, fd: RawFd| {
+            let mut args = args(line);
+            args.passed = Some(fd);
+            args.into_config(Ok(Vec::new())).map(|(config, _)| config.attach)
+        };
+        for line in ["--one-off", "--fd {}"] {
+            let number = UnixStream::pair().unwrap().0.into_raw_fd();
+            let attach = with(&line.replace("{}", &number.to_string()), number);
+            assert!(matches!(attach, Ok(Attach::Inherited(fd)) if fd.as_raw_fd() == number), "{line}");
+        }
+        for (line, fd, parts) in [
+            ("--socket-path vm.sock", 9, &["--socket-path vm.sock", "LISTEN_FDS", "drop --socket-path"][..]),
+            ("--fd 8", 9, &["--fd 8", "LISTEN_FDS"]),
+            ("--client", 9, &["--client", "LISTEN_FDS"]),
+            ("", 1_000_000, &["LISTEN_FDS", "descriptor 1000000", "no such descriptor", "ListenStream"]),
+        ] {
+            let error = with(line, fd).expect_err(line).to_string();
+            for part in parts {
+                assert!(error.contains(part), "{line}: '{part}' is not in: {error}");
+            }
+        }
     }
 
     #[test]

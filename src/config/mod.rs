@@ -308,6 +308,24 @@ pub struct WorkersConfig {
     pub busy_poll_us: u32,
 }
 
+/// What of the settings is to change while the backend runs; `None` stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LiveConfig {
+    /// [`LogConfig::level`].
+    pub log_level: Option<String>,
+    /// Local names; the domain is that of the start.
+    pub dns: Option<DnsConfig>,
+}
+
+impl LiveConfig {
+    /// The settings that change, by name.
+    pub fn keys(&self) -> Vec<&'static str> {
+        let LiveConfig { log_level, dns } = self;
+        let keys = [(log_level.is_some(), "log-level"), (dns.is_some(), "dns-host")];
+        keys.into_iter().filter_map(|(changes, key)| changes.then_some(key)).collect()
+    }
+}
+
 /// Everything a backend needs to run.
 #[derive(Debug)]
 pub struct Config {

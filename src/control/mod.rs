@@ -4,7 +4,7 @@
 //! `dependents` are told. For a named network, `network_watch` keeps it as it must be, `port_relay` serves
 //! published ports to the host itself, and `lease_keeping` writes the log of leases back. On a LAN
 //! `station_leases` keeps what its DHCP leased to the guest. With `--control`, `api` answers people and programs,
-//! and `events` is what it tells them unasked.
+//! and `events` is what it tells them unasked. `service_manager` tells who started the process how it stands.
 //!
 //! Workers talk to it through single-producer rings with an eventfd in each direction, and never
 //! wait for it.
@@ -20,5 +20,6 @@ pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;
 pub mod ports;
+pub mod service_manager;
 pub mod signals;
 pub mod station_leases;

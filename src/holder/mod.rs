@@ -227,6 +227,6 @@ async fn hold(
 ) {
     tokio::select! {
         () = door::serve(listener, namespaces, ports, idle) => tracing::info!("nobody uses the network, or it is to be removed; ending"),
-        name = signals.next() => tracing::info!(signal = name, "ending"),
+        name = signals.end() => tracing::info!(signal = name, "ending"),
     }
 }

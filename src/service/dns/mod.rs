@@ -15,7 +15,7 @@ mod names;
 mod reply;
 
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use hickory_proto::op::{Message, ResponseCode};
 use hickory_proto::rr::{DNSClass, RData, Record, RecordType};
@@ -65,33 +65,53 @@ pub enum DnsAction {
     Drop(Ignored),
 }
 
-/// The service's settings: immutable, so that threads can share one. Only the guests of a named network come
-/// and go, which whoever knows them looks after.
+/// The service's settings, which threads share. Local names may become others; the guests of a named network
+/// come and go, which whoever knows them looks after.
 #[derive(Debug)]
 pub struct DnsService {
     enabled: bool,
     has_upstream: bool,
-    names: LocalNames,
+    /// Locked for as long as it takes to take one up, or to put another in its place.
+    names: RwLock<Arc<LocalNames>>,
 }
 
 impl DnsService {
     /// A service for the names of `dns` and the reverse names of `lan`. Without an upstream
     /// (`has_upstream` false) what is not local is refused.
     pub fn new(dns: &DnsConfig, lan: &Lan, has_upstream: bool) -> DnsService {
-        DnsService { enabled: dns.enabled, has_upstream, names: LocalNames::new(dns, lan) }
+        let names = RwLock::new(Arc::new(LocalNames::new(dns, lan)));
+        DnsService { enabled: dns.enabled, has_upstream, names }
     }
 
     /// Answers for the guests of the named network `lan` too.
     #[must_use]
     pub fn with_guests(mut self, guests: Arc<dyn GuestNames>, lan: &Lan) -> DnsService {
-        self.names.set_guests(guests, lan.gateway);
+        let names = self.names.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let names =
+            Arc::get_mut(names).expect("only answering takes one up, and this service is not shared yet");
+        names.set_guests(guests, lan.gateway);
         self
+    }
+
+    /// Answers by the names of `dns` from now on, the guests of a named network aside. Answers that were given
+    /// live on at who asked, up to [`LOCAL_TTL_S`].
+    pub fn set_names(&self, dns: &DnsConfig, lan: &Lan) {
+        let mut names = LocalNames::new(dns, lan);
+        let mut place = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(guests) = place.guests() {
+            names.set_guests(guests, lan.gateway);
+        }
+        *place = Arc::new(names);
+    }
+
+    fn names(&self) -> Arc<LocalNames> {
+        Arc::clone(&self.names.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Every local name with its addresses: the configured ones, the gateway's, and those of a named network's
     /// guests.
     pub fn records(&self) -> Vec<(String, IpAddr)> {
-        self.names.records()
+        self.names().records()
     }
 
     /// Judges one query.
@@ -140,19 +160,20 @@ impl DnsService {
         {
             return self.error(query, ResponseCode::Refused);
         }
-        match self.names.lookup(&question.name, question.query_type) {
+        let names = self.names();
+        match names.lookup(&question.name, question.query_type) {
             Verdict::Elsewhere if self.has_upstream => DnsAction::Forward,
             Verdict::Elsewhere => self.error(query, ResponseCode::Refused),
             Verdict::Records(data) => {
-                let record = |data| Record::from_rdata(question.name.clone(), self.names.ttl_s(), data);
+                let record = |data| Record::from_rdata(question.name.clone(), names.ttl_s(), data);
                 let answers = data.into_iter().map(record).collect();
                 self.local(query, message, ResponseCode::NoError, answers, Vec::new())
             }
             Verdict::NoData(zone) => {
-                self.local(query, message, ResponseCode::NoError, Vec::new(), vec![self.names.soa(&zone)])
+                self.local(query, message, ResponseCode::NoError, Vec::new(), vec![names.soa(&zone)])
             }
             Verdict::NxDomain(zone) => {
-                self.local(query, message, ResponseCode::NXDomain, Vec::new(), vec![self.names.soa(&zone)])
+                self.local(query, message, ResponseCode::NXDomain, Vec::new(), vec![names.soa(&zone)])
             }
         }
     }
@@ -182,7 +203,7 @@ impl DnsService {
     }
 
     fn forward_or(&self, query: &[u8], code: ResponseCode) -> DnsAction {
-        if self.has_upstream && self.names.is_elsewhere(query) {
+        if self.has_upstream && self.names().is_elsewhere(query) {
             DnsAction::Forward
         } else {
             self.error(query, code)

@@ -116,6 +116,11 @@ impl LocalNames {
         }
     }
 
+    /// The guests it answers for.
+    pub(super) fn guests(&self) -> Option<Arc<dyn GuestNames>> {
+        self.guests.clone()
+    }
+
     pub(super) fn records(&self) -> Vec<(String, IpAddr)> {
         let text = |name: &Name| name.to_ascii().trim_end_matches('.').to_owned();
         let hosts = self.hosts.iter().flat_map(|(name, addrs)| addrs.iter().map(|addr| (text(name), *addr)));
