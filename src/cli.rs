@@ -9,6 +9,7 @@
 
 mod bridge;
 mod check;
+mod doctor;
 mod leases;
 #[cfg(test)]
 mod lines;
@@ -26,7 +27,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
@@ -52,6 +53,8 @@ pub enum Command {
     Run(Box<Args>),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
+    /// Say what a run would lack on this host.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// Why the command line is refused.
@@ -100,13 +103,16 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let matches = Args::command().try_get_matches_from(args)?;
-    let mut args = Args::from_arg_matches(&matches)?;
-    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
-    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
-    match args.subcommand.take() {
-        Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
-        None => Ok(Command::Run(Box::new(args))),
+    let matches = Line::command().try_get_matches_from(args)?;
+    let Line { subcommand, run } = Line::from_arg_matches(&matches)?;
+    match subcommand {
+        Some(Subcommand::Network(command)) => Ok(Command::Network(command, run.state_dir)),
+        Some(Subcommand::Doctor(doctor)) => {
+            let of_doctor = matches.subcommand_matches("doctor").unwrap_or(&matches);
+            let run = doctor.run.with_given(of_doctor);
+            Ok(Command::Doctor(Box::new(DoctorArgs { run, ..*doctor })))
+        }
+        None => Ok(Command::Run(Box::new(run.with_given(&matches)))),
     }
 }
 
@@ -116,6 +122,12 @@ enum Subcommand {
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),
+    /// Check what this host lacks for each mode, and say the command that fixes it
+    ///
+    /// Without flags: every mode in short, the default one in full. With the flags of a run: what that run needs. Nothing on the
+    /// host is changed, and it ends within five seconds. Exit code 0 if the run (without flags: the default mode) can
+    /// start, 1 if something it needs is missing, 2 for flags that do not go together.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// What a guest may reach.
@@ -223,9 +235,29 @@ pub enum LogFormatArg {
     after_long_help = EXAMPLES,
     args_conflicts_with_subcommands = true
 )]
-pub struct Args {
+struct Line {
     #[command(subcommand)]
     subcommand: Option<Subcommand>,
+    #[command(flatten)]
+    run: Args,
+}
+
+/// What `vunet doctor` is to check.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    /// Send nothing: whether the resolvers answer is not checked
+    #[arg(long)]
+    offline: bool,
+    #[command(flatten)]
+    run: Args,
+}
+
+/// Flags of a run.
+#[derive(Debug, clap::Args)]
+pub struct Args {
     // Before or behind a subcommand.
     /// Where named networks, and leases that a LAN's DHCP gave the guest, are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
     /// ~/.local/state/vunet]
@@ -381,6 +413,13 @@ pub struct Args {
 }
 
 impl Args {
+    /// The same with what `matches` tells of flags that have a default.
+    fn with_given(mut self, matches: &ArgMatches) -> Args {
+        let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+        (self.mode_given, self.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+        self
+    }
+
     /// Judges the flags together and against this host's `routes`; what the user should know of the
     /// outcome comes along, to be logged once the log is set up.
     ///

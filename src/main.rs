@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 use vunet::cli::network::NetworkCommand;
-use vunet::cli::{self, Args, Command};
+use vunet::cli::{self, Args, Command, DoctorArgs};
 use vunet::config::LogConfig;
 use vunet::uplink::sys::routes;
 
@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
+        Command::Doctor(args) => doctor(*args),
     });
     outcome.unwrap_or_else(|error| {
         // Nobody is left to tell if standard error is gone too; the exit code still says it.
@@ -46,6 +47,17 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
+    start_log(&LogConfig { level: "error".to_owned(), json: false });
+    let is_json = args.is_json();
+    let report = args.examine(routes::host_routes())?;
+    let text = if is_json { report.json() } else { report.text() };
+    Ok(match write!(std::io::stdout(), "{text}") {
+        Ok(()) if report.is_ready() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
 }
 
 fn run(args: Args) -> Result<ExitCode, cli::Error> {

@@ -130,6 +130,17 @@ impl Listing {
         }
     }
 
+    /// The chain that accepts go to, if iptables' policy for what is forwarded over IPv4 is drop.
+    pub(super) fn drops_forwarded(&self) -> Option<&'static str> {
+        let drops = self.chains.iter().any(|chain| {
+            text(chain, "family") == Family::Ip.name()
+                && text(chain, "table") == FILTER
+                && text(chain, "name") == FORWARD
+                && text(chain, "policy") == "drop"
+        });
+        self.forward_chain(Family::Ip).filter(|_| drops)
+    }
+
     /// Whether the rules with `comment` are those of `wanted`: as many in each chain.
     pub(super) fn holds_tagged(&self, comment: &str, wanted: &[Accept]) -> bool {
         let mut counts: BTreeMap<(&str, &str), i64> = BTreeMap::new();
