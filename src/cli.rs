@@ -103,6 +103,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
+    let line = doctor::run_again(&args);
     let matches = Line::command().try_get_matches_from(args)?;
     let Line { subcommand, run } = Line::from_arg_matches(&matches)?;
     match subcommand {
@@ -110,7 +111,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
         Some(Subcommand::Doctor(doctor)) => {
             let of_doctor = matches.subcommand_matches("doctor").unwrap_or(&matches);
             let run = doctor.run.with_given(of_doctor);
-            Ok(Command::Doctor(Box::new(DoctorArgs { run, ..*doctor })))
+            Ok(Command::Doctor(Box::new(DoctorArgs { run, line, ..*doctor })))
         }
         None => Ok(Command::Run(Box::new(run.with_given(&matches)))),
     }
@@ -251,6 +252,9 @@ pub struct DoctorArgs {
     /// Send nothing: whether the resolvers answer is not checked
     #[arg(long)]
     offline: bool,
+    // The run in question, as it would be started.
+    #[arg(skip)]
+    line: String,
     #[command(flatten)]
     run: Args,
 }

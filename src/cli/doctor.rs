@@ -1,12 +1,27 @@
 //! `vunet doctor`: which run is asked about.
 
+use std::ffi::OsString;
 use std::io;
+use std::path::Path;
 
 use super::check::{UsageError, alone, nat, published};
 use super::{DoctorArgs, ModeArg, NatArg, UplinkArg};
 use crate::cli::subnet::Notice;
-use crate::doctor::{self, Asked, LinkAsked, Report, SubnetNotice, Way};
+use crate::doctor::{self, Asked, LinkAsked, Report, SubnetNotice, Way, quoted};
 use crate::uplink::sys::routes::HostRoute;
+
+/// The command line of the run that `args` of a doctor ask about, for a shell.
+pub(super) fn run_again(args: &[OsString]) -> String {
+    let at = args.iter().position(|word| word == "doctor");
+    let is_kept =
+        |(n, word): &(usize, &OsString)| Some(*n) != at && *word != "--json" && *word != "--offline";
+    let mut words = args.iter().enumerate().filter(is_kept).map(|(_, word)| quoted(Path::new(word)));
+    let program = words.next().unwrap_or_else(|| "vunet".to_owned());
+    let words: Vec<String> = words.collect();
+    let attaches = |word: &String| word.starts_with("--socket-path") || word.starts_with("--fd");
+    let rest = if words.iter().any(attaches) { "" } else { " ..." };
+    std::iter::once(program).chain(words).collect::<Vec<_>>().join(" ") + rest
+}
 
 impl DoctorArgs {
     /// Looks at this host. Must be called while the process has one thread.
@@ -57,6 +72,7 @@ impl DoctorArgs {
             state_dir: run.state_dir,
             socket: run.socket_path.map(|path| (path, run.client)),
             online: !self.offline,
+            line: self.line,
         })
     }
 
@@ -136,6 +152,17 @@ mod tests {
         assert_eq!(asked("--mode bridge --uplink tap-fd=7").link, LinkAsked::Inherited);
         let named = asked("--network lab --publish 80:80");
         assert_eq!((named.network.unwrap().as_str(), named.publish.len()), ("lab", 1));
+    }
+
+    #[test]
+    fn the_run_can_be_started_again_from_what_is_printed() {
+        let line = "--json --mode bridge --uplink bridge=br0 --socket-path vm.sock --offline";
+        assert_eq!(asked(line).line, "vunet --mode bridge --uplink bridge=br0 --socket-path vm.sock");
+        assert_eq!(asked("--mode bridge").line, "vunet --mode bridge ...");
+        assert_eq!(asked("").line, "vunet ...");
+        assert_eq!(asked("--network doctor --fd 3").line, "vunet --network doctor --fd 3");
+        let words = ["/opt/my vunet", "doctor", "--socket-path", "a b"].map(OsString::from);
+        assert_eq!(run_again(&words), "'/opt/my vunet' --socket-path 'a b'");
     }
 
     #[test]

@@ -28,7 +28,7 @@ impl State {
 }
 
 /// A path as a word of a shell's command.
-pub(super) fn quoted(path: &Path) -> String {
+pub fn quoted(path: &Path) -> String {
     let text = path.display().to_string();
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-+@%:=,".contains(c);
     if !text.is_empty() && text.chars().all(is_plain) {
@@ -78,9 +78,14 @@ impl Fix {
         }
     }
 
-    /// Whether [`Self::line`] can be run.
+    /// Whether [`Self::line`] can be run as it is: it is a command, and no flags of vunet are left out (`...`).
     pub fn is_command(&self) -> bool {
-        !matches!(self, Fix::Advice(_))
+        match self {
+            Fix::AsRoot(commands) | Fix::AsUser(commands) => {
+                commands.iter().all(|command| !command.ends_with("..."))
+            }
+            Fix::Advice(_) => false,
+        }
     }
 }
 
@@ -143,6 +148,10 @@ mod tests {
         assert_eq!(fix.line(true), "sysctl -w a.b=1 && sysctl -w c.d='2 3'");
         assert_eq!(fix.line(false), "sudo sysctl -w a.b=1 && sudo sysctl -w c.d='2 3'");
         assert_eq!(Fix::AsUser(vec!["x".to_owned()]).line(false), "x");
-        assert!(!Fix::advice("y").is_command());
+        assert!(
+            fix.is_command()
+                && !Fix::advice("y").is_command()
+                && !Fix::root("setpriv vunet ...").is_command()
+        );
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Rules are listed and judged as `uplink::firewall` does before it changes any; none is changed here.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::check::{Check, Fix, State};
@@ -37,6 +37,32 @@ pub(super) struct Legacy {
     pub(super) program: Option<PathBuf>,
     /// Whether their policy for what is forwarded is drop.
     pub(super) drops: bool,
+    /// Bridges of which they accept in spite of that what comes in and leaves by them.
+    pub(super) accepts_within: Vec<String>,
+}
+
+impl Legacy {
+    /// Runs the program.
+    fn read(program: Option<PathBuf>) -> Legacy {
+        let rules = program.as_ref().map(|program| programs::run(program, &["-S", "FORWARD"], LIMIT));
+        let rules = rules.and_then(Result::ok).unwrap_or_default();
+        Legacy {
+            program,
+            drops: rules.lines().any(|line| line.trim() == "-P FORWARD DROP"),
+            accepts_within: rules.lines().filter_map(accepted_within).collect(),
+        }
+    }
+}
+
+/// The interface that a rule, as `iptables -S` prints it, accepts all traffic within of.
+fn accepted_within(rule: &str) -> Option<String> {
+    let words: Vec<&str> = rule.split_whitespace().collect();
+    match words[..] {
+        ["-A", "FORWARD", "-i", input, "-o", output, "-j", "ACCEPT"] if input == output => {
+            Some(input.to_owned())
+        }
+        _ => None,
+    }
 }
 
 impl FirewallFacts {
@@ -50,18 +76,10 @@ impl FirewallFacts {
         let version = run(&["--version"]).unwrap_or_default();
         let survey =
             run(&firewall::LIST).and_then(|json| Survey::of(&json).map_err(|error| error.to_string()));
-        let legacy =
-            firewall::legacy_program().map(|program| Legacy { drops: drops(program.as_deref()), program });
+        let legacy = firewall::legacy_program().map(Legacy::read);
         let install = install(&tree.text("/etc/os-release").unwrap_or_default());
         FirewallFacts { nft, version: version.trim().to_owned(), survey, legacy, install }
     }
-}
-
-fn drops(program: Option<&Path>) -> bool {
-    let rules = program.map(|program| programs::run(program, &["-S", "FORWARD"], LIMIT));
-    rules.is_some_and(|rules| {
-        rules.is_ok_and(|rules| rules.lines().any(|line| line.trim() == "-P FORWARD DROP"))
-    })
 }
 
 /// The command that installs a package, by `/etc/os-release` (os-release(5)).
@@ -142,14 +160,17 @@ pub(super) fn bridged(facts: &Facts, asked: &Asked) -> Option<Check> {
     }
     let bridge = facts.links.as_ref()?.bridge_of(&asked.link)?.name.clone();
     let Some(firewall) = &facts.firewall else { return Some(late(NAME, State::Warn)) };
-    let chain = firewall.survey.as_ref().ok().and_then(|survey| survey.drops_forwarded);
+    let survey = firewall.survey.as_ref().ok();
+    let chain = survey
+        .filter(|survey| !survey.accepts_within.contains(&bridge))
+        .and_then(|survey| survey.drops_forwarded);
     let legacy =
-        firewall.legacy.as_ref().filter(|legacy| legacy.drops).and_then(|legacy| legacy.program.as_ref());
-    let (program, chain) = match (chain, legacy) {
+        firewall.legacy.as_ref().filter(|legacy| legacy.drops && !legacy.accepts_within.contains(&bridge));
+    let (program, chain) = match (chain, legacy.and_then(|legacy| legacy.program.as_ref())) {
         (Some(chain), _) => ("iptables".to_owned(), chain),
         (None, Some(program)) => (program.display().to_string(), "FORWARD"),
         (None, None) => {
-            return Some(Check::ok(NAME, "1, and iptables drops nothing by default that is forwarded"));
+            return Some(Check::ok(NAME, format!("1, and iptables lets pass what is within {bridge}")));
         }
     };
     let says = format!(
@@ -226,13 +247,17 @@ mod tests {
 
     #[test]
     fn what_else_filters_is_told_of() {
-        let survey = Ok(Survey { firewalld_rejects: true, drops_forwarded: None });
+        let survey = Ok(Survey { firewalld_rejects: true, drops_forwarded: None, ..Survey::default() });
         let rejected = of(FirewallFacts { survey, ..firewall() });
         assert_eq!((rejected[1].0, rejected[1].1), ("firewalld", State::Warn));
         assert!(rejected[1].2.starts_with("firewall-cmd --permanent"), "{}", rejected[1].2);
         let with = |program: Option<&str>| {
             let program = program.map(PathBuf::from);
-            of(FirewallFacts { legacy: Some(Legacy { program, drops: true }), ..firewall() }).remove(1)
+            of(FirewallFacts {
+                legacy: Some(Legacy { program, drops: true, accepts_within: Vec::new() }),
+                ..firewall()
+            })
+            .remove(1)
         };
         assert_eq!(with(Some("/usr/sbin/iptables-legacy")).1, State::Ok);
         assert_eq!(with(None), ("iptables-legacy", State::Warn, "apt-get install -y iptables".to_owned()));
@@ -243,7 +268,7 @@ mod tests {
     #[test]
     fn bridged_frames_that_iptables_drops_get_an_accept() {
         let of = |bridge_netfilter, drops_forwarded, legacy: Option<Legacy>, link| {
-            let survey = Ok(Survey { firewalld_rejects: false, drops_forwarded });
+            let survey = Ok(Survey { drops_forwarded, ..Survey::default() });
             let settings = Settings { bridge_netfilter, ..Settings::default() };
             let firewall = Some(FirewallFacts { survey, legacy, ..firewall() });
             let facts = Facts { firewall, settings, links: Some(links()), ..facts() };
@@ -255,9 +280,14 @@ mod tests {
         assert_eq!(of(true, None, None, LinkAsked::Any).unwrap().state, State::Ok);
         let docker = of(true, Some("DOCKER-USER"), None, LinkAsked::Any);
         assert_eq!(line(docker), "iptables -I DOCKER-USER -i br0 -o br0 -j ACCEPT");
-        let legacy = Legacy { program: Some("/sbin/iptables-legacy".into()), drops: true };
+        let accepts_within = Vec::new();
+        let legacy = Legacy { program: Some("/sbin/iptables-legacy".into()), drops: true, accepts_within };
         let fix = line(of(true, None, Some(legacy.clone()), LinkAsked::Any));
         assert_eq!(fix, "/sbin/iptables-legacy -I FORWARD -i br0 -o br0 -j ACCEPT");
+        let accepts = Legacy { accepts_within: vec!["br0".to_owned()], ..legacy.clone() };
+        assert_eq!(of(true, None, Some(accepts), LinkAsked::Any).unwrap().state, State::Ok);
+        assert_eq!(accepted_within("-A FORWARD -i br0 -o br0 -j ACCEPT").as_deref(), Some("br0"));
+        assert_eq!(accepted_within("-A FORWARD -i br0 -o eth0 -j ACCEPT"), None);
         let lets = Legacy { drops: false, ..legacy };
         assert_eq!(of(true, None, Some(lets), LinkAsked::Any).unwrap().state, State::Ok);
     }

@@ -122,7 +122,7 @@ pub(super) fn net_admin(facts: &Facts, asked: &Asked, is_named: bool) -> Option<
         (Err(error), _) => Some(Check::missing(
             NAME,
             format!("links cannot be changed here: {error}"),
-            privilege::get_net_admin(who),
+            privilege::get_net_admin(who, &asked.line),
         )),
         (Ok(false), LinkAsked::Tap(Some(name))) if !is_named => {
             match links.taps.iter().find(|tap| tap.name == *name) {
@@ -140,11 +140,11 @@ pub(super) fn net_admin(facts: &Facts, asked: &Asked, is_named: bool) -> Option<
             let own = own.collect::<Vec<_>>().join(", ");
             let says =
                 format!("this process may not make links, but use TAPs of its user: --uplink tap={own}");
-            Some(Check::warn(NAME, says, privilege::get_net_admin(who)))
+            Some(Check::warn(NAME, says, privilege::get_net_admin(who, &asked.line)))
         }
         (Ok(false), _) => {
             let says = "this process may not make or change links";
-            Some(Check::missing(NAME, says, privilege::get_net_admin(who)))
+            Some(Check::missing(NAME, says, privilege::get_net_admin(who, &asked.line)))
         }
     }
 }

@@ -21,7 +21,7 @@ mod routes;
 mod tree;
 mod way;
 
-pub use check::{Check, Fix, State};
+pub use check::{Check, Fix, State, quoted};
 pub use report::{Report, WayReport};
 pub use way::{Asked, LinkAsked, SubnetNotice, Way};
 

@@ -59,8 +59,8 @@ impl Who {
     }
 }
 
-/// What to do about a lack of CAP_NET_ADMIN.
-pub(super) fn get_net_admin(who: Who) -> Fix {
+/// What to do about a lack of CAP_NET_ADMIN for the run of the command `line`.
+pub(super) fn get_net_admin(who: Who, line: &str) -> Fix {
     if who.has(CAP_NET_ADMIN) {
         return Fix::advice(
             "start vunet outside of the user namespace it is in, or within a network namespace of its own (unshare --net)",
@@ -74,7 +74,7 @@ pub(super) fn get_net_admin(who: Who) -> Fix {
     }
     let (uid, gid) = (who.uid, who.gid);
     Fix::root(format!(
-        "setpriv --reuid={uid} --regid={gid} --init-groups --inh-caps=+net_admin --ambient-caps=+net_admin vunet ..."
+        "setpriv --reuid={uid} --regid={gid} --init-groups --inh-caps=+net_admin --ambient-caps=+net_admin {line}"
     ))
 }
 
@@ -165,15 +165,15 @@ mod tests {
 
     #[test]
     fn net_admin_is_had_in_a_way_that_is_open_to_who_asks() {
-        let fix = get_net_admin(Who::parse(USER));
+        let fix = get_net_admin(Who::parse(USER), "vunet ...");
         assert_eq!(
             fix.line(false),
             "sudo setpriv --reuid=1001 --regid=101 --init-groups --inh-caps=+net_admin --ambient-caps=+net_admin vunet ..."
         );
         let contained = Who::parse("Uid:\t0\t0\t0\t0\nCapEff:\t0\nCapBnd:\t0\n");
-        assert!(get_net_admin(contained).line(true).contains("--cap-add NET_ADMIN"));
+        assert!(get_net_admin(contained, "vunet ...").line(true).contains("--cap-add NET_ADMIN"));
         let elsewhere = Who::parse("Uid:\t0\t0\t0\t0\nCapEff:\t1000\nCapBnd:\t1000\n");
-        assert!(get_net_admin(elsewhere).line(true).contains("outside of the user namespace"));
+        assert!(get_net_admin(elsewhere, "vunet ...").line(true).contains("outside of the user namespace"));
     }
 
     #[test]

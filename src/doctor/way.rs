@@ -222,6 +222,8 @@ pub struct Asked {
     pub socket: Option<(PathBuf, bool)>,
     /// Whether resolvers may be asked.
     pub online: bool,
+    /// The run as it would be started, for a shell; `...` stands for flags that are left out.
+    pub line: String,
 }
 
 #[cfg(test)]
@@ -239,6 +241,7 @@ impl Asked {
             state_dir: None,
             socket: None,
             online: true,
+            line: "vunet ...".to_owned(),
         }
     }
 }

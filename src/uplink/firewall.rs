@@ -231,12 +231,14 @@ pub fn find_program() -> Option<PathBuf> {
 pub const LIST: [&str; 3] = ["-j", "list", "ruleset"];
 
 /// What of others' rules concerns guests.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Survey {
     /// firewalld rejects what bridges of named networks forward.
     pub firewalld_rejects: bool,
     /// iptables' chain for what is forwarded, or Docker's for users' rules there, where the former's policy is drop.
     pub drops_forwarded: Option<&'static str>,
+    /// Bridges of which it accepts in spite of that what comes in and leaves by them.
+    pub accepts_within: Vec<String>,
 }
 
 impl Survey {
@@ -250,6 +252,7 @@ impl Survey {
         Ok(Survey {
             firewalld_rejects: listing.firewalld_rejects(rules::OWN_BRIDGES, rules::OWN_BRIDGES),
             drops_forwarded: listing.drops_forwarded(),
+            accepts_within: listing.accepts_within(),
         })
     }
 }

@@ -12,6 +12,7 @@ mod benchmark;
 mod bounds;
 mod congestion;
 mod dns;
+mod doctor;
 mod ends;
 mod features;
 mod host_changes;
