@@ -55,7 +55,10 @@ impl Facts {
         });
         let links = wanted(Group::Links).then(|| {
             let (tree, link) = (tree.clone(), asked.link.clone());
-            Later::begin(move || on_runtime(LinkFacts::read(&tree, &link)).and_then(Result::ok))
+            Later::begin(move || {
+                let read = on_runtime(LinkFacts::read(&tree, &link))?;
+                Some(read.unwrap_or_else(LinkFacts::refused))
+            })
         });
         let names = wanted(Group::Names).then(|| {
             let (given, online) = (asked.dns_servers.clone().unwrap_or_default(), asked.online);

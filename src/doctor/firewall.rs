@@ -3,7 +3,7 @@
 //! Rules are listed and judged as `uplink::firewall` does before it changes any; none is changed here.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::check::{Check, Fix, State};
 use super::facts::Facts;
@@ -12,7 +12,7 @@ use super::tree::Tree;
 use super::way::{Asked, LinkAsked};
 use crate::uplink::firewall::{self, Survey};
 
-/// How long a program may take.
+/// How long all programs together may take.
 const LIMIT: Duration = Duration::from_millis(2500);
 
 /// What is known of it.
@@ -43,8 +43,8 @@ pub(super) struct Legacy {
 
 impl Legacy {
     /// Runs the program.
-    fn read(program: Option<PathBuf>) -> Legacy {
-        let rules = program.as_ref().map(|program| programs::run(program, &["-S", "FORWARD"], LIMIT));
+    fn read(program: Option<PathBuf>, deadline: Instant) -> Legacy {
+        let rules = program.as_ref().map(|program| programs::run(program, &["-S", "FORWARD"], deadline));
         let rules = rules.and_then(Result::ok).unwrap_or_default();
         Legacy {
             program,
@@ -68,15 +68,16 @@ fn accepted_within(rule: &str) -> Option<String> {
 impl FirewallFacts {
     /// Runs the programs.
     pub(super) fn read(tree: &Tree) -> FirewallFacts {
+        let deadline = Instant::now() + LIMIT;
         let nft = firewall::find_program();
         let run = |args: &[&str]| match &nft {
-            Some(program) => programs::run(program, args, LIMIT),
+            Some(program) => programs::run(program, args, deadline),
             None => Err("there is no nft".to_owned()),
         };
         let version = run(&["--version"]).unwrap_or_default();
         let survey =
             run(&firewall::LIST).and_then(|json| Survey::of(&json).map_err(|error| error.to_string()));
-        let legacy = firewall::legacy_program().map(Legacy::read);
+        let legacy = firewall::legacy_program().map(|program| Legacy::read(program, deadline));
         let install = install(&tree.text("/etc/os-release").unwrap_or_default());
         FirewallFacts { nft, version: version.trim().to_owned(), survey, legacy, install }
     }

@@ -9,6 +9,7 @@ use std::io;
 use rustix::process::{Resource, getrlimit};
 
 use super::check::{Check, Fix};
+use super::privilege::{CAP_SYS_RESOURCE, Who};
 use super::tree::Tree;
 use super::way::Asked;
 use crate::limits;
@@ -112,13 +113,19 @@ impl OpenFiles {
 }
 
 /// The open files limit, against flows.
-pub(super) fn open_files(files: &OpenFiles, asked: &Asked) -> Check {
+pub(super) fn open_files(files: &OpenFiles, who: Who, asked: &Asked) -> Check {
     const NAME: &str = "open files";
     let (hard, workers, published) = (files.hard, asked.workers.max(1), asked.publish.len());
     let flows = limits::flows_max(hard, published, workers).saturating_mul(workers);
     let least = limits::RESERVED_FDS_WORKER * workers + limits::FLOWS_MIN + published;
     let enough = OPEN_FILES.min(files.most);
-    let fix = || Fix::root(format!("prlimit --pid $$ --nofile={enough}:{enough}"));
+    let fix = || match who.could_have(CAP_SYS_RESOURCE) {
+        true => Fix::root(format!("prlimit --pid $$ --nofile={enough}:{enough}")),
+        // Root neither, then.
+        false => Fix::advice(format!(
+            "have the container started with more (docker run --ulimit nofile={enough}:{enough})"
+        )),
+    };
     let how = "raise it in the shell that starts vunet, or with LimitNOFILE= of its service";
     if hard < least as u64 {
         let says = format!("the hard limit is {hard}, and vunet itself needs {least} with 16 flows; {how}");
@@ -196,7 +203,8 @@ mod tests {
 
     #[test]
     fn open_files_are_judged_by_the_flows_they_leave_room_for() {
-        let of = |hard, asked: &Asked| open_files(&OpenFiles { hard, most: 1 << 20 }, asked);
+        let who = Who::parse("CapBnd:\t1ffffffffff\n");
+        let of = |hard, asked: &Asked| open_files(&OpenFiles { hard, most: 1 << 20 }, who, asked);
         let one = Asked::plain();
         let missing = of(64, &one);
         assert_eq!(missing.state, State::Missing);
@@ -207,11 +215,14 @@ mod tests {
         assert_eq!(of(896, &one).state, State::Ok);
         assert_eq!(of(1024, &Asked { workers: 16, ..Asked::plain() }).state, State::Missing);
         assert!(of(u64::MAX, &one).says.contains("262144 flows"));
-        let bounded = open_files(&OpenFiles { hard: 64, most: 4096 }, &one);
+        let bounded = open_files(&OpenFiles { hard: 64, most: 4096 }, who, &one);
         assert!(
             bounded.fix.unwrap().line(false).ends_with("--nofile=4096:4096"),
             "root may not raise it further"
         );
+        let contained =
+            open_files(&OpenFiles { hard: 64, most: 4096 }, Who::parse("CapBnd:\t0\n"), &one).fix.unwrap();
+        assert!(!contained.is_command() && contained.line(true).contains("--ulimit nofile=4096:4096"));
     }
 
     #[test]

@@ -87,6 +87,17 @@ impl LinkFacts {
         Ok(LinkFacts { may_change, all, bridge, taps, uplinks })
     }
 
+    /// What is known where the kernel refuses to tell.
+    pub(super) fn refused(why: String) -> LinkFacts {
+        LinkFacts {
+            may_change: Err(why),
+            all: Vec::new(),
+            bridge: None,
+            taps: Vec::new(),
+            uplinks: Vec::new(),
+        }
+    }
+
     fn find(&self, name: &str) -> Option<&Link> {
         self.all.iter().find(|link| link.name == name)
     }

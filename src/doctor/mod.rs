@@ -1,6 +1,6 @@
 //! `vunet doctor`: what this host lacks for a run, and the command that fixes it.
 //!
-//! Everything is read first ([`facts`](self)), each group of it within a bound, then judged: a check is a function of what
+//! Everything is read first (`facts`), each group of it within a bound, then judged: a check is a function of what
 //! was read, one file for each subject. What can be tried is tried with the code the modes themselves use, on sockets and
 //! namespaces of our own, and let go at once; nothing of the host is changed.
 //!

@@ -179,7 +179,8 @@ pub(super) fn state_dir(places: Option<&Places>, who: Who) -> Check {
     };
     // What to do follows, which is said apart here.
     let words = error.to_string();
-    let says = words.split_once("; ").map_or(&*words, |(says, _)| says).to_owned();
+    let says = words.split_once("; ").map_or(&*words, |(says, _)| says);
+    let says = says.strip_prefix("state directory ").unwrap_or(says).to_owned();
     let elsewhere =
         "give --state-dir DIR, an absolute path on a local disk with a MiB free, of this user's own";
     let fix = match error {

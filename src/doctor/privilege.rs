@@ -13,6 +13,7 @@ use crate::uplink::sys::tap::CLONE_DEVICE;
 /// Bits of capabilities (`linux/capability.h`).
 pub(super) const CAP_DAC_OVERRIDE: u32 = 1;
 pub(super) const CAP_NET_ADMIN: u32 = 12;
+pub(super) const CAP_SYS_RESOURCE: u32 = 24;
 pub(super) const CAP_MKNOD: u32 = 27;
 
 /// Who asks.

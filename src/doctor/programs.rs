@@ -1,22 +1,29 @@
 //! Programs that are run to ask something, and killed if they take too long.
 
 use std::io::Read as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process_group};
+
 /// Bytes of output that are read: a ruleset of ten thousand rules.
 const OUTPUT_BYTES_MAX: u64 = 8 << 20;
 /// Between two looks whether it ended.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// What `program` prints with `args`, within `limit`; in words, why nothing came of it.
-pub(super) fn run(program: &Path, args: &[&str], limit: Duration) -> Result<String, String> {
-    let deadline = Instant::now() + limit;
+/// What `program` prints with `args` until `deadline`; in words, why nothing came of it.
+pub(super) fn run(program: &Path, args: &[&str], deadline: Instant) -> Result<String, String> {
+    if Instant::now() >= deadline {
+        return Err("there was no time left to run it".to_owned());
+    }
     let mut command = Command::new(program);
     command.args(args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // Of its own, so that what it starts is killed with it.
+    command.process_group(0);
     let mut child = command.spawn().map_err(|error| error.to_string())?;
     // Both are read meanwhile: a program whose output nobody takes does not end.
     let outputs = [child.stdout.take().map(read), child.stderr.take().map(read)];
@@ -25,9 +32,9 @@ pub(super) fn run(program: &Path, args: &[&str], limit: Duration) -> Result<Stri
             Ok(Some(status)) => break status,
             Ok(None) if Instant::now() < deadline => thread::sleep(PAUSE),
             Ok(None) => {
-                let _ = child.kill();
-                let _ = child.try_wait();
-                return Err(format!("it took longer than {} s", limit.as_secs()));
+                let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+                let _ = child.wait();
+                return Err("it took too long".to_owned());
             }
             Err(error) => return Err(error.to_string()),
         }
@@ -60,7 +67,7 @@ mod tests {
     use super::*;
 
     fn sh(script: &str, limit: Duration) -> Result<String, String> {
-        run(Path::new("/bin/sh"), &["-c", script], limit)
+        run(Path::new("/bin/sh"), &["-c", script], Instant::now() + limit)
     }
 
     #[test]
@@ -70,14 +77,22 @@ mod tests {
         assert_eq!(sh("echo a; echo b >&2; exit 3", long), Err("b".to_owned()));
         let many = sh("head -c 1000000 /dev/zero", long).unwrap();
         assert_eq!(many.len(), 1_000_000, "more than a pipe holds");
-        assert!(run(Path::new("/no/such/program"), &[], long).is_err());
+        assert!(run(Path::new("/no/such/program"), &[], Instant::now() + long).is_err());
     }
 
     #[test]
     fn one_that_does_not_end_is_killed() {
         let begun = Instant::now();
-        let outcome = sh("exec sleep 100", Duration::from_millis(100));
-        assert!(outcome.unwrap_err().contains("longer than"));
-        assert!(begun.elapsed() < Duration::from_secs(30));
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("pid");
+        let script = format!("sleep 100 & echo $! > {}; wait", file.display());
+        let outcome = sh(&script, Duration::from_secs(2));
+        assert!(outcome.unwrap_err().contains("too long"));
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        let pid = std::fs::read_to_string(file).unwrap();
+        // Dead at once, and a zombie until somebody inherits it.
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", pid.trim())).unwrap_or_default();
+        assert!(state.is_empty() || state.contains(") Z") || state.contains(") X"), "{state}");
+        assert!(sh("echo late", Duration::ZERO).is_err());
     }
 }

@@ -133,6 +133,10 @@ pub(super) fn to_the_world(links: Option<&LinkFacts>) -> Check {
     let Some(links) = links else {
         return Check::late(NAME, State::Warn, "look at `ip route`: the kernel's netlink does not answer");
     };
+    if let (Err(why), true) = (&links.may_change, links.uplinks.is_empty()) {
+        let says = format!("this host's routes cannot be listed: {why}");
+        return Check::warn(NAME, says, Fix::advice("look at `ip route` whether there is a default route"));
+    }
     if links.uplinks.is_empty() {
         return Check::warn(
             NAME,
@@ -230,6 +234,8 @@ mod tests {
         assert_eq!(to_the_world(Some(&links(&["eth0"]))).state, State::Ok);
         assert_eq!(to_the_world(Some(&links(&[]))).state, State::Warn);
         assert_eq!(to_the_world(None).state, State::Warn);
+        let refused = to_the_world(Some(&LinkFacts::refused("not here".to_owned())));
+        assert!(refused.state == State::Warn && refused.says.contains("not here"), "{}", refused.says);
         let with = |is_warning| {
             let subnet = Some(SubnetNotice { is_warning, says: "overlaps".to_owned() });
             super::subnet(&Asked { subnet, ..Asked::plain() }).unwrap().state
