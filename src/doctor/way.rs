@@ -100,6 +100,12 @@ impl Way {
         matches!(self, Way::Rootless | Way::RootlessIsolated)
     }
 
+    /// Whether a TAP is opened, which neither a macvtap nor one that a parent opened needs.
+    fn opens_tun(self, link: &LinkAsked) -> bool {
+        let on_tap = !matches!(link, LinkAsked::Inherited | LinkAsked::MacVtap(_));
+        self.is_rootless() || self.is_network_of_kernel() || self.is_on_link() && on_tap
+    }
+
     /// Everything it needs, as `facts` have it.
     pub(super) fn checks(self, facts: &Facts, asked: &Asked) -> Vec<Check> {
         let mut checks = Vec::new();
@@ -118,11 +124,7 @@ impl Way {
                 self.is_network_of_kernel() || asked.network.is_some(),
             ));
         }
-        if (self.is_on_link()
-            && asked.link != LinkAsked::Inherited
-            && !matches!(asked.link, LinkAsked::MacVtap(_)))
-            || self.is_rootless()
-        {
+        if self.opens_tun(&asked.link) {
             checks.push(privilege::tun(&facts.tun));
         }
         if matches!(self, Way::Bridge | Way::Packet) {
