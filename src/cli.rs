@@ -12,6 +12,7 @@ mod bridge;
 mod check;
 mod config_file;
 pub mod ctl;
+mod doctor;
 mod leases;
 #[cfg(test)]
 mod lines;
@@ -31,7 +32,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::parser::ValueSource;
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
@@ -67,6 +68,8 @@ pub enum Command {
     Man(Vec<String>, Option<PathBuf>),
     /// Write the completions of a shell.
     Completions(clap_complete::Shell),
+    /// Say what a run would lack on this host.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// Why the command line is refused.
@@ -138,20 +141,26 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
         return Ok(Command::PrintCapabilities);
     }
-    let mut args = settings(&args)?;
-    match args.subcommand.take() {
+    let matches = Line::command().try_get_matches_from(&args)?;
+    let Line { subcommand, run } = Line::from_arg_matches(&matches)?;
+    match subcommand {
         Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
         Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
-        Some(Subcommand::Network(command)) => Ok(Command::Network(command, args.state_dir)),
+        Some(Subcommand::Network(command)) => Ok(Command::Network(command, run.state_dir)),
         Some(Subcommand::Man { command, dir }) => Ok(Command::Man(command, dir)),
         Some(Subcommand::Completions { shell }) => Ok(Command::Completions(shell)),
-        None => Ok(Command::Run(Box::new(args))),
+        Some(Subcommand::Doctor(doctor)) => {
+            let words = doctor::words_of_run(args);
+            let (run, line) = (settings(&words)?, doctor::run_again(&words));
+            Ok(Command::Doctor(Box::new(DoctorArgs { run, line, ..*doctor })))
+        }
+        None => Ok(Command::Run(Box::new(settings(&args)?))),
     }
 }
 
-/// The flags of a command line, with those of the file it names.
+/// The flags of a run's command line, with those of the file it names.
 fn settings(line: &[OsString]) -> Result<Args, Error> {
-    let command = Args::command();
+    let command = Line::command();
     let given = command.clone().try_get_matches_from(line)?;
     let path = given.get_one::<PathBuf>("config").cloned();
     let matches = match &path {
@@ -160,9 +169,7 @@ fn settings(line: &[OsString]) -> Result<Args, Error> {
         }
         None => given,
     };
-    let mut args = Args::from_arg_matches(&matches)?;
-    let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
-    (args.mode_given, args.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+    let mut args = Line::from_arg_matches(&matches)?.run.with_given(&matches);
     args.file = path.map(|path| SettingsFile {
         line: line.to_vec(),
         path,
@@ -194,6 +201,12 @@ enum Subcommand {
         #[arg(value_enum, value_name = "SHELL")]
         shell: clap_complete::Shell,
     },
+    /// Check what this host lacks for each mode, and say the command that fixes it
+    ///
+    /// Without flags: every mode in short, the default one in full. With the flags of a run: what that run needs. Nothing on the
+    /// host is changed, and it ends within five seconds. Exit code 0 if the run (without flags: the default mode) can
+    /// start, 1 if something it needs is missing, 2 for flags that do not go together.
+    Doctor(Box<DoctorArgs>),
 }
 
 /// What a guest may reach.
@@ -301,9 +314,32 @@ pub enum LogFormatArg {
     after_long_help = format!("{EXAMPLES}\nExit codes: {EXIT_CODES}"),
     args_conflicts_with_subcommands = true
 )]
-pub struct Args {
+struct Line {
     #[command(subcommand)]
     subcommand: Option<Subcommand>,
+    #[command(flatten)]
+    run: Args,
+}
+
+/// What `vunet doctor` is to check.
+#[derive(Debug, clap::Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    /// Send nothing: whether the resolvers answer is not checked
+    #[arg(long)]
+    offline: bool,
+    // The run in question, as it would be started.
+    #[arg(skip)]
+    line: String,
+    #[command(flatten)]
+    run: Args,
+}
+
+/// Flags of a run.
+#[derive(Debug, clap::Args)]
+pub struct Args {
     // Before or behind a subcommand.
     /// Where named networks, and leases that a LAN's DHCP gave the guest, are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
     /// ~/.local/state/vunet]
@@ -487,6 +523,13 @@ pub struct Args {
 }
 
 impl Args {
+    /// The same with what `matches` tells of flags that have a default.
+    fn with_given(mut self, matches: &ArgMatches) -> Args {
+        let is_given = |id| matches.value_source(id) == Some(ValueSource::CommandLine);
+        (self.mode_given, self.ip_mtu_given) = (is_given("mode"), is_given("ip_mtu"));
+        self
+    }
+
     /// Judges the flags together and against this host's `routes`; what the user should know of the
     /// outcome comes along, to be logged once the log is set up.
     ///

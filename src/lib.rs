@@ -12,6 +12,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod device;
+pub mod doctor;
 pub mod engine;
 pub mod frame;
 pub mod histogram;

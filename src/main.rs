@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
-use vunet::cli::{self, Args, Command};
+use vunet::cli::{self, Args, Command, DoctorArgs};
 use vunet::config::LogConfig;
 use vunet::log::Log;
 use vunet::uplink::sys::routes;
@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
         Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
         Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
+        Command::Doctor(args) => doctor(*args),
     });
     outcome.unwrap_or_else(|error| {
         // Nobody is left to tell if standard error is gone too; the exit code still says it.
@@ -76,6 +77,17 @@ fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
+    Log::start(&LogConfig { level: "error".to_owned(), json: false });
+    let is_json = args.is_json();
+    let report = args.examine(routes::host_routes())?;
+    let text = if is_json { report.json() } else { report.text() };
+    Ok(match write!(std::io::stdout(), "{text}") {
+        Ok(()) if report.is_ready() => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
+    })
 }
 
 fn run(mut args: Args) -> Result<ExitCode, cli::Error> {

@@ -335,3 +335,25 @@ fn pages_and_completions_are_printed_and_what_is_none_is_refused() {
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(dir.join("vunet.1").exists() && dir.join("vunet-network-remove.1").exists());
 }
+
+#[test]
+fn a_doctors_exit_code_says_whether_the_run_can_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let doctor = |socket: &str, more: &[&str]| {
+        let path = folder.path().join(socket).display().to_string();
+        let mut args = vec!["doctor", "--mode", "host-only", "--socket-path", &path];
+        args.extend(more);
+        vunet(&args)
+    };
+    let good = doctor("vm.sock", &["--json"]);
+    assert_eq!((good.status.code(), text(&good.stderr)), (Some(0), ""));
+    let json: serde_json::Value = serde_json::from_slice(&good.stdout).unwrap();
+    assert_eq!((&json["asked"], &json["ready"]), (&"host-only".into(), &true.into()));
+    let bad = doctor("no/vm.sock", &[]);
+    assert_eq!(bad.status.code(), Some(1));
+    let words = text(&bad.stdout);
+    assert!(words.contains("missing socket") && words.contains("fix: mkdir -p"), "{words}");
+    let wrong = doctor("vm.sock", &["--publish", "80:80"]);
+    assert_eq!(wrong.status.code(), Some(2), "{}", text(&wrong.stdout));
+    assert!(text(&wrong.stderr).contains("--publish"));
+}

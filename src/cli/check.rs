@@ -367,7 +367,7 @@ pub(super) struct Parts {
 }
 
 /// A network of the guest's own.
-fn alone(
+pub(super) fn alone(
     args: &Args,
     routes: io::Result<Vec<HostRoute>>,
     notices: &mut Vec<Notice>,

@@ -275,7 +275,7 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
-    use crate::cli::{Args, Error, settings};
+    use crate::cli::{Error, Line, settings};
 
     /// Every setting with a value that is not its default, as TOML and as the flags it stands for. A flag that is
     /// not here fails the tests below.
@@ -341,7 +341,7 @@ mod tests {
 
     /// The same of flags alone.
     fn of_flags(flags: &[&str]) -> Settings {
-        let command = Args::command();
+        let command = Line::command();
         standing(&command, &command.clone().try_get_matches_from(words(flags)).unwrap())
     }
 
@@ -356,7 +356,7 @@ mod tests {
         let samples: BTreeMap<_, _> =
             SAMPLES.iter().map(|&(key, toml, flags)| (key, (toml, flags))).collect();
         let mut tried = 0;
-        for arg in settings_of(&Args::command()) {
+        for arg in settings_of(&Line::command()) {
             let key = arg.get_long().unwrap();
             let (toml, flags) = samples.get(key).unwrap_or_else(|| panic!("SAMPLES has no --{key}: add it"));
             let standing = with_file(&format!("{key} = {toml}\n"), &[]).expect(key);
@@ -369,7 +369,7 @@ mod tests {
 
     #[test]
     fn what_is_no_setting_is_exactly_what_reads_settings_or_prints_and_ends() {
-        let mut command = Args::command();
+        let mut command = Line::command();
         command.build();
         let left: Vec<_> = command.get_arguments().filter_map(Arg::get_long).collect();
         for key in NO_SETTINGS {

@@ -17,7 +17,7 @@ use clap_mangen::Man;
 use roff::{Inline, Roff, roman};
 use thiserror::Error;
 
-use super::{Args, EXAMPLES, EXIT_CODES};
+use super::{EXAMPLES, EXIT_CODES, Line};
 
 /// Why there is no page.
 #[derive(Debug, Error)]
@@ -51,7 +51,7 @@ fn writing(what: impl Into<String>) -> impl FnOnce(io::Error) -> PageError {
 
 /// The whole command line, as all pages see it.
 fn built() -> Command {
-    let mut command = Args::command().disable_help_subcommand(true);
+    let mut command = Line::command().disable_help_subcommand(true);
     command.build();
     command
 }
@@ -192,7 +192,7 @@ fn examples() -> Roff {
 pub fn completions(shell: Shell, out: &mut dyn Write) -> Result<(), PageError> {
     // Into memory first, as the generator ends the process where writing fails.
     let mut text = Vec::new();
-    clap_complete::generate(shell, &mut Args::command(), "vunet", &mut text);
+    clap_complete::generate(shell, &mut Line::command(), "vunet", &mut text);
     out.write_all(&text).map_err(writing("the completions"))
 }
 

@@ -162,7 +162,7 @@ mod tests {
 
     use super::*;
     use crate::cli::config_file::settings_of;
-    use crate::cli::{Command, parse};
+    use crate::cli::{Command, Line, parse};
 
     /// A backend whose file says `text`.
     fn started(text: &str, flags: &str) -> (tempfile::TempDir, Reloader) {
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn every_key_that_can_change_is_a_setting() {
-        let command = Args::command();
+        let command = Line::command();
         for (key, _) in LIVE {
             assert!(settings_of(&command).any(|arg| arg.get_long() == Some(key)), "{key}");
         }

@@ -38,7 +38,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::ports::Ports;
 use self::worker::{HolderParts, HolderWorker};
-use crate::config::{DnsConfig, Lan, Mode, NatConfig};
+use crate::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, Resolver, Upstreams};
 use crate::control::lease_keeping;
@@ -104,6 +104,17 @@ pub enum Error {
 
 fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Start { what, source }
+}
+
+/// Finds out whether this user can hold a network here, within `patience`: makes its namespaces, bridge and TAP in a child
+/// process and lets them go.
+///
+/// Must be called while the process has one thread.
+///
+/// # Errors
+/// [`NamespaceError`], which says what forbids it.
+pub fn try_out(patience: Duration) -> Result<(), NamespaceError> {
+    Namespaces::try_out(patience, || links::make(IpMtu::DEFAULT, "vunet:try"))
 }
 
 /// Holds a network until nobody has used it for the configured time, or a signal. Calls `ready` once

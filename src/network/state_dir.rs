@@ -17,7 +17,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::statfs;
+use rustix::fs::{Access, AtFlags, CWD, accessat, statfs, statvfs};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 use thiserror::Error;
@@ -174,6 +174,28 @@ impl StateDir {
         Ok(StateDir { path })
     }
 
+    /// Finds out, without making or writing anything, whether `path` will do: it is fit, or can be made where it is not there
+    /// yet (`None`).
+    ///
+    /// # Errors
+    /// [`StateDirError`].
+    pub fn look(path: PathBuf) -> Result<Option<StateDir>, StateDirError> {
+        refuse_unfit(&path)?;
+        let there = existing(&path);
+        let is_there = there == path;
+        if is_there {
+            refuse_foreign(&path)?;
+        }
+        accessat(CWD, there, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)
+            .map_err(|error| told(&path, "write to it", error.into()))?;
+        let room = statvfs(there).map_err(|error| told(&path, "ask for its room", error.into()))?;
+        let free_bytes = room.f_bavail.saturating_mul(room.f_frsize);
+        if usize::try_from(free_bytes).unwrap_or(usize::MAX) < FREE_BYTES_MIN {
+            return Err(StateDirError::Full(path));
+        }
+        Ok(is_there.then_some(StateDir { path }))
+    }
+
     /// The directory.
     pub fn path(&self) -> &Path {
         &self.path
@@ -218,14 +240,19 @@ impl StateDir {
 
 /// Judges the file system that `path` is on, or would be made on.
 fn refuse_unfit(path: &Path) -> Result<(), StateDirError> {
-    let existing = path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"));
-    let stat = statfs(existing).map_err(|error| told(path, "ask what file system it is on", error.into()))?;
+    let stat =
+        statfs(existing(path)).map_err(|error| told(path, "ask what file system it is on", error.into()))?;
     // The kernel's numbers have 32 bits; where the field is signed, some come out negative.
     let magic = i64::from(stat.f_type as u32);
     match UNFIT.iter().find(|(number, ..)| *number == magic) {
         Some(&(_, name, unfit)) => Err(StateDirError::Unfit { path: path.to_owned(), name, unfit }),
         None => Ok(()),
     }
+}
+
+/// `path`, or what there is of the way to it.
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.exists()).unwrap_or(Path::new("/"))
 }
 
 fn make(path: &Path) -> Result<(), StateDirError> {
@@ -346,6 +373,20 @@ mod tests {
         assert!(matches!(of(Errno::ROFS.into()), StateDirError::ReadOnly(_)));
         assert!(matches!(of(Errno::ACCESS.into()), StateDirError::Denied(_)));
         assert!(matches!(of(Errno::IO.into()), StateDirError::Other { .. }));
+    }
+
+    #[test]
+    fn a_look_makes_nothing_and_finds_what_opening_would() {
+        let place = place();
+        let fresh = place.path().join("a/b");
+        assert_eq!(StateDir::look(fresh.clone()).unwrap(), None, "it can be made");
+        assert!(!place.path().join("a").exists());
+        let opened = StateDir::open(fresh.clone()).unwrap();
+        assert_eq!(StateDir::look(fresh.clone()).unwrap(), Some(opened));
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(matches!(StateDir::look(fresh), Err(StateDirError::NotOurs { .. })));
+        assert!(matches!(StateDir::look("/dev/shm/v".into()), Err(StateDirError::Unfit { .. })));
+        assert!(StateDir::look("/sys/v".into()).is_err(), "nobody has room there");
     }
 
     #[test]

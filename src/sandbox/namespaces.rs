@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use thiserror::Error;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -70,7 +71,19 @@ impl Namespaces {
     pub fn make(
         inside: impl FnOnce() -> Result<OwnedFd, String>,
     ) -> Result<(Namespaces, OwnedFd), NamespaceError> {
-        in_child(|| unshare().and_then(|()| open_all(inside)))
+        in_child(None, || unshare().and_then(|()| open_all(inside)))
+    }
+
+    /// The same to find out whether it can be done: nothing of it is kept, and a child process that takes longer than
+    /// `patience` is killed.
+    ///
+    /// # Errors
+    /// [`NamespaceError`]; of the kind [`io::ErrorKind::WouldBlock`] after `patience`.
+    pub fn try_out(
+        patience: Duration,
+        inside: impl FnOnce() -> Result<OwnedFd, String>,
+    ) -> Result<(), NamespaceError> {
+        in_child(Some(patience), || unshare().and_then(|()| open_all(inside))).map(drop)
     }
 
     /// Those of the process `pid`, if it has others than this one.
@@ -90,7 +103,7 @@ impl Namespaces {
     /// # Errors
     /// [`NamespaceError`].
     pub fn reach(&self, inside: impl FnOnce() -> Result<OwnedFd, String>) -> Result<OwnedFd, NamespaceError> {
-        in_child(|| self.enter().and_then(|()| open_all(inside))).map(|(_, opened)| opened)
+        in_child(None, || self.enter().and_then(|()| open_all(inside))).map(|(_, opened)| opened)
     }
 
     /// Moves this process into the namespaces. It must have one thread.
@@ -133,16 +146,22 @@ pub fn effective_user() -> u32 {
     sys::effective_ids().0
 }
 
-/// Runs `work` in a child process; what it opens comes back.
+/// Runs `work` in a child process; what it opens comes back. A child that says nothing for `patience` is killed.
 fn in_child(
+    patience: Option<Duration>,
     work: impl FnOnce() -> Result<(Namespaces, OwnedFd), NamespaceError>,
 ) -> Result<(Namespaces, OwnedFd), NamespaceError> {
     let (here, there) = UnixStream::pair().map_err(failed("make a socket pair"))?;
+    here.set_read_timeout(patience).map_err(failed("bound the wait for the child process"))?;
     let child = sys::in_child(|| report(&there, work())).map_err(failed("start a child process"))?;
     // Only the child's end is left: that it ended is seen.
     drop(there);
     let outcome = receive(&here);
-    child.wait().map_err(failed("wait for the child process"))?;
+    match &outcome {
+        // It may be beyond being killed at once, so it is not waited for.
+        Err(NamespaceError::Io { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => child.kill(),
+        _ => child.wait().map_err(failed("wait for the child process"))?,
+    }
     outcome
 }
 
@@ -160,23 +179,78 @@ fn unshare() -> Result<(), NamespaceError> {
     write("/proc/self/gid_map", &format!("0 {gid} 1")).map_err(forbidden)
 }
 
+/// What forbids a namespace of users to this user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Obstacle {
+    /// None are allowed at all.
+    Zero,
+    /// Debian's switch for users without privilege.
+    Switch,
+    /// Ubuntu's, by AppArmor.
+    AppArmor,
+    /// There are as many as may be.
+    Bound,
+    /// Something that no setting tells of.
+    Policy,
+}
+
+impl Obstacle {
+    const ALL: [Obstacle; 5] =
+        [Obstacle::Zero, Obstacle::Switch, Obstacle::AppArmor, Obstacle::Bound, Obstacle::Policy];
+
+    /// What it is, as the settings that `value` reads have it and the kernel's `refusal`.
+    fn of(value: impl Fn(&str) -> String, refusal: &io::Error) -> Obstacle {
+        let is = |path: &str, text: &str| value(path).trim() == text;
+        if is("user/max_user_namespaces", "0") {
+            Obstacle::Zero
+        } else if is("kernel/unprivileged_userns_clone", "0") {
+            Obstacle::Switch
+        } else if is("kernel/apparmor_restrict_unprivileged_userns", "1") {
+            Obstacle::AppArmor
+        } else if refusal.raw_os_error() == Some(libc::ENOSPC) {
+            Obstacle::Bound
+        } else {
+            Obstacle::Policy
+        }
+    }
+
+    /// What it is and what to do, in words.
+    pub fn hint(self) -> &'static str {
+        match self {
+            Obstacle::Zero => "sysctl user.max_user_namespaces is 0; set it to 1000 or so",
+            Obstacle::Switch => "sysctl kernel.unprivileged_userns_clone is 0; set it to 1",
+            Obstacle::AppArmor => {
+                "sysctl kernel.apparmor_restrict_unprivileged_userns is 1; set it to 0, or give vunet an AppArmor \
+                 profile that allows userns"
+            }
+            Obstacle::Bound => {
+                "there are as many as sysctl user.max_user_namespaces and user.max_net_namespaces allow"
+            }
+            Obstacle::Policy => "a security policy forbids it (a container's seccomp profile, for example)",
+        }
+    }
+
+    /// The settings that end it.
+    pub fn settings(self) -> &'static [&'static str] {
+        match self {
+            Obstacle::Zero => &["user.max_user_namespaces=1000"],
+            Obstacle::Switch => &["kernel.unprivileged_userns_clone=1"],
+            Obstacle::AppArmor => &["kernel.apparmor_restrict_unprivileged_userns=0"],
+            Obstacle::Bound => &["user.max_user_namespaces=15000", "user.max_net_namespaces=15000"],
+            Obstacle::Policy => &[],
+        }
+    }
+
+    /// The one an error of this room tells of: a child process tells it in words.
+    pub fn told_in(text: &str) -> Option<Obstacle> {
+        Self::ALL.into_iter().find(|obstacle| text.contains(obstacle.hint()))
+    }
+}
+
 /// What is to be said where namespaces are forbidden.
 fn forbidden(source: io::Error) -> NamespaceError {
     let value = |path: &str| fs::read_to_string(Path::new("/proc/sys").join(path)).unwrap_or_default();
-    let is = |path: &str, text: &str| value(path).trim() == text;
-    let hint = if is("user/max_user_namespaces", "0") {
-        "sysctl user.max_user_namespaces is 0; set it to 1000 or so".to_owned()
-    } else if is("kernel/unprivileged_userns_clone", "0") {
-        "sysctl kernel.unprivileged_userns_clone is 0; set it to 1".to_owned()
-    } else if is("kernel/apparmor_restrict_unprivileged_userns", "1") {
-        "sysctl kernel.apparmor_restrict_unprivileged_userns is 1; set it to 0, or give vunet an AppArmor \
-         profile that allows userns"
-            .to_owned()
-    } else if source.raw_os_error() == Some(libc::ENOSPC) {
-        "there are as many as sysctl user.max_user_namespaces and user.max_net_namespaces allow".to_owned()
-    } else {
-        "a security policy forbids it (a container's seccomp profile, for example)".to_owned()
-    };
+    let hint = Obstacle::of(value, &source).hint().to_owned();
     NamespaceError::Forbidden { hint, source }
 }
 
@@ -235,6 +309,28 @@ fn receive_fd(from: &UnixStream, mark: u8) -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_forbids_namespaces_is_known_and_found_again_in_words() {
+        let denied = io::Error::from_raw_os_error(libc::EPERM);
+        let of = |path: &'static str, text: &'static str, refusal: &io::Error| {
+            Obstacle::of(|asked| if asked == path { format!("{text}\n") } else { String::new() }, refusal)
+        };
+        let full = io::Error::from_raw_os_error(libc::ENOSPC);
+        let found = [
+            of("user/max_user_namespaces", "0", &full),
+            of("kernel/unprivileged_userns_clone", "0", &denied),
+            of("kernel/apparmor_restrict_unprivileged_userns", "1", &denied),
+            of("user/max_user_namespaces", "1000", &full),
+            of("kernel/unprivileged_userns_clone", "1", &denied),
+        ];
+        assert_eq!(found, Obstacle::ALL);
+        for obstacle in Obstacle::ALL {
+            let error =
+                NamespaceError::Forbidden { hint: obstacle.hint().to_owned(), source: full.kind().into() };
+            assert_eq!(Obstacle::told_in(&error.to_string()), Some(obstacle));
+        }
+    }
 
     #[test]
     fn what_is_sent_is_taken_and_nothing_else() {

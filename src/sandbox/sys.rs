@@ -27,6 +27,14 @@ impl Child {
     }
 }
 
+impl Child {
+    /// Kills the child and leaves it to whoever inherits this process's children.
+    pub(super) fn kill(self) {
+        // SAFETY: `self.0` is a child nobody has waited for, so that the number is still its own.
+        let _ = unsafe { libc::kill(self.0, libc::SIGKILL) };
+    }
+}
+
 /// Threads of this process.
 ///
 /// # Errors

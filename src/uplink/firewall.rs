@@ -222,6 +222,48 @@ fn elsewhere() -> Option<&'static str> {
     ["/usr/sbin/nft", "/sbin/nft"].into_iter().find(|file| Path::new(file).is_file())
 }
 
+/// Where the program `nft` is.
+pub fn find_program() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&path).map(|folder| folder.join("nft")).find(|file| file.is_file());
+    in_path.or_else(|| elsewhere().map(PathBuf::from))
+}
+
+/// Arguments of `nft` that list the whole ruleset, for [`Survey::of`].
+pub const LIST: [&str; 3] = ["-j", "list", "ruleset"];
+
+/// What of others' rules concerns guests.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// firewalld rejects what bridges of named networks forward.
+    pub firewalld_rejects: bool,
+    /// iptables' chain for what is forwarded, or Docker's for users' rules there, where the former's policy is drop.
+    pub drops_forwarded: Option<&'static str>,
+    /// Bridges of which it accepts in spite of that what comes in and leaves by them.
+    pub accepts_within: Vec<String>,
+}
+
+impl Survey {
+    /// What the output of `nft` with [`LIST`] tells.
+    ///
+    /// # Errors
+    /// [`FirewallError::Refused`] if it is no such output.
+    pub fn of(json: &str) -> Result<Survey, FirewallError> {
+        let listing = Listing::parse(json)
+            .map_err(|error| FirewallError::Refused { what: "listing rules", said: error.to_string() })?;
+        Ok(Survey {
+            firewalld_rejects: listing.firewalld_rejects(rules::OWN_BRIDGES, rules::OWN_BRIDGES),
+            drops_forwarded: listing.drops_forwarded(),
+            accepts_within: listing.accepts_within(),
+        })
+    }
+}
+
+/// Where iptables' legacy tables are in use for IPv4: the program for them, if it is there. `None` where nobody uses them.
+pub fn legacy_program() -> Option<Option<PathBuf>> {
+    legacy::program_in_use()
+}
+
 fn refused(what: &'static str, error: NftablesError) -> FirewallError {
     match error {
         NftablesError::NftExecution { inner, .. }

@@ -103,6 +103,22 @@ impl Links {
         first(request.execute()).await.map_err(failed("look up", name))
     }
 
+    /// Whether this process may change links here: the kernel judges that before it looks for the link, so that it is
+    /// asked for no change of a link that nobody has.
+    ///
+    /// # Errors
+    /// Any refusal but those for want of CAP_NET_ADMIN and of the link.
+    pub async fn may_change(&self) -> Result<bool, LinkError> {
+        // `ifindex` counts up from 1 (`dev_new_index`).
+        let nobodys = LinkUnspec::new_with_index(i32::MAX.unsigned_abs()).build();
+        let outcome = self.0.link().change(nobodys).execute().await;
+        match outcome.map_err(failed("try to change", "a link")) {
+            Err(error) if error.source.kind() == io::ErrorKind::PermissionDenied => Ok(false),
+            Err(error) if !is_absent(&error.source) => Err(error),
+            _ => Ok(true),
+        }
+    }
+
     /// The link of this index; `None` if there is none.
     ///
     /// # Errors

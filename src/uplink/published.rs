@@ -101,7 +101,23 @@ pub fn bind(port: &mut Publish) -> Result<Socket, BindError> {
     Ok(socket)
 }
 
+/// Binds a published port, without listening, and lets go of it: nothing can reach it meanwhile.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn try_bind(port: &Publish) -> io::Result<()> {
+    bound(port).map(drop)
+}
+
 fn open(port: &Publish) -> io::Result<Socket> {
+    let socket = bound(port)?;
+    if port.protocol == Protocol::Tcp {
+        socket.listen(BACKLOG)?;
+    }
+    Ok(socket)
+}
+
+fn bound(port: &Publish) -> io::Result<Socket> {
     let kind = match port.protocol {
         Protocol::Tcp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
@@ -114,9 +130,6 @@ fn open(port: &Publish) -> io::Result<Socket> {
         socket.set_reuse_address(true)?;
     }
     socket.bind(&port.host.into())?;
-    if kind == Type::STREAM {
-        socket.listen(BACKLOG)?;
-    }
     Ok(socket)
 }
 

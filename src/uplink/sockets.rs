@@ -133,9 +133,40 @@ impl HostSockets {
     }
 }
 
-fn tcp_knows_peek_offset() -> bool {
+/// Whether TCP sockets know `SO_PEEK_OFF` here (Linux 6.9), tried on one of our own.
+pub fn tcp_knows_peek_offset() -> bool {
     let probe = Socket::new(Domain::IPV4, Type::STREAM.cloexec(), Some(Protocol::TCP));
     probe.is_ok_and(|socket| sys::set_peek_offset(socket.as_fd(), 0).is_ok())
+}
+
+/// What the kernel can do with datagrams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UdpFeatures {
+    /// It cuts one message into several datagrams (`UDP_SEGMENT`, Linux 4.18).
+    pub segmentation: bool,
+    /// It hands over several as one (`UDP_GRO`, Linux 5.0).
+    pub coalescing: bool,
+}
+
+/// Prepares a UDP socket as those of the guest's datagrams are, and closes it.
+///
+/// # Errors
+/// The kernel's refusal, which would cost the guest UDP.
+pub fn try_udp() -> io::Result<UdpFeatures> {
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), Some(Protocol::UDP))?;
+    datagrams::prepare(&socket)?;
+    Ok(UdpFeatures {
+        segmentation: sys::knows_segmentation(socket.as_fd()),
+        coalescing: sys::allow_coalescing(socket.as_fd()).is_ok(),
+    })
+}
+
+/// Opens an ICMP echo socket as those of the guest's echoes are, and closes it.
+///
+/// # Errors
+/// `PermissionDenied` where `net.ipv4.ping_group_range` leaves this user's groups out.
+pub fn try_ping() -> io::Result<()> {
+    Socket::new(Domain::IPV4, Type::DGRAM.cloexec(), Some(Protocol::ICMPV4)).map(drop)
 }
 
 /// What every TCP socket of a flow is set to.

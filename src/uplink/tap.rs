@@ -181,13 +181,22 @@ pub async fn open(
         LinkSource::Tap(name) => open_tap(&links()?, name.as_deref(), queues, ip_mtu).await.map(OpenLink::of),
         LinkSource::Bridge(name) => {
             let links = links()?;
-            let bridge = links.find(&name).await?.ok_or_else(|| OpenError::NoBridge(name.clone()))?;
-            if bridge.kind != LinkKind::Bridge {
-                return Err(OpenError::NotABridge(name));
-            }
+            let bridge = find_bridge(&links, &name).await?;
             open_on_bridge(&links, &bridge, queues, ip_mtu).await.map(OpenLink::of)
         }
         LinkSource::MacVtap(lower) => open_macvtap(links()?, &lower, queues, ip_mtu, mac).await,
+    }
+}
+
+/// The bridge of `--uplink bridge=NAME`.
+///
+/// # Errors
+/// [`OpenError::NoBridge`], [`OpenError::NotABridge`], or the kernel's refusal.
+pub async fn find_bridge(links: &Links, name: &str) -> Result<Link, OpenError> {
+    match links.find(name).await? {
+        None => Err(OpenError::NoBridge(name.to_owned())),
+        Some(link) if link.kind != LinkKind::Bridge => Err(OpenError::NotABridge(link.name)),
+        Some(link) => Ok(link),
     }
 }
 

@@ -13,6 +13,7 @@ mod bounds;
 mod congestion;
 mod control;
 mod dns;
+mod doctor;
 mod ends;
 mod features;
 mod host_changes;

@@ -25,6 +25,7 @@ mod connections;
 mod exchange;
 mod file_news;
 mod message;
+pub mod probe;
 mod resolv_conf;
 mod resolver;
 mod source;

@@ -135,7 +135,7 @@ impl Source {
     }
 }
 
-fn read_head(path: &Path) -> io::Result<String> {
+pub(super) fn read_head(path: &Path) -> io::Result<String> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limits::RESOLV_CONF_BYTES_MAX).read_to_end(&mut bytes)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())

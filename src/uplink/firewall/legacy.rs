@@ -113,6 +113,11 @@ fn program(family: Family) -> Option<PathBuf> {
     find(legacy).or_else(|| find(plain).filter(is_legacy))
 }
 
+/// Where these tables are in use for IPv4: their program, if it is there.
+pub(super) fn program_in_use() -> Option<Option<PathBuf>> {
+    is_used(Family::Ip).then(|| program(Family::Ip))
+}
+
 /// Runs a program of iptables; what it printed.
 fn run(program: &Path, args: &[&str], input: &str) -> Result<String, FirewallError> {
     let failed = |said: String| FirewallError::Legacy { program: program.to_owned(), said };

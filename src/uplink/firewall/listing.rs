@@ -69,6 +69,20 @@ fn text<'a>(object: &'a Value, field: &str) -> &'a str {
     object.get(field).and_then(Value::as_str).unwrap_or_default()
 }
 
+/// The interface that a rule accepts all traffic within of.
+fn accepted_within(rule: &Value) -> Option<String> {
+    let statements = rule["expr"].as_array()?;
+    let accepts = statements.iter().any(|statement| statement.get("accept").is_some());
+    let mut matches: Vec<(&str, &str)> = Vec::new();
+    for condition in statements.iter().filter_map(|statement| statement.get("match")) {
+        matches.push((condition["left"]["meta"]["key"].as_str()?, condition["right"].as_str()?));
+    }
+    match matches[..] {
+        [("iifname", input), ("oifname", output)] if accepts && input == output => Some(input.to_owned()),
+        _ => None,
+    }
+}
+
 impl Listing {
     pub(super) fn parse(json: &str) -> serde_json::Result<Listing> {
         let mut whole: Value = serde_json::from_str(json)?;
@@ -128,6 +142,27 @@ impl Listing {
             (true, true) => Some(DOCKER_USER),
             (true, false) => Some(FORWARD),
         }
+    }
+
+    /// The chain that accepts go to, if iptables' policy for what is forwarded over IPv4 is drop.
+    pub(super) fn drops_forwarded(&self) -> Option<&'static str> {
+        let drops = self.chains.iter().any(|chain| {
+            text(chain, "family") == Family::Ip.name()
+                && text(chain, "table") == FILTER
+                && text(chain, "name") == FORWARD
+                && text(chain, "policy") == "drop"
+        });
+        self.forward_chain(Family::Ip).filter(|_| drops)
+    }
+
+    /// Interfaces of which that chain, or Docker's, accepts whatever comes in and leaves by them.
+    pub(super) fn accepts_within(&self) -> Vec<String> {
+        let in_chain = |rule: &&Value| {
+            text(rule, "family") == Family::Ip.name()
+                && text(rule, "table") == FILTER
+                && [FORWARD, DOCKER_USER].contains(&text(rule, "chain"))
+        };
+        self.rules.iter().filter(in_chain).filter_map(accepted_within).collect()
     }
 
     /// Whether the rules with `comment` are those of `wanted`: as many in each chain.
@@ -202,6 +237,30 @@ mod tests {
         assert_eq!(listing.forward_chain(Family::Ip), Some(DOCKER_USER));
         assert_eq!(listing.forward_chain(Family::Ip6), Some(FORWARD));
         assert_eq!(Listing::parse(r#"{"nftables": []}"#).unwrap().forward_chain(Family::Ip), None);
+    }
+
+    #[test]
+    fn a_policy_of_drop_is_seen_and_what_is_accepted_within_a_bridge() {
+        let listing = Listing::parse(DOCKER).unwrap();
+        assert_eq!(listing.drops_forwarded(), Some(DOCKER_USER));
+        assert!(listing.accepts_within().is_empty(), "its rules say nothing of where it leaves");
+        let lets = DOCKER.replace("\"drop\"", "\"accept\"");
+        assert_eq!(Listing::parse(&lets).unwrap().drops_forwarded(), None);
+        let within = |input: &str, output: &str, verdict: &str| {
+            let name = |key: &str, name: &str| {
+                format!(
+                    r#"{{"match": {{"op": "==", "left": {{"meta": {{"key": "{key}"}}}}, "right": "{name}"}}}}"#
+                )
+            };
+            let expr = format!("{}, {}", name("iifname", input), name("oifname", output));
+            let rule = format!(
+                r#"{{"rule": {{"family": "ip", "table": "filter", "chain": "FORWARD", "handle": 4,
+                    "expr": [{expr}, {{"counter": {{}}}}, {{"{verdict}": null}}]}}}}"#
+            );
+            Listing::parse(&format!(r#"{{"nftables": [{rule}]}}"#)).unwrap().accepts_within()
+        };
+        assert_eq!(within("br0", "br0", "accept"), ["br0"]);
+        assert!(within("br0", "eth0", "accept").is_empty() && within("br0", "br0", "drop").is_empty());
     }
 
     #[test]

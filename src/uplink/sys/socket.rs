@@ -249,6 +249,11 @@ pub fn allow_coalescing(fd: BorrowedFd<'_>) -> io::Result<()> {
     set_option(fd, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
+/// Whether the kernel cuts messages into datagrams (`UDP_SEGMENT`, udp(7), since Linux 4.18).
+pub fn knows_segmentation(fd: BorrowedFd<'_>) -> bool {
+    set_option(fd, libc::SOL_UDP, libc::UDP_SEGMENT, 0).is_ok()
+}
+
 /// Removes `len_bytes` from the front of a TCP socket's receive queue without copying them
 /// (`MSG_TRUNC`, tcp(7)).
 ///
