@@ -171,7 +171,7 @@ check_namespaces() {
     cargo_tests 'namespace guest' --package vunet-integration
     # The same again with a worker for each of several queue pairs, but for what has to do with no queue.
     for pairs in 2 4; do
-        TESTS='not test(/^(link|programs|benchmark|networks::kills)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
+        TESTS='not test(/^(link|programs|benchmark|conntrack|networks::kills)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
             cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
     done
     # What the NAT carries, whichever of the two it is. How a host forbids echo sockets is a matter of one.

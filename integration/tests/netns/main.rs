@@ -11,6 +11,7 @@ mod bench;
 mod benchmark;
 mod bounds;
 mod congestion;
+mod conntrack;
 mod dns;
 mod ends;
 mod features;
