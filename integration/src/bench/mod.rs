@@ -15,12 +15,12 @@ mod plot;
 mod procfs;
 mod quiet;
 mod report;
-mod routed;
 mod scenario;
 pub mod server;
 mod site;
 mod stats;
 pub mod tap_loop;
+mod through;
 mod udp;
 mod wan;
 
@@ -55,8 +55,8 @@ pub struct BenchConfig {
     pub without_vunet: bool,
     /// Measure vunet with the guest on a TAP too.
     pub tap: bool,
-    /// Measure three ways through a host that routes too: bridge mode, the packet NAT, the kernel's masquerade.
-    pub routed: bool,
+    /// Measure ways through a host too: bridge mode and the packet NAT, routed and on a bridge, and the kernel's masquerade.
+    pub through_host: bool,
     /// Measure the bounds too.
     pub bounds: bool,
     /// Directory the results are written to.
@@ -85,7 +85,7 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
         return Err(BenchError::Config("one repetition or more, of 0.1 to 600 seconds".into()));
     }
     let mut tools = vec!["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3"];
-    if config.routed || scenarios.iter().any(Scenario::is_on_a_network) {
+    if config.through_host || scenarios.iter().any(Scenario::is_on_a_network) {
         tools.push("nft");
     }
     if let Some(reason) = crate::lab::missing(&tools) {
@@ -141,8 +141,8 @@ fn backends(config: &BenchConfig, scenarios: &[Scenario]) -> Vec<Backend> {
         backends.push(Backend::vunet_on_tap());
         backends.push(Backend::vunet_translated());
     }
-    if config.routed {
-        backends.extend(Backend::routed());
+    if config.through_host {
+        backends.extend(Backend::through_host());
     }
     backends.extend(config.peers.iter().cloned());
     if config.bounds {

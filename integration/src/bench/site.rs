@@ -9,8 +9,8 @@ use std::time::Duration;
 use thiserror::Error;
 
 use super::names;
-use super::routed;
 use super::scenario::Scenario;
+use super::through;
 use crate::guest::Counters;
 use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
 
@@ -66,10 +66,12 @@ pub enum BackendKind {
     /// them. With `{tap}`, it puts the guest on a TAP of that name in the world's namespace, as the copy
     /// loop does.
     VhostUser(Vec<String>),
-    /// vunet with `{tap}` in the host's namespace, which routes what comes from there to the world.
-    Routed {
+    /// vunet on a link of the host's, over which the world is reached.
+    ThroughHost {
         /// The words of its command.
         words: Vec<String>,
+        /// What leads to the world.
+        way: Way,
         /// What of the guest the world sees.
         seen: Seen,
     },
@@ -85,7 +87,16 @@ pub enum BackendKind {
     LoopsOverBridge,
 }
 
-/// Under which address the world sees a guest behind a host that routes.
+/// What leads from a link of the host's to the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The host routes what comes from `{tap}`.
+    Routed,
+    /// The link is a bridge, on which the world is too.
+    Bridged,
+}
+
+/// Under which address the world sees a guest behind a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
     /// Its own.
@@ -127,20 +138,30 @@ impl Backend {
         Backend { name: "vunet's packet NAT".into(), kind: BackendKind::VhostUser(words) }
     }
 
-    /// The same three times with a TAP of the host's, which routes to the world: what differs is who translates.
-    pub fn routed() -> [Backend; 3] {
-        let routed = |name: &str, seen: Seen| {
+    /// The same through a host: with a TAP that is routed, where what differs is who translates; and on a bridge, as one
+    /// would have vunet hold an address on a LAN.
+    pub fn through_host() -> [Backend; 5] {
+        let through = |name: &str, way: Way, seen: Seen| {
             let like =
                 if seen == Seen::Vunets { Backend::vunet_translated() } else { Backend::vunet_on_tap() };
-            let BackendKind::VhostUser(words) = like.kind else {
+            let BackendKind::VhostUser(mut words) = like.kind else {
                 unreachable!("vunet is a vhost-user back-end")
             };
-            Backend { name: name.into(), kind: BackendKind::Routed { words, seen } }
+            if way == Way::Bridged {
+                let bridge = format!("bridge={}", lab::BRIDGE);
+                words
+                    .iter_mut()
+                    .filter(|word| *word == "tap={tap}")
+                    .for_each(|word| word.clone_from(&bridge));
+            }
+            Backend { name: name.into(), kind: BackendKind::ThroughHost { words, way, seen } }
         };
         [
-            routed("bridge mode, routed", Seen::Own),
-            routed("packet NAT, routed", Seen::Vunets),
-            routed("kernel masquerade", Seen::Hosts),
+            through("bridge mode, routed", Way::Routed, Seen::Own),
+            through("packet NAT, routed", Way::Routed, Seen::Vunets),
+            through("kernel masquerade", Way::Routed, Seen::Hosts),
+            through("bridge mode, on a bridge", Way::Bridged, Seen::Own),
+            through("packet NAT, on a bridge", Way::Bridged, Seen::Vunets),
         ]
     }
 
@@ -172,7 +193,7 @@ impl Backend {
     /// The command of a vhost-user back-end, with files' names only.
     pub(super) fn command(&self) -> Option<String> {
         match &self.kind {
-            BackendKind::VhostUser(words) | BackendKind::Routed { words, .. } => {
+            BackendKind::VhostUser(words) | BackendKind::ThroughHost { words, .. } => {
                 Some(names::in_command(&words.join(" ")))
             }
             _ => None,
@@ -190,7 +211,7 @@ impl Backend {
             _ if scenario.is_on_a_network() => false,
             // There is no DHCP server on its TAP, and what a gateway answers it does not.
             BackendKind::VhostUser(_) if self.is_on_tap() && !carries_ip => false,
-            BackendKind::Routed { .. } => {
+            BackendKind::ThroughHost { .. } => {
                 carries_ip || matches!(scenario, Scenario::UdpFrom { .. } | Scenario::UdpTo { .. })
             }
             BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
@@ -293,11 +314,12 @@ impl Site {
                 let netns = if backend.is_on_tap() { &self.lab.world } else { &self.lab.host };
                 self.backend = Some(netns.spawn(&words)?);
             }
-            BackendKind::Routed { words, seen } => {
+            BackendKind::ThroughHost { words, way, seen } => {
                 let command = fill_in(words, &self.socket, scenario);
                 let words: Vec<&str> = command.iter().map(String::as_str).collect();
+                through::prepare(&self.lab, *way, *seen)?;
                 let backend = self.backend.insert(self.lab.host.spawn(&words)?);
-                routed::make_way(&self.lab, *seen).map_err(|e| {
+                through::make_way(&self.lab, *way, *seen).map_err(|e| {
                     BenchError::Result(format!("{e}\nback-end: {}", backend.errors().join("\n")))
                 })?;
             }
@@ -339,13 +361,13 @@ impl Site {
         args: &[&str],
     ) -> Result<(), BenchError> {
         self.start(backend, scenario)?;
-        if !matches!(backend.kind, BackendKind::VhostUser(_) | BackendKind::Routed { .. }) {
+        if !matches!(backend.kind, BackendKind::VhostUser(_) | BackendKind::ThroughHost { .. }) {
             return Ok(());
         }
         let words = self.front_end_words(scenario, args);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
-        if let BackendKind::Routed { seen: Seen::Own | Seen::Hosts, .. } = backend.kind {
+        if let BackendKind::ThroughHost { seen: Seen::Own | Seen::Hosts, .. } = backend.kind {
             return self.address_guest();
         }
         if backend.is_translated() {
@@ -469,8 +491,9 @@ mod tests {
         let tap: Backend = "ch=x socket={socket},tap={tap},queues={queues}".parse().unwrap();
         let tcp = Scenario::Tcp { to_guest: true, ip_mtu: 1500, flows: 1, pairs: 1 };
         let udp = Scenario::UdpFrom { payload_bytes: 64, pairs: None };
-        for routed in Backend::routed() {
-            assert!(routed.takes_part(tcp) && routed.takes_part(udp) && !routed.takes_part(Scenario::Lease));
+        for through in Backend::through_host() {
+            assert!(through.takes_part(tcp) && through.takes_part(udp));
+            assert!(!through.takes_part(Scenario::Lease));
         }
         for backend in [tap.clone(), Backend::vunet_on_tap()] {
             assert!(backend.is_on_tap() && backend.takes_part(tcp) && !backend.takes_part(Scenario::Lease));

@@ -89,13 +89,19 @@ fn the_tap_path_is_measured_beside_its_bound() {
 }
 
 #[test]
-fn a_host_that_routes_is_measured_whoever_translates() {
+fn ways_through_a_host_are_measured_whoever_translates() {
     if let Some(reason) = missing(&["nft"]) {
         return skip(&reason);
     }
-    let args = ["--without-vunet", "--routed", "--only", "tcp-from-1500-1,udp-from-64,udp-to-64"];
+    let args = ["--without-vunet", "--through-host", "--only", "tcp-from-1500-1,udp-from-64,udp-to-64"];
     benchmark(&args, |record| {
-        for backend in ["bridge mode, routed", "packet NAT, routed", "kernel masquerade"] {
+        for backend in [
+            "bridge mode, routed",
+            "packet NAT, routed",
+            "kernel masquerade",
+            "bridge mode, on a bridge",
+            "packet NAT, on a bridge",
+        ] {
             let rate = median(record, "tcp-from-1500-1", backend, "rate")?;
             let carried = rate > 0.5;
             ensure!(carried, "{backend} carried {rate} Gbit/s");
