@@ -28,6 +28,8 @@ published|qemu-system-x86_64|a client in the world reaches a server in the guest
 network|qemu-system-x86_64 nft|two QEMU guests on a named network find each other by name, and the world
 network-rootless|qemu-system-x86_64|the same without privilege; the death of one'"'"'s vunet takes nothing from the other
 bridge|qemu-system-x86_64|a QEMU guest in bridge mode: a lease of the LAN'"'"'s own DHCP server, the world; the bridge stays
+packet-nat|qemu-system-x86_64|a QEMU guest whose packets are translated to a fixed address on the LAN: DNS, 64 MiB each way, ping, a published port
+packet-nat-dhcp|qemu-system-x86_64|the same behind an address that vunet leases of the LAN'"'"'s DHCP server, and gives back
 cut-uploads|qemu-system-x86_64|an upload cut by the death of guest or vunet never looks complete
 uml|linux.uml|user-mode Linux: lease, DNS, 64 MiB each way; --one-off ends with it
 dpdk-txonly|dpdk-testpmd|a flood of UDP from DPDK: its counters agree with vunet'"'"'s
@@ -166,11 +168,19 @@ scenario_qemu-script() {
 
 # The guest serves, and a client in the world compares what it fetched and sent.
 scenario_published() {
-    local order answer begun
     backend_start --publish 192.0.2.1:8080:80
     qemu_start pc ''
     guest_steps lease serve
-    for order in 'peer 192.0.2.1:8080' 'download 192.0.2.1:8080 67108864' 'upload 192.0.2.1:8080 67108864'; do
+    world_reaches 192.0.2.1:8080
+    guest_steps download upload
+    guest_stop
+    backend_end
+}
+
+# world_reaches ADDRESS:PORT: the guest's server, from the world; the guest sees its client's own address.
+world_reaches() {
+    local order answer begun
+    for order in "peer $1" "download $1 67108864" "upload $1 67108864"; do
         begun=$(now_ms)
         # shellcheck disable=SC2086 # one word an argument
         if ! answer=$(timeout 90 ip netns exec "$WORLD_NS" "$TRANSFER" $order); then
@@ -181,9 +191,6 @@ scenario_published() {
         show_step ok "from the world: ${order%% *}" "$(($(now_ms) - begun))" "$answer"
         [[ $order != peer* || $answer == 192.0.2.2:* ]] || die "the guest saw $answer in place of the client"
     done
-    guest_steps download upload
-    guest_stop
-    backend_end
 }
 
 # shellcheck disable=SC2034 # what is set here is read by the libraries
@@ -284,6 +291,62 @@ scenario_bridge() {
     backend_end
     after=$(in_host ip -o link show | cut -d : -f 2)
     [[ $before == "$after" ]] || die "links of the host were ${before//$'\n'/} and are ${after//$'\n'/}"
+}
+
+# translated NAT_ADDRESS [FLAG...]: vunet holds NAT_ADDRESS, or one it leases, on the LAN, and a guest is hidden behind it.
+translated() {
+    local address=$1 before after
+    shift
+    lan_up
+    before=$(in_host ip -o link show | cut -d : -f 2)
+    backend_start_on_network root --client --mode nat --uplink bridge=br0 --nat packet --nat-address "$address" \
+        --mac "$GUEST_MAC" --dns-server "$WORLD_DNS" --publish 8080:80 "$@"
+    qemu_start pc ',server=on,wait=off'
+    guest_steps link
+    every_step
+    lease_was_quick
+    [[ $address != dhcp ]] || address=$(leased_by_vunet)
+    address=${address%/*}
+    guest_steps serve
+    hidden_behind "$address"
+    world_reaches "$address:8080"
+    guest_stop
+    backend_end
+    after=$(in_host ip -o link show | cut -d : -f 2)
+    [[ $before == "$after" ]] || die "links of the host were ${before//$'\n'/} and are ${after//$'\n'/}"
+}
+
+scenario_packet-nat() { translated 192.0.2.50/24 --nat-gateway 192.0.2.2; }
+
+scenario_packet-nat-dhcp() {
+    translated dhcp
+    if ! wait_until 5 grep -q 'DHCPRELEASE' "$RUN_DIR/lan.log"; then
+        say "FAIL  the address was given back: $(tail -n 3 "$RUN_DIR/lan.log")"
+        return 1
+    fi
+    show_step ok 'the address was given back' 0 ''
+}
+
+# The one address the LAN's server has leased: vunet's, as the guest has its lease of vunet.
+leased_by_vunet() {
+    local leases
+    leases=$(awk -v guest="$GUEST_MAC" '$2 != guest {print $3}' "$RUN_DIR/lan.leases")
+    [[ $leases =~ ^192\.0\.2\.1[0-5][0-9]$ && $(wc -l <"$RUN_DIR/lan.leases") == 1 ]] \
+        || die "the LAN's server leased: $(cat "$RUN_DIR/lan.leases")"
+    printf '%s' "$leases"
+}
+
+# hidden_behind ADDRESS: what the world sees of the guest is that address, and a MAC address that is not the guest's.
+hidden_behind() {
+    local seen known
+    guest_steps peer
+    seen=$(console_since_mark | awk '/^VUNET-STEP peer ok/ {print $5}')
+    known=$(ip -n "$WORLD_NS" -4 neighbour show to "$1")
+    if [[ $seen != "$1:"* || $known != *lladdr* ]] || ip -n "$WORLD_NS" neighbour show | grep -qi "$GUEST_MAC"; then
+        say "FAIL  hidden behind $1: the world saw $seen, its neighbours $(ip -n "$WORLD_NS" neighbour show)"
+        return 1
+    fi
+    show_step ok 'hidden behind one address' 0 "$known"
 }
 
 # The death of the guest, of vunet and of its process by SIGTERM: the server must see a reset.

@@ -93,6 +93,10 @@ struct Bench {
     /// Also measure vunet with the guest on a TAP (`--uplink tap`), which the two TAPs of --bounds bound.
     #[arg(long)]
     tap: bool,
+    /// Also measure the guest behind a host, its TAP the host's and routed: in bridge mode, by vunet's packet NAT, and
+    /// in bridge mode while the host's kernel masquerades; and the first two on a bridge. Needs nft.
+    #[arg(long)]
+    through_host: bool,
     /// Also measure the same namespaces over veth, over two TAPs and a copy loop, and bare sockets
     /// where a back-end would stand.
     #[arg(long)]
@@ -124,6 +128,7 @@ impl Bench {
             peers: self.peer,
             without_vunet: self.without_vunet,
             tap: self.tap,
+            through_host: self.through_host,
             bounds: self.bounds,
             out: self.out,
             label: self.label,

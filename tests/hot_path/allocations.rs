@@ -17,6 +17,9 @@ pub(crate) struct Watch {
     traces: Mutex<Vec<Backtrace>>,
 }
 
+/// Every watch, so that who looks for leaks knows them to be in use.
+static WATCHES: Mutex<Vec<&'static Watch>> = Mutex::new(Vec::new());
+
 thread_local! {
     // Both constant and without a destructor: reaching them allocates nothing.
     static WATCH: Cell<Option<&'static Watch>> = const { Cell::new(None) };
@@ -26,7 +29,9 @@ thread_local! {
 impl Watch {
     /// A watch for one thread, which lives as long as the process: the thread may outlive its test.
     pub(crate) fn leaked() -> &'static Watch {
-        Box::leak(Box::default())
+        let watch: &'static Watch = Box::leak(Box::default());
+        WATCHES.lock().expect("no holder panics").push(watch);
+        watch
     }
 
     /// Puts the calling thread under this watch.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::cpu::RunCpu;
 use super::dhcp::DhcpClient;
 use super::load;
 use super::procfs;
@@ -25,37 +26,36 @@ const SOCKET_CALL_BYTES: &str = "65536";
 /// How samples are taken.
 pub(super) struct Sampler<'a> {
     pub(super) integration: &'a std::path::Path,
+    pub(super) cpu: &'a RunCpu,
     pub(super) seconds: f64,
     pub(super) front_end_args: &'a [String],
     pub(super) congestion: Option<&'a str>,
 }
 
 /// CPU time since a moment.
-pub(super) struct CpuMark {
+pub(super) struct CpuMark<'a> {
+    run: &'a RunCpu,
     pids: Vec<u32>,
     backend: f64,
     machine: f64,
 }
 
-impl CpuMark {
-    pub(super) fn now(site: &Site) -> Result<CpuMark, BenchError> {
-        CpuMark::of(site.backend_pid().into_iter().collect())
-    }
-
-    /// The same for back-ends of several processes.
-    pub(super) fn of(pids: Vec<u32>) -> Result<CpuMark, BenchError> {
+impl CpuMark<'_> {
+    /// From now on, of back-ends of these processes.
+    fn of(run: &RunCpu, pids: Vec<u32>) -> Result<CpuMark<'_>, BenchError> {
         let each = pids.iter().map(|&pid| procfs::process_cpu_seconds(pid));
         let backend: std::io::Result<f64> = each.sum();
         Ok(CpuMark {
+            run,
             backend: backend.map_err(during("CPU time of the back-end"))?,
-            machine: procfs::machine_cpu_seconds().map_err(during("CPU time"))?,
+            machine: run.seconds().map_err(during("CPU time"))?,
             pids,
         })
     }
 
     /// CPU seconds of the back-end, if there is one, and of the machine.
     pub(super) fn since(&self) -> Result<(Option<f64>, f64), BenchError> {
-        let now = CpuMark::of(self.pids.clone())?;
+        let now = CpuMark::of(self.run, self.pids.clone())?;
         let backend = (!self.pids.is_empty()).then_some(now.backend - self.backend);
         Ok((backend, now.machine - self.machine))
     }
@@ -107,6 +107,16 @@ fn latency(mut times: Vec<u64>, sample: &mut Sample) -> Result<(), BenchError> {
 }
 
 impl Sampler<'_> {
+    /// CPU time from now on.
+    pub(super) fn mark(&self, site: &Site) -> Result<CpuMark<'_>, BenchError> {
+        self.mark_of(site.backend_pid().into_iter().collect())
+    }
+
+    /// The same for back-ends of several processes.
+    pub(super) fn mark_of(&self, pids: Vec<u32>) -> Result<CpuMark<'_>, BenchError> {
+        CpuMark::of(self.cpu, pids)
+    }
+
     pub(super) fn duration(&self) -> Duration {
         Duration::from_secs_f64(self.seconds)
     }
@@ -179,7 +189,7 @@ impl Sampler<'_> {
         flows: u16,
     ) -> Result<Sample, BenchError> {
         let bare = backend.kind == BackendKind::Sockets;
-        let mark = CpuMark::now(site)?;
+        let mark = self.mark(site)?;
         let said = self.iperf3(site, bare, to_guest, flows, SHORT)?;
         let (cpu, machine) = mark.since()?;
         let cpu = if bare { Some(said.client_cpu_seconds) } else { cpu };
@@ -238,7 +248,7 @@ impl Sampler<'_> {
     }
 
     fn latency(&self, site: &Site, exchange: Exchange) -> Result<Sample, BenchError> {
-        let mark = CpuMark::now(site)?;
+        let mark = self.mark(site)?;
         let started = Instant::now();
         let duration = self.duration();
         let times = site.lab.guest.inside(|| match exchange {
@@ -260,7 +270,7 @@ impl Sampler<'_> {
 
     fn connect(&self, site: &Site, parallel: u16) -> Result<Sample, BenchError> {
         let _server = site.serve(&[])?;
-        let mark = CpuMark::now(site)?;
+        let mark = self.mark(site)?;
         let duration = self.duration();
         let times = site.lab.guest.inside(|| {
             let clients: Vec<_> = (0..parallel)

@@ -5,6 +5,7 @@
 //! namespaces, a back-end and a guest of its own. `docs/benchmarks.md` says what is measured and how;
 //! results are written as JSON, a Markdown table and plots.
 
+mod cpu;
 mod dhcp;
 mod load;
 mod measure;
@@ -19,12 +20,14 @@ pub mod server;
 mod site;
 mod stats;
 pub mod tap_loop;
+mod through;
 mod udp;
 mod wan;
 
 use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use cpu::RunCpu;
 use measure::Sampler;
 use procfs::{KernelSettings, Machine, load_average};
 use report::{Report, Results};
@@ -52,6 +55,8 @@ pub struct BenchConfig {
     pub without_vunet: bool,
     /// Measure vunet with the guest on a TAP too.
     pub tap: bool,
+    /// Measure ways through a host too: bridge mode and the packet NAT, routed and on a bridge, and the kernel's masquerade.
+    pub through_host: bool,
     /// Measure the bounds too.
     pub bounds: bool,
     /// Directory the results are written to.
@@ -80,7 +85,7 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
         return Err(BenchError::Config("one repetition or more, of 0.1 to 600 seconds".into()));
     }
     let mut tools = vec!["ip", "sysctl", "dnsmasq", "udhcpc", "iperf3"];
-    if scenarios.iter().any(Scenario::is_on_a_network) {
+    if config.through_host || scenarios.iter().any(Scenario::is_on_a_network) {
         tools.push("nft");
     }
     if let Some(reason) = crate::lab::missing(&tools) {
@@ -96,13 +101,16 @@ pub fn run(config: &BenchConfig) -> Result<(), BenchError> {
         settings.limit_sockets(bytes).map_err(site::during("setting rmem_max and wmem_max"))?;
     }
     let front_end_args = front_end_args(config);
+    let cpu = RunCpu::begin();
     let mut report = empty_report(config, &backends, &front_end_args);
+    report.cpu_of = cpu.what().into();
     if scenarios.iter().any(|scenario| matches!(scenario, Scenario::Wan(_))) {
         report.wan = Some(wan::conditions(config.congestion.as_deref()));
     }
     let mut results = Results::default();
     let sampler = Sampler {
         integration: &config.integration,
+        cpu: &cpu,
         seconds: config.seconds,
         front_end_args: &front_end_args,
         congestion: config.congestion.as_deref(),
@@ -133,6 +141,9 @@ fn backends(config: &BenchConfig, scenarios: &[Scenario]) -> Vec<Backend> {
         backends.push(Backend::vunet_on_tap());
         backends.push(Backend::vunet_translated());
     }
+    if config.through_host {
+        backends.extend(Backend::through_host());
+    }
     backends.extend(config.peers.iter().cloned());
     if config.bounds {
         backends.extend(Backend::bounds());
@@ -147,6 +158,7 @@ fn empty_report(config: &BenchConfig, backends: &[Backend], front_end_args: &[St
         commit: report::commit(),
         command: config.command.clone(),
         started_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |t| t.as_secs()),
+        cpu_of: String::new(),
         load_average_before: load_average(),
         load_average_after: String::new(),
         seconds: config.seconds,

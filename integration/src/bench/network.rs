@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::dhcp::DhcpClient;
-use super::measure::{CpuMark, Sample, Sampler};
+use super::measure::{Sample, Sampler};
 use super::scenario::{self as m, Scenario};
 use super::site::{Backend, BackendKind, BenchError, Site, during};
 use crate::lab::{self, GuestProcess, Netns, Process, SHORT};
@@ -151,7 +151,7 @@ impl Sampler<'_> {
             Joined::by_loops(site, &second)?
         };
         let _server = lab::start_iperf3(&second)?;
-        let mark = CpuMark::of(joined.pids())?;
+        let mark = self.mark_of(joined.pids())?;
         let said = self.iperf3_client(&site.lab.guest, to, &[], 1, SHORT)?;
         let (cpu, machine) = mark.since()?;
         for process in &mut joined.between {

@@ -58,6 +58,17 @@ pub(super) fn machine_cpu_seconds() -> io::Result<f64> {
     Ok(ticks as f64 / clock_ticks_per_second())
 }
 
+/// Process ids of all whose name begins with `name`.
+pub(super) fn named(name: &str) -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let is_so = |pid: &u32| {
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm"));
+        comm.is_ok_and(|comm| comm.starts_with(name))
+    };
+    pids.filter(is_so).collect()
+}
+
 /// Resident bytes of the mappings in an `smaps` text that belong to the process: all but those that
 /// are shared *and* writable, which is how guest memory is mapped. Program text counts, though other
 /// processes may share it.

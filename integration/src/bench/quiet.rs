@@ -4,7 +4,7 @@ use std::net::TcpStream;
 use std::time::Instant;
 
 use super::load;
-use super::measure::{CpuMark, SETTLE, Sample, Sampler};
+use super::measure::{SETTLE, Sample, Sampler};
 use super::procfs;
 use super::scenario::{self as m, Quiet, Scenario};
 use super::site::{Backend, BenchError, Site, during};
@@ -39,7 +39,7 @@ impl Sampler<'_> {
             return Err(BenchError::NotApplicable);
         };
         let sleeps = || procfs::sleeps(pid).map_err(during("context switches of the back-end"));
-        let (mark, before, started) = (CpuMark::now(site)?, sleeps()?, Instant::now());
+        let (mark, before, started) = (self.mark(site)?, sleeps()?, Instant::now());
         std::thread::sleep(self.duration());
         let (wakes, seconds) = ((sleeps()? - before) as f64, started.elapsed().as_secs_f64());
         let (cpu, _) = mark.since()?;

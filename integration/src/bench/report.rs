@@ -45,6 +45,8 @@ pub(super) struct Report {
     pub(super) commit: String,
     pub(super) command: String,
     pub(super) started_unix_seconds: u64,
+    /// Whose time "machine CPU" is.
+    pub(super) cpu_of: String,
     pub(super) load_average_before: String,
     pub(super) load_average_after: String,
     pub(super) seconds: f64,
@@ -160,7 +162,11 @@ impl Report {
             self.commit, self.repetitions, self.seconds, self.load_average_before, self.load_average_after,
         ));
         line(&format!("\n```sh\n{}\n```\n", self.command));
-        line(&format!("Front-ends: `{}`.\n", self.front_end_args.join(" ")));
+        line(&format!(
+            "Front-ends: `{}`. \"Machine CPU\" is {}.\n",
+            self.front_end_args.join(" "),
+            self.cpu_of
+        ));
         if let Some(wan) = &self.wan {
             line(&format!("{wan}\n"));
         }
@@ -231,6 +237,7 @@ pub(super) mod tests {
             commit: "abc".into(),
             command: "vunet-integration bench".into(),
             started_unix_seconds: 0,
+            cpu_of: "all the machine did".into(),
             load_average_before: "0 0 0".into(),
             load_average_after: "1 1 1".into(),
             seconds: 1.0,

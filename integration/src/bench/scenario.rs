@@ -263,7 +263,7 @@ metrics! {
     LATE = "late on the link", "%", false;
     /// CPU time of the back-end for 10^9 bytes of payload.
     CPU_PER_GB = "backend CPU per GB", "s", false;
-    /// CPU time of the whole machine for 10^9 bytes of payload.
+    /// CPU time of the whole machine for 10^9 bytes of payload: of all that runs for it ([`super::cpu`]).
     MACHINE_PER_GB = "machine CPU per GB", "s", false;
     /// The slowest flow's share of the fastest's.
     FAIRNESS = "slowest/fastest flow", "", true;
@@ -273,6 +273,8 @@ metrics! {
     LOSS = "loss", "%", false;
     /// CPU time of the back-end for 10^6 datagrams that arrived.
     CPU_PER_MILLION = "backend CPU per million", "s", false;
+    /// CPU time of the whole machine for 10^6 datagrams that arrived.
+    MACHINE_PER_MILLION = "machine CPU per million", "s", false;
     /// Half of the exchanges took less.
     P50 = "p50", "us", false;
     /// 99 of 100 exchanges took less.

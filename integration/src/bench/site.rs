@@ -10,16 +10,17 @@ use thiserror::Error;
 
 use super::names;
 use super::scenario::Scenario;
+use super::through;
 use crate::guest::Counters;
 use crate::lab::{self, GuestProcess, Lab, LabError, Process, SHORT, WORLD};
 
 /// Time a back-end gets to be up and give a lease.
 const LEASE_PATIENCE: Duration = Duration::from_secs(15);
-/// The world's end of a link that is not the lab's own.
-const WORLD_END: &str = "e1";
+/// The world's end of a link that is not the lab's own, or the host's if it routes.
+pub(super) const WORLD_END: &str = "e1";
 /// On it, the address vunet holds for its packet NAT, and the world's.
-const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
-const OUTSIDE_ROUTER: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
+pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 2);
+pub(super) const OUTSIDE_ROUTER: Ipv4Addr = Ipv4Addr::new(198, 18, 0, 1);
 /// Arguments of every front-end, before a user's: each frame from the guest lies in one descriptor,
 /// because passt of January 2025 ends with an assertion on a chain of several.
 pub(super) const FRONT_END_ARGS: [&str; 2] = ["--tx-cuts", "65562"];
@@ -65,6 +66,15 @@ pub enum BackendKind {
     /// them. With `{tap}`, it puts the guest on a TAP of that name in the world's namespace, as the copy
     /// loop does.
     VhostUser(Vec<String>),
+    /// vunet on a link of the host's, over which the world is reached.
+    ThroughHost {
+        /// The words of its command.
+        words: Vec<String>,
+        /// What leads to the world.
+        way: Way,
+        /// What of the guest the world sees.
+        seen: Seen,
+    },
     /// No back-end: the guest's namespace is joined to the world's by a veth pair.
     Veth,
     /// No back-end: two TAPs and a process that copies frames between them.
@@ -75,6 +85,26 @@ pub enum BackendKind {
     OnNetwork,
     /// No back-end: a copy loop from each guest's TAP to one on a bridge.
     LoopsOverBridge,
+}
+
+/// What leads from a link of the host's to the world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The host routes what comes from `{tap}`.
+    Routed,
+    /// The link is a bridge, on which the world is too.
+    Bridged,
+}
+
+/// Under which address the world sees a guest behind a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Its own.
+    Own,
+    /// One that vunet holds: its packet NAT.
+    Vunets,
+    /// The host's: the kernel masquerades.
+    Hosts,
 }
 
 impl Backend {
@@ -108,6 +138,33 @@ impl Backend {
         Backend { name: "vunet's packet NAT".into(), kind: BackendKind::VhostUser(words) }
     }
 
+    /// The same through a host: with a TAP that is routed, where what differs is who translates; and on a bridge, as one
+    /// would have vunet hold an address on a LAN.
+    pub fn through_host() -> [Backend; 5] {
+        let through = |name: &str, way: Way, seen: Seen| {
+            let like =
+                if seen == Seen::Vunets { Backend::vunet_translated() } else { Backend::vunet_on_tap() };
+            let BackendKind::VhostUser(mut words) = like.kind else {
+                unreachable!("vunet is a vhost-user back-end")
+            };
+            if way == Way::Bridged {
+                let bridge = format!("bridge={}", lab::BRIDGE);
+                words
+                    .iter_mut()
+                    .filter(|word| *word == "tap={tap}")
+                    .for_each(|word| word.clone_from(&bridge));
+            }
+            Backend { name: name.into(), kind: BackendKind::ThroughHost { words, way, seen } }
+        };
+        [
+            through("bridge mode, routed", Way::Routed, Seen::Own),
+            through("packet NAT, routed", Way::Routed, Seen::Vunets),
+            through("kernel masquerade", Way::Routed, Seen::Hosts),
+            through("bridge mode, on a bridge", Way::Bridged, Seen::Own),
+            through("packet NAT, on a bridge", Way::Bridged, Seen::Vunets),
+        ]
+    }
+
     /// vunet on a named network, a process for each guest.
     pub fn vunet_on_network() -> Backend {
         Backend { name: "vunet on a network".into(), kind: BackendKind::OnNetwork }
@@ -136,7 +193,9 @@ impl Backend {
     /// The command of a vhost-user back-end, with files' names only.
     pub(super) fn command(&self) -> Option<String> {
         match &self.kind {
-            BackendKind::VhostUser(words) => Some(names::in_command(&words.join(" "))),
+            BackendKind::VhostUser(words) | BackendKind::ThroughHost { words, .. } => {
+                Some(names::in_command(&words.join(" ")))
+            }
             _ => None,
         }
     }
@@ -152,6 +211,9 @@ impl Backend {
             _ if scenario.is_on_a_network() => false,
             // There is no DHCP server on its TAP, and what a gateway answers it does not.
             BackendKind::VhostUser(_) if self.is_on_tap() && !carries_ip => false,
+            BackendKind::ThroughHost { .. } => {
+                carries_ip || matches!(scenario, Scenario::UdpFrom { .. } | Scenario::UdpTo { .. })
+            }
             BackendKind::VhostUser(words) => one_pair || words.iter().any(|word| word.contains("{queues}")),
             BackendKind::Veth | BackendKind::TapLoop => one_pair && carries_ip,
             BackendKind::Sockets => one_pair && matches!(scenario, Scenario::Tcp { .. } | Scenario::Wan(_)),
@@ -252,6 +314,15 @@ impl Site {
                 let netns = if backend.is_on_tap() { &self.lab.world } else { &self.lab.host };
                 self.backend = Some(netns.spawn(&words)?);
             }
+            BackendKind::ThroughHost { words, way, seen } => {
+                let command = fill_in(words, &self.socket, scenario);
+                let words: Vec<&str> = command.iter().map(String::as_str).collect();
+                through::prepare(&self.lab, *way, *seen)?;
+                let backend = self.backend.insert(self.lab.host.spawn(&words)?);
+                through::make_way(&self.lab, *way, *seen).map_err(|e| {
+                    BenchError::Result(format!("{e}\nback-end: {}", backend.errors().join("\n")))
+                })?;
+            }
             BackendKind::Veth => self.join_veth(scenario.ip_mtu())?,
             BackendKind::TapLoop => self.join_taps(scenario.ip_mtu())?,
             // Their guests are more than a site's own.
@@ -290,12 +361,15 @@ impl Site {
         args: &[&str],
     ) -> Result<(), BenchError> {
         self.start(backend, scenario)?;
-        if !matches!(backend.kind, BackendKind::VhostUser(_)) {
+        if !matches!(backend.kind, BackendKind::VhostUser(_) | BackendKind::ThroughHost { .. }) {
             return Ok(());
         }
         let words = self.front_end_words(scenario, args);
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         self.guest = Some(self.lab.attach(&self.socket, &words).map_err(|e| self.explain(&e))?);
+        if let BackendKind::ThroughHost { seen: Seen::Own | Seen::Hosts, .. } = backend.kind {
+            return self.address_guest();
+        }
         if backend.is_translated() {
             self.address_world(OUTSIDE_ROUTER)?;
         } else if backend.is_on_tap() {
@@ -329,24 +403,24 @@ impl Site {
         self.address_ends()
     }
 
-    /// Gives the guest vunet's usual address and the world its gateway's, on the link between them.
+    /// Gives the world an address on the link to the guest.
     fn address_world(&self, address: Ipv4Addr) -> Result<(), BenchError> {
-        let (world, address) = (self.lab.world.name(), format!("{address}/24"));
-        lab::run(&["ip", "-n", world, "addr", "add", &address, "dev", WORLD_END], SHORT)?;
-        lab::run(&["ip", "-n", world, "link", "set", WORLD_END, "up"], SHORT)?;
+        self.lab.ip(&self.lab.world, &format!("addr add {address}/24 dev {WORLD_END}"))?;
+        self.lab.ip(&self.lab.world, &format!("link set {WORLD_END} up"))?;
         Ok(())
     }
 
+    /// Gives the guest vunet's usual address and the world its gateway's, on the link between them.
     fn address_ends(&self) -> Result<(), BenchError> {
-        let ends = [(&self.lab.guest, "eth0", lab::GUEST), (&self.lab.world, WORLD_END, lab::GATEWAY)];
-        for (netns, interface, address) in ends {
-            let address = format!("{address}/24");
-            lab::run(&["ip", "-n", netns.name(), "addr", "add", &address, "dev", interface], SHORT)?;
-            lab::run(&["ip", "-n", netns.name(), "link", "set", interface, "up"], SHORT)?;
-        }
-        let via: Ipv4Addr = lab::GATEWAY;
-        let words = ["ip", "-n", self.lab.guest.name(), "route", "add", "default", "via"];
-        lab::run(&[&words[..], &[&via.to_string()]].concat(), SHORT)?;
+        self.address_world(lab::GATEWAY)?;
+        self.address_guest()
+    }
+
+    /// Gives the guest vunet's usual address and gateway.
+    fn address_guest(&self) -> Result<(), BenchError> {
+        self.lab.ip(&self.lab.guest, &format!("addr add {}/24 dev eth0", lab::GUEST))?;
+        self.lab.ip(&self.lab.guest, "link set eth0 up")?;
+        self.lab.ip(&self.lab.guest, &format!("route add default via {}", lab::GATEWAY))?;
         Ok(())
     }
 
@@ -416,6 +490,11 @@ mod tests {
     fn a_command_with_a_tap_takes_part_where_addresses_are_enough() {
         let tap: Backend = "ch=x socket={socket},tap={tap},queues={queues}".parse().unwrap();
         let tcp = Scenario::Tcp { to_guest: true, ip_mtu: 1500, flows: 1, pairs: 1 };
+        let udp = Scenario::UdpFrom { payload_bytes: 64, pairs: None };
+        for through in Backend::through_host() {
+            assert!(through.takes_part(tcp) && through.takes_part(udp));
+            assert!(!through.takes_part(Scenario::Lease));
+        }
         for backend in [tap.clone(), Backend::vunet_on_tap()] {
             assert!(backend.is_on_tap() && backend.takes_part(tcp) && !backend.takes_part(Scenario::Lease));
         }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::measure::{CpuMark, Sample, Sampler, number};
+use super::measure::{Sample, Sampler, number};
 use super::procfs::{self, LinkCounters};
 use super::scenario::{self as m, PAIRS_FLOWS, Scenario};
 use super::server::{BLAST_PORT, UNREAD_PORT};
@@ -35,11 +35,20 @@ struct Blasted {
     seconds: f64,
     /// Of the back-end.
     cpu_seconds: Option<f64>,
+    /// Of everything.
+    machine_cpu_seconds: f64,
 }
 
 /// Datagrams in frames that may hold several of them behind one header (UDP segmentation offload).
 fn datagrams(frames: u64, bytes: u64, payload_bytes: u16) -> u64 {
     bytes.saturating_sub(frames * UDP_HEADERS_BYTES) / u64::from(payload_bytes)
+}
+
+/// What a million datagrams that arrived took of the back-end and of everything.
+fn per_million(sample: &mut Sample, backend: Option<f64>, machine: f64, arrived: f64) {
+    let each = 1e6 / arrived.max(1.0);
+    sample.extend(backend.map(|cpu| (m::CPU_PER_MILLION, cpu * each)));
+    sample.push((m::MACHINE_PER_MILLION, machine * each));
 }
 
 /// Share of `sent` that did not arrive, in percent.
@@ -66,15 +75,15 @@ impl Sampler<'_> {
         };
         let generate = format!("udp:{frame_bytes}:{to}:{UNREAD_PORT}");
         let count = || site.lab.world.inside(|| arrived(to == BLACKHOLE, payload_bytes));
-        let (mark, before) = (CpuMark::now(site)?, count()?);
+        let (mark, before) = (self.mark(site)?, count()?);
         let args = ["--generate", &generate, "--flows", &flows.to_string()];
         let said = site.frames(scenario, self.seconds, &args)?;
-        let (cpu, _) = mark.since()?;
+        let (cpu, machine) = mark.since()?;
         let arrived = (count()? - before) as f64;
         let (sent, seconds) = (number(&said["sent"], "sent")?, number(&said["seconds"], "seconds")?);
         let mut sample = vec![(m::PACKETS, arrived / seconds / 1e3)];
         sample.push((m::LOSS, loss_percent(sent, arrived)));
-        sample.extend(cpu.map(|cpu| (m::CPU_PER_MILLION, cpu * 1e6 / arrived.max(1.0))));
+        per_million(&mut sample, cpu, machine, arrived);
         Ok(sample)
     }
 
@@ -88,9 +97,10 @@ impl Sampler<'_> {
         blast: Blast,
     ) -> Result<Sample, BenchError> {
         site.start(backend, scenario)?;
-        let Blasted { arrived, seconds, cpu_seconds, .. } = self.blast(site, scenario, blast)?;
+        let Blasted { arrived, seconds, cpu_seconds, machine_cpu_seconds, .. } =
+            self.blast(site, scenario, blast)?;
         let mut sample = vec![(m::PACKETS, arrived / seconds / 1e3)];
-        sample.extend(cpu_seconds.map(|cpu| (m::CPU_PER_MILLION, cpu * 1e6 / arrived.max(1.0))));
+        per_million(&mut sample, cpu_seconds, machine_cpu_seconds, arrived);
         let mut site = self.site(None)?;
         site.start(backend, scenario)?;
         let rate = (arrived / seconds) as u64 * PACED_PERCENT / 100;
@@ -109,9 +119,9 @@ impl Sampler<'_> {
             ["--blast-bytes", &bytes, "--blast-ms", &millis, "--blast-rate", &rate, "--blast-run", run];
         let server = site.serve(&args)?;
         let knock = format!("udp:64:{WORLD}:{BLAST_PORT}");
-        let mark = CpuMark::now(site)?;
+        let mark = self.mark(site)?;
         let said = site.frames(scenario, self.seconds + 1.0, &["--generate", &knock, "--frames-max", "1"])?;
-        let (cpu_seconds, _) = mark.since()?;
+        let (cpu_seconds, machine_cpu_seconds) = mark.since()?;
         let line = server.wait_line(SHORT, "the datagrams' count", |line| line.contains("\"sent\""))?;
         let line: Value = serde_json::from_str(&line).map_err(|e| BenchError::Result(e.to_string()))?;
         let of = |name: &str| said[name].as_u64().unwrap_or(0);
@@ -121,6 +131,7 @@ impl Sampler<'_> {
             arrived,
             seconds: number(&line["seconds"], "seconds")?,
             cpu_seconds,
+            machine_cpu_seconds,
         })
     }
 }

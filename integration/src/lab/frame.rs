@@ -101,6 +101,40 @@ pub fn udp_frame(from: ([u8; 6], SocketAddrV4), to: ([u8; 6], SocketAddrV4), pay
     ip_frame((from.0, *from.1.ip()), (to.0, *to.1.ip()), 17, &udp)
 }
 
+/// What a TCP segment without options says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Sequence number.
+    pub seq: u32,
+    /// Acknowledgement number, sent whether or not the flag is set.
+    pub ack: u32,
+    /// Flags, as in the header's octet.
+    pub flags: u8,
+    /// Window in bytes.
+    pub window: u16,
+    /// Payload in bytes.
+    pub payload_bytes: u16,
+}
+
+/// A whole frame with one TCP segment, checksums included.
+///
+/// # Panics
+/// If the payload does not fit one IPv4 packet.
+pub fn tcp_frame(from: ([u8; 6], SocketAddrV4), to: ([u8; 6], SocketAddrV4), segment: &Segment) -> Vec<u8> {
+    let mut tcp = [from.1.port().to_be_bytes(), to.1.port().to_be_bytes()].concat();
+    tcp.extend(segment.seq.to_be_bytes());
+    tcp.extend(segment.ack.to_be_bytes());
+    tcp.extend([0x50, segment.flags]);
+    tcp.extend(segment.window.to_be_bytes());
+    tcp.extend([0; 4]);
+    tcp.resize(20 + usize::from(segment.payload_bytes), 0x55);
+    let len = u16::try_from(tcp.len()).expect("a segment that fits");
+    let pseudo = [from.1.ip().octets(), to.1.ip().octets()].concat();
+    let checksum = fold(sum(&tcp, sum(&pseudo, 6 + u32::from(len))));
+    tcp[16..18].copy_from_slice(&checksum);
+    ip_frame((from.0, *from.1.ip()), (to.0, *to.1.ip()), 6, &tcp)
+}
+
 fn ip_frame(from: ([u8; 6], Ipv4Addr), to: ([u8; 6], Ipv4Addr), protocol: u8, transport: &[u8]) -> Vec<u8> {
     let len = u16::try_from(20 + transport.len()).expect("a packet that fits");
     let mut ip = vec![0x45, 0];

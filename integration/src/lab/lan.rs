@@ -67,7 +67,11 @@ impl Lab {
         self.start_lan_dhcp()
     }
 
-    fn make_bridge(&self, host: Ipv4Addr) -> Result<(), LabError> {
+    /// Makes [`BRIDGE`] with the host's link on it and an address of the host's.
+    ///
+    /// # Errors
+    /// If a link cannot be had.
+    pub fn make_bridge(&self, host: Ipv4Addr) -> Result<(), LabError> {
         for words in [
             &format!("link add {BRIDGE} type bridge"),
             &format!("link set {BRIDGE} up"),

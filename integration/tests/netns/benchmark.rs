@@ -89,6 +89,38 @@ fn the_tap_path_is_measured_beside_its_bound() {
 }
 
 #[test]
+fn ways_through_a_host_are_measured_whoever_translates() {
+    if let Some(reason) = missing(&["nft"]) {
+        return skip(&reason);
+    }
+    let args = ["--without-vunet", "--through-host", "--only", "tcp-from-1500-1,udp-from-64,udp-to-64"];
+    benchmark(&args, |record| {
+        for backend in [
+            "bridge mode, routed",
+            "packet NAT, routed",
+            "kernel masquerade",
+            "bridge mode, on a bridge",
+            "packet NAT, on a bridge",
+        ] {
+            let rate = median(record, "tcp-from-1500-1", backend, "rate")?;
+            let carried = rate > 0.5;
+            ensure!(carried, "{backend} carried {rate} Gbit/s");
+            for scenario in ["udp-from-64", "udp-to-64"] {
+                let packets = median(record, scenario, backend, "packets")?;
+                let own = median(record, scenario, backend, "backend CPU per million")?;
+                let all = median(record, scenario, backend, "machine CPU per million")?;
+                let arrived = packets > 5.0 && own > 0.0;
+                ensure!(arrived, "{scenario}: {packets} thousand/s through {backend}, {own} s a million");
+                // Clock ticks of one, microseconds of the other.
+                let whole = all > 0.8 * own;
+                ensure!(whole, "{scenario}: {backend} took {own} s of {all} s for a million");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn guest_to_guest_is_measured_beside_two_copy_loops_over_the_same_kind_of_bridge() {
     if let Some(reason) = missing(&["nft"]) {
         return skip(&reason);

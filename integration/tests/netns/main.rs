@@ -12,6 +12,7 @@ mod benchmark;
 mod bounds;
 mod congestion;
 mod control;
+mod conntrack;
 mod dns;
 mod doctor;
 mod ends;
