@@ -16,6 +16,7 @@ pub mod engine;
 pub mod frame;
 pub mod holder;
 pub mod limits;
+pub mod memory;
 pub mod network;
 pub mod postbox;
 mod random;

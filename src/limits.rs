@@ -425,6 +425,13 @@ pub const PACKET_INDEX_PROBES_MAX: usize = 12;
 /// a few nanoseconds where 65,536 are in use at random, and a thousand lose more where 1,024 are.
 pub const PACKET_CACHE_ENTRIES: usize = 4096;
 
+/// Packets whose flows a packet NAT has fetched before it looks up the first: as many misses as a core has under way (10 to
+/// 16). Eight wait longer, 64 gain nothing.
+pub const PACKET_AHEAD_FRAMES: usize = 16;
+
+/// Flows from which on that is worth its 10 ns a packet: fewer lie, with their indices, in a cache of 2 MiB a core.
+pub const PACKET_AHEAD_FLOWS_MIN: usize = 8192;
+
 /// Flows a packet NAT looks at in one turn because their time may have come: each may cost several cache misses, all
 /// of them some 50 us.
 pub const PACKET_TIMERS_EXAMINED: usize = 256;

@@ -18,6 +18,7 @@
 
 use super::flow::{Flow, Inbound, Outbound};
 use crate::limits;
+use crate::memory::{self, HUGE_PAGE_BYTES};
 
 /// A key's hash: the low bits say which bucket is its own, the top bits are its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +139,7 @@ struct At {
 #[derive(Debug)]
 struct Slots {
     /// All buckets, from `first` on. Plain words, so that a large index comes as zeroed pages of the kernel's, each
-    /// when it is first written: filling it all at once would take milliseconds.
+    /// when it is first written: filling it all at once would take milliseconds. From a huge page on it asks for those.
     words: Vec<u32>,
     first: usize,
     buckets: usize,
@@ -149,9 +150,14 @@ struct Slots {
 
 impl Slots {
     fn new(buckets: usize, hasher: Hasher, name_mask: u32) -> Slots {
-        let words = vec![EMPTY; (buckets + 1) * BUCKET_SLOTS];
-        let first = words.as_ptr().align_offset(size_of::<Bucket>());
-        let first = if first < BUCKET_SLOTS { first } else { 0 };
+        let bytes = buckets * size_of::<Bucket>();
+        let align = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { size_of::<Bucket>() };
+        let words = vec![EMPTY; (bytes + align) / size_of::<u32>()];
+        if align == HUGE_PAGE_BYTES {
+            memory::ask_for_huge_pages(&words, 0);
+        }
+        let first = words.as_ptr().align_offset(align);
+        let first = if first < align / size_of::<u32>() { first } else { 0 };
         Slots { words, first, buckets, hasher, name_mask }
     }
 
@@ -290,6 +296,12 @@ impl Index {
             Some((index, _)) => Some(index),
             None => self.find_former(key, flows),
         }
+    }
+
+    /// Has the bucket fetched that [`Index::find`] looks at first.
+    #[inline]
+    pub(super) fn prefetch(&self, hash: Hash) {
+        memory::prefetch(self.slots.bucket(hash.0 as usize & self.slots.mask()));
     }
 
     /// The first flow [`Index::find`] will probably look at, whoever it is.

@@ -246,6 +246,15 @@ impl PacketNat {
         }
     }
 
+    /// Frames from `side` that will be handed over next begin with `heads`: what their flows need is fetched meanwhile, of
+    /// [`limits::PACKET_AHEAD_FRAMES`](crate::limits::PACKET_AHEAD_FRAMES) at a time. No verdict depends on it, and heads may say anything.
+    pub fn expect<'a>(&self, side: Side, heads: impl Iterator<Item = &'a [u8]>) {
+        match side {
+            Side::Guest => self.table.expect_outbound(heads.map(plain::outbound_at_first_sight)),
+            Side::World => self.table.expect_inbound(heads.map(plain::inbound_at_first_sight)),
+        }
+    }
+
     /// The frame of the last [`Verdict::Answer`], whose Ethernet addresses the caller writes.
     pub fn answer(&self) -> &[u8] {
         self.answers.frame()

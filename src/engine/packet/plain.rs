@@ -163,6 +163,29 @@ impl Plain {
     }
 }
 
+/// Both ends of a frame that begins with `head` if it is plain: source and destination, address and port. Nothing is judged.
+#[inline(always)]
+fn ends_at_first_sight(head: &[u8]) -> (Protocol, [(Ipv4Addr, u16); 2]) {
+    let head: &[u8; UDP_HEAD_BYTES] = head.first_chunk().unwrap_or(&[0; UDP_HEAD_BYTES]);
+    let src = (Ipv4Addr::from_bits(be32(head, IP_AT + SOURCE)), be16(head, TRANSPORT_AT));
+    let dst = (Ipv4Addr::from_bits(be32(head, IP_AT + DESTINATION)), be16(head, TRANSPORT_AT + 2));
+    (Protocol(head[IP_AT + 9]), [src, dst])
+}
+
+/// How a frame of the guest that begins with `head` is known if it is plain; a key of nobody if it is not.
+#[inline(always)]
+pub(super) fn outbound_at_first_sight(head: &[u8]) -> Outbound {
+    let (protocol, [(guest, guest_port), (remote, remote_port)]) = ends_at_first_sight(head);
+    Outbound { protocol, guest, guest_port, remote, remote_port }
+}
+
+/// The same of the world.
+#[inline(always)]
+pub(super) fn inbound_at_first_sight(head: &[u8]) -> Inbound {
+    let (protocol, [(remote, remote_port), (_, external_port)]) = ends_at_first_sight(head);
+    Inbound { protocol, external_port, remote, remote_port }
+}
+
 /// Whether the head holds a whole header of TCP that opens nothing.
 #[inline(always)]
 fn segment_is_plain(head: &[u8], payload_bytes: u16) -> bool {
