@@ -99,6 +99,10 @@ pub const TX_BATCH_FRAMES: usize = 256;
 /// milliseconds.
 pub const TX_BATCH_BYTES: usize = 4 << 20;
 
+/// Frames of a transmit ring that are looked at before the first is handed on, at most: as many as a packet NAT has looked up
+/// together.
+pub const TX_AHEAD_FRAMES_MAX: usize = PACKET_AHEAD_FRAMES;
+
 /// Batches of datagrams taken from one socket before the next has its turn.
 pub const DATAGRAM_BATCHES: usize = 4;
 
@@ -336,6 +340,9 @@ pub const DATAGRAM_BYTES_MAX: usize = 65_507;
 
 /// Frames taken from one TAP queue before the guest's own frames have their turn.
 pub const LINK_BATCH_FRAMES: usize = 64;
+
+/// Frames of a link are read ahead of their translation while they are no longer than this: a longer one is dearer to copy.
+pub const LINK_AHEAD_FRAME_BYTES: usize = 512;
 
 /// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
 /// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.

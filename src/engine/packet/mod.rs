@@ -246,6 +246,11 @@ impl PacketNat {
         }
     }
 
+    /// Whether it has so many flows that [`PacketNat::expect`] saves time.
+    pub fn is_large(&self) -> bool {
+        self.table.is_large()
+    }
+
     /// Frames from `side` that will be handed over next begin with `heads`: what their flows need is fetched meanwhile, of
     /// [`limits::PACKET_AHEAD_FRAMES`](crate::limits::PACKET_AHEAD_FRAMES) at a time. No verdict depends on it, and heads may say anything.
     pub fn expect<'a>(&self, side: Side, heads: impl Iterator<Item = &'a [u8]>) {

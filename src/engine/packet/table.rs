@@ -345,6 +345,12 @@ impl FlowTable {
         self.wheel.next()
     }
 
+    /// Whether it has, or had, so many flows that packets wait for them.
+    #[inline]
+    pub fn is_large(&self) -> bool {
+        self.flows.len() >= limits::PACKET_AHEAD_FLOWS_MIN
+    }
+
     /// Has fetched what [`FlowTable::find_outbound`] of these keys will read, the first [`limits::PACKET_AHEAD_FRAMES`] of
     /// them: their cache misses are waited for together. It changes no answer.
     #[inline]
@@ -360,7 +366,7 @@ impl FlowTable {
 
     #[inline]
     fn expect(&self, index: &Index, keys: impl Iterator<Item = impl Key>) {
-        if self.flows.len() < limits::PACKET_AHEAD_FLOWS_MIN {
+        if !self.is_large() {
             return;
         }
         let mut hashes = [Hash(0); limits::PACKET_AHEAD_FRAMES];
