@@ -320,13 +320,19 @@ impl Index {
         former.find(former.hasher.hash(key.words()), wanted).map(|(index, _)| index)
     }
 
-    /// Puts flow `index` in, whose key `K` must not be in yet; moves on with a change of size or key.
-    pub(super) fn insert<K: Key>(&mut self, index: u32, flows: &[Flow], random: &mut impl FnMut() -> u64) {
+    /// Puts flow `index` in, whose key `K` with this hash must not be in yet; moves on with a change of size or key.
+    pub(super) fn insert<K: Key>(
+        &mut self,
+        index: u32,
+        hash: Hash,
+        flows: &[Flow],
+        random: &mut impl FnMut() -> u64,
+    ) {
         self.go_on::<K>(flows);
         if self.former.is_none() && (self.len + 1) * 2 > self.slots.count() {
             self.replace(self.slots.buckets * 2, self.slots.hasher);
         }
-        let hash = self.hash(&K::of(&flows[index as usize]));
+        debug_assert_eq!(hash, self.hash(&K::of(&flows[index as usize])), "no insertion came between");
         let probed = self.slots.insert(hash, index);
         self.len += 1;
         if probed > limits::PACKET_INDEX_PROBES_MAX && self.former.is_none() {
@@ -410,6 +416,11 @@ mod tests {
         Flow::new(key, FlowFlags::LIVE, Ticks(0), 0)
     }
 
+    fn put(index: &mut Index, at: u32, flows: &[Flow], random: &mut impl FnMut() -> u64) {
+        let hash = index.hash(&Outbound::of(&flows[at as usize]));
+        index.insert::<Outbound>(at, hash, flows, random);
+    }
+
     fn find(index: &Index, flow: &Flow, flows: &[Flow]) -> Option<u32> {
         let key = Outbound::of(flow);
         index.find(&key, index.hash(&key), flows)
@@ -449,7 +460,7 @@ mod tests {
         let collides = |flow: &Flow| known.hash(Outbound::of(flow).words()).0 % (1 << 12) == 7;
         let flows: Vec<Flow> = (0..u32::MAX).map(|n| flow(n, 1, 2, 3)).filter(collides).take(300).collect();
         for at in 0..300 {
-            index.insert::<Outbound>(at, &flows, &mut random);
+            put(&mut index, at, &flows, &mut random);
             for before in 0..=at {
                 assert_eq!(find(&index, &flows[before as usize], &flows), Some(before), "{at}");
             }
@@ -465,7 +476,7 @@ mod tests {
         let flows: Vec<Flow> = (0..1 << 16).map(|n| flow(n, 1, 2, 3)).collect();
         let mut moving = 0;
         for at in 0..flows.len() as u32 {
-            index.insert::<Outbound>(at, &flows, &mut random);
+            put(&mut index, at, &flows, &mut random);
             assert!(index.len * 2 <= index.slots.count());
             moving += u32::from(index.former.is_some());
         }
@@ -495,7 +506,7 @@ mod tests {
                     index.remove::<Outbound>(at, &flows);
                 } else {
                     model.insert(at, ());
-                    index.insert::<Outbound>(at, &flows, &mut random);
+                    put(&mut index, at, &flows, &mut random);
                 }
                 if kind == 0 {
                     for _ in 0..4 {

@@ -268,16 +268,17 @@ impl FlowTable {
             return Err(InsertError::Full);
         }
         let (outbound, inbound) = (key.outbound(), key.inbound());
-        if self.outbound.find(&outbound, self.outbound.hash(&outbound), &self.flows).is_some() {
+        let (out_hash, in_hash) = (self.outbound.hash(&outbound), self.inbound.hash(&inbound));
+        if self.outbound.find(&outbound, out_hash, &self.flows).is_some() {
             return Err(InsertError::GuestSide);
         }
-        if self.has_inbound(&inbound) {
+        if self.inbound.find(&inbound, in_hash, &self.flows).is_some() {
             return Err(InsertError::WorldSide);
         }
         let index = self.place(flow);
         let mut random = || self.random.next_u64();
-        self.outbound.insert::<Outbound>(index, &self.flows, &mut random);
-        self.inbound.insert::<Inbound>(index, &self.flows, &mut random);
+        self.outbound.insert::<Outbound>(index, out_hash, &self.flows, &mut random);
+        self.inbound.insert::<Inbound>(index, in_hash, &self.flows, &mut random);
         self.guests.add(&mut self.flows, index);
         let end = self.flows[index as usize].end();
         self.wheel.put(&mut self.flows, index, end);
