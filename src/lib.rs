@@ -19,6 +19,7 @@ pub mod histogram;
 pub mod holder;
 pub mod limits;
 pub mod log;
+pub mod memory;
 pub mod network;
 pub mod postbox;
 mod random;

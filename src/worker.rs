@@ -473,8 +473,11 @@ impl Worker {
     fn drain(&mut self, now: Instant, pair: QueuePair) -> Drained {
         let (engine, link) = (&mut self.engine, &mut self.link);
         let (tx, rx) = self.queues.split();
+        tx.set_ahead(link.as_ref().map_or(1, LinkEnd::frames_ahead));
         tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
+                (TxEvent::Coming(heads), Some(link)) => link.expect_from_guest(heads.iter()),
+                (TxEvent::Coming(_), None) => {}
                 (TxEvent::Frame(frame), Some(link)) => {
                     let left = if link.is_for_us(now, &frame) {
                         engine.from_guest(now, rx, &frame);

@@ -34,7 +34,7 @@ pub use ring::RingFault;
 pub use rx::RxSide;
 pub use session::{SessionError, SessionSide, SocketError};
 pub use stats::{ChainErrors, ControlStats, DeviceStats, RxStats, TxStats};
-pub use tx::{Drained, Taken, TxEvent, TxSide};
+pub use tx::{Drained, Heads, Taken, TxEvent, TxSide};
 
 use crate::addr::MacAddr;
 use crate::config::IpMtu;

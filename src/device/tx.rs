@@ -5,6 +5,9 @@
 //! frame; a batch is published once, with at most one notification. While a batch is full the
 //! driver is asked not to kick; when the queue is empty it is asked to, and looked at once more.
 //!
+//! Who takes the frames may want to see some ahead ([`TxSide::set_ahead`]): so many are popped and copied before the first is
+//! handed on, and what is not taken goes back.
+//!
 //! May touch: transmit rings, guest memory to read. Read first: virtio 1.3, 5.1.6.2; `ring`.
 
 use super::chain::{ChainBuf, ChainError};
@@ -13,7 +16,9 @@ use super::guest_mem::Segments;
 use super::ring::{Popped, Ring, RingFault, SharedMemory};
 use super::stats::TxStats;
 use crate::frame::{QueuePair, TxFrame};
-use crate::limits::{FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX, TX_BATCH_BYTES};
+use crate::limits::{
+    FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX, TX_AHEAD_FRAMES_MAX, TX_BATCH_BYTES,
+};
 use crate::wire::vnet::{Checksum, GsoKind, VNET_HEADER_BYTES, VnetHeader};
 
 /// Bytes of an Ethernet header: nothing shorter is a frame.
@@ -47,8 +52,54 @@ pub enum Taken {
 pub enum TxEvent<'a> {
     /// A frame.
     Frame(TxFrame<'a>),
+    /// Frames that are handed on next, if none before is refused; only with [`TxSide::set_ahead`].
+    Coming(Heads<'a>),
     /// The batch's frames are about to be the guest's again.
     BatchEnd,
+}
+
+/// First bytes of frames, as the frames will show them.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads<'a>(&'a [Slot]);
+
+impl<'a> Heads<'a> {
+    /// One after the other.
+    pub fn iter(self) -> impl Iterator<Item = &'a [u8]> {
+        self.0.iter().filter_map(|slot| match slot.holds {
+            Holds::Frame { whole_bytes, .. } => Some(&slot.head[..whole_bytes.min(FRAME_HEAD_BYTES)]),
+            Holds::BadChain(_) | Holds::NoFrame(_) | Holds::Discarded => None,
+        })
+    }
+}
+
+/// A chain that was popped and is not handed on yet.
+#[derive(Debug)]
+struct Slot {
+    chain: ChainBuf,
+    /// Its first descriptor.
+    first: u16,
+    holds: Holds,
+    head: Box<[u8; FRAME_HEAD_BYTES]>,
+}
+
+impl Slot {
+    fn new(memory: &SharedMemory) -> Slot {
+        let head = Box::new([0; FRAME_HEAD_BYTES]);
+        Slot { chain: ChainBuf::new(memory), first: 0, holds: Holds::Discarded, head }
+    }
+}
+
+/// What a chain holds, as it was judged when it was popped.
+#[derive(Clone, Copy, Debug)]
+enum Holds {
+    Frame {
+        vnet: VnetHeader,
+        whole_bytes: usize,
+    },
+    BadChain(ChainError),
+    NoFrame(FrameError),
+    /// The ring is disabled.
+    Discarded,
 }
 
 /// Whether the front-end enabled a ring (`VHOST_USER_SET_VRING_ENABLE`).
@@ -90,8 +141,11 @@ pub struct TxSide {
     pub(super) rings: [Option<TxRing>; QUEUE_PAIRS_MAX],
     pub(super) stats: TxStats,
     features: Features,
-    chain: ChainBuf,
-    head: Box<[u8; FRAME_HEAD_BYTES]>,
+    memory: SharedMemory,
+    /// One, or as many as were ever asked for.
+    slots: Vec<Slot>,
+    /// How many are used.
+    ahead: usize,
     /// A ring got a fault that `queues` has not seen yet.
     pub(super) any_fault: bool,
     /// The worker looks at the rings by itself.
@@ -104,8 +158,9 @@ impl TxSide {
             rings: [const { None }; QUEUE_PAIRS_MAX],
             stats: TxStats::default(),
             features: Features::NONE,
-            chain: ChainBuf::new(memory),
-            head: Box::new([0; FRAME_HEAD_BYTES]),
+            memory: memory.clone(),
+            slots: vec![Slot::new(memory)],
+            ahead: 1,
             any_fault: false,
             polled: false,
         }
@@ -122,7 +177,19 @@ impl TxSide {
     }
 
     pub(super) fn set_memory(&mut self, memory: &SharedMemory) {
-        self.chain.set_memory(memory);
+        self.memory = memory.clone();
+        for slot in &mut self.slots {
+            slot.chain.set_memory(memory);
+        }
+    }
+
+    /// So many frames, at least one and at most [`TX_AHEAD_FRAMES_MAX`], are looked at before the
+    /// first of them is handed on.
+    pub fn set_ahead(&mut self, frames: usize) {
+        self.ahead = frames.clamp(1, TX_AHEAD_FRAMES_MAX);
+        while self.slots.len() < self.ahead {
+            self.slots.push(Slot::new(&self.memory));
+        }
     }
 
     /// Pairs whose transmit ring runs.
@@ -141,13 +208,14 @@ impl TxSide {
         budget_frames: usize,
         mut each: impl FnMut(TxEvent<'_>) -> Taken,
     ) -> Drained {
-        let TxSide { rings, stats, features, chain, head, any_fault, polled } = self;
+        let TxSide { rings, stats, features, slots, ahead, any_fault, polled, .. } = self;
+        let slots = &mut slots[..*ahead];
         let Some(Some(tx)) = rings.get_mut(usize::from(pair.0)) else { return Drained::Down };
         if !tx.is_running() {
             return Drained::Down;
         }
         tx.ring.disarm();
-        let mut batch = Batch { tx, stats, features: *features, chain, head, pair, polled: *polled };
+        let mut batch = Batch { tx, stats, features: *features, slots, pair, polled: *polled };
         let outcome = batch.run(budget_frames, &mut each);
         let _ = each(TxEvent::BatchEnd);
         if batch.tx.ring.publish() {
@@ -169,8 +237,7 @@ struct Batch<'a> {
     tx: &'a mut TxRing,
     stats: &'a mut TxStats,
     features: Features,
-    chain: &'a mut ChainBuf,
-    head: &'a mut [u8; FRAME_HEAD_BYTES],
+    slots: &'a mut [Slot],
     pair: QueuePair,
     polled: bool,
 }
@@ -182,32 +249,52 @@ impl Batch<'_> {
         each: &mut impl FnMut(TxEvent<'_>) -> Taken,
     ) -> Result<Drained, RingFault> {
         let bytes_max = self.stats.bytes + TX_BATCH_BYTES as u64;
-        for _ in 0..budget {
-            if self.stats.bytes >= bytes_max {
-                break;
-            }
-            self.chain.clear();
-            let head = match self.tx.ring.pop(self.chain)? {
+        let mut left = budget;
+        while left > 0 && self.stats.bytes < bytes_max {
+            let popped = self.pop(left)?;
+            if popped == 0 {
                 // Polled: no kick is wanted, and there will be another look.
-                Popped::Empty if self.polled => return Ok(Drained::Empty),
-                Popped::Empty if self.tx.ring.arm()? => continue,
-                Popped::Empty => return Ok(Drained::Empty),
-                Popped::Bad { head, why } => {
-                    self.refuse(why);
-                    head
+                if !self.polled && self.tx.ring.arm()? {
+                    continue;
                 }
-                Popped::Chain { head } => {
-                    if self.hand_on(each) == Taken::NotNow {
-                        self.tx.ring.unpop(1);
-                        return Ok(Drained::Blocked);
+                return Ok(Drained::Empty);
+            }
+            left -= popped;
+            if popped > 1 {
+                let _ = each(TxEvent::Coming(Heads(&self.slots[..popped])));
+            }
+            for at in 0..popped {
+                let full = self.stats.bytes >= bytes_max;
+                if full || self.hand_on(at, each) == Taken::NotNow {
+                    self.tx.ring.unpop((popped - at) as u16);
+                    if full {
+                        break;
                     }
-                    head
+                    return Ok(Drained::Blocked);
                 }
-            };
-            self.tx.ring.complete(head, 0);
+                self.tx.ring.complete(self.slots[at].first, 0);
+            }
         }
         self.tx.ring.disarm();
         Ok(Drained::More)
+    }
+
+    /// Pops chains into the slots, at most `most`, and says how many there were.
+    fn pop(&mut self, most: usize) -> Result<usize, RingFault> {
+        let mut popped = 0;
+        for slot in self.slots.iter_mut().take(most) {
+            slot.chain.clear();
+            (slot.first, slot.holds) = match self.tx.ring.pop(&mut slot.chain) {
+                Ok(Popped::Empty) => break,
+                Ok(Popped::Bad { head, why }) => (head, Holds::BadChain(why)),
+                Ok(Popped::Chain { head }) => (head, judge_chain(slot, self.tx.enabled, self.features)),
+                Err(fault) if popped == 0 => return Err(fault),
+                // Met again once those before it are handed on.
+                Err(_) => break,
+            };
+            popped += 1;
+        }
+        Ok(popped)
     }
 
     fn refuse(&mut self, why: ChainError) {
@@ -217,23 +304,16 @@ impl Batch<'_> {
         }
     }
 
-    /// Judges the chain in `self.chain` and hands its frame on if it is one.
-    fn hand_on(&mut self, each: &mut impl FnMut(TxEvent<'_>) -> Taken) -> Taken {
-        if self.chain.writable.count() > 0 {
-            self.refuse(ChainError::WrongDirection);
-            return Taken::Yes;
-        }
-        if self.tx.enabled != Enabled::Yes {
-            self.stats.disabled += 1;
-            return Taken::Yes;
-        }
-        match read_frame(&self.chain.readable, self.features, self.head) {
-            Ok((vnet, whole_bytes)) => {
+    /// Hands the frame of a slot on if it holds one, and counts what it holds.
+    fn hand_on(&mut self, at: usize, each: &mut impl FnMut(TxEvent<'_>) -> Taken) -> Taken {
+        let slot = &self.slots[at];
+        match slot.holds {
+            Holds::Frame { vnet, whole_bytes } => {
                 let header_bytes = self.features.vnet_header_bytes();
                 let taken = each(TxEvent::Frame(TxFrame {
                     vnet,
-                    head: &self.head[..whole_bytes.min(FRAME_HEAD_BYTES)],
-                    whole: self.chain.readable.payload().range(header_bytes, whole_bytes),
+                    head: &slot.head[..whole_bytes.min(FRAME_HEAD_BYTES)],
+                    whole: slot.chain.readable.payload().range(header_bytes, whole_bytes),
                     pair: self.pair,
                 }));
                 if taken == Taken::Yes {
@@ -242,12 +322,28 @@ impl Batch<'_> {
                 }
                 return taken;
             }
-            Err(FrameError::TooShort) => self.stats.too_short += 1,
-            Err(FrameError::TooLong) => self.stats.too_long += 1,
-            Err(FrameError::BadHeader) => self.stats.bad_header += 1,
-            Err(FrameError::NotNegotiated) => self.stats.not_negotiated += 1,
+            Holds::BadChain(why) => self.refuse(why),
+            Holds::Discarded => self.stats.disabled += 1,
+            Holds::NoFrame(FrameError::TooShort) => self.stats.too_short += 1,
+            Holds::NoFrame(FrameError::TooLong) => self.stats.too_long += 1,
+            Holds::NoFrame(FrameError::BadHeader) => self.stats.bad_header += 1,
+            Holds::NoFrame(FrameError::NotNegotiated) => self.stats.not_negotiated += 1,
         }
         Taken::Yes
+    }
+}
+
+/// Judges the chain in a slot and copies what of it is judged later.
+fn judge_chain(slot: &mut Slot, enabled: Enabled, features: Features) -> Holds {
+    if slot.chain.writable.count() > 0 {
+        return Holds::BadChain(ChainError::WrongDirection);
+    }
+    if enabled != Enabled::Yes {
+        return Holds::Discarded;
+    }
+    match read_frame(&slot.chain.readable, features, &mut slot.head) {
+        Ok((vnet, whole_bytes)) => Holds::Frame { vnet, whole_bytes },
+        Err(error) => Holds::NoFrame(error),
     }
 }
 

@@ -13,6 +13,7 @@
 //!
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
+mod ahead;
 mod outside;
 mod translated;
 
@@ -40,6 +41,7 @@ use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
+use self::ahead::Ahead;
 use self::translated::{Arrived, Translation};
 
 pub use self::outside::SharedStation;
@@ -108,6 +110,20 @@ struct Held {
     len_bytes: usize,
 }
 
+/// A frame that was read: its head lies in `head`, what was not read into reserved buffers in `spare`.
+#[derive(Clone, Copy, Debug)]
+struct Got {
+    header: [u8; VNET_HEADER_BYTES],
+    /// Length with the tag.
+    len_bytes: usize,
+    /// Where the bytes behind the head belong in the guest's frame.
+    behind: usize,
+    /// Bytes of the guest's buffers that are reserved; none if 0.
+    reserved_bytes: usize,
+    /// Of those, so many behind the head were to be written to.
+    offered: usize,
+}
+
 /// One queue of the link, and what waits at it.
 #[derive(Debug)]
 pub(super) struct LinkEnd {
@@ -125,6 +141,7 @@ pub(super) struct LinkEnd {
     /// For so many frames more, one may be longer than the MTU: acknowledgements come between long ones.
     large_frames: u8,
     held: Option<Held>,
+    ahead: Ahead,
     /// The first bytes of the frame under way.
     head: Box<[u8]>,
     /// A question of the guest's to a DHCP server, as it is judged and sent.
@@ -156,6 +173,7 @@ impl LinkEnd {
             starved: true,
             large_frames: 0,
             held: None,
+            ahead: Ahead::default(),
             head: vec![0; LINK_LONG_HEAD_BYTES + vlan::TAG_BYTES].into(),
             question: vec![0; LINK_LONG_HEAD_BYTES].into(),
             whole: vec![0; FRAME_BYTES_MAX].into(),
@@ -244,6 +262,8 @@ impl LinkEnd {
         // Other queues get the frames of one that is detached.
         self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
         self.held = None;
+        let lost = self.ahead.forget();
+        self.counters.drop_many(DropReason::GuestNotReceiving, lost);
         self.offloads = None;
     }
 
@@ -506,7 +526,7 @@ impl LinkEnd {
     pub(super) fn deliver(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> bool {
         let mut bytes = 0;
         for _ in 0..LINK_BATCH_FRAMES {
-            if self.starved || !(self.readable || self.held.is_some()) || bytes >= BATCH_BYTES {
+            if self.starved || !self.has_frames() || bytes >= BATCH_BYTES {
                 break;
             }
             match self.step(now, port, pair) {
@@ -522,12 +542,20 @@ impl LinkEnd {
                 Err(reason) => self.counters.drop(reason),
             }
         }
-        !self.starved && (self.readable || self.held.is_some())
+        !self.starved && self.has_frames()
+    }
+
+    /// Whether frames for the guest wait, here or perhaps in the queue.
+    fn has_frames(&self) -> bool {
+        self.readable || self.held.is_some() || self.ahead.has_frames()
     }
 
     fn step(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
         if let Some(held) = self.held {
             return self.send_held(port, pair, held);
+        }
+        if self.look_ahead(port, pair) {
+            return self.deliver_ahead(now, port, pair);
         }
         let least = ethernet::HEADER_BYTES + usize::from(self.ip_mtu);
         let most = if self.large_frames > 0 { FRAME_BYTES_MAX.max(least) } else { least };
@@ -547,23 +575,40 @@ impl LinkEnd {
         pair: QueuePair,
         reserved_bytes: usize,
     ) -> Result<Step, DropReason> {
-        let tag_bytes = if self.parts.vlan.is_some() { vlan::TAG_BYTES } else { 0 };
-        // Where the bytes behind the head belong in the guest's frame.
         let behind = self.head_bytes(now);
         let mut header = [0; VNET_HEADER_BYTES];
-        let head = &mut self.head[..behind + tag_bytes];
+        let head = &mut self.head[..behind + self.parts.vlan.map_or(0, |_| vlan::TAG_BYTES)];
         let rest = match reserved_bytes {
             0 => PayloadMut::from_host(&mut []),
             _ => port.reserved(behind),
         };
         let got = self.parts.queue.receive(&mut self.segments, &mut header, head, rest, &mut self.spare);
-        let (len, offered) = match got {
-            Ok(got) => got,
+        match got {
+            Ok((len_bytes, offered)) => {
+                self.take(now, port, pair, Got { header, len_bytes, behind, reserved_bytes, offered })
+            }
             Err(error) => {
                 give_up(port, reserved_bytes);
-                return self.nothing_read(&error);
+                self.nothing_read(&error)
             }
-        };
+        }
+    }
+
+    fn tag_bytes(&self) -> usize {
+        if self.parts.vlan.is_some() { vlan::TAG_BYTES } else { 0 }
+    }
+
+    /// Takes a frame that was read to where it belongs.
+    fn take(
+        &mut self,
+        now: Instant,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        got: Got,
+    ) -> Result<Step, DropReason> {
+        let Got { header, len_bytes: len, behind, reserved_bytes, offered } = got;
+        let tag_bytes = self.tag_bytes();
+        self.ahead.note(len);
         let is_large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
         self.large_frames = if is_large { LARGE_FRAMES } else { self.large_frames.saturating_sub(1) };
         let head = &mut self.head[..len.min(behind + tag_bytes)];
@@ -711,20 +756,20 @@ mod tests {
     use crate::wire::ipv4;
     use crate::wire::vnet::{Checksum, Gso, GsoKind};
 
-    const TSO: GuestOffloads =
+    pub(super) const TSO: GuestOffloads =
         GuestOffloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: false, uso6: false };
 
     /// A guest that has `buffers_bytes` of receive buffers.
-    struct Port {
-        buffers_bytes: usize,
+    pub(super) struct Port {
+        pub(super) buffers_bytes: usize,
         open: Vec<u8>,
         reserved: Vec<usize>,
-        came: VecDeque<(VnetHeader, Vec<u8>)>,
+        pub(super) came: VecDeque<(VnetHeader, Vec<u8>)>,
         offloads: GuestOffloads,
     }
 
     impl Port {
-        fn new(buffers_bytes: usize) -> Port {
+        pub(super) fn new(buffers_bytes: usize) -> Port {
             let (open, reserved, came) = (Vec::new(), Vec::new(), VecDeque::new());
             Port { buffers_bytes, open, reserved, came, offloads: TSO }
         }

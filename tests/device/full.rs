@@ -69,7 +69,14 @@ fn drain(queues: &mut DeviceQueues, budget: usize, mut room: usize) -> (Vec<Vec<
 
 #[test]
 fn frames_that_are_not_taken_stay_in_their_ring_in_order() {
+    for ahead in [1, 2, 3, 16, 17] {
+        frames_not_taken_stay(ahead);
+    }
+}
+
+fn frames_not_taken_stay(ahead: usize) {
     let (mut queues, mut nic, _frontend) = attached();
+    queues.split().0.set_ahead(ahead);
     let mut random = Random::seeded();
     let sent: Vec<Vec<u8>> = (0..8).map(|n| random.bytes(60 + 40 * n)).collect();
     for frame in &sent {

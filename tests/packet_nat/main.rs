@@ -3,6 +3,7 @@
 //! A failing case is printed shrunk; its seed goes to `tests/packet_nat/*.regressions` and is replayed first by every
 //! later run.
 
+mod ahead;
 #[path = "../hot_path/allocations.rs"]
 mod allocations;
 mod conntrack;

@@ -100,6 +100,7 @@ impl TestDevice {
             inject_event: Arc::clone(&inject_event),
             waiting: VecDeque::new(),
             pending: Vec::new(),
+            drains: 0,
         };
         let worker = std::thread::spawn(move || worker.run());
         Ok(TestDevice {
@@ -183,6 +184,8 @@ struct Worker {
     waiting: VecDeque<Frame>,
     /// Pairs with more to drain.
     pending: Vec<QueuePair>,
+    /// Drains so far: each looks further ahead than the one before, up to the most, and again.
+    drains: usize,
 }
 
 impl Worker {
@@ -245,8 +248,21 @@ impl Worker {
         let mut frames = Vec::new();
         let (tx, rx) = self.queues.split();
         for pair in drain {
+            self.drains += 1;
+            tx.set_ahead(self.drains % (vunet::limits::TX_AHEAD_FRAMES_MAX + 1));
+            let mut coming: VecDeque<Vec<u8>> = VecDeque::new();
             let each = |event: vunet::device::TxEvent<'_>| {
-                let vunet::device::TxEvent::Frame(frame) = event else { return Taken::Yes };
+                let frame = match event {
+                    vunet::device::TxEvent::Frame(frame) => frame,
+                    vunet::device::TxEvent::Coming(heads) => {
+                        coming = heads.iter().map(<[u8]>::to_vec).collect();
+                        return Taken::Yes;
+                    }
+                    vunet::device::TxEvent::BatchEnd => return Taken::Yes,
+                };
+                if let Some(head) = coming.pop_front() {
+                    assert_eq!(frame.head, head, "the frames that were coming are those that come");
+                }
                 let mut bytes = vec![0; frame.whole.len()];
                 frame.whole.copy_to(&mut bytes);
                 assert_eq!(frame.head, &bytes[..frame.head.len()], "head and payload are one frame");

@@ -18,6 +18,7 @@
 
 use super::flow::{Flow, Inbound, Outbound};
 use crate::limits;
+use crate::memory::{self, HUGE_PAGE_BYTES};
 
 /// A key's hash: the low bits say which bucket is its own, the top bits are its tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,7 +139,7 @@ struct At {
 #[derive(Debug)]
 struct Slots {
     /// All buckets, from `first` on. Plain words, so that a large index comes as zeroed pages of the kernel's, each
-    /// when it is first written: filling it all at once would take milliseconds.
+    /// when it is first written: filling it all at once would take milliseconds. From a huge page on it asks for those.
     words: Vec<u32>,
     first: usize,
     buckets: usize,
@@ -149,9 +150,14 @@ struct Slots {
 
 impl Slots {
     fn new(buckets: usize, hasher: Hasher, name_mask: u32) -> Slots {
-        let words = vec![EMPTY; (buckets + 1) * BUCKET_SLOTS];
-        let first = words.as_ptr().align_offset(size_of::<Bucket>());
-        let first = if first < BUCKET_SLOTS { first } else { 0 };
+        let bytes = buckets * size_of::<Bucket>();
+        let align = if bytes >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { size_of::<Bucket>() };
+        let words = vec![EMPTY; (bytes + align) / size_of::<u32>()];
+        if align == HUGE_PAGE_BYTES {
+            memory::ask_for_huge_pages(&words, 0);
+        }
+        let first = words.as_ptr().align_offset(align);
+        let first = if first < align / size_of::<u32>() { first } else { 0 };
         Slots { words, first, buckets, hasher, name_mask }
     }
 
@@ -292,6 +298,12 @@ impl Index {
         }
     }
 
+    /// Has the bucket fetched that [`Index::find`] looks at first.
+    #[inline]
+    pub(super) fn prefetch(&self, hash: Hash) {
+        memory::prefetch(self.slots.bucket(hash.0 as usize & self.slots.mask()));
+    }
+
     /// The first flow [`Index::find`] will probably look at, whoever it is.
     #[inline]
     pub(super) fn peek(&self, hash: Hash) -> Option<u32> {
@@ -308,13 +320,19 @@ impl Index {
         former.find(former.hasher.hash(key.words()), wanted).map(|(index, _)| index)
     }
 
-    /// Puts flow `index` in, whose key `K` must not be in yet; moves on with a change of size or key.
-    pub(super) fn insert<K: Key>(&mut self, index: u32, flows: &[Flow], random: &mut impl FnMut() -> u64) {
+    /// Puts flow `index` in, whose key `K` with this hash must not be in yet; moves on with a change of size or key.
+    pub(super) fn insert<K: Key>(
+        &mut self,
+        index: u32,
+        hash: Hash,
+        flows: &[Flow],
+        random: &mut impl FnMut() -> u64,
+    ) {
         self.go_on::<K>(flows);
         if self.former.is_none() && (self.len + 1) * 2 > self.slots.count() {
             self.replace(self.slots.buckets * 2, self.slots.hasher);
         }
-        let hash = self.hash(&K::of(&flows[index as usize]));
+        debug_assert_eq!(hash, self.hash(&K::of(&flows[index as usize])), "no insertion came between");
         let probed = self.slots.insert(hash, index);
         self.len += 1;
         if probed > limits::PACKET_INDEX_PROBES_MAX && self.former.is_none() {
@@ -398,6 +416,11 @@ mod tests {
         Flow::new(key, FlowFlags::LIVE, Ticks(0), 0)
     }
 
+    fn put(index: &mut Index, at: u32, flows: &[Flow], random: &mut impl FnMut() -> u64) {
+        let hash = index.hash(&Outbound::of(&flows[at as usize]));
+        index.insert::<Outbound>(at, hash, flows, random);
+    }
+
     fn find(index: &Index, flow: &Flow, flows: &[Flow]) -> Option<u32> {
         let key = Outbound::of(flow);
         index.find(&key, index.hash(&key), flows)
@@ -437,7 +460,7 @@ mod tests {
         let collides = |flow: &Flow| known.hash(Outbound::of(flow).words()).0 % (1 << 12) == 7;
         let flows: Vec<Flow> = (0..u32::MAX).map(|n| flow(n, 1, 2, 3)).filter(collides).take(300).collect();
         for at in 0..300 {
-            index.insert::<Outbound>(at, &flows, &mut random);
+            put(&mut index, at, &flows, &mut random);
             for before in 0..=at {
                 assert_eq!(find(&index, &flows[before as usize], &flows), Some(before), "{at}");
             }
@@ -453,7 +476,7 @@ mod tests {
         let flows: Vec<Flow> = (0..1 << 16).map(|n| flow(n, 1, 2, 3)).collect();
         let mut moving = 0;
         for at in 0..flows.len() as u32 {
-            index.insert::<Outbound>(at, &flows, &mut random);
+            put(&mut index, at, &flows, &mut random);
             assert!(index.len * 2 <= index.slots.count());
             moving += u32::from(index.former.is_some());
         }
@@ -483,7 +506,7 @@ mod tests {
                     index.remove::<Outbound>(at, &flows);
                 } else {
                     model.insert(at, ());
-                    index.insert::<Outbound>(at, &flows, &mut random);
+                    put(&mut index, at, &flows, &mut random);
                 }
                 if kind == 0 {
                     for _ in 0..4 {

@@ -10,14 +10,19 @@ use super::outward::{is_no_destination, opens};
 use super::ports::{MappingInfo, Request};
 use super::rewrite::{End, NewEnd, take_hop, translate};
 use super::table::FlowIndex;
-use super::{PacketNat, Refusal, Side, Verdict, first_segment, lock};
+use super::{PacketNat, Passage, Refusal, Side, Verdict, first_segment, lock};
 use crate::config::UdpFiltering;
 use crate::engine::counters::DropReason;
 use crate::time::Instant;
 use crate::wire::ipv4::Protocol;
 
 impl PacketNat {
-    pub(super) fn judge_inward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Result<Verdict, Refusal> {
+    pub(super) fn judge_inward(
+        &mut self,
+        now: Instant,
+        packet: &mut Packet<'_>,
+        known: Passage,
+    ) -> Result<Verdict, Refusal> {
         let view = View::read(packet)?;
         let (src, dst) = (view.ip.src, view.ip.dst);
         let Some(outside) = self.config.outside else { return Ok(Verdict::Ours) };
@@ -43,7 +48,7 @@ impl PacketNat {
             }
             _ => {}
         }
-        let dst = match self.carry_inward(now, packet, &view) {
+        let dst = match self.carry_inward(now, packet, (&view, known)) {
             Err(Refusal::Elsewhere(worker)) => {
                 self.lead(now, Side::World, &view, Way::Elsewhere(worker));
                 return Err(Refusal::Elsewhere(worker));
@@ -60,10 +65,11 @@ impl PacketNat {
         &mut self,
         now: Instant,
         packet: &mut Packet<'_>,
-        view: &View,
+        (view, known): (&View, Passage),
     ) -> Result<Ipv4Addr, Refusal> {
         let key = inbound(view);
-        let at = match self.table.find_inbound(&key) {
+        let found = if known == Passage::Unknown { None } else { self.table.find_inbound(&key) };
+        let at = match found {
             Some(at) => {
                 Self::check_passage(view, packet, self.config.guest_ip_mtu)?;
                 self.advance_any(now, at, Side::World, view, packet.head)

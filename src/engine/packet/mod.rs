@@ -100,6 +100,17 @@ pub struct Released {
     pub frame: Box<[u8]>,
 }
 
+/// What became of a packet on the short way (`plain.rs`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Passage {
+    /// It is on its way.
+    Done,
+    /// It is as it came, and to go the general way.
+    General,
+    /// The same, and no flow has it: it need not be looked for again.
+    Unknown,
+}
+
 /// Why a packet is not carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
@@ -219,15 +230,15 @@ impl PacketNat {
     /// Takes a frame of the guest.
     pub fn from_guest(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
         self.counters.frames_from_guest += 1;
-        if self.pass_outward(now, packet).is_some() {
-            return Verdict::Forward;
+        match self.pass_outward(now, packet) {
+            Passage::Done => Verdict::Forward,
+            general => self.judge_from_guest(now, packet, general),
         }
-        self.judge_from_guest(now, packet)
     }
 
     #[cold]
-    fn judge_from_guest(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
-        match self.judge_outward(now, packet) {
+    fn judge_from_guest(&mut self, now: Instant, packet: &mut Packet<'_>, known: Passage) -> Verdict {
+        match self.judge_outward(now, packet, known) {
             Ok(verdict) => self.noted(verdict),
             Err(refusal) => self.refuse(now, Side::Guest, packet, refusal),
         }
@@ -235,21 +246,37 @@ impl PacketNat {
 
     /// Takes a frame of the link outside.
     pub fn from_world(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
-        if self.pass_inward(now, packet).is_some() {
-            self.counters.frames_to_guest += 1;
-            return Verdict::Forward;
+        match self.pass_inward(now, packet) {
+            Passage::Done => {
+                self.counters.frames_to_guest += 1;
+                Verdict::Forward
+            }
+            general => self.judge_from_world(now, packet, general),
         }
-        self.judge_from_world(now, packet)
     }
 
     #[cold]
-    fn judge_from_world(&mut self, now: Instant, packet: &mut Packet<'_>) -> Verdict {
-        match self.judge_inward(now, packet) {
+    fn judge_from_world(&mut self, now: Instant, packet: &mut Packet<'_>, known: Passage) -> Verdict {
+        match self.judge_inward(now, packet, known) {
             Ok(verdict) => {
                 self.counters.frames_to_guest += u64::from(verdict == Verdict::Forward);
                 self.noted(verdict)
             }
             Err(refusal) => self.refuse(now, Side::World, packet, refusal),
+        }
+    }
+
+    /// Whether it has so many flows that [`PacketNat::expect`] saves time.
+    pub fn is_large(&self) -> bool {
+        self.table.is_large()
+    }
+
+    /// Frames from `side` that will be handed over next begin with `heads`: what their flows need is fetched meanwhile, of
+    /// [`limits::PACKET_AHEAD_FRAMES`](crate::limits::PACKET_AHEAD_FRAMES) at a time. No verdict depends on it, and heads may say anything.
+    pub fn expect<'a>(&self, side: Side, heads: impl Iterator<Item = &'a [u8]>) {
+        match side {
+            Side::Guest => self.table.expect_outbound(heads.map(plain::outbound_at_first_sight)),
+            Side::World => self.table.expect_inbound(heads.map(plain::inbound_at_first_sight)),
         }
     }
 

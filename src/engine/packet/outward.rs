@@ -9,7 +9,7 @@ use super::icmp::{Quote, translate_quote};
 use super::ports::{Request, WorkerSet};
 use super::rewrite::{End, NewEnd, take_hop, translate};
 use super::table::FlowIndex;
-use super::{PacketNat, Refusal, Side, Verdict, first_segment, guest_end, lock, scope};
+use super::{PacketNat, Passage, Refusal, Side, Verdict, first_segment, guest_end, lock, scope};
 use crate::engine::counters::DropReason;
 use crate::engine::placement::WorkerId;
 use crate::time::Instant;
@@ -22,6 +22,7 @@ impl PacketNat {
         &mut self,
         now: Instant,
         packet: &mut Packet<'_>,
+        known: Passage,
     ) -> Result<Verdict, Refusal> {
         let view = View::read(packet)?;
         let (src, dst) = (view.ip.src, view.ip.dst);
@@ -49,7 +50,7 @@ impl PacketNat {
             Transport::Error => self.error_outward(packet, &view, outside),
             // An answer to a question that did not come through here.
             Transport::Query { asks: false, .. } => Err(DropReason::NoFlow.into()),
-            _ => self.carry_outward(now, packet, &view, outside),
+            _ => self.carry_outward(now, packet, (&view, known), outside),
         }
     }
 
@@ -57,11 +58,12 @@ impl PacketNat {
         &mut self,
         now: Instant,
         packet: &mut Packet<'_>,
-        view: &View,
+        (view, known): (&View, Passage),
         outside: Ipv4Addr,
     ) -> Result<Verdict, Refusal> {
         let key = outbound(view);
-        let at = match self.table.find_outbound(&key) {
+        let found = if known == Passage::Unknown { None } else { self.table.find_outbound(&key) };
+        let at = match found {
             Some(at) => {
                 self.advance_any(now, at, Side::Guest, view, packet.head)
                     .map_err(|reason| self.not_taken(at, packet, reason))?;
@@ -89,7 +91,7 @@ impl PacketNat {
     /// been told of what it is told before: nothing is quoted of a packet already changed.
     fn turn_back(&mut self, now: Instant, packet: &mut Packet<'_>) -> Result<Ipv4Addr, Refusal> {
         let view = View::read(packet)?;
-        self.carry_inward(now, packet, &view).map_err(too_late)
+        self.carry_inward(now, packet, (&view, Passage::General)).map_err(too_late)
     }
 
     fn begin_outward(

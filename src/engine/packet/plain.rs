@@ -1,9 +1,10 @@
 //! The packet most packets are: TCP or UDP, whole, without IP options, of a flow that stands.
 //!
 //! Its head is judged and changed as arrays of known length, and nothing is written before it is known to pass. Whatever is
-//! unlike it (fragments, frames still to be cut, SYN, first packets, what turns back) and whatever is refused is left
+//! unlike it (fragments, SYN, first packets, what turns back) and whatever is refused is left
 //! as it came to the general way (`outward.rs`, `inward.rs`), which judges it anew and knows why. The two agree on every
-//! packet both can carry.
+//! packet both can carry. A frame still to be cut is one packet here too: its header is what each segment begins with, and
+//! its checksum is partial.
 //!
 //! Who may speak to whom is not asked here: a flow stands only between ends that may.
 
@@ -14,14 +15,14 @@ use super::head::{IP_AT, Packet, checksum_offset};
 use super::rewrite::{DESTINATION, End, HOP_DELTA, IP_CHECKSUM, SOURCE, TTL};
 use super::table::FlowIndex;
 use super::tcp_state::{Segment, TcpVerdict};
-use super::{PacketNat, Side};
+use super::{PacketNat, Passage, Side};
 use crate::time::Instant;
 use crate::wire::checksum::{is_whole, udp_nonzero};
 use crate::wire::ethernet::EtherType;
 use crate::wire::ipv4::{self, Protocol};
 use crate::wire::tcp::{self, Flags, SeqNumber};
 use crate::wire::udp;
-use crate::wire::vnet::Checksum;
+use crate::wire::vnet::{Checksum, Gso};
 
 /// Where the transport starts.
 const TRANSPORT_AT: usize = IP_AT + ipv4::HEADER_BYTES;
@@ -70,7 +71,6 @@ impl Plain {
         if be16(head, IP_AT - 2) != EtherType::IPV4.0
             || head[IP_AT] != WITHOUT_OPTIONS
             || be16(head, IP_AT + 6) & FRAGMENT_MASK != 0
-            || packet.vnet.gso.is_some()
         {
             return None;
         }
@@ -78,7 +78,7 @@ impl Plain {
         let received = usize::from(total_bytes) + IP_AT <= packet.len_bytes;
         let has_hops = head[IP_AT + TTL] > 1;
         let header: &[u8; ipv4::HEADER_BYTES] = head[IP_AT..].first_chunk()?;
-        if !received || total_bytes > ip_mtu || !has_hops || !is_whole(header) {
+        if !received || !has_hops || !is_whole(header) {
             return None;
         }
         let payload_bytes = total_bytes.checked_sub(ipv4::HEADER_BYTES as u16)?;
@@ -87,11 +87,18 @@ impl Plain {
             Protocol::TCP => segment_is_plain(packet.head, payload_bytes),
             Protocol::UDP => {
                 let len_bytes = be16(head, TRANSPORT_AT + 4);
-                len_bytes >= udp::HEADER_BYTES as u16 && len_bytes <= payload_bytes
+                // Of a frame to be cut it may say the length of a segment.
+                len_bytes >= udp::HEADER_BYTES as u16
+                    && (len_bytes <= payload_bytes || packet.vnet.gso.is_some())
             }
             _ => false,
         };
-        if !possible {
+        let longest_bytes = match packet.vnet.gso {
+            None => total_bytes,
+            Some(_) if !possible => return None,
+            Some(gso) => total_bytes.min(segment_bytes(packet.head, protocol, gso)),
+        };
+        if !possible || longest_bytes > ip_mtu {
             return None;
         }
         let partial = match packet.vnet.checksum {
@@ -163,6 +170,38 @@ impl Plain {
     }
 }
 
+/// Length of the packets, with their headers, that a frame with whole headers of TCP or UDP is cut into.
+fn segment_bytes(head: &[u8], protocol: Protocol, gso: Gso) -> u16 {
+    let transport_bytes = match (protocol, head.get(TRANSPORT_AT + 12)) {
+        (Protocol::TCP, Some(offset)) => u16::from(offset >> 4) * 4,
+        _ => udp::HEADER_BYTES as u16,
+    };
+    gso.size_bytes.saturating_add(ipv4::HEADER_BYTES as u16 + transport_bytes)
+}
+
+/// Both ends of a frame that begins with `head` if it is plain: source and destination, address and port. Nothing is judged.
+#[inline(always)]
+fn ends_at_first_sight(head: &[u8]) -> (Protocol, [(Ipv4Addr, u16); 2]) {
+    let head: &[u8; UDP_HEAD_BYTES] = head.first_chunk().unwrap_or(&[0; UDP_HEAD_BYTES]);
+    let src = (Ipv4Addr::from_bits(be32(head, IP_AT + SOURCE)), be16(head, TRANSPORT_AT));
+    let dst = (Ipv4Addr::from_bits(be32(head, IP_AT + DESTINATION)), be16(head, TRANSPORT_AT + 2));
+    (Protocol(head[IP_AT + 9]), [src, dst])
+}
+
+/// How a frame of the guest that begins with `head` is known if it is plain; a key of nobody if it is not.
+#[inline(always)]
+pub(super) fn outbound_at_first_sight(head: &[u8]) -> Outbound {
+    let (protocol, [(guest, guest_port), (remote, remote_port)]) = ends_at_first_sight(head);
+    Outbound { protocol, guest, guest_port, remote, remote_port }
+}
+
+/// The same of the world.
+#[inline(always)]
+pub(super) fn inbound_at_first_sight(head: &[u8]) -> Inbound {
+    let (protocol, [(remote, remote_port), (_, external_port)]) = ends_at_first_sight(head);
+    Inbound { protocol, external_port, remote, remote_port }
+}
+
 /// Whether the head holds a whole header of TCP that opens nothing.
 #[inline(always)]
 fn segment_is_plain(head: &[u8], payload_bytes: u16) -> bool {
@@ -187,47 +226,53 @@ fn changed(checksum: u16, delta: u32) -> u16 {
 }
 
 impl PacketNat {
-    /// Carries a plain packet of the guest to the world; none if it is to go the general way.
+    /// Carries a plain packet of the guest to the world, if it can.
     #[inline]
-    pub(super) fn pass_outward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Option<()> {
-        let plain = Plain::read(packet, self.config.outside_ip_mtu)?;
-        let outside = self.config.outside?;
+    pub(super) fn pass_outward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Passage {
+        let Some(outside) = self.config.outside else { return Passage::General };
+        let Some(plain) = Plain::read(packet, self.config.outside_ip_mtu) else { return Passage::General };
         if plain.dst == outside {
-            return None;
+            return Passage::General;
         }
-        let at = self.table.find_outbound(&Outbound {
+        let found = self.table.find_outbound(&Outbound {
             protocol: plain.protocol,
             guest: plain.src,
             guest_port: plain.src_port,
             remote: plain.dst,
             remote_port: plain.dst_port,
-        })?;
-        self.advance_plain(now, at, Side::Guest, &plain, packet.head)?;
+        });
+        let Some(at) = found else { return Passage::Unknown };
+        if self.advance_plain(now, at, Side::Guest, &plain, packet.head).is_none() {
+            return Passage::General;
+        }
         let flow = self.table.flow(at);
         plain.rewrite(packet.head, End::Source, outside, flow.key().external_port, flow.deltas);
-        Some(())
+        Passage::Done
     }
 
-    /// Carries a plain packet of the world to a guest; none as for [`PacketNat::pass_outward`].
+    /// Carries a plain packet of the world to a guest, if it can.
     #[inline]
-    pub(super) fn pass_inward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Option<()> {
-        let plain = Plain::read(packet, self.config.guest_ip_mtu)?;
-        let outside = self.config.outside?;
+    pub(super) fn pass_inward(&mut self, now: Instant, packet: &mut Packet<'_>) -> Passage {
+        let Some(outside) = self.config.outside else { return Passage::General };
+        let Some(plain) = Plain::read(packet, self.config.guest_ip_mtu) else { return Passage::General };
         // Flows between two guests have the outside address for both.
         if plain.dst != outside || plain.src == outside {
-            return None;
+            return Passage::General;
         }
-        let at = self.table.find_inbound(&Inbound {
+        let found = self.table.find_inbound(&Inbound {
             protocol: plain.protocol,
             external_port: plain.dst_port,
             remote: plain.src,
             remote_port: plain.src_port,
-        })?;
-        self.advance_plain(now, at, Side::World, &plain, packet.head)?;
+        });
+        let Some(at) = found else { return Passage::Unknown };
+        if self.advance_plain(now, at, Side::World, &plain, packet.head).is_none() {
+            return Passage::General;
+        }
         let flow = self.table.flow(at);
         let key = flow.key();
         plain.rewrite(packet.head, End::Destination, key.guest, key.guest_port, flow.deltas.inverse());
-        Some(())
+        Passage::Done
     }
 
     /// As [`PacketNat::advance`]. A flow that does not take the packet is as before, and is asked again.
@@ -260,7 +305,7 @@ mod tests {
     use super::super::ports::Mappings;
     use super::*;
     use crate::wire::checksum::Accumulator;
-    use crate::wire::vnet::VnetHeader;
+    use crate::wire::vnet::{GsoKind, VnetHeader};
 
     const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
     const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
@@ -311,7 +356,10 @@ mod tests {
 
     type Judge = fn(&mut PacketNat, Instant, &mut Packet<'_>) -> Verdict;
     const WHOLE: [Judge; 2] = [PacketNat::from_guest, PacketNat::from_world];
-    const GENERAL: [Judge; 2] = [PacketNat::judge_from_guest, PacketNat::judge_from_world];
+    const GENERAL: [Judge; 2] = [
+        |nat, now, packet| nat.judge_from_guest(now, packet, Passage::General),
+        |nat, now, packet| nat.judge_from_world(now, packet, Passage::General),
+    ];
 
     fn judged(
         nat: &mut PacketNat,
@@ -327,6 +375,31 @@ mod tests {
         (verdict, head)
     }
 
+    #[test]
+    fn a_frame_to_be_cut_passes_the_short_way() {
+        for (protocol, offset) in [(Protocol::UDP, 6), (Protocol::TCP, 16)] {
+            let mut nat = nat();
+            for (out, flags, seq, ack) in [(true, 2, 100, 0), (false, 0x12, 900, 101), (true, 0x10, 101, 901)]
+            {
+                let head = frame(protocol, out, flags, seq, ack);
+                judged(&mut nat, GENERAL, out, &head, 64, VnetHeader::default());
+            }
+            let gso = Some(Gso { kind: GsoKind::Tcp4, size_bytes: 8, headers_bytes: 54, ecn: false });
+            let checksum = Checksum::Partial { start: 34, offset };
+            let vnet = VnetHeader { checksum, gso, ..VnetHeader::default() };
+            let now = Instant::from_micros(1_000_000);
+            // Longer as a whole than the link, its packets are not.
+            nat.set_ip_mtus(49, 49);
+            for (out, seq, ack) in [(true, 101, 901), (false, 901, 101)] {
+                let mut head = frame(protocol, out, 0x10, seq, ack);
+                let mut packet = Packet::new(&vnet, &mut head, 64);
+                let passage =
+                    if out { nat.pass_outward(now, &mut packet) } else { nat.pass_inward(now, &mut packet) };
+                assert_eq!(passage, Passage::Done, "{protocol:?} {out}");
+            }
+        }
+    }
+
     proptest! {
         /// Frames of two standing flows, changed in a few bytes: the general way alone says and does the same.
         #[test]
@@ -334,9 +407,11 @@ mod tests {
             frames in proptest::collection::vec(
                 (any::<bool>(), any::<bool>(), 0u32..3000, 0u32..3000, prop_oneof![3 => Just(0x10u8), 1 => any::<u8>()],
                  proptest::collection::vec((12usize..54, any::<u8>()), 0..3), any::<bool>(),
-                 prop_oneof![4 => Just(64usize), 1 => 14usize..64], prop_oneof![Just(None), Just(Some(16u16)), Just(Some(6))]),
+                 prop_oneof![4 => Just(64usize), 1 => 14usize..64], prop_oneof![Just(None), Just(Some(16u16)), Just(Some(6))],
+                 prop_oneof![2 => Just(None), 1 => (any::<bool>(), 0u16..40).prop_map(Some)]),
                 1..30,
             ),
+            ip_mtu in prop_oneof![2 => Just(1500u16), 1 => 28u16..60],
         ) {
             let (mut whole, mut general) = (nat(), nat());
             for nat in [&mut whole, &mut general] {
@@ -348,8 +423,9 @@ mod tests {
                     let (verdict, _) = judged(nat, GENERAL, out, &head, 64, VnetHeader::default());
                     prop_assert_eq!(verdict, Verdict::Forward);
                 }
+                nat.set_ip_mtus(ip_mtu, ip_mtu);
             }
-            for (tcp, out, seq, ack, flags, changes, sums, len_bytes, offset) in frames {
+            for (tcp, out, seq, ack, flags, changes, sums, len_bytes, offset, gso) in frames {
                 let protocol = if tcp { Protocol::TCP } else { Protocol::UDP };
                 let mut head = frame(protocol, out, flags, seq, ack);
                 for (at, value) in changes {
@@ -359,7 +435,11 @@ mod tests {
                     sum_header(&mut head);
                 }
                 let checksum = offset.map_or(Checksum::Complete, |offset| Checksum::Partial { start: 34, offset });
-                let vnet = VnetHeader { checksum, ..VnetHeader::default() };
+                let gso = gso.map(|(of_tcp, size_bytes)| {
+                    let kind = if of_tcp { GsoKind::Tcp4 } else { GsoKind::UdpL4 };
+                    Gso { kind, size_bytes, headers_bytes: 54, ecn: false }
+                });
+                let vnet = VnetHeader { checksum, gso, ..VnetHeader::default() };
                 let said = judged(&mut whole, WHOLE, out, &head, len_bytes, vnet);
                 prop_assert_eq!(said, judged(&mut general, GENERAL, out, &head, len_bytes, vnet));
             }

@@ -8,8 +8,11 @@
 //! [`FlowTable::touch`]. It writes to the flow's first cache line only, but for once in four
 //! seconds a flow. A new flow's: [`FlowTable::crowded`], whose flow the caller removes, then [`FlowTable::insert`].
 //!
-//! The slab's room is reserved at the start and becomes resident as flows come. Nothing here grows beyond
-//! [`TableConfig::flows_max`] flows.
+//! With many flows each step waits for memory. Who has several packets therefore says so before the first
+//! ([`FlowTable::expect_outbound`], [`FlowTable::expect_inbound`]), and what they need is fetched together.
+//!
+//! The slab's room is reserved at the start and becomes resident as flows come: in small pages for the first 16,384, then
+//! in huge ones where the kernel gives them. Nothing here grows beyond [`TableConfig::flows_max`] flows.
 //!
 //! | | bytes |
 //! |---|---|
@@ -27,6 +30,7 @@ use super::index::{self, Hash, Index, Key};
 use super::random::Random;
 use super::wheel::Wheel;
 use crate::limits;
+use crate::memory::{self, HUGE_PAGE_BYTES};
 use crate::time::Instant;
 
 /// What a table needs to know at its start.
@@ -108,6 +112,8 @@ impl FlowTable {
         }
         let mut flows = Vec::new();
         flows.try_reserve_exact(flows_max).map_err(|_| TableError::Memory(flows_max))?;
+        // Few flows, as most guests have, take no more memory than they fill.
+        memory::ask_for_huge_pages(&flows, HUGE_PAGE_BYTES);
         let mut random = Random::new(config.seed);
         let mut next = || random.next_u64();
         Ok(FlowTable {
@@ -273,16 +279,17 @@ impl FlowTable {
             return Err(InsertError::Full);
         }
         let (outbound, inbound) = (key.outbound(), key.inbound());
-        if self.outbound.find(&outbound, self.outbound.hash(&outbound), &self.flows).is_some() {
+        let (out_hash, in_hash) = (self.outbound.hash(&outbound), self.inbound.hash(&inbound));
+        if self.outbound.find(&outbound, out_hash, &self.flows).is_some() {
             return Err(InsertError::GuestSide);
         }
-        if self.has_inbound(&inbound) {
+        if self.inbound.find(&inbound, in_hash, &self.flows).is_some() {
             return Err(InsertError::WorldSide);
         }
         let index = self.place(flow);
         let mut random = || self.random.next_u64();
-        self.outbound.insert::<Outbound>(index, &self.flows, &mut random);
-        self.inbound.insert::<Inbound>(index, &self.flows, &mut random);
+        self.outbound.insert::<Outbound>(index, out_hash, &self.flows, &mut random);
+        self.inbound.insert::<Inbound>(index, in_hash, &self.flows, &mut random);
         self.guests.add(&mut self.flows, index);
         let end = self.flows[index as usize].end();
         self.wheel.put(&mut self.flows, index, end);
@@ -350,24 +357,42 @@ impl FlowTable {
         self.wheel.next()
     }
 
-    /// Reads what [`FlowTable::find_outbound`] will read. Done for all packets of a batch before the first is looked up,
-    /// their cache misses are waited for together. The value says nothing; it is there to be passed to
-    /// [`std::hint::black_box`].
+    /// Whether it has, or had, so many flows that packets wait for them.
     #[inline]
-    pub fn warm_outbound(&self, key: &Outbound) -> u32 {
-        self.warm(&self.outbound, self.outbound.hash(key))
+    pub fn is_large(&self) -> bool {
+        self.flows.len() >= limits::PACKET_AHEAD_FLOWS_MIN
+    }
+
+    /// Has fetched what [`FlowTable::find_outbound`] of these keys will read, the first [`limits::PACKET_AHEAD_FRAMES`] of
+    /// them: their cache misses are waited for together. It changes no answer.
+    #[inline]
+    pub fn expect_outbound(&self, keys: impl Iterator<Item = Outbound>) {
+        self.expect(&self.outbound, keys);
     }
 
     /// The same for [`FlowTable::find_inbound`].
     #[inline]
-    pub fn warm_inbound(&self, key: &Inbound) -> u32 {
-        self.warm(&self.inbound, self.inbound.hash(key))
+    pub fn expect_inbound(&self, keys: impl Iterator<Item = Inbound>) {
+        self.expect(&self.inbound, keys);
     }
 
     #[inline]
-    fn warm(&self, index: &Index, hash: Hash) -> u32 {
-        let flow = index.peek(hash).and_then(|at| self.flows.get(at as usize));
-        flow.map_or(0, |flow| flow.timeout_ms)
+    fn expect(&self, index: &Index, keys: impl Iterator<Item = impl Key>) {
+        if !self.is_large() {
+            return;
+        }
+        let mut hashes = [Hash(0); limits::PACKET_AHEAD_FRAMES];
+        let mut count = 0;
+        for (hash, key) in hashes.iter_mut().zip(keys) {
+            *hash = index.hash(&key);
+            index.prefetch(*hash);
+            count += 1;
+        }
+        for hash in &hashes[..count] {
+            if let Some(flow) = index.peek(*hash).and_then(|at| self.flows.get(at as usize)) {
+                memory::prefetch(flow);
+            }
+        }
     }
 }
 

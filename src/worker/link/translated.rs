@@ -30,7 +30,7 @@ use crate::engine::packet::ports::WorkerSet;
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX};
+use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX, PACKET_AHEAD_FRAMES};
 use crate::postbox::LinkFrame;
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
@@ -207,7 +207,7 @@ impl Translation {
         held.map(|held| held.addr)
     }
 
-    fn learn(&mut self, addr: Ipv4Addr, mac: MacAddr) {
+    pub(super) fn learn(&mut self, addr: Ipv4Addr, mac: MacAddr) {
         if self.newest == (addr, mac) {
             return;
         }
@@ -225,6 +225,16 @@ impl Translation {
     /// The MTU of both links, in bytes.
     pub(super) fn set_ip_mtu(&mut self, ip_mtu: u16) {
         self.nat.set_ip_mtus(ip_mtu, ip_mtu);
+    }
+
+    /// How many frames are worth being looked at before the first is translated.
+    pub(super) fn frames_ahead(&self) -> usize {
+        if self.nat.is_large() { PACKET_AHEAD_FRAMES } else { 1 }
+    }
+
+    /// Frames from `side` that begin with `heads` are translated next.
+    pub(super) fn expect<'a>(&self, side: Side, heads: impl Iterator<Item = &'a [u8]>) {
+        self.nat.expect(side, heads);
     }
 
     /// Hands a frame to the worker whose flow it may be of; lost if too many wait.
