@@ -337,6 +337,13 @@ pub const DATAGRAM_BYTES_MAX: usize = 65_507;
 /// Frames taken from one TAP queue before the guest's own frames have their turn.
 pub const LINK_BATCH_FRAMES: usize = 64;
 
+/// Frames for a guest without receive buffers that are taken out of the TAP queue, so that what is our own station's
+/// behind them is heard: as many as a card's ring of 256 holds. Past it they are dropped, as there.
+pub const STARVED_FRAMES_MAX: usize = 256;
+
+/// Bytes of them: as many of Ethernet's size, or some of the largest.
+pub const STARVED_BYTES_MAX: usize = 1 << 20;
+
 /// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
 /// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
 pub const LINK_HEAD_BYTES: usize = 128;

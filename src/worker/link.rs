@@ -14,6 +14,9 @@
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
 mod outside;
+#[cfg(test)]
+mod rig;
+mod starved;
 mod translated;
 
 use std::io;
@@ -40,6 +43,7 @@ use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
+use self::starved::Starved;
 use self::translated::{Arrived, Translation};
 
 pub use self::outside::SharedStation;
@@ -122,6 +126,8 @@ pub(super) struct LinkEnd {
     readable: bool,
     /// The guest had no buffers; it will kick.
     starved: bool,
+    /// What is read for the station's sake meanwhile.
+    meanwhile: Starved,
     /// For so many frames more, one may be longer than the MTU: acknowledgements come between long ones.
     large_frames: u8,
     held: Option<Held>,
@@ -154,6 +160,7 @@ impl LinkEnd {
             segments: Segments::default(),
             readable: true,
             starved: true,
+            meanwhile: Starved::default(),
             large_frames: 0,
             held: None,
             head: vec![0; LINK_LONG_HEAD_BYTES + vlan::TAG_BYTES].into(),
@@ -229,6 +236,8 @@ impl LinkEnd {
         // Other queues get the frames of one that is detached.
         self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
         self.held = None;
+        let lost = self.meanwhile.forget();
+        self.counters.drop_many(DropReason::GuestNotReceiving, lost);
         self.offloads = None;
     }
 
@@ -491,28 +500,38 @@ impl LinkEnd {
     pub(super) fn deliver(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> bool {
         let mut bytes = 0;
         for _ in 0..LINK_BATCH_FRAMES {
-            if self.starved || !(self.readable || self.held.is_some()) || bytes >= BATCH_BYTES {
+            if self.starved || !self.has_frames() || bytes >= BATCH_BYTES {
                 break;
             }
             match self.step(now, port, pair) {
                 Ok(Step::Moved(len)) => bytes += len as u64,
                 Ok(Step::Nothing) => {
                     self.readable = false;
+                    self.meanwhile.read_empty();
                     self.set_starved(now, false);
                 }
                 Ok(Step::NoBuffers) => {
                     self.starved = true;
+                    self.meanwhile.begin(now, self.counters.frames_to_guest);
                     self.set_starved(now, true);
                 }
                 Err(reason) => self.counters.drop(reason),
             }
         }
-        !self.starved && (self.readable || self.held.is_some())
+        if self.starved { self.read_for_station(now, port, pair) } else { self.has_frames() }
+    }
+
+    /// Whether frames for the guest wait, here or perhaps in the queue.
+    fn has_frames(&self) -> bool {
+        self.readable || self.held.is_some() || self.meanwhile.has_frames()
     }
 
     fn step(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
         if let Some(held) = self.held {
             return self.send_held(port, pair, held);
+        }
+        if self.meanwhile.has_frames() {
+            return self.send_kept(port, pair);
         }
         let least = ethernet::HEADER_BYTES + usize::from(self.ip_mtu);
         let most = if self.large_frames > 0 { FRAME_BYTES_MAX.max(least) } else { least };
@@ -590,6 +609,9 @@ impl LinkEnd {
         if !goes_on {
             self.settle_arrival(now, arrived, vnet, len);
             return Ok(Step::Moved(0));
+        }
+        if self.starved {
+            return self.keep_meanwhile(vnet, len);
         }
         self.send_held(port, pair, Held { vnet, len_bytes: len })
     }
@@ -696,20 +718,20 @@ mod tests {
     use crate::wire::ipv4;
     use crate::wire::vnet::{Checksum, Gso, GsoKind};
 
-    const TSO: GuestOffloads =
+    pub(super) const TSO: GuestOffloads =
         GuestOffloads { checksum: true, tso4: true, tso6: true, ecn: true, uso4: false, uso6: false };
 
     /// A guest that has `buffers_bytes` of receive buffers.
-    struct Port {
-        buffers_bytes: usize,
+    pub(super) struct Port {
+        pub(super) buffers_bytes: usize,
         open: Vec<u8>,
         reserved: Vec<usize>,
-        came: VecDeque<(VnetHeader, Vec<u8>)>,
+        pub(super) came: VecDeque<(VnetHeader, Vec<u8>)>,
         offloads: GuestOffloads,
     }
 
     impl Port {
-        fn new(buffers_bytes: usize) -> Port {
+        pub(super) fn new(buffers_bytes: usize) -> Port {
             let (open, reserved, came) = (Vec::new(), Vec::new(), VecDeque::new());
             Port { buffers_bytes, open, reserved, came, offloads: TSO }
         }

@@ -592,7 +592,9 @@ impl LinkEnd {
     /// When [`LinkEnd::run_translation`] has something to do.
     pub(in crate::worker) fn next_deadline(&self) -> Option<Instant> {
         let translation = self.translation.as_ref()?;
-        let own = [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims];
+        let starved = self.station_deadline();
+        let own =
+            [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims, starved];
         own.into_iter().flatten().min()
     }
 
