@@ -571,7 +571,9 @@ impl LinkEnd {
         let is_large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
         self.large_frames = if is_large { LARGE_FRAMES } else { self.large_frames.saturating_sub(1) };
         let head = &mut self.head[..len.min(behind + tag_bytes)];
-        let vnet = match judge(&header, head, len, (self.parts.vlan, self.ip_mtu), port.offloads()) {
+        // What is longer than the guest's link is told of, or cut, by who translates it.
+        let longest = if self.translation.is_some() { u16::MAX } else { self.ip_mtu };
+        let vnet = match judge(&header, head, len, (self.parts.vlan, longest), port.offloads()) {
             Ok(vnet) => vnet,
             Err(reason) => {
                 give_up(port, reserved_bytes);
@@ -594,7 +596,8 @@ impl LinkEnd {
             }
         };
         let goes_on = arrived == Arrived::ForGuest;
-        if goes_on && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
+        let fits = lan::check_length(&vnet, len, self.ip_mtu).is_ok();
+        if goes_on && fits && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));
         }
@@ -609,6 +612,9 @@ impl LinkEnd {
         if !goes_on {
             self.settle_arrival(now, arrived, vnet, len);
             return Ok(Step::Moved(0));
+        }
+        if !fits {
+            return self.send_cut(port, pair, vnet, len);
         }
         if self.starved {
             return self.keep_meanwhile(vnet, len);

@@ -6,6 +6,7 @@
 #[path = "../hot_path/allocations.rs"]
 mod allocations;
 mod conntrack;
+mod cut;
 mod nat;
 mod packets;
 mod rewrite;

@@ -24,6 +24,7 @@ use crate::time::Instant;
 use crate::uplink::sockets::HostSockets;
 use crate::uplink::sys::poll::Poll;
 use crate::uplink::sys::tap::TapQueue;
+use crate::wire::checksum::Accumulator;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::ipv4::{self, Protocol};
 use crate::wire::vnet::VnetHeader;
@@ -118,6 +119,7 @@ impl Rig {
     pub(super) fn pass(&mut self, time: Duration) {
         self.now = self.now + time;
         for worker in &mut self.workers {
+            worker.end.notice_guest(self.now, worker.engine.guest_starts(self.now));
             worker.end.run_translation(self.now, &mut worker.engine, &mut worker.port);
             worker.end.deliver(self.now, &mut worker.port, QueuePair(0));
         }
@@ -140,6 +142,7 @@ impl Rig {
     pub(super) fn sends_as(&mut self, at: usize, vnet: VnetHeader, frame: &[u8]) -> Left {
         let OneWorker { end, engine, port, .. } = &mut self.workers[at];
         let head = &frame[..frame.len().min(FRAME_HEAD_BYTES)];
+        end.notice_guest(self.now, engine.guest_starts(self.now));
         let frame = TxFrame { vnet, head, whole: Payload::from_host(frame), pair: QueuePair(0) };
         assert!(!end.is_for_us(self.now, &frame));
         end.forward_translated(self.now, &frame, engine, port)
@@ -166,15 +169,15 @@ impl Rig {
         let mut count = 0;
         loop {
             let mut next = None;
-            for (from, worker) in self.workers.iter_mut().enumerate() {
-                next = worker.end.next_handed().map(|(to, frame)| (from, to, frame));
+            for worker in &mut self.workers {
+                next = worker.end.next_letter();
                 if next.is_some() {
                     break;
                 }
             }
-            let Some((_, to, frame)) = next else { return count };
+            let Some((to, letter)) = next else { return count };
             let OneWorker { end, engine, port, .. } = &mut self.workers[usize::from(to.0)];
-            end.handed(self.now, frame, engine, port);
+            end.letter(self.now, letter, engine, port);
             count += 1;
             assert!(count < 100_000, "frames go round");
         }
@@ -196,7 +199,7 @@ pub(super) fn asks_for_us() -> [u8; arp::FRAME_BYTES] {
 /// A frame around a transport message between the ends' addresses, from the guest or, without its MAC address, from
 /// [`REMOTE`].
 fn frame(src: Ipv4Addr, dst: Ipv4Addr, protocol: Protocol, transport: &[u8]) -> Vec<u8> {
-    let (to, from) = if src == GUEST.1 { (MacAddr::GATEWAY, GUEST.0) } else { (OURS.0, REMOTE.0) };
+    let (to, from) = if src.octets()[0] == 10 { (MacAddr::GATEWAY, GUEST.0) } else { (OURS.0, REMOTE.0) };
     let mut frame = vec![0; TRANSPORT_AT];
     ethernet::Header { dst: to, src: from, ethertype: EtherType::IPV4 }.emit(&mut frame);
     let header = ipv4::Header {
@@ -215,6 +218,14 @@ fn frame(src: Ipv4Addr, dst: Ipv4Addr, protocol: Protocol, transport: &[u8]) -> 
     header.emit(&mut frame[IP_AT..]);
     frame.extend_from_slice(transport);
     frame
+}
+
+/// Puts the IP header's checksum right.
+pub(super) fn sum_ip(frame: &mut [u8]) {
+    frame[IP_AT + 10..IP_AT + 12].fill(0);
+    let mut sum = Accumulator::new();
+    sum.add_bytes(&frame[IP_AT..TRANSPORT_AT]);
+    frame[IP_AT + 10..IP_AT + 12].copy_from_slice(&sum.finish().to_be_bytes());
 }
 
 /// A datagram.

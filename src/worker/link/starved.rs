@@ -19,6 +19,7 @@ use std::time::Duration;
 use super::{LinkEnd, Step};
 use crate::engine::counters::DropReason;
 use crate::engine::guest_port::{GuestPort, ReserveError};
+use crate::engine::packet::cut::cut;
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::time::Instant;
@@ -125,6 +126,26 @@ impl LinkEnd {
     pub(super) fn keep_meanwhile(&mut self, vnet: VnetHeader, len_bytes: usize) -> Result<Step, DropReason> {
         let kept = self.meanwhile.keep(vnet, &self.whole[..len_bytes]);
         if kept { Ok(Step::NoBuffers) } else { Err(DropReason::GuestNotReceiving) }
+    }
+
+    /// Cuts the frame of the link that lies in `whole`, which is longer than the guest's link. What the guest has no buffers for
+    /// is kept: a part of a packet is of no use.
+    pub(super) fn send_cut(
+        &mut self,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        vnet: VnetHeader,
+        len_bytes: usize,
+    ) -> Result<Step, DropReason> {
+        let LinkEnd { whole, meanwhile, ip_mtu, .. } = self;
+        let mut pieces = Vec::new();
+        cut(&vnet, &mut whole[..len_bytes], *ip_mtu, |piece| {
+            let is_kept = meanwhile.keep(VnetHeader::default(), piece);
+            pieces.push(is_kept);
+        })?;
+        let lost = pieces.iter().filter(|is_kept| !**is_kept).count();
+        self.counters.drop_many(DropReason::GuestNotReceiving, lost as u64);
+        if self.starved { Ok(Step::NoBuffers) } else { self.send_kept(port, pair) }
     }
 
     /// Sends the frame that was kept first.
