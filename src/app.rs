@@ -475,3 +475,17 @@ fn log_dns(stats: &DnsStats) {
         "names forwarded"
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_packets_are_translated_elsewhere_no_frame_of_the_guest_leaves_by_a_socket() {
+        let nat = NatConfig::default();
+        let world = Mode::Nat(nat.clone());
+        assert_eq!(engine_mode(&world, &nat, true), Mode::Isolated);
+        assert_eq!(engine_mode(&Mode::Isolated, &nat, false), Mode::Isolated);
+        assert_eq!(engine_mode(&world, &nat, false), world);
+    }
+}

@@ -261,9 +261,7 @@ impl LinkEnd {
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
-        if let Some(translation) = &mut self.translation {
-            translation.forget_guest(now);
-        }
+        self.forget_translated(now);
     }
 
     fn set_attached(&mut self, attached: bool) {
@@ -595,9 +593,8 @@ impl LinkEnd {
                 return Err(reason);
             }
         };
-        let goes_on = arrived == Arrived::ForGuest;
-        let fits = lan::check_length(&vnet, len, self.ip_mtu).is_ok();
-        if goes_on && fits && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
+        let goes_on = arrived == Arrived::ForGuest && lan::check_length(&vnet, len, self.ip_mtu).is_ok();
+        if goes_on && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));
         }
@@ -609,17 +606,30 @@ impl LinkEnd {
             port.cancel();
         }
         self.whole[filled..len].copy_from_slice(&self.spare[..len - filled]);
-        if !goes_on {
-            self.settle_arrival(now, arrived, vnet, len);
+        self.place(now, port, pair, arrived, Held { vnet, len_bytes: len })
+    }
+
+    /// Ends the way of a frame that lies in `whole`.
+    fn place(
+        &mut self,
+        now: Instant,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        arrived: Arrived,
+        held: Held,
+    ) -> Result<Step, DropReason> {
+        let Held { vnet, len_bytes } = held;
+        if arrived != Arrived::ForGuest {
+            self.settle_arrival(now, arrived, vnet, len_bytes);
             return Ok(Step::Moved(0));
         }
-        if !fits {
-            return self.send_cut(port, pair, vnet, len);
+        if lan::check_length(&vnet, len_bytes, self.ip_mtu).is_err() {
+            return self.send_cut(port, pair, vnet, len_bytes);
         }
         if self.starved {
-            return self.keep_meanwhile(vnet, len);
+            return self.keep_meanwhile(vnet, len_bytes);
         }
-        self.send_held(port, pair, Held { vnet, len_bytes: len })
+        self.send_held(port, pair, held)
     }
 
     /// First bytes of a frame, without its tag, that are read into host memory.

@@ -383,19 +383,34 @@ impl LinkEnd {
         let address = translation.refresh(now);
         let is_hairpin = address == Some(dst);
         let way = if is_hairpin { None } else { Some(translation.outside.way(now, dst)) };
-        if way == Some(Way::NotYet) {
-            translation.claims = Some(now + CLAIM_PAUSE);
-            return Ok(Left::Full);
-        }
-        if way == Some(Way::Withheld) {
-            return Err(DropReason::RateLimited);
-        }
-        if let Some(Way::None | Way::NoAddress) = way {
-            let code = if address.is_some() { UnreachableCode::Host } else { UnreachableCode::Net };
+        let code = match way {
+            Some(Way::NotYet) => {
+                translation.claims = Some(now + CLAIM_PAUSE);
+                return Ok(Left::Full);
+            }
+            Some(Way::Withheld) => return Err(DropReason::RateLimited),
+            Some(Way::None) => Some(UnreachableCode::Host),
+            Some(Way::NoAddress) => Some(UnreachableCode::Net),
+            Some(Way::To(_) | Way::Wait(_)) | None => None,
+        };
+        if let Some(code) = code {
             let message = Message::Unreachable { code, next_hop_mtu: 0 };
             engine.tell_guest(now, port, from, message, &frame.head[ethernet::HEADER_BYTES..]);
             return Err(DropReason::Refused);
         }
+        self.translate_towards(now, frame, (way, tried), engine, port)
+    }
+
+    /// The same with the way known; none if it goes to our own address.
+    fn translate_towards<N: HostNet>(
+        &mut self,
+        now: Instant,
+        frame: &TxFrame<'_>,
+        (way, tried): (Option<Way>, WorkerSet),
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) -> Result<Left, DropReason> {
+        let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         let head = &mut translation.head[..frame.head.len()];
         head.copy_from_slice(frame.head);
         let mut packet = Packet { vnet: &frame.vnet, head, len_bytes: frame.whole.len(), tried };
@@ -420,8 +435,7 @@ impl LinkEnd {
             }
             (Verdict::Elsewhere(worker), _) => {
                 let bytes = whole_frame(frame, frame.head);
-                let (pair, vnet) = (frame.pair, frame.vnet);
-                let handed = LinkFrame::new(Side::Guest, pair, vnet, tried, bytes);
+                let handed = LinkFrame::new(Side::Guest, frame.pair, frame.vnet, tried, bytes);
                 translation.hand_over(worker, handed).map(|()| Left::Yes)
             }
             // Counted there.
@@ -429,7 +443,7 @@ impl LinkEnd {
             (Verdict::Ours, None) => {
                 let mut answer = whole_frame(frame, frame.head);
                 translation.answer_echo(now, &mut answer)?;
-                engine.send_to_guest(now, port, frame.pair, VnetHeader::default(), &answer);
+                self.send_whole(now, (frame.pair, VnetHeader::default()), &mut answer, engine, port)?;
                 Ok(Left::Yes)
             }
             (Verdict::Ours, _) | (Verdict::Forward, None) => Err(DropReason::Refused),
@@ -487,7 +501,7 @@ impl LinkEnd {
     }
 
     /// Sends the guest a frame that is translated for it, cut if it is longer than its link.
-    fn to_guest<N: HostNet>(
+    fn send_whole<N: HostNet>(
         &mut self,
         now: Instant,
         (pair, vnet): (QueuePair, VnetHeader),
@@ -521,7 +535,7 @@ impl LinkEnd {
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         lan::check_offloads(&vnet, port.offloads())?;
         translation.address_to_guest(&mut whole)?;
-        self.to_guest(now, (pair, vnet), &mut whole, engine, port)?;
+        self.send_whole(now, (pair, vnet), &mut whole, engine, port)?;
         Ok(Left::Yes)
     }
 
@@ -585,8 +599,16 @@ impl LinkEnd {
             && translation.guest_starts != guest_starts
         {
             translation.guest_starts = guest_starts;
-            translation.forget_guest(now);
+            self.forget_translated(now);
         }
+    }
+
+    /// Ends the guest's flows, and what was translated for it.
+    pub(super) fn forget_translated(&mut self, now: Instant) {
+        let Some(translation) = &mut self.translation else { return };
+        translation.forget_guest(now);
+        let lost = self.meanwhile.forget() + u64::from(self.held.take().is_some());
+        self.counters.drop_many(DropReason::GuestNotReceiving, lost);
     }
 
     /// Takes what another worker has for this one.
@@ -667,7 +689,7 @@ impl LinkEnd {
                 lan::check_offloads(&frame.vnet, port.offloads())?;
                 frame.bytes[..head.len()].copy_from_slice(head);
                 self.counters.payload_to_guest_bytes += len_bytes as u64;
-                self.to_guest(now, (frame.pair, frame.vnet), &mut frame.bytes, engine, port)
+                self.send_whole(now, (frame.pair, frame.vnet), &mut frame.bytes, engine, port)
             }
             arrived => {
                 self.settle(now, arrived, (frame.vnet, frame.tried), &frame.bytes);
@@ -715,7 +737,7 @@ impl LinkEnd {
             }
             (Verdict::Forward, Side::World) | (Verdict::Hairpin, _) => {
                 translation.address_to_guest(&mut frame)?;
-                self.to_guest(now, (pair, vnet), &mut frame, engine, port)
+                self.send_whole(now, (pair, vnet), &mut frame, engine, port)
             }
             (Verdict::Elsewhere(worker), side) => {
                 let tried = WorkerSet::default();
