@@ -339,6 +339,15 @@ fn on_sockets(mode: &Mode, is_translated: bool) -> NatConfig {
     nat
 }
 
+/// What the engine makes of the world. Where the kernel translates (on a named network), or packets are translated onto a link,
+/// names are all that is asked of it: no frame of the guest, wherever it is addressed, leaves by a socket of the host's.
+fn engine_mode(mode: &Mode, nat: &NatConfig, is_translated_elsewhere: bool) -> Mode {
+    match mode {
+        Mode::Nat(_) if !is_translated_elsewhere => Mode::Nat(nat.clone()),
+        Mode::Nat(_) | Mode::Isolated => Mode::Isolated,
+    }
+}
+
 /// Opens what the workers need, within the open files limit; `holder` is this process's number in the store of
 /// its named network. Published ports are the first worker's; their flows move to the worker
 /// whose queue pair the guest answers on.
@@ -356,9 +365,8 @@ fn prepare(
     let mut nat = on_sockets(&config.mode, is_translated);
     let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
-    // On a named network the kernel translates, and names are all that is asked of the world here.
     let is_shared = config.network.is_some();
-    let mode = if world && !is_shared && !is_translated { Mode::Nat(nat.clone()) } else { Mode::Isolated };
+    let mode = engine_mode(&config.mode, &nat, is_shared || is_translated);
     let ports = published_at_start(config, &nat, is_translated);
     let (mut published, ports) = match is_shared {
         true => (None, AtStart { ports, relayed: bound }),
@@ -467,4 +475,18 @@ fn log_dns(stats: &DnsStats) {
         evicted = stats.evicted,
         "names forwarded"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_packets_are_translated_elsewhere_no_frame_of_the_guest_leaves_by_a_socket() {
+        let nat = NatConfig::default();
+        let world = Mode::Nat(nat.clone());
+        assert_eq!(engine_mode(&world, &nat, true), Mode::Isolated);
+        assert_eq!(engine_mode(&Mode::Isolated, &nat, false), Mode::Isolated);
+        assert_eq!(engine_mode(&world, &nat, false), world);
+    }
 }

@@ -302,6 +302,10 @@ pub const AWAITING_FRAMES_MAX: usize = 256;
 /// frames and sockets have their turn. Past it frames for another worker are dropped.
 pub const LETTERS_MAX: usize = 1024;
 
+/// Bytes of frames of a link under way from one worker to others, wherever they wait: as many as letters of Ethernet's
+/// size, with room for some of the largest.
+pub const HANDED_BYTES_MAX: usize = 4 << 20;
+
 /// Datagrams one frame of the guest may be cut into (UDP segmentation offload): what Linux sends at
 /// most (`UDP_MAX_SEGMENTS`). Unbounded, a frame of 64 KiB would be 65,507 system calls.
 pub const USO_SEGMENTS_MAX: usize = 128;
@@ -351,6 +355,13 @@ pub const LINK_BATCH_FRAMES: usize = 64;
 /// Frames of a link are read ahead of their translation while they are no longer than this: a longer one is dearer to copy.
 pub const LINK_AHEAD_FRAME_BYTES: usize = 512;
 
+/// Frames for a guest without receive buffers that are taken out of the TAP queue, so that what is our own station's
+/// behind them is heard: as many as a card's ring of 256 holds. Past it they are dropped, as there.
+pub const STARVED_FRAMES_MAX: usize = 256;
+
+/// Bytes of them: as many of Ethernet's size, or some of the largest.
+pub const STARVED_BYTES_MAX: usize = 1 << 20;
+
 /// First bytes of a frame from a link that are read into host memory, to be judged: Ethernet with a tag
 /// (18), IPv6 (40), and a neighbour advertisement with its option (32), rounded up.
 pub const LINK_HEAD_BYTES: usize = 128;
@@ -361,6 +372,18 @@ pub const LINK_LONG_HEAD_BYTES: usize = 1514;
 
 /// Hosts of a link that are remembered while packets are translated onto it: a full /22.
 pub const STATION_NEIGHBOURS_MAX: usize = 1024;
+
+/// Questions for hosts of a link nobody is known to have, at once and each second in the long run: every host of the link
+/// hears them. A guest that scans it gets no further; a busy one meets a few new hosts a second.
+pub const STATION_QUESTIONS_BURST: u32 = 128;
+/// See [`STATION_QUESTIONS_BURST`].
+pub const STATION_QUESTIONS_PER_SECOND: u32 = 50;
+
+/// Echo requests to our address on a link that are answered, at once and each second in the long run: somebody looks
+/// whether it is there, a ping in flood mode included.
+pub const STATION_ECHOES_BURST: u32 = 64;
+/// See [`STATION_ECHOES_BURST`].
+pub const STATION_ECHOES_PER_SECOND: u32 = 1000;
 
 /// Frames that wait for the MAC address of their next hop: first packets of a page's connections (RFC 1122,
 /// 2.3.2.2 asks for one at least).
@@ -426,6 +449,14 @@ pub const PACKET_FLOWS_MAX: usize = 1 << 20;
 
 /// Most flows a packet NAT can be told to hold for a worker: what the 24 bits of its indices' slots name.
 pub const PACKET_FLOWS_BOUND: usize = (1 << 24) - 2;
+
+/// Flows of a worker's packet NAT whose frames from other workers are counted, by the place of the flow; and flows that have moved
+/// lately and are remembered.
+pub const PACKET_HANDED_FLOWS: usize = 64;
+
+/// Frames in a row another worker has to hand over before the flow moves there: as with datagram sockets. Moving costs
+/// about as much as handing over two, so that a guest which sends of one flow by two queues in turn pays an eighth more.
+pub const PACKET_HANDED_FRAMES: u8 = 16;
 
 /// Buckets of eight slots of an empty index of flows, a power of two: half a page.
 pub const PACKET_INDEX_BUCKETS_MIN: usize = 64;

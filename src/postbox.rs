@@ -7,11 +7,13 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::engine::packet::Side;
+use crate::engine::packet::moving::MovedFlow;
 use crate::engine::packet::ports::WorkerSet;
 use crate::engine::placement::{Post, WorkerId};
 use crate::frame::QueuePair;
@@ -24,8 +26,17 @@ use crate::wire::vnet::VnetHeader;
 pub enum HostLetter {
     /// Of the engine over host sockets.
     Engine(Post<DetachedStream, DetachedDatagram>),
-    /// A frame of a link whose flow is the receiver's.
-    Link(Box<LinkFrame>),
+    /// Of the translation of packets onto a link.
+    Link(Box<LinkLetter>),
+}
+
+/// What workers that translate packets tell each other.
+#[derive(Debug)]
+pub enum LinkLetter {
+    /// A frame whose flow is the receiver's.
+    Frame(LinkFrame),
+    /// A flow that is the receiver's from now on, as of so many of the guest's starts.
+    Flow(MovedFlow, u64),
 }
 
 /// A frame that is translated by another worker than the one it came to.
@@ -41,6 +52,54 @@ pub struct LinkFrame {
     pub tried: WorkerSet,
     /// All of it.
     pub bytes: Box<[u8]>,
+    /// The guest's starts its sender knew of ([`crate::engine::placement::Directory::guest_starts`]): it is not for the guest
+    /// after that.
+    pub guest_starts: u64,
+    /// Its sender.
+    pub from: WorkerId,
+    /// What it takes of its sender's room, until it is read.
+    pub room: Option<RoomTaken>,
+}
+
+impl LinkFrame {
+    /// A frame that is to be handed over.
+    pub fn new(
+        side: Side,
+        pair: QueuePair,
+        vnet: VnetHeader,
+        tried: WorkerSet,
+        bytes: Box<[u8]>,
+    ) -> LinkFrame {
+        LinkFrame { side, pair, vnet, tried, bytes, guest_starts: 0, from: WorkerId(0), room: None }
+    }
+}
+
+/// Room for the frames a worker has under way to others: [`limits::HANDED_BYTES_MAX`] bytes.
+#[derive(Debug, Default)]
+pub struct Room(Arc<AtomicUsize>);
+
+/// A frame's part of it, given back when it is dropped, by whichever worker.
+#[derive(Debug)]
+pub struct RoomTaken {
+    of: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Room {
+    /// Takes room for so many bytes, if there is any. Only its one owner takes; others only give back.
+    pub fn take(&mut self, bytes: usize) -> Option<RoomTaken> {
+        if self.0.load(Ordering::Relaxed) + bytes > limits::HANDED_BYTES_MAX {
+            return None;
+        }
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+        Some(RoomTaken { of: Arc::clone(&self.0), bytes })
+    }
+}
+
+impl Drop for RoomTaken {
+    fn drop(&mut self) {
+        self.of.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 #[derive(Debug)]
@@ -228,6 +287,17 @@ mod tests {
         assert_eq!(seen.len(), limits::LETTERS_MAX);
         assert!(seen[..2].contains(&Some(2)), "the other worker's turn");
         assert!(own.event.read().is_ok(), "it is woken for the rest");
+    }
+
+    #[test]
+    fn room_for_frames_is_bounded_and_given_back_as_they_are_read() {
+        let mut room = Room::default();
+        let mut taken: Vec<_> = std::iter::from_fn(|| room.take(60_000)).collect();
+        assert_eq!(taken.len(), limits::HANDED_BYTES_MAX / 60_000);
+        let rest = room.take(limits::HANDED_BYTES_MAX % 60_000);
+        assert!(rest.is_some() && room.take(1).is_none(), "to the last byte");
+        taken.pop();
+        assert!(room.take(60_001).is_none() && room.take(60_000).is_some());
     }
 
     #[test]

@@ -409,7 +409,7 @@ impl Worker {
             let (_, rx) = queues.split();
             match (letter, &mut *link) {
                 (HostLetter::Engine(post), _) => engine.letter(now, rx, post),
-                (HostLetter::Link(frame), Some(link)) => link.handed(now, *frame, engine, rx),
+                (HostLetter::Link(letter), Some(link)) => link.letter(now, *letter, engine, rx),
                 (HostLetter::Link(_), None) => {}
             }
         });
@@ -422,7 +422,7 @@ impl Worker {
         postbox.send_all(|| {
             let of_engine = || engine.next_letter().map(|(to, post)| (to, HostLetter::Engine(post)));
             let of_link = |link: &mut LinkEnd| {
-                link.next_handed().map(|(to, frame)| (to, HostLetter::Link(Box::new(frame))))
+                link.next_letter().map(|(to, letter)| (to, HostLetter::Link(Box::new(letter))))
             };
             link.as_mut().and_then(of_link).or_else(of_engine)
         })
@@ -435,6 +435,11 @@ impl Worker {
 
     /// One batch. Returns whether there is more to do at once.
     fn work(&mut self, now: Instant) -> bool {
+        if let Some(link) = &mut self.link
+            && link.translates()
+        {
+            link.notice_guest(now, self.engine.guest_starts(now));
+        }
         let mut waiting = std::mem::take(&mut self.tx_waiting);
         while waiting != 0 {
             let pair = waiting.trailing_zeros() as u8;

@@ -5,7 +5,6 @@
 use std::io;
 use std::net::SocketAddr;
 
-
 use super::check::{Check, Fix};
 use super::facts::Facts;
 use super::way::Asked;

@@ -23,6 +23,12 @@ impl<N: HostNet> Engine<N> {
         may_have
     }
 
+    /// The guest's starts as of `now`, one that others saw included.
+    pub fn guest_starts(&mut self, now: Instant) -> u64 {
+        self.begin(now);
+        self.guest_starts
+    }
+
     /// Where an address of the guest was last seen.
     pub fn guest_at(&self, addr: Ipv4Addr) -> Option<Neighbour> {
         self.core.neighbour(IpAddr::V4(addr))

@@ -15,6 +15,9 @@
 
 mod ahead;
 mod outside;
+#[cfg(test)]
+mod rig;
+mod starved;
 mod translated;
 
 use std::io;
@@ -42,6 +45,7 @@ use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 use self::ahead::Ahead;
+use self::starved::Starved;
 use self::translated::{Arrived, Translation};
 
 pub use self::outside::SharedStation;
@@ -138,6 +142,8 @@ pub(super) struct LinkEnd {
     readable: bool,
     /// The guest had no buffers; it will kick.
     starved: bool,
+    /// What is read for the station's sake meanwhile.
+    meanwhile: Starved,
     /// For so many frames more, one may be longer than the MTU: acknowledgements come between long ones.
     large_frames: u8,
     held: Option<Held>,
@@ -171,6 +177,7 @@ impl LinkEnd {
             segments: Segments::default(),
             readable: true,
             starved: true,
+            meanwhile: Starved::default(),
             large_frames: 0,
             held: None,
             ahead: Ahead::default(),
@@ -203,13 +210,13 @@ impl LinkEnd {
     }
 
     /// Publishes a port of the address on the link; false if a flow of the guest has it, `None` if nothing is translated.
-    pub(super) fn publish(&mut self, port: Publish) -> Option<bool> {
-        self.translation.as_mut().map(|translation| translation.publish(port))
+    pub(super) fn publish(&mut self, now: Instant, port: Publish) -> Option<bool> {
+        self.translation.as_mut().map(|translation| translation.publish(now, port))
     }
 
     /// Publishes it no more; how many flows were ended, `None` if nothing is translated.
-    pub(super) fn unpublish(&mut self, port: &Publish, reset: bool) -> Option<usize> {
-        self.translation.as_mut().map(|translation| translation.unpublish(port, reset))
+    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> Option<usize> {
+        self.translation.as_mut().map(|translation| translation.unpublish(now, port, reset))
     }
 
     pub(super) fn queue(&self) -> &TapQueue {
@@ -262,7 +269,7 @@ impl LinkEnd {
         // Other queues get the frames of one that is detached.
         self.set_starved(now, self.attached || !self.parts.queue.is_multi_queue());
         self.held = None;
-        let lost = self.ahead.forget();
+        let lost = self.ahead.forget() + self.meanwhile.forget();
         self.counters.drop_many(DropReason::GuestNotReceiving, lost);
         self.offloads = None;
     }
@@ -287,9 +294,7 @@ impl LinkEnd {
         if let Some(guard) = &mut self.parts.guard {
             guard.forget_guest();
         }
-        if let Some(translation) = &mut self.translation {
-            translation.forget_guest(now);
-        }
+        self.forget_translated(now);
     }
 
     fn set_attached(&mut self, attached: bool) {
@@ -533,26 +538,31 @@ impl LinkEnd {
                 Ok(Step::Moved(len)) => bytes += len as u64,
                 Ok(Step::Nothing) => {
                     self.readable = false;
+                    self.meanwhile.read_empty();
                     self.set_starved(now, false);
                 }
                 Ok(Step::NoBuffers) => {
                     self.starved = true;
+                    self.meanwhile.begin(now, self.counters.frames_to_guest);
                     self.set_starved(now, true);
                 }
                 Err(reason) => self.counters.drop(reason),
             }
         }
-        !self.starved && self.has_frames()
+        if self.starved { self.read_for_station(now, port, pair) } else { self.has_frames() }
     }
 
     /// Whether frames for the guest wait, here or perhaps in the queue.
     fn has_frames(&self) -> bool {
-        self.readable || self.held.is_some() || self.ahead.has_frames()
+        self.readable || self.held.is_some() || self.ahead.has_frames() || self.meanwhile.has_frames()
     }
 
     fn step(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
         if let Some(held) = self.held {
             return self.send_held(port, pair, held);
+        }
+        if self.meanwhile.has_frames() {
+            return self.send_kept(port, pair);
         }
         if self.look_ahead(port, pair) {
             return self.deliver_ahead(now, port, pair);
@@ -612,7 +622,9 @@ impl LinkEnd {
         let is_large = len > ethernet::HEADER_BYTES + usize::from(self.ip_mtu) + tag_bytes;
         self.large_frames = if is_large { LARGE_FRAMES } else { self.large_frames.saturating_sub(1) };
         let head = &mut self.head[..len.min(behind + tag_bytes)];
-        let vnet = match judge(&header, head, len, (self.parts.vlan, self.ip_mtu), port.offloads()) {
+        // What is longer than the guest's link is told of, or cut, by who translates it.
+        let longest = if self.translation.is_some() { u16::MAX } else { self.ip_mtu };
+        let vnet = match judge(&header, head, len, (self.parts.vlan, longest), port.offloads()) {
             Ok(vnet) => vnet,
             Err(reason) => {
                 give_up(port, reserved_bytes);
@@ -634,7 +646,7 @@ impl LinkEnd {
                 return Err(reason);
             }
         };
-        let goes_on = arrived == Arrived::ForGuest;
+        let goes_on = arrived == Arrived::ForGuest && lan::check_length(&vnet, len, self.ip_mtu).is_ok();
         if goes_on && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
             return Ok(self.moved(len));
@@ -647,11 +659,30 @@ impl LinkEnd {
             port.cancel();
         }
         self.whole[filled..len].copy_from_slice(&self.spare[..len - filled]);
-        if !goes_on {
-            self.settle_arrival(now, arrived, vnet, len);
+        self.place(now, port, pair, arrived, Held { vnet, len_bytes: len })
+    }
+
+    /// Ends the way of a frame that lies in `whole`.
+    fn place(
+        &mut self,
+        now: Instant,
+        port: &mut impl GuestPort,
+        pair: QueuePair,
+        arrived: Arrived,
+        held: Held,
+    ) -> Result<Step, DropReason> {
+        let Held { vnet, len_bytes } = held;
+        if arrived != Arrived::ForGuest {
+            self.settle_arrival(now, arrived, vnet, len_bytes);
             return Ok(Step::Moved(0));
         }
-        self.send_held(port, pair, Held { vnet, len_bytes: len })
+        if lan::check_length(&vnet, len_bytes, self.ip_mtu).is_err() {
+            return self.send_cut(port, pair, vnet, len_bytes);
+        }
+        if self.starved {
+            return self.keep_meanwhile(vnet, len_bytes);
+        }
+        self.send_held(port, pair, held)
     }
 
     /// First bytes of a frame, without its tag, that are read into host memory.

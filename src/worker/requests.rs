@@ -75,7 +75,7 @@ impl Worker {
                 Request::Publish(port, socket, answer) => {
                     // Who gave up would not know of it.
                     if !answer.is_closed() {
-                        let _ = answer.send(self.publish(port, socket));
+                        let _ = answer.send(self.publish(now, port, socket));
                     }
                 }
                 Request::Unpublish { port, reset, answer } => {
@@ -86,8 +86,8 @@ impl Worker {
     }
 
     /// Serves a published port, or knows that another worker does. False if a flow of the guest has it.
-    fn publish(&mut self, port: Publish, socket: Option<Socket>) -> io::Result<bool> {
-        if let Some(published) = self.link.as_mut().and_then(|link| link.publish(port)) {
+    fn publish(&mut self, now: Instant, port: Publish, socket: Option<Socket>) -> io::Result<bool> {
+        if let Some(published) = self.link.as_mut().and_then(|link| link.publish(now, port)) {
             return Ok(published);
         }
         match socket {
@@ -99,7 +99,7 @@ impl Worker {
 
     /// Serves it no more; how many connections were reset.
     fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> usize {
-        if let Some(ended) = self.link.as_mut().and_then(|link| link.unpublish(port, reset)) {
+        if let Some(ended) = self.link.as_mut().and_then(|link| link.unpublish(now, port, reset)) {
             return ended;
         }
         let (_, rx) = self.queues.split();

@@ -7,6 +7,7 @@ mod ahead;
 #[path = "../hot_path/allocations.rs"]
 mod allocations;
 mod conntrack;
+mod cut;
 mod nat;
 mod packets;
 mod rewrite;

@@ -276,7 +276,7 @@ fn who_sends_what_cannot_pass_is_told_unless_it_is_an_error() {
     let dying = Frame { ttl: 1, ..Frame::udp((GUEST, 5000), (REMOTE, 1), b"traceroute") };
     assert_eq!(rig.told(Side::Guest, &plain, &dying.build()).0, 11);
     let mut long = Frame::udp((GUEST, 5000), (REMOTE, 1), &[0; 1473]);
-    assert_eq!(rig.send(Side::Guest, &long.build()).0, Verdict::Drop(DropReason::TooLong));
+    rig.out(&long);
     long.dont_fragment = true;
     let (kind, code, rest) = rig.told(Side::Guest, &plain, &long.build());
     assert_eq!((kind, code, word(&rest, 2)), (3, 4, 1500));
@@ -566,6 +566,70 @@ fn a_handshake_spread_over_two_workers_is_found_by_hand_over() {
     second.tried = WorkerSet::of(WorkerId(0));
     second.dropped(Side::World, &Frame { src: (OTHER, 80), ..data.clone() }, DropReason::Filtered);
     first.inn(&data);
+}
+
+#[test]
+fn guests_meet_at_the_outside_address_across_workers() {
+    let mappings = Arc::new(Mutex::new(Mappings::new(PORTS, (1, 2))));
+    let worker = |n| {
+        let config = PacketNatConfig { worker: WorkerId(n), ..settings() };
+        Rig::sharing(config, Arc::clone(&mappings))
+    };
+    let (mut first, mut second) = (worker(0), worker(1));
+    first.out(&Frame::udp((GUEST, 50_001), (REMOTE, 1), b"x"));
+    second.out(&Frame::udp((GUEST_2, 50_002), (REMOTE, 1), b"x"));
+    let hello = Frame::udp((GUEST, 50_001), (OUTSIDE, 50_002), b"hello");
+    assert_eq!(first.send(Side::Guest, &hello.build()), (Verdict::Elsewhere(WorkerId(1)), hello.build()));
+    second.tried = WorkerSet::of(WorkerId(0));
+    second.dropped(Side::Guest, &hello, DropReason::Filtered);
+    // Spoken to, it answers, and then both hear each other.
+    second.tried = WorkerSet::default();
+    let back = Frame::udp((GUEST_2, 50_002), (OUTSIDE, 50_001), b"back");
+    let turned = second.around(&back);
+    assert_eq!(turned, hop(Frame { src: (OUTSIDE, 50_002), dst: (GUEST, 50_001), ..back }).build());
+    assert_eq!(first.send(Side::Guest, &hello.build()), (Verdict::Elsewhere(WorkerId(1)), hello.build()));
+    second.tried = WorkerSet::of(WorkerId(0));
+    let turned = second.around(&hello);
+    let seen = Frame { src: (OUTSIDE, 50_001), dst: (GUEST_2, 50_002), ..hello };
+    assert_eq!(turned, hop(seen.clone()).build());
+    // What the one says of it finds its way as well.
+    let error = packets::error((3, 3), GUEST_2, OUTSIDE, &seen.build(), 200);
+    first.tried = WorkerSet::default();
+    let (verdict, unchanged) = first.send(Side::Guest, &error);
+    assert!(matches!(verdict, Verdict::Drop(DropReason::NoFlow)) && unchanged == error, "{verdict:?}");
+    second.carried(Side::Guest, &error, Verdict::Hairpin);
+}
+
+#[test]
+fn an_end_that_is_to_look_the_same_to_all_is_refused_when_no_port_is_free() {
+    let ports = 60_000..=60_003;
+    let mut rig = Rig::new(PacketNatConfig { ports: ports.clone(), ..settings() });
+    let plain = VnetHeader::default();
+    let kinds: [fn(u16, Ipv4Addr) -> Frame; 2] =
+        [|n, to| Frame::udp((GUEST, n), (to, 80), b"x"), |n, to| Frame::echo(8, GUEST, to, n)];
+    for (n, frame) in kinds.iter().enumerate() {
+        for port in 1..=4 {
+            rig.out(&frame(port, REMOTE));
+        }
+        rig.out(&frame(1, OTHER));
+        // Whatever its destination: a port of another's would be another end than to the next.
+        let (kind, code, _) = rig.told(Side::Guest, &plain, &frame(5, OTHER).build());
+        assert_eq!((kind, code), (3, 13));
+        assert_eq!(rig.nat.counters().dropped(DropReason::TableFull), n as u64 + 1);
+    }
+    rig.pass(Duration::from_secs(200));
+    rig.out(&kinds[0](5, OTHER));
+    // Mappings that are address- and port-dependent share, and so does TCP.
+    let udp = UdpConfig { mapping: UdpMapping::AddressAndPortDependent, ..UdpConfig::default() };
+    let mut rig = Rig::new(PacketNatConfig { ports, udp, ..settings() });
+    for port in 1..=4 {
+        rig.out(&kinds[0](port, REMOTE));
+        rig.out(&Frame::tcp((GUEST, port), (REMOTE, 80), SYN, 1, 0));
+    }
+    let datagram = source(&rig.out(&kinds[0](5, OTHER))).1;
+    let segment = source(&rig.out(&Frame::tcp((GUEST, 5), (OTHER, 80), SYN, 1, 0))).1;
+    assert!((60_000..=60_003).contains(&datagram) && (60_000..=60_003).contains(&segment));
+    assert_eq!(rig.nat.counters().dropped_total(), 0);
 }
 
 #[derive(Clone, Debug)]

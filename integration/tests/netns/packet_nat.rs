@@ -224,3 +224,65 @@ fn four_queues_carry_flows_side_by_side() {
         Ok(())
     });
 }
+
+#[test]
+fn frames_to_a_group_of_stations_leave_by_no_socket_of_the_hosts() {
+    let group = |bench: &Bench, mac: &str| {
+        bench.in_guest(&[
+            "ip",
+            "neigh",
+            "replace",
+            "10.0.2.1",
+            "lladdr",
+            mac,
+            "dev",
+            "eth0",
+            "nud",
+            "permanent",
+        ])
+    };
+    scenario(&Setup::translated(), |bench| {
+        let gateway = bench.in_guest(&["ip", "neigh", "show", "10.0.2.1"])?;
+        for mac in ["ff:ff:ff:ff:ff:ff", "01:00:5e:00:00:05", "33:33:00:00:00:01"] {
+            group(bench, mac)?;
+            // The host could reach both.
+            for to in [WORLD, HOST_BESIDE] {
+                let refused = bench.connect((to, ports::ECHO), Duration::from_millis(500));
+                ensure!(refused.is_err(), "{mac} {to}: {gateway}");
+                let socket = bench.lab.guest.inside(|| std::net::UdpSocket::bind((GUEST, 0)))?;
+                socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+                socket.send_to(b"anybody?", (to, ports::ECHO))?;
+                let answer = socket.recv_from(&mut [0; 16]);
+                ensure!(answer.is_err(), "{mac} {to}: {answer:?}");
+            }
+        }
+        bench.in_guest(&["ip", "neigh", "del", "10.0.2.1", "dev", "eth0"])?;
+        bench.connect((WORLD, ports::ECHO), PATIENCE)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn our_address_answers_who_asks_whether_it_is_there() {
+    scenario(&Setup::translated().tools(&["ping"]), |bench| {
+        ping(bench, HOST, &[])?;
+        let to = HOST.to_string();
+        let shown =
+            bench.lab.world.run(&["ping", "-n", "-c", "3", "-i", "0.05", "-W", "2", &to], SHORT)?.stdout;
+        ensure!(shown.contains("3 received"), "{shown}");
+        Ok(())
+    });
+}
+
+#[test]
+fn packets_of_a_guest_with_a_longer_mtu_are_cut_or_it_is_told() {
+    scenario(&Setup::translated().tools(&["ping"]), |bench| {
+        bench.in_guest(&["ip", "link", "set", "eth0", "mtu", "4000"])?;
+        ping(bench, WORLD, &["-s", "3500", "-M", "dont"])?;
+        let words = ["ping", "-n", "-c", "1", "-W", "2", "-s", "3500", "-M", "do", &WORLD.to_string()];
+        let told = bench.lab.guest.run_any(&words, SHORT)?;
+        let told = told.stdout + &told.stderr;
+        ensure!(told.contains("mtu") && told.contains("1500"), "{told}");
+        Ok(())
+    });
+}

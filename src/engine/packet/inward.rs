@@ -140,7 +140,7 @@ impl PacketNat {
 
     /// The guest's end whoever was not spoken to may reach through a mapping (RFC 4787, 5).
     fn target(&self, held: &MappingInfo, key: &Inbound) -> Option<(Ipv4Addr, u16, FlowFlags)> {
-        if let Some(&(guest, port)) = self.published.get(&(key.protocol, key.external_port)) {
+        if let Some((guest, port)) = held.leads_to {
             return Some((guest, port, FlowFlags::FROM_WORLD.with(FlowFlags::PUBLISHED)));
         }
         let lets_in = match (key.protocol, self.config.udp.filtering) {

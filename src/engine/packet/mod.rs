@@ -17,6 +17,8 @@
 mod answers;
 mod cache;
 pub mod config;
+pub mod cut;
+pub mod echo;
 pub mod flow;
 pub mod fragments;
 mod guests;
@@ -25,6 +27,7 @@ pub mod icmp;
 mod index;
 mod inward;
 mod listing;
+pub mod moving;
 mod outward;
 mod plain;
 pub mod ports;
@@ -73,7 +76,8 @@ pub enum Side {
 /// What becomes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It goes to the other side, changed from its IP header on; the caller writes the Ethernet addresses.
+    /// It goes to the other side, changed from its IP header on; the caller writes the Ethernet addresses, and cuts what is
+    /// longer than that link ([`cut::cut`]).
     Forward,
     /// It goes back to the guest's side, changed likewise.
     Hairpin,
@@ -148,9 +152,8 @@ pub struct PacketNat {
     /// Addresses the guest sent datagrams to, by external port, with their flows; kept only where filtering asks
     /// for it.
     spoken_to: HashMap<(u16, Ipv4Addr), u32, foldhash::quality::RandomState>,
-    /// Ports of the outside address that lead to a guest, and to which end.
-    published: HashMap<(Protocol, u16), (Ipv4Addr, u16), foldhash::quality::RandomState>,
     answers: Answers,
+    moving: moving::Moving,
     counters: Counters,
     flow_news: NewsList,
     /// No flow may begin any more.
@@ -209,9 +212,10 @@ impl PacketNat {
         now: Instant,
     ) -> Result<PacketNat, TableError> {
         let table = FlowTable::new(&table_config(&config), now)?;
-        let published = publish(&mut lock(&mappings), &config);
+        if is_publisher(&config) {
+            publish(&mut lock(&mappings), &config);
+        }
         Ok(PacketNat {
-            published,
             lifetimes: Lifetimes::of(&config.timeouts),
             table,
             mappings,
@@ -220,6 +224,7 @@ impl PacketNat {
             released: VecDeque::new(),
             spoken_to: HashMap::default(),
             answers: Answers::default(),
+            moving: moving::Moving::default(),
             counters: Counters::default(),
             flow_news: NewsList::default(),
             draining: false,
@@ -352,6 +357,7 @@ impl PacketNat {
         self.from_guest = Fragments::default();
         self.from_world = Fragments::default();
         self.released.clear();
+        self.moving = moving::Moving::default();
         Ok(())
     }
 
@@ -362,8 +368,14 @@ impl PacketNat {
     }
 
     /// These ports lead to guests from now on, instead of those before. Flows under way through one that is gone go on.
-    /// Returns how many do not, because flows of the guest have them.
+    /// Returns how many do not yet, because flows have them: see [`PacketNat::publish_again`].
+    ///
+    /// Ports are all workers', and the first worker's to publish: one that heard of a guest later than others would take
+    /// away what they gave to the next. With another worker nothing happens.
     pub fn set_published(&mut self, ports: Vec<PublishedPort>) -> usize {
+        if !is_publisher(&self.config) {
+            return 0;
+        }
         let mut mappings = lock(&self.mappings);
         for port in &self.config.published {
             let [end, stand_in] = published_ends(port);
@@ -371,13 +383,18 @@ impl PacketNat {
             mappings.unpublish(stand_in);
         }
         self.config.published = ports;
-        self.published = publish(&mut mappings, &self.config);
-        self.config.published.len() - self.published.len()
+        publish(&mut mappings, &self.config)
+    }
+
+    /// Publishes what could not be: flows that had the ports may have ended. Returns how many are left.
+    pub fn publish_again(&mut self) -> usize {
+        if is_publisher(&self.config) { publish(&mut lock(&self.mappings), &self.config) } else { 0 }
     }
 
     /// Whether a port of the outside address leads to a guest.
     pub fn is_published(&self, protocol: settings::Protocol, port: u16) -> bool {
-        self.published.contains_key(&(published_protocol(protocol), port))
+        let held = lock(&self.mappings).of_port(published_protocol(protocol), port, Ipv4Addr::UNSPECIFIED);
+        held.is_some_and(|held| held.leads_to.is_some())
     }
 
     /// What happened so far.
@@ -461,7 +478,8 @@ impl PacketNat {
             let message = Message::Unreachable { code, next_hop_mtu: ip_mtu };
             return Err(Refusal::Told(message, DropReason::TooLong));
         }
-        Err(DropReason::TooLong.into())
+        // Cut where it leaves ([`cut::cut`]), which segments cannot be.
+        if packet.vnet.gso.is_some() { Err(DropReason::TooLong.into()) } else { Ok(()) }
     }
 
     /// Lets the flow take a packet of any kind.
@@ -683,12 +701,15 @@ fn published_ends(port: &PublishedPort) -> [GuestEnd; 2] {
     ]
 }
 
-/// Keeps published ports from being given to others.
-fn publish(
-    mappings: &mut Mappings,
-    config: &PacketNatConfig,
-) -> HashMap<(Protocol, u16), (Ipv4Addr, u16), foldhash::quality::RandomState> {
-    let mut published = HashMap::default();
+/// Whether ports are published by the worker of these settings.
+fn is_publisher(config: &PacketNatConfig) -> bool {
+    config.worker == WorkerId(0)
+}
+
+/// Has published ports lead to their guests, and keeps them from being given to others. Returns how many have other
+/// mappings still.
+fn publish(mappings: &mut Mappings, config: &PacketNatConfig) -> usize {
+    let mut missing = 0;
     for port in &config.published {
         // Nobody else could answer.
         if !config.subnet.is_host(port.guest) || port.guest == config.gateway {
@@ -699,12 +720,10 @@ fn publish(
         let held = mappings.of_port(protocol, port.port, Ipv4Addr::UNSPECIFIED).map(|held| held.guest);
         let is_held = held == Some(stand_in)
             || mappings.publish(end, port.port)
-            || mappings.publish(stand_in, port.port);
-        if is_held {
-            published.insert((protocol, port.port), (port.guest, port.guest_port));
-        }
+            || mappings.publish_for(stand_in, port.port, (port.guest, port.guest_port));
+        missing += usize::from(!is_held);
     }
-    published
+    missing
 }
 
 /// The tracker of a flow that begins with this packet; none if it can begin none.

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use super::flow::{ChecksumDeltas, FlowFlags, FlowKey, Outbound};
+use super::flow::{ChecksumDeltas, FlowFlags, FlowKey, Inbound, Outbound};
 use super::fragments::Way;
 use super::head::{Packet, Transport, View};
 use super::icmp::{Quote, translate_quote};
@@ -12,6 +12,7 @@ use super::table::FlowIndex;
 use super::{PacketNat, Passage, Refusal, Side, Verdict, first_segment, guest_end, lock, scope};
 use crate::engine::counters::DropReason;
 use crate::engine::placement::WorkerId;
+use crate::limits::FRAME_HEAD_BYTES;
 use crate::time::Instant;
 use crate::wire::icmpv4::UnreachableCode;
 use crate::wire::ipv4::Protocol;
@@ -79,9 +80,19 @@ impl PacketNat {
         };
         let flow = self.table.flow(at);
         let port = flow.key().external_port;
-        translate(packet.head, view, &NewEnd { end: End::Source, addr: outside, port, deltas: flow.deltas });
         let hairpin = key.remote == outside;
-        let dst = if hairpin { self.turn_back(now, packet)? } else { key.remote };
+        let as_it_came = hairpin.then(|| Kept::of(packet.head));
+        translate(packet.head, view, &NewEnd { end: End::Source, addr: outside, port, deltas: flow.deltas });
+        let dst = if hairpin { self.turn_back(now, packet) } else { Ok(key.remote) };
+        let dst = match (dst, as_it_came) {
+            // The end it goes to is that worker's, which turns it back as a whole.
+            (Err(Refusal::Elsewhere(worker)), Some(head)) => {
+                head.put_back(packet.head);
+                self.lead(now, Side::Guest, view, Way::Elsewhere(worker));
+                return Err(Refusal::Elsewhere(worker));
+            }
+            (dst, _) => dst?,
+        };
         take_hop(packet.head);
         self.lead(now, Side::Guest, view, Way::On { src: outside, dst, hairpin });
         Ok(if hairpin { Verdict::Hairpin } else { Verdict::Forward })
@@ -116,6 +127,11 @@ impl PacketNat {
         };
         let (guest, scope) = (guest_end(&flow_key), scope(&self.config, &flow_key));
         if !opens(view, packet.head) {
+            if let Some(worker) = self.moving.gone_to(now, key)
+                && !packet.tried.has(self.config.worker)
+            {
+                return Err(Refusal::Elsewhere(worker));
+            }
             let workers = lock(&self.mappings).of_guest(guest, scope).map(|held| held.workers);
             if let Some(worker) = self.another(workers.unwrap_or_default(), packet) {
                 return Err(Refusal::Elsewhere(worker));
@@ -135,6 +151,21 @@ impl PacketNat {
             flags.set(FlowFlags::PORT_SHARED);
         }
         self.begin(now, flow_key, flags, tcp).ok_or(full)
+    }
+
+    /// Makes of a packet that was translated for the world what the guest sent; returns who that was, if the flow lives.
+    pub fn as_sent(&mut self, packet: &mut Packet<'_>) -> Option<Ipv4Addr> {
+        let view = View::read(packet).ok()?;
+        if matches!(view.transport, Transport::LaterFragment | Transport::Error) {
+            return None;
+        }
+        let Outbound { protocol, guest_port, remote, remote_port, .. } = outbound(&view);
+        let at =
+            self.table.find_inbound(&Inbound { protocol, external_port: guest_port, remote, remote_port })?;
+        let flow = self.table.flow(at);
+        let (addr, port, deltas) = (flow.key().guest, flow.key().guest_port, flow.deltas.inverse());
+        translate(packet.head, &view, &NewEnd { end: End::Source, addr, port, deltas });
+        Some(addr)
     }
 
     /// Another worker of `workers` that has not looked at this frame yet, if there is one.
@@ -165,25 +196,48 @@ impl PacketNat {
         let flow = self.table.flow(at);
         let port = flow.key().external_port;
         let new = NewEnd { end: End::Destination, addr: outside, port, deltas: flow.deltas };
+        let hairpin = view.ip.dst == outside;
+        let as_it_came = hairpin.then(|| Kept::of(packet.head));
         translate_quote(packet.head, view, &quote, &new);
         let deltas = ChecksumDeltas::between((view.ip.src, 0), (outside, 0));
         translate(packet.head, view, &NewEnd { end: End::Source, addr: outside, port: 0, deltas });
-        let hairpin = view.ip.dst == outside;
-        if hairpin {
+        if let Some(head) = as_it_came {
             let turned = View::read(packet)?;
-            self.carry_error_inward(packet, &turned, outside).map_err(too_late)?;
+            let carried = self.carry_error_inward(packet, &turned, outside).map_err(too_late);
+            if let Err(Refusal::Elsewhere(_)) = carried {
+                head.put_back(packet.head);
+            }
+            carried?;
         }
         take_hop(packet.head);
         Ok(if hairpin { Verdict::Hairpin } else { Verdict::Forward })
     }
 }
 
-/// A refusal of a packet that was changed already: nobody can be shown it.
+/// The first bytes of a frame, all that a translation changes, as they came.
+struct Kept {
+    bytes: [u8; FRAME_HEAD_BYTES],
+    len_bytes: usize,
+}
+
+impl Kept {
+    fn of(head: &[u8]) -> Kept {
+        let len_bytes = head.len().min(FRAME_HEAD_BYTES);
+        let mut bytes = [0; FRAME_HEAD_BYTES];
+        bytes[..len_bytes].copy_from_slice(&head[..len_bytes]);
+        Kept { bytes, len_bytes }
+    }
+
+    fn put_back(&self, head: &mut [u8]) {
+        head[..self.len_bytes].copy_from_slice(&self.bytes[..self.len_bytes]);
+    }
+}
+
+/// A refusal of a packet that was changed already: nobody can be shown it. Another worker gets it as it came.
 fn too_late(refusal: Refusal) -> Refusal {
     match refusal {
         Refusal::Told(_, reason) => Refusal::Silent(reason),
-        Refusal::Elsewhere(_) => Refusal::Silent(DropReason::NoFlow),
-        silent @ Refusal::Silent(_) => silent,
+        other @ (Refusal::Silent(_) | Refusal::Elsewhere(_)) => other,
     }
 }
 
@@ -196,7 +250,7 @@ pub(super) fn opens(view: &View, head: &[u8]) -> bool {
 }
 
 /// How a packet of the guest is known.
-fn outbound(view: &View) -> Outbound {
+pub(super) fn outbound(view: &View) -> Outbound {
     let (guest_port, remote_port) = match view.transport {
         Transport::Ports { src, dst } => (src, dst),
         Transport::Query { ident, .. } => (ident, 0),

@@ -2,8 +2,8 @@
 //!
 //! A *mapping* joins a guest's end to an external port and lasts while any flow uses it. Its *scope* says how much of the
 //! world it speaks to: all of it (endpoint-independent), one address, one end. A port belongs to one mapping.
-//! Where the range has no free port left, a new mapping *shares* one: its flow is told from the others of that
-//! port by its remote end alone, which must differ from theirs. Flows are a worker's own, so a
+//! Where the range has no free port left, a new mapping of TCP, or of one remote end, *shares* one: its flow is told from the others of that
+//! port by its remote end alone, which must differ from theirs. Other ends are refused: endpoint-independent is what they are promised. Flows are a worker's own, so a
 //! port is shared only among flows of one worker, which asks its own table.
 //!
 //! Protocols without ports are mapped by address: one guest for each protocol and remote address.
@@ -12,7 +12,7 @@
 //! |---|---|
 //! | an end that has a mapping | its port, unless there another end's flow, or another worker's, may have the same remote end: then as if the range were exhausted |
 //! | a new end | its own port if in range and free; else a free one at random, for UDP of the same parity if there is one |
-//! | a new end, range exhausted | a shared port whose flows have other remote ends, counted |
+//! | a new end of TCP, or of scope end, range exhausted | a shared port whose flows have other remote ends, counted |
 //! | a new end, and none is found | refused, counted |
 //!
 //! This is behind a lock, taken when a flow begins or ends and for a packet nobody knows, never for a packet of a known flow.
@@ -101,6 +101,15 @@ pub struct Request {
     pub worker: WorkerId,
 }
 
+impl Request {
+    /// Whether its flow may have a port with others that differ by their remote ends alone. TCP may, as a
+    /// connection is between two ends anyway. An end of UDP that is to look the same to all of the world must not
+    /// (RFC 4787, REQ-1): who tells others its end by STUN would be reached there by nobody. So with questions of ICMP.
+    fn may_share(&self) -> bool {
+        self.guest.protocol == Protocol::TCP || matches!(self.scope, Scope::End(..))
+    }
+}
+
 /// Why no port is granted.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum Refused {
@@ -134,6 +143,8 @@ pub struct MappingInfo {
     pub flows: u32,
     /// Workers that have had flows of it, or of those that share its port.
     pub workers: WorkerSet,
+    /// Of a published port: the guest's end it leads to.
+    pub leads_to: Option<(Ipv4Addr, u16)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -143,8 +154,8 @@ struct Mapping {
     external_port: u16,
     flows: u32,
     workers: WorkerSet,
-    /// A published port: it stays without flows.
-    fixed: bool,
+    /// Of a published port, which stays without flows: the guest's end it leads to.
+    leads_to: Option<(Ipv4Addr, u16)>,
 }
 
 /// Flows that share a port, and the one worker they may belong to.
@@ -285,15 +296,23 @@ impl Mappings {
         self.mappings.iter().map(|(_, mapping)| mapping.info())
     }
 
-    /// Gives the guest's end this external port for good, whether in the range or not; flows the guest begins there have
-    /// the same. `false` if the port or the end has another mapping.
+    /// Gives the guest's end this external port for good, whether in the range or not, so that it leads there; flows the
+    /// guest begins there have the same. `false` if the port or the end has another mapping.
     pub fn publish(&mut self, guest: GuestEnd, external_port: u16) -> bool {
+        self.publish_for(guest, external_port, (guest.addr, guest.port))
+    }
+
+    /// The same where `stand_in` holds the port for the guest's end it leads to, which has another port outside.
+    pub fn publish_for(&mut self, stand_in: GuestEnd, external_port: u16, leads_to: (Ipv4Addr, u16)) -> bool {
+        let guest = stand_in;
         let Some(space) = space_of(guest.protocol) else { return false };
         let key = (guest, Scope::World);
         if let Some(at) = self.by_guest.get(&key) {
             let mapping = &mut self.mappings[*at];
             let same = mapping.external_port == external_port;
-            mapping.fixed |= same;
+            if same {
+                mapping.leads_to = Some(leads_to);
+            }
             return same;
         }
         if self.spaces[space].is_taken(external_port)
@@ -301,14 +320,14 @@ impl Mappings {
         {
             return false;
         }
-        self.add(Mapping { fixed: true, ..Mapping::new(guest, Scope::World, external_port) });
+        self.add(Mapping { leads_to: Some(leads_to), ..Mapping::new(guest, Scope::World, external_port) });
         true
     }
 
     /// Takes what [`Mappings::publish`] gave; flows under way keep it until they end.
     pub fn unpublish(&mut self, guest: GuestEnd) {
         let Some(at) = self.by_guest.get(&(guest, Scope::World)).copied() else { return };
-        self.mappings[at].fixed = false;
+        self.mappings[at].leads_to = None;
         self.remove_unused(at);
     }
 
@@ -333,6 +352,15 @@ impl Mappings {
         sharing.map_or(own, |sharing| own.with(sharing.worker))
     }
 
+    /// A flow of this external port is `worker`'s from now on.
+    pub fn joins(&mut self, protocol: Protocol, external_port: u16, worker: WorkerId) {
+        let space = space_of(protocol);
+        if let Some(at) = space.and_then(|space| self.spaces[space].by_port.get(&external_port)) {
+            let mapping = &mut self.mappings[*at];
+            mapping.workers = mapping.workers.with(worker);
+        }
+    }
+
     /// Grants a port to a flow that begins. `in_use` says whether the worker has a flow of this protocol with the external
     /// port given and the new flow's remote end.
     ///
@@ -350,7 +378,11 @@ impl Mappings {
             let at = self.add(Mapping::new(request.guest, request.scope, port));
             return Ok(self.join(at, request.worker));
         }
-        let grant = self.share(space, request.worker, in_use);
+        let grant = if request.may_share() {
+            self.share(space, request.worker, in_use)
+        } else {
+            Err(Refused::Exhausted)
+        };
         match grant {
             Ok(_) => self.counters.shared += 1,
             Err(_) => self.counters.refused += 1,
@@ -427,7 +459,7 @@ impl Mappings {
             let port = space.next_shared;
             space.next_shared = if port >= end { start } else { port + 1 };
             let owner = space.by_port.get(&port).map(|at| &self.mappings[*at]);
-            let is_ours = owner.is_none_or(|own| !own.fixed && own.workers.0 | only == only);
+            let is_ours = owner.is_none_or(|own| own.leads_to.is_none() && own.workers.0 | only == only);
             let with_ours = space.sharing.get(&port).is_none_or(|sharing| sharing.worker == worker);
             if is_ours && with_ours && !in_use(port) {
                 space.begin_sharing(port, worker);
@@ -452,7 +484,7 @@ impl Mappings {
 
     fn remove_unused(&mut self, at: usize) {
         let mapping = self.mappings[at];
-        if mapping.flows > 0 || mapping.fixed {
+        if mapping.flows > 0 || mapping.leads_to.is_some() {
             return;
         }
         self.mappings.remove(at);
@@ -482,7 +514,7 @@ fn space_of(protocol: Protocol) -> Option<usize> {
 
 impl Mapping {
     fn new(guest: GuestEnd, scope: Scope, external_port: u16) -> Mapping {
-        Mapping { guest, scope, external_port, flows: 0, workers: WorkerSet::default(), fixed: false }
+        Mapping { guest, scope, external_port, flows: 0, workers: WorkerSet::default(), leads_to: None }
     }
 
     fn info(&self) -> MappingInfo {
@@ -492,6 +524,7 @@ impl Mapping {
             external_port: self.external_port,
             flows: self.flows,
             workers: self.workers,
+            leads_to: self.leads_to,
         }
     }
 }
@@ -665,7 +698,12 @@ mod tests {
                     }
                     Err(refused) => {
                         prop_assert_eq!(refused, Refused::Exhausted);
+                        let own = ports.of_guest(asked.guest, scope);
                         for port in 8..=11 {
+                            if !asked.may_share() {
+                                prop_assert!(own.is_some() || of_port(port).count() > 0, "{port} is free");
+                                continue;
+                            }
                             let taken = of_port(port).any(|flow| flow.remote == remote);
                             let anothers = ports.workers_of_port(protocol, port, Ipv4Addr::UNSPECIFIED);
                             prop_assert!(taken || anothers.iter().any(|other| other != asked.worker), "{port}");

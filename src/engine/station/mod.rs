@@ -40,6 +40,12 @@ const ROUTER_PATIENCE: Duration = Duration::from_secs(1);
 /// How long after somebody had the address it is tried again, and between two defences of it (RFC 5227, 2.4).
 const CONFLICT_PAUSE: Duration = Duration::from_secs(10);
 
+/// How long until an address is asked for again after one that cannot be used; twice as long each time, up to
+/// [`REFUSED_WAIT_MAX`].
+const REFUSED_WAIT: Duration = Duration::from_secs(10);
+/// See [`REFUSED_WAIT`].
+const REFUSED_WAIT_MAX: Duration = Duration::from_secs(640);
+
 /// A station's settings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StationConfig {
@@ -62,6 +68,8 @@ pub enum NextHop {
     Asked(Ipv4Addr),
     /// Nobody has it, or no router leads there.
     Unreachable,
+    /// Who has it is not known, and not asked for either: too many others are.
+    Withheld,
     /// Whether the address is anybody else's is being asked, or the router for the first time; it takes a moment.
     NotYet,
     /// The station has no address, or lost it.
@@ -89,6 +97,10 @@ pub struct Station {
     dhcp: Option<DhcpClient>,
     neighbours: Neighbours,
     outbox: VecDeque<Box<[u8]>>,
+    /// To the lease's server, whose MAC address is asked for.
+    to_server: Option<ClientMessage>,
+    /// Leases in a row that could not be used.
+    refused: u32,
     defended: Option<Instant>,
     /// Changes with everything a worker may have kept.
     version: u64,
@@ -108,6 +120,8 @@ impl Station {
             dhcp,
             neighbours: Neighbours::default(),
             outbox: VecDeque::new(),
+            to_server: None,
+            refused: 0,
             defended: None,
             version: 1,
             ident: config.seed as u16,
@@ -154,7 +168,7 @@ impl Station {
         if let Some(dhcp) = &mut self.dhcp {
             let (message, event) = dhcp.poll(now);
             if let Some(message) = message {
-                self.send_dhcp(&message);
+                self.to_server = Some(message);
             }
             self.leased(now, event);
         }
@@ -163,6 +177,7 @@ impl Station {
             self.version += 1;
         }
         questions.into_iter().for_each(|question| self.ask(question));
+        self.send_to_server(now);
     }
 
     /// Takes a frame of the link that is not to be translated: ARP, and DHCP for us. `head` is as much of it as
@@ -193,7 +208,7 @@ impl Station {
         let Some(target) = target.filter(|target| held.subnet.is_host(*target)) else {
             return NextHop::Unreachable;
         };
-        let (found, question) = self.neighbours.find(now, target);
+        let (found, question) = self.neighbours.find(now, target, held.router == Some(target));
         if let Some(question) = question {
             self.ask(question);
         }
@@ -203,6 +218,7 @@ impl Station {
             Found::Asked if held.router == Some(target) && self.is_new(now) => NextHop::NotYet,
             Found::Asked => NextHop::Asked(target),
             Found::Gone => NextHop::Unreachable,
+            Found::Withheld => NextHop::Withheld,
         }
     }
 
@@ -214,7 +230,8 @@ impl Station {
     /// Gives a leased address back; the frame that says so is the last.
     pub fn release(&mut self) {
         if let Some(message) = self.dhcp.as_mut().and_then(DhcpClient::release) {
-            self.send_dhcp(&message);
+            let to = self.known_hop(message.dst);
+            self.send_dhcp(to, &message);
         }
     }
 
@@ -248,7 +265,7 @@ impl Station {
                 );
                 if let Some(router) = held.router {
                     // The guest's first packet need not wait for it.
-                    let (_, question) = self.neighbours.find(now, router);
+                    let (_, question) = self.neighbours.find(now, router, true);
                     question.into_iter().for_each(|question| self.ask(question));
                 }
             }
@@ -277,12 +294,9 @@ impl Station {
             Some(ClientEvent::Bound(lease)) => {
                 let held = LinkAddress { addr: lease.addr, subnet: lease.subnet, router: lease.router };
                 if held.subnet.overlaps(self.config.guests) {
-                    tracing::error!(
-                        leased = %held.addr, link = %held.subnet, guests = %self.config.guests,
-                        "the link's network overlaps the guest's: give the guest another with --subnet"
-                    );
-                    return self.set_claim(Claim::None);
+                    return self.refuse(now, &held);
                 }
+                self.refused = 0;
                 match self.claim {
                     // Only the router or the prefix is another: flows go on.
                     Claim::Ours { held: before, since, left, due }
@@ -319,6 +333,7 @@ impl Station {
         let asked = packet.operation == arp::Operation::Request && packet.target_ip == held.addr;
         if self.neighbours.learn(now, packet.sender_ip, packet.sender_mac, asked) {
             self.version += 1;
+            self.send_to_server(now);
         }
         if asked {
             self.reply(&held, packet);
@@ -361,7 +376,7 @@ impl Station {
             Some(dhcp) => {
                 let decline = dhcp.decline(now);
                 self.set_claim(Claim::None);
-                decline.iter().for_each(|message| self.send_dhcp(message));
+                decline.iter().for_each(|message| self.send_dhcp(None, message));
             }
             None => self.set_claim(Claim::Taken { held, until: now + CONFLICT_PAUSE }),
         }
@@ -424,14 +439,50 @@ impl Station {
         self.send(&packet.frame(dst, self.config.mac));
     }
 
-    fn send_dhcp(&mut self, message: &ClientMessage) {
+    /// Gives a lease back that cannot be used, and asks again after a while: the link may have changed by then.
+    fn refuse(&mut self, now: Instant, held: &LinkAddress) {
+        let wait = (REFUSED_WAIT * 2u32.saturating_pow(self.refused)).min(REFUSED_WAIT_MAX);
+        self.refused += 1;
+        tracing::error!(
+            leased = %held.addr, link = %held.subnet, guests = %self.config.guests, again_in = ?wait,
+            "the link's network overlaps the guest's, so the lease is given back and nothing leaves: give the guest another \
+             network with --subnet"
+        );
+        let message = self.dhcp.as_mut().and_then(|dhcp| dhcp.refuse(now, wait));
+        self.set_claim(Claim::None);
+        if let Some(message) = message {
+            self.send_dhcp(None, &message);
+        }
+    }
+
+    /// Sends the message to a DHCP server, once its MAC address is known if it goes to a single one (RFC 2131, 4.4.4
+    /// and 4.4.5). One that nobody answers for is given up: the client repeats it, and broadcasts in the end.
+    fn send_to_server(&mut self, now: Instant) {
+        let Some(message) = self.to_server.take() else { return };
+        if message.dst.is_broadcast() {
+            return self.send_dhcp(None, &message);
+        }
+        match self.next_hop(now, message.dst) {
+            NextHop::At(mac, _) => self.send_dhcp(Some(mac), &message),
+            NextHop::Asked(_) | NextHop::NotYet => self.to_server = Some(message),
+            NextHop::Unreachable | NextHop::Withheld | NextHop::NoAddress => {}
+        }
+    }
+
+    /// The MAC address that leads to `dst`, if it is known.
+    fn known_hop(&self, dst: Ipv4Addr) -> Option<MacAddr> {
+        let held = self.held()?;
+        let target = if held.subnet.contains(dst) { Some(dst) } else { held.router };
+        self.neighbours.known(target?)
+    }
+
+    /// Sends it to `mac`, or to everybody: a broadcast reaches the server whoever it is.
+    fn send_dhcp(&mut self, mac: Option<MacAddr>, message: &ClientMessage) {
         let (from, to) = ((message.src, CLIENT_PORT).into(), (message.dst, SERVER_PORT).into());
         let datagram = emit::datagram(from, to, &message.payload);
         let mut frame = vec![0; ethernet::HEADER_BYTES + ipv4::HEADER_BYTES];
-        // The server is on the link, and a broadcast reaches it whoever it is: no neighbour need be known.
-        let header =
-            ethernet::Header { dst: MacAddr::BROADCAST, src: self.config.mac, ethertype: EtherType::IPV4 };
-        header.emit(&mut frame);
+        let dst = mac.unwrap_or(MacAddr::BROADCAST);
+        ethernet::Header { dst, src: self.config.mac, ethertype: EtherType::IPV4 }.emit(&mut frame);
         self.ident = self.ident.wrapping_add(1);
         let packet = ipv4::Header {
             src: message.src,

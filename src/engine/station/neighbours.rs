@@ -6,9 +6,12 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use hashbrown::HashMap;
+use slab::Slab;
 
 use crate::addr::MacAddr;
+use crate::engine::lru::Lru;
 use crate::limits;
+use crate::rate::Rate;
 use crate::time::Instant;
 
 /// How long what a host said of itself is believed without asking again.
@@ -40,6 +43,8 @@ pub(super) enum Found {
     Asked,
     /// Nobody answers.
     Gone,
+    /// It is not known, and too much was asked for to ask for it as well.
+    Withheld,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,29 +56,59 @@ enum State {
 
 #[derive(Clone, Copy, Debug)]
 struct Entry {
+    addr: Ipv4Addr,
     state: State,
     used: Instant,
 }
 
 /// The table, at most [`limits::STATION_NEIGHBOURS_MAX`] addresses.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Neighbours {
-    entries: HashMap<Ipv4Addr, Entry, foldhash::quality::RandomState>,
+    entries: Slab<Entry>,
+    places: HashMap<Ipv4Addr, usize, foldhash::quality::RandomState>,
+    /// Entries with a MAC address, and those without, in the order of their use: who scans the link costs it
+    /// none of the first while there are others.
+    known: Lru,
+    unknown: Lru,
+    /// Of questions for addresses nobody is known to have: each disturbs the whole link.
+    questions: Rate,
     /// No entry has anything to do before this.
     due: Option<Instant>,
 }
 
+impl Default for Neighbours {
+    fn default() -> Neighbours {
+        Neighbours {
+            entries: Slab::new(),
+            places: HashMap::default(),
+            known: Lru::default(),
+            unknown: Lru::default(),
+            questions: Rate::new(limits::STATION_QUESTIONS_BURST, limits::STATION_QUESTIONS_PER_SECOND),
+            due: None,
+        }
+    }
+}
+
 impl Neighbours {
-    /// Who has `target`; a question to send comes along if it is time for one.
-    pub(super) fn find(&mut self, now: Instant, target: Ipv4Addr) -> (Found, Option<Question>) {
-        let Some(entry) = self.entries.get_mut(&target) else {
-            return self.ask_anew(now, target);
+    /// Who has `target`; a question to send comes along if it is time for one. One that `matters`, as a router does, is
+    /// asked for however much else is.
+    pub(super) fn find(
+        &mut self,
+        now: Instant,
+        target: Ipv4Addr,
+        matters: bool,
+    ) -> (Found, Option<Question>) {
+        let Some(place) = self.places.get(&target).copied() else {
+            return self.ask_anew(now, target, matters);
         };
+        let entry = &mut self.entries[place];
         entry.used = now;
+        let order = if entry.is_known() { &mut self.known } else { &mut self.unknown };
+        order.touch(place);
         match &mut entry.state {
             State::Asked { .. } => (Found::Asked, None),
             State::Gone { until } if now < *until => (Found::Gone, None),
-            State::Gone { .. } => self.ask_anew(now, target),
+            State::Gone { .. } => self.ask_anew(now, target, matters),
             State::Known { mac, fresh_until, .. } if now < *fresh_until => {
                 (Found::Known(*mac, *fresh_until), None)
             }
@@ -96,18 +131,26 @@ impl Neighbours {
             return false;
         }
         let state = State::Known { mac, fresh_until: now + FRESH, asks: 0, due: now + FRESH };
-        match self.entries.get_mut(&addr) {
+        let place = self.places.get(&addr).copied();
+        match place.map(|place| &mut self.entries[place]) {
             Some(entry) => {
                 let changed = !matches!(entry.state, State::Known { mac: known, .. } if known == mac);
-                entry.state = state;
+                self.set(place.expect("an entry has a place"), state);
                 changed
             }
             None if wanted => {
-                self.make_room();
-                self.entries.insert(addr, Entry { state, used: now });
+                self.insert(Entry { addr, state, used: now });
                 true
             }
             None => false,
+        }
+    }
+
+    /// Who has `addr`, if that is known; nothing is asked.
+    pub(super) fn known(&self, addr: Ipv4Addr) -> Option<MacAddr> {
+        match self.entries[*self.places.get(&addr)?].state {
+            State::Known { mac, .. } => Some(mac),
+            State::Asked { .. } | State::Gone { .. } => None,
         }
     }
 
@@ -117,7 +160,10 @@ impl Neighbours {
             return false;
         }
         let mut changed = false;
-        self.entries.retain(|target, entry| {
+        let mut unknown = Vec::new();
+        let mut unused = Vec::new();
+        for (place, entry) in &mut self.entries {
+            let target = entry.addr;
             match &mut entry.state {
                 State::Asked { asks, due } if now >= *due => {
                     if *asks >= ASKS_MAX {
@@ -125,24 +171,30 @@ impl Neighbours {
                         changed = true;
                     } else {
                         (*asks, *due) = (*asks + 1, now + ASK_PAUSE);
-                        ask(Question { target: *target, mac: None });
+                        ask(Question { target, mac: None });
                     }
                 }
                 State::Known { mac, asks, due, .. } if *asks > 0 && now >= *due => {
                     if *asks >= ASKS_MAX {
-                        ask(Question { target: *target, mac: None });
-                        entry.state = State::Asked { asks: 1, due: now + ASK_PAUSE };
+                        ask(Question { target, mac: None });
+                        unknown.push(place);
                         changed = true;
                     } else {
                         (*asks, *due) = (*asks + 1, now + ASK_PAUSE);
-                        ask(Question { target: *target, mac: Some(*mac) });
+                        ask(Question { target, mac: Some(*mac) });
                     }
                 }
                 _ => {}
             }
-            now.since(entry.used) < UNUSED
-        });
-        self.due = self.entries.values().filter_map(Entry::due).min();
+            if now.since(entry.used) >= UNUSED {
+                unused.push(place);
+            }
+        }
+        for place in unknown {
+            self.set(place, State::Asked { asks: 1, due: now + ASK_PAUSE });
+        }
+        unused.into_iter().for_each(|place| self.remove(place));
+        self.due = self.entries.iter().filter_map(|(_, entry)| entry.due()).min();
         changed
     }
 
@@ -154,32 +206,63 @@ impl Neighbours {
     /// Forgets everybody: the address they were asked from is gone.
     pub(super) fn clear(&mut self) {
         self.entries.clear();
+        self.places.clear();
+        (self.known, self.unknown) = (Lru::default(), Lru::default());
         self.due = None;
     }
 
-    fn ask_anew(&mut self, now: Instant, target: Ipv4Addr) -> (Found, Option<Question>) {
-        let due = now + ASK_PAUSE;
-        if !self.entries.contains_key(&target) {
-            self.make_room();
+    fn ask_anew(&mut self, now: Instant, target: Ipv4Addr, matters: bool) -> (Found, Option<Question>) {
+        if !self.questions.take(now) && !matters {
+            return (Found::Withheld, None);
         }
-        self.entries.insert(target, Entry { state: State::Asked { asks: 1, due }, used: now });
+        let due = now + ASK_PAUSE;
+        let state = State::Asked { asks: 1, due };
+        match self.places.get(&target).copied() {
+            Some(place) => self.set(place, state),
+            None => self.insert(Entry { addr: target, state, used: now }),
+        }
         self.due = Some(self.due.map_or(due, |at| at.min(due)));
         (Found::Asked, Some(Question { target, mac: None }))
     }
 
-    /// The longest unused one makes room: a guest that scans the link does not cost it its router.
-    fn make_room(&mut self) {
-        if self.entries.len() < limits::STATION_NEIGHBOURS_MAX {
-            return;
+    /// Takes an entry in. The longest unused one makes room, of those nobody answers for while there are any.
+    fn insert(&mut self, entry: Entry) {
+        if self.entries.len() >= limits::STATION_NEIGHBOURS_MAX
+            && let Some(oldest) = self.unknown.oldest().or_else(|| self.known.oldest())
+        {
+            self.remove(oldest);
         }
-        let oldest = self.entries.iter().min_by_key(|(_, entry)| entry.used).map(|(addr, _)| *addr);
-        if let Some(oldest) = oldest {
-            self.entries.remove(&oldest);
-        }
+        let place = self.entries.insert(entry);
+        self.places.insert(entry.addr, place);
+        self.set(place, entry.state);
+    }
+
+    fn set(&mut self, place: usize, state: State) {
+        let entry = &mut self.entries[place];
+        entry.state = state;
+        let is_known = entry.is_known();
+        let (to, from) = if is_known {
+            (&mut self.known, &mut self.unknown)
+        } else {
+            (&mut self.unknown, &mut self.known)
+        };
+        from.remove(place);
+        to.touch(place);
+    }
+
+    fn remove(&mut self, place: usize) {
+        let entry = self.entries.remove(place);
+        self.places.remove(&entry.addr);
+        self.known.remove(place);
+        self.unknown.remove(place);
     }
 }
 
 impl Entry {
+    fn is_known(&self) -> bool {
+        matches!(self.state, State::Known { .. })
+    }
+
     fn due(&self) -> Option<Instant> {
         match self.state {
             State::Asked { due, .. } => Some(due),
@@ -209,16 +292,19 @@ mod tests {
     #[test]
     fn an_address_is_asked_for_once_a_second_and_given_up() {
         let mut table = Neighbours::default();
-        assert_eq!(table.find(at(0), ADDR), (Found::Asked, Some(Question { target: ADDR, mac: None })));
-        assert_eq!(table.find(at(0), ADDR), (Found::Asked, None));
+        assert_eq!(
+            table.find(at(0), ADDR, false),
+            (Found::Asked, Some(Question { target: ADDR, mac: None }))
+        );
+        assert_eq!(table.find(at(0), ADDR, false), (Found::Asked, None));
         assert_eq!(polled(&mut table, at(0)), (vec![], false));
         assert_eq!(polled(&mut table, at(1)), (vec![None], false));
         assert_eq!(polled(&mut table, at(2)), (vec![None], false));
         assert_eq!(polled(&mut table, at(3)), (vec![], true));
-        assert_eq!(table.find(at(4), ADDR), (Found::Gone, None));
-        assert_eq!(table.find(at(6), ADDR).0, Found::Asked);
+        assert_eq!(table.find(at(4), ADDR, false), (Found::Gone, None));
+        assert_eq!(table.find(at(6), ADDR, false).0, Found::Asked);
         assert!(table.learn(at(6), ADDR, MAC, false));
-        assert_eq!(table.find(at(6), ADDR), (Found::Known(MAC, at(66)), None));
+        assert_eq!(table.find(at(6), ADDR, false), (Found::Known(MAC, at(66)), None));
     }
 
     #[test]
@@ -228,27 +314,58 @@ mod tests {
         assert!(table.learn(at(0), ADDR, MAC, true));
         assert_eq!(table.deadline(), None);
         let question = Some(Question { target: ADDR, mac: Some(MAC) });
-        assert_eq!(table.find(at(60), ADDR), (Found::Known(MAC, at(61)), question));
+        assert_eq!(table.find(at(60), ADDR, false), (Found::Known(MAC, at(61)), question));
         assert_eq!(polled(&mut table, at(61)), (vec![Some(MAC)], false));
         assert_eq!(polled(&mut table, at(62)), (vec![Some(MAC)], false));
-        assert_eq!(table.find(at(62), ADDR).0, Found::Known(MAC, at(63)), "used meanwhile");
+        assert_eq!(table.find(at(62), ADDR, false).0, Found::Known(MAC, at(63)), "used meanwhile");
         assert_eq!(polled(&mut table, at(63)), (vec![None], true));
-        assert_eq!(table.find(at(63), ADDR).0, Found::Asked);
+        assert_eq!(table.find(at(63), ADDR, false).0, Found::Asked);
         let moved = MacAddr([2, 0, 0, 0, 0, 10]);
         assert!(table.learn(at(63), ADDR, moved, false));
         assert!(!table.learn(at(64), ADDR, MacAddr::BROADCAST, false));
-        assert_eq!(table.find(at(64), ADDR).0, Found::Known(moved, at(123)));
+        assert_eq!(table.find(at(64), ADDR, false).0, Found::Known(moved, at(123)));
     }
 
     #[test]
-    fn a_scan_costs_the_longest_unused() {
+    fn a_scan_is_slowed_down_and_costs_the_longest_unknown() {
         let mut table = Neighbours::default();
         table.learn(at(0), ADDR, MAC, true);
-        for n in 0..2 * limits::STATION_NEIGHBOURS_MAX as u32 {
-            let now = at(1) + Duration::from_micros(u64::from(n) * 10);
-            assert!(matches!(table.find(now, ADDR).0, Found::Known(..)), "{n}");
-            table.find(now, Ipv4Addr::from_bits(0x0a00_0000 + n));
+        let silent = Ipv4Addr::from_bits(0x0a00_0000);
+        let mut asked = 0;
+        let seconds = 60;
+        for n in 0..seconds * 1000 {
+            let now = at(1) + Duration::from_millis(n);
+            let (found, question) = table.find(now, Ipv4Addr::from_bits(0x0a00_0000 + n as u32), false);
+            assert_eq!(found, if question.is_some() { Found::Asked } else { Found::Withheld });
+            asked += u64::from(question.is_some());
             assert!(table.entries.len() <= limits::STATION_NEIGHBOURS_MAX);
         }
+        let (burst, rate) = (limits::STATION_QUESTIONS_BURST, limits::STATION_QUESTIONS_PER_SECOND);
+        assert!(asked.abs_diff(u64::from(burst) + seconds * u64::from(rate)) <= 1, "{asked}");
+        assert!(asked > limits::STATION_NEIGHBOURS_MAX as u64, "some made room");
+        assert!(!table.places.contains_key(&silent));
+        assert!(table.places.contains_key(&ADDR), "who is known stays, though nobody used it");
+        let now = at(1 + seconds);
+        table.find(now, Ipv4Addr::from_bits(0x0b00_0000), false);
+        assert_eq!(table.find(now, Ipv4Addr::from_bits(0x0b00_0001), false).0, Found::Withheld);
+        assert_eq!(table.find(now, Ipv4Addr::from_bits(0x0b00_0002), true).0, Found::Asked, "a router");
+    }
+
+    #[test]
+    fn neighbours_past_the_bound_cost_the_longest_unused_each() {
+        let mut table = Neighbours::default();
+        let addr = |n: usize| Ipv4Addr::from_bits(0x0a00_0000 + n as u32);
+        for n in 0..limits::STATION_NEIGHBOURS_MAX {
+            table.learn(at(0), addr(n), MAC, true);
+        }
+        table.find(at(1), addr(0), false);
+        for n in 0..limits::STATION_NEIGHBOURS_MAX - 1 {
+            table.learn(at(2), addr(10_000 + n), MAC, true);
+            assert!(table.known(addr(0)).is_some(), "{n}");
+            assert_eq!(table.known(addr(n + 1)), None);
+        }
+        table.learn(at(2), addr(20_000), MAC, true);
+        assert_eq!(table.known(addr(0)), None);
+        assert_eq!(table.entries.len(), limits::STATION_NEIGHBOURS_MAX);
     }
 }

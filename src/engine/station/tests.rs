@@ -1,5 +1,7 @@
 use std::net::IpAddr;
 
+use dhcproto::v4::{Decodable, Decoder, DhcpOption, Encodable, Message, MessageType, Opcode};
+
 use super::*;
 use crate::addr::Ipv4Subnet;
 use crate::wire::checksum;
@@ -180,8 +182,7 @@ fn a_lease_is_claimed_declined_when_in_use_and_given_back() {
     station.leased(ms(700), lease([192, 0, 2, 50]));
     assert_eq!((station.held().map(|held| held.addr), station.version()), (Some(ADDR), version), "prolonged");
     assert_eq!(station.next_hop(ms(700), [198, 51, 100, 1].into()), NextHop::Unreachable, "no router");
-    station.leased(ms(700), lease([10, 0, 2, 50]));
-    assert_eq!(station.held(), None, "the guest's own network");
+    station.leased(ms(750), Some(ClientEvent::Lost));
     station.leased(ms(800), lease([192, 0, 2, 50]));
     station.receive(ms(810), &says(arp::Operation::Reply, (OTHER, ADDR), ADDR));
     assert_eq!((station.held(), station.claim), (None, Claim::None));
@@ -189,4 +190,114 @@ fn a_lease_is_claimed_declined_when_in_use_and_given_back() {
     assert!(station.held().is_none());
     station.leased(ms(901), Some(ClientEvent::Lost));
     assert_eq!(station.claim, Claim::None);
+}
+
+/// The DHCP message in a frame, and where that goes.
+fn dhcp_in(frame: &[u8]) -> Option<(MacAddr, Ipv4Addr, Message)> {
+    let header = ethernet::Header::parse(frame).unwrap();
+    let packet = &frame[ethernet::HEADER_BYTES..];
+    let ip = ipv4::Header::parse(packet, packet.len()).ok()?;
+    let payload = packet.get(ip.header_bytes + udp::HEADER_BYTES..)?;
+    Some((header.dst, ip.dst, Message::decode(&mut Decoder::new(payload)).ok()?))
+}
+
+/// The next DHCP message the station sends, whatever it asks besides.
+fn next_dhcp(station: &mut Station) -> Option<(MacAddr, Ipv4Addr, Message)> {
+    std::iter::from_fn(|| station.next_frame()).find_map(|frame| dhcp_in(&frame))
+}
+
+/// The server's answer to `asked` at our port 68.
+fn answered(asked: &Message, kind: MessageType, addr: Ipv4Addr, server: Ipv4Addr) -> Vec<u8> {
+    let none = Ipv4Addr::UNSPECIFIED;
+    let mut message = Message::new_with_id(asked.xid(), none, addr, none, none, &OURS.0);
+    message.set_opcode(Opcode::BootReply);
+    let options = message.opts_mut();
+    options.insert(DhcpOption::MessageType(kind));
+    options.insert(DhcpOption::ServerIdentifier(server));
+    options.insert(DhcpOption::SubnetMask(Ipv4Addr::new(255, 255, 255, 0)));
+    options.insert(DhcpOption::AddressLeaseTime(3600));
+    let datagram =
+        emit::datagram((server, SERVER_PORT).into(), (addr, CLIENT_PORT).into(), &message.to_vec().unwrap());
+    let mut frame = vec![0; ethernet::HEADER_BYTES + ipv4::HEADER_BYTES];
+    ethernet::Header { dst: OURS, src: OTHER, ethertype: EtherType::IPV4 }.emit(&mut frame);
+    let header = ipv4::Header {
+        src: server,
+        dst: addr,
+        protocol: Protocol::UDP,
+        ttl: 64,
+        tos: 0,
+        ident: 1,
+        dont_fragment: false,
+        more_fragments: false,
+        fragment_offset_bytes: 0,
+        header_bytes: ipv4::HEADER_BYTES,
+        payload_bytes: datagram.len(),
+    };
+    header.emit(&mut frame[ethernet::HEADER_BYTES..]);
+    frame.extend_from_slice(&datagram);
+    frame
+}
+
+/// Has the station leased `addr` by `server`, from its next question on.
+fn leases(station: &mut Station, now: Instant, addr: Ipv4Addr, server: Ipv4Addr) {
+    for kind in [MessageType::Offer, MessageType::Ack] {
+        station.poll(now);
+        let (to, _, asked) = next_dhcp(station).expect("a question");
+        assert_eq!(to, MacAddr::BROADCAST);
+        assert!(station.receive(now, &answered(&asked, kind, addr, server)));
+    }
+}
+
+#[test]
+fn a_lease_is_prolonged_from_its_server_alone_and_in_the_end_from_anybody() {
+    let mut station = station(StationAddress::Dhcp);
+    let server = Ipv4Addr::new(192, 0, 2, 3);
+    leases(&mut station, ms(0), ADDR, server);
+    for at in [200, 400, 600, 2600] {
+        station.poll(ms(at));
+    }
+    assert_eq!(station.held().map(|held| held.addr), Some(ADDR));
+    std::iter::from_fn(|| station.next_frame()).for_each(drop);
+    let half = 1_800_000;
+    station.poll(ms(half));
+    let [(to, asked)] = sent(&mut station)[..] else { panic!("only a question who the server is") };
+    assert_eq!((to, asked.target_ip), (MacAddr::BROADCAST, server));
+    let mac = MacAddr([2, 0, 0, 0, 0, 3]);
+    station.receive(ms(half), &says(arp::Operation::Reply, (mac, server), ADDR));
+    let (to, dst, renew) = next_dhcp(&mut station).expect("the request");
+    assert_eq!((to, dst, renew.ciaddr()), (mac, server, ADDR));
+    assert!(next_dhcp(&mut station).is_none(), "once");
+    // Nobody answers, and at last the server is gone from the link as well.
+    let mut last = None;
+    while let Some(due) = station.deadline().filter(|due| *due < ms(3_600_000)) {
+        station.poll(due);
+        last = next_dhcp(&mut station).or(last);
+    }
+    let (to, dst, _) = last.expect("more requests");
+    assert_eq!((to, dst), (MacAddr::BROADCAST, Ipv4Addr::BROADCAST), "REBINDING");
+}
+
+#[test]
+fn a_lease_in_the_guests_own_network_is_given_back_and_asked_for_ever_more_seldom() {
+    let mut station = station(StationAddress::Dhcp);
+    let taken = Ipv4Addr::new(10, 0, 2, 50);
+    let mut now = ms(0);
+    let mut waits = Vec::new();
+    for _ in 0..9 {
+        leases(&mut station, now, taken, Ipv4Addr::new(10, 0, 2, 1));
+        assert_eq!((station.held(), station.claim), (None, Claim::None));
+        let (_, dst, release) = next_dhcp(&mut station).expect("it is given back");
+        assert_eq!(release.opts().msg_type(), Some(MessageType::Release));
+        assert_eq!((release.ciaddr(), dst), (taken, Ipv4Addr::new(10, 0, 2, 1)));
+        let due = station.deadline().expect("asked for again");
+        waits.push(due.since(now).as_secs());
+        now = due;
+    }
+    assert_eq!(waits, [10, 20, 40, 80, 160, 320, 640, 640, 640]);
+    leases(&mut station, now, ADDR, ROUTER);
+    for _ in 0..4 {
+        now = now + Duration::from_millis(200);
+        station.poll(now);
+    }
+    assert_eq!(station.held().map(|held| held.addr), Some(ADDR), "the link has changed");
 }

@@ -161,11 +161,14 @@ impl DhcpClient {
                 (self.tries, self.due) = (0, now);
                 None
             }
-            (State::Requesting { addr, server }, MessageType::Ack) => {
+            (State::Requesting { addr, server }, MessageType::Ack) if answer.is_of(server) => {
                 let lease = answer.lease(server).filter(|lease| lease.addr == addr)?;
                 self.bind(lease)
             }
-            (State::Bound { lease: held, .. }, MessageType::Ack) if self.tries > 0 => {
+            // RENEWING: the server of the lease was asked, and nobody else; REBINDING: anybody (RFC 2131, 4.4.5).
+            (State::Bound { lease: held, rebind, .. }, MessageType::Ack)
+                if self.tries > 0 && (now >= rebind || answer.is_of(held.server)) =>
+            {
                 let lease = answer.lease(held.server)?;
                 (lease.addr == held.addr).then(|| self.bind(lease))?
             }
@@ -173,8 +176,8 @@ impl DhcpClient {
                 self.state = State::Init { at: now + self.jitter(WAIT_FIRST) };
                 None
             }
-            (State::Bound { lease, .. }, MessageType::Nak)
-                if self.tries > 0 && answer.server.is_none_or(|server| server == lease.server) =>
+            (State::Bound { lease, rebind, .. }, MessageType::Nak)
+                if self.tries > 0 && (now >= rebind || answer.is_of(lease.server)) =>
             {
                 self.state = State::Init { at: now };
                 Some(ClientEvent::Lost)
@@ -191,6 +194,13 @@ impl DhcpClient {
         message.opts_mut().insert(DhcpOption::ServerIdentifier(lease.server));
         self.state = State::Init { at: now + DECLINED_WAIT };
         Some(sent(&message, Ipv4Addr::UNSPECIFIED, Ipv4Addr::BROADCAST))
+    }
+
+    /// The address cannot be used: gives it back, and asks for one again after `wait`.
+    pub fn refuse(&mut self, now: Instant, wait: Duration) -> Option<ClientMessage> {
+        let message = self.release()?;
+        self.state = State::Init { at: now + wait };
+        Some(message)
     }
 
     /// Gives the address back.
@@ -346,6 +356,11 @@ impl Answer {
         Some(Answer { kind: options.msg_type()?, addr, server, subnet, router, lease_time, renewal })
     }
 
+    /// Whether it can be the word of `server`: old ones do not say whose it is.
+    fn is_of(&self, server: Ipv4Addr) -> bool {
+        self.server.is_none_or(|own| own == server)
+    }
+
     /// What an acknowledgement leases; `None` if it lacks what is needed to use the address.
     fn lease(&self, server: Ipv4Addr) -> Option<ClientLease> {
         let (addr, subnet) = (self.addr?, self.subnet?);
@@ -450,6 +465,44 @@ mod tests {
         let event = client.receive(now, &answer(&renew, MessageType::Ack, OURS, 3600));
         assert!(matches!(event, Some(ClientEvent::Bound(lease)) if lease.addr == OURS));
         assert_eq!(client.deadline(), at(1800 + 1800));
+    }
+
+    /// The same answer, said by another server.
+    fn of_another(answer: &[u8], server: Ipv4Addr) -> Vec<u8> {
+        let mut message = Message::decode(&mut Decoder::new(answer)).unwrap();
+        message.opts_mut().insert(DhcpOption::ServerIdentifier(server));
+        message.to_vec().unwrap()
+    }
+
+    #[test]
+    fn only_its_server_prolongs_a_lease_until_anybody_is_asked() {
+        let other = Ipv4Addr::new(192, 0, 2, 7);
+        let mut client = bound();
+        let (now, renew, _) = next(&mut client);
+        for kind in [MessageType::Ack, MessageType::Nak] {
+            let stranger = of_another(&answer(&renew, kind, OURS, 7200), other);
+            assert_eq!(client.receive(now, &stranger), None, "{kind:?}");
+        }
+        let (now, rebind) = loop {
+            let (now, message, _) = next(&mut client);
+            if message.dst.is_broadcast() {
+                break (now, message);
+            }
+        };
+        let event = client.receive(now, &of_another(&answer(&rebind, MessageType::Ack, OURS, 3600), other));
+        assert!(matches!(event, Some(ClientEvent::Bound(lease)) if lease.server == other), "{event:?}");
+        let (_, renew, _) = next(&mut client);
+        assert_eq!(renew.dst, other, "its server from now on");
+    }
+
+    #[test]
+    fn a_lease_that_cannot_be_used_is_given_back_and_asked_for_later() {
+        let mut client = bound();
+        let release = client.refuse(at(1), Duration::from_secs(40)).unwrap();
+        assert_eq!((kind(&release), release.dst), (MessageType::Release, SERVER));
+        assert_eq!(client.deadline(), at(41));
+        let (now, again, event) = next(&mut client);
+        assert_eq!((now, kind(&again), event), (at(41), MessageType::Discover, None));
     }
 
     #[test]

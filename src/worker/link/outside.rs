@@ -59,6 +59,8 @@ pub(super) enum Way {
     Wait(Ipv4Addr),
     /// There is none.
     None,
+    /// Who has the address is not known, and not asked for: too many others are.
+    Withheld,
     /// We may have an address on the link in a moment.
     NotYet,
     /// We have no address there.
@@ -101,6 +103,11 @@ impl Outside {
     /// Our MAC address on the link.
     pub(super) fn mac(&self) -> MacAddr {
         self.shared.mac
+    }
+
+    /// Whether `addr` is our address there, as of the last [`Outside::address`].
+    pub(super) fn is_ours(&self, addr: Ipv4Addr) -> bool {
+        self.held.is_some_and(|held| held.addr == addr)
     }
 
     /// Whether an answer of DHCP may come.
@@ -148,6 +155,7 @@ impl Outside {
             }
             NextHop::Asked(target) => Way::Wait(target),
             NextHop::Unreachable => Way::None,
+            NextHop::Withheld => Way::Withheld,
             NextHop::NotYet => Way::NotYet,
             NextHop::NoAddress => Way::NoAddress,
         }
@@ -185,7 +193,7 @@ impl Outside {
                     continue;
                 }
                 Way::To(mac) => Some(mac),
-                Way::None | Way::NoAddress => None,
+                Way::None | Way::Withheld | Way::NoAddress => None,
             };
             self.parked_bytes -= parked.frame.len();
             each(mac, &mut parked);

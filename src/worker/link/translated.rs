@@ -25,13 +25,19 @@ use crate::engine::guest_port::{GuestOffloads, GuestPort};
 use crate::engine::host_net::HostNet;
 use crate::engine::lan::{self, vlan};
 use crate::engine::packet::config::PublishedPort;
+use crate::engine::packet::cut::cut;
+use crate::engine::packet::echo::answer_echo;
 use crate::engine::packet::head::Packet;
 use crate::engine::packet::ports::WorkerSet;
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
-use crate::limits::{FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX, PACKET_AHEAD_FRAMES};
-use crate::postbox::LinkFrame;
+use crate::limits::{
+    FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX, PACKET_AHEAD_FRAMES, PARKED_FRAMES_MAX,
+    STATION_ECHOES_BURST, STATION_ECHOES_PER_SECOND,
+};
+use crate::postbox::{LinkFrame, LinkLetter, Room};
+use crate::rate::Rate;
 use crate::time::Instant;
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::icmpv4::{Message, UnreachableCode};
@@ -40,6 +46,9 @@ use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 /// How long a frame waits in its ring before it is looked at again whether our address is ours by then.
 const CLAIM_PAUSE: Duration = Duration::from_millis(5);
+
+/// How often ports are tried that could not be published: flows of the guest before may have them at other workers.
+const PUBLISH_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a frame may ask for that no guest gets.
 const ALL_OFFLOADS: GuestOffloads =
@@ -77,14 +86,24 @@ pub(super) struct Translation {
     /// An address of the guest's that something came for and that is not known.
     unknown: Option<Ipv4Addr>,
     head: Box<[u8; FRAME_HEAD_BYTES]>,
-    /// Frames whose flows are other workers'.
-    for_others: VecDeque<(WorkerId, LinkFrame)>,
+    /// Frames whose flows are other workers', and flows that move to them.
+    for_others: VecDeque<(WorkerId, LinkLetter)>,
+    /// Frames whose next hop nobody answered for, their vnet headers, as they would have left.
+    given_up: Vec<(VnetHeader, Box<[u8]>)>,
+    /// For them, until they are read.
+    room: Room,
+    /// The guest's starts that were noticed here.
+    guest_starts: u64,
+    /// How often questions whether our address is there are answered.
+    echoes: Rate,
     /// When to look again whether frames need wait no longer: in their ring for our address, or parked for a next
     /// hop that another worker may hear of.
     claims: Option<Instant>,
     publish: Vec<Publish>,
     /// The guest they lead to.
     published_to: Option<Ipv4Addr>,
+    /// When those that flows have are tried again.
+    publish_again: Option<Instant>,
 }
 
 /// What became of a frame of the link.
@@ -100,6 +119,8 @@ pub(super) enum Arrived {
     Held,
     /// Refused, and its sender is told: the answer waits.
     Answered,
+    /// A question whether our address is there.
+    Echo,
 }
 
 impl Translation {
@@ -115,9 +136,14 @@ impl Translation {
             unknown: None,
             head: Box::new([0; FRAME_HEAD_BYTES]),
             for_others: VecDeque::new(),
+            given_up: Vec::new(),
+            room: Room::default(),
+            guest_starts: 0,
+            echoes: Rate::new(STATION_ECHOES_BURST, STATION_ECHOES_PER_SECOND),
             claims: None,
             publish,
             published_to: None,
+            publish_again: None,
         }
     }
 
@@ -132,28 +158,37 @@ impl Translation {
         }
         self.guests.clear();
         self.newest = (Ipv4Addr::UNSPECIFIED, MacAddr::ZERO);
-        self.for_others.clear();
+        for (_, letter) in self.for_others.drain(..) {
+            if let LinkLetter::Flow(moved, _) = letter {
+                self.nat.give_up(&moved);
+            }
+        }
+        self.given_up.clear();
         self.outside.forget_parked();
-        self.publish_to(None);
+        self.publish_to(now, None);
     }
 
     /// Published ports lead to `guest`.
-    fn publish_to(&mut self, guest: Option<Ipv4Addr>) {
-        if self.published_to == guest || self.publish.is_empty() {
+    fn publish_to(&mut self, now: Instant, guest: Option<Ipv4Addr>) {
+        // Ports are all workers', and published in one place.
+        if self.publish.is_empty() || self.worker != WorkerId(0) {
             return;
         }
+        if self.published_to == guest {
+            return self.publish_what_is_missing(now);
+        }
         self.published_to = guest;
-        let missing = self.set_published();
+        let missing = self.set_published(now);
         if missing > 0 {
             tracing::warn!(
                 missing,
-                "flows of the guest have published ports that are to lead to it; they do when the guest begins anew"
+                "flows of the guest have published ports that are to lead to it; they do when those flows have ended"
             );
         }
     }
 
     /// Has the translation know what is published to whom; how many ports flows of the guest have.
-    fn set_published(&mut self) -> usize {
+    fn set_published(&mut self, now: Instant) -> usize {
         let to = |guest, port: &Publish| PublishedPort {
             protocol: port.protocol,
             port: port.host.port(),
@@ -162,26 +197,35 @@ impl Translation {
         };
         let guest = self.published_to;
         let ports = guest.map(|guest| self.publish.iter().map(|port| to(guest, port)).collect());
-        self.nat.set_published(ports.unwrap_or_default())
+        let missing = self.nat.set_published(ports.unwrap_or_default());
+        self.publish_again = (missing > 0).then_some(now + PUBLISH_PAUSE);
+        missing
     }
 
     /// One port more leads to the guest, or will when there is one. False, and nothing has changed, if a flow of the
     /// guest has it.
-    pub(super) fn publish(&mut self, port: Publish) -> bool {
+    pub(super) fn publish(&mut self, now: Instant, port: Publish) -> bool {
         self.publish.push(port);
-        self.set_published();
+        self.set_published(now);
         let is_free = self.published_to.is_none() || self.nat.is_published(port.protocol, port.host.port());
         if !is_free {
-            self.unpublish(&port, false);
+            self.unpublish(now, &port, false);
         }
         is_free
     }
 
     /// One port less. Flows that came by it go on, unless they are to end; how many did.
-    pub(super) fn unpublish(&mut self, port: &Publish, end: bool) -> usize {
+    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, end: bool) -> usize {
         self.publish.retain(|known| known != port);
-        self.set_published();
+        self.set_published(now);
         if end { self.nat.end_published(port.protocol, port.host.port()) } else { 0 }
+    }
+
+    fn publish_what_is_missing(&mut self, now: Instant) {
+        if self.publish_again.is_some_and(|due| now >= due) {
+            let missing = self.nat.publish_again();
+            self.publish_again = (missing > 0).then_some(now + PUBLISH_PAUSE);
+        }
     }
 
     /// Whether an answer of DHCP may come, of which all is to be read.
@@ -239,15 +283,33 @@ impl Translation {
 
     /// Hands a frame to the worker whose flow it may be of; lost if too many wait.
     fn hand_over(&mut self, to: WorkerId, mut frame: LinkFrame) -> Result<(), DropReason> {
-        frame.tried = frame.tried.with(self.worker);
-        if frame.tried.has(to) {
+        // Once after a flow that moved, and not in circles.
+        if frame.tried.has(to) && frame.tried.has(self.worker) {
             return Err(DropReason::NoFlow);
         }
+        frame.tried = frame.tried.with(self.worker);
+        frame.from = self.worker;
         if self.for_others.len() >= LETTERS_MAX {
             return Err(DropReason::TableFull);
         }
-        self.for_others.push_back((to, frame));
+        frame.room = Some(self.room.take(frame.bytes.len()).ok_or(DropReason::TableFull)?);
+        frame.guest_starts = self.guest_starts;
+        self.for_others.push_back((to, LinkLetter::Frame(frame)));
         Ok(())
+    }
+
+    /// Has a flow move to the worker that handed over the frame, which lies in `frame` as it came, if it did so often
+    /// enough.
+    fn move_after(&mut self, now: Instant, frame: &mut LinkFrame) {
+        if self.for_others.len() >= LETTERS_MAX {
+            return;
+        }
+        let len_bytes = frame.bytes.len();
+        let head = &mut frame.bytes[..len_bytes.min(FRAME_HEAD_BYTES)];
+        let packet = Packet::new(&frame.vnet, head, len_bytes);
+        if let Some(moved) = self.nat.give_away(now, &packet, frame.from) {
+            self.for_others.push_back((frame.from, LinkLetter::Flow(moved, self.guest_starts)));
+        }
     }
 
     /// Whether a frame of the link is addressed to us.
@@ -281,8 +343,18 @@ impl Translation {
             Verdict::Elsewhere(worker) => Ok(Arrived::Elsewhere(worker)),
             // Counted there.
             Verdict::Drop(_) => Ok(Arrived::Ours),
+            Verdict::Ours if self.outside.is_ours(addr_at(head, DST_AT)) => Ok(Arrived::Echo),
             Verdict::Ours | Verdict::Hairpin => Err(DropReason::NotForUs),
         }
+    }
+
+    /// Makes the answer of a frame that asks whether our address is there, within the rate limit.
+    fn answer_echo(&mut self, now: Instant, frame: &mut [u8]) -> Result<(), DropReason> {
+        if !self.echoes.has(now) {
+            return Err(DropReason::RateLimited);
+        }
+        let is_answered = answer_echo(frame) && self.echoes.take(now);
+        if is_answered { Ok(()) } else { Err(DropReason::NotForUs) }
     }
 
     /// Writes the Ethernet header of a frame that is translated for the guest.
@@ -351,16 +423,34 @@ impl LinkEnd {
         let address = translation.refresh(now);
         let is_hairpin = address == Some(dst);
         let way = if is_hairpin { None } else { Some(translation.outside.way(now, dst)) };
-        if way == Some(Way::NotYet) {
-            translation.claims = Some(now + CLAIM_PAUSE);
-            return Ok(Left::Full);
-        }
-        if let Some(Way::None | Way::NoAddress) = way {
-            let code = if address.is_some() { UnreachableCode::Host } else { UnreachableCode::Net };
+        let code = match way {
+            Some(Way::NotYet) => {
+                translation.claims = Some(now + CLAIM_PAUSE);
+                return Ok(Left::Full);
+            }
+            Some(Way::Withheld) => return Err(DropReason::RateLimited),
+            Some(Way::None) => Some(UnreachableCode::Host),
+            Some(Way::NoAddress) => Some(UnreachableCode::Net),
+            Some(Way::To(_) | Way::Wait(_)) | None => None,
+        };
+        if let Some(code) = code {
             let message = Message::Unreachable { code, next_hop_mtu: 0 };
             engine.tell_guest(now, port, from, message, &frame.head[ethernet::HEADER_BYTES..]);
             return Err(DropReason::Refused);
         }
+        self.translate_towards(now, frame, (way, tried), engine, port)
+    }
+
+    /// The same with the way known; none if it goes to our own address.
+    fn translate_towards<N: HostNet>(
+        &mut self,
+        now: Instant,
+        frame: &TxFrame<'_>,
+        (way, tried): (Option<Way>, WorkerSet),
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) -> Result<Left, DropReason> {
+        let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         let head = &mut translation.head[..frame.head.len()];
         head.copy_from_slice(frame.head);
         let mut packet = Packet { vnet: &frame.vnet, head, len_bytes: frame.whole.len(), tried };
@@ -385,19 +475,26 @@ impl LinkEnd {
             }
             (Verdict::Elsewhere(worker), _) => {
                 let bytes = whole_frame(frame, frame.head);
-                let (pair, vnet) = (frame.pair, frame.vnet);
-                let handed = LinkFrame { side: Side::Guest, pair, vnet, tried, bytes };
+                let handed = LinkFrame::new(Side::Guest, frame.pair, frame.vnet, tried, bytes);
                 translation.hand_over(worker, handed).map(|()| Left::Yes)
             }
             // Counted there.
             (Verdict::Drop(_), _) => Ok(Left::Yes),
+            (Verdict::Ours, None) => {
+                let mut answer = whole_frame(frame, frame.head);
+                translation.answer_echo(now, &mut answer)?;
+                self.send_whole(now, (frame.pair, VnetHeader::default()), &mut answer, engine, port)?;
+                Ok(Left::Yes)
+            }
             (Verdict::Ours, _) | (Verdict::Forward, None) => Err(DropReason::Refused),
         }
     }
 
     /// Sends the translated frame, or keeps it until its next hop is known.
     fn leave(&mut self, frame: &TxFrame<'_>, way: Way) -> Result<Left, DropReason> {
-        lan::check_length(&frame.vnet, frame.whole.len(), self.ip_mtu)?;
+        if lan::check_length(&frame.vnet, frame.whole.len(), self.ip_mtu).is_err() {
+            return self.leave_cut(frame, way);
+        }
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         let src = translation.outside.mac();
         match way {
@@ -413,8 +510,51 @@ impl LinkEnd {
                 let parked = translation.outside.park(target, frame.vnet, whole);
                 if parked { Ok(Left::Yes) } else { Err(DropReason::TableFull) }
             }
-            Way::None | Way::NotYet | Way::NoAddress => Err(DropReason::Refused),
+            Way::None | Way::Withheld | Way::NotYet | Way::NoAddress => Err(DropReason::Refused),
         }
+    }
+
+    /// The same of one longer than the link, which is cut. Where the queue has no room for all of it the rest is lost.
+    fn leave_cut(&mut self, frame: &TxFrame<'_>, way: Way) -> Result<Left, DropReason> {
+        let mut whole = self.whole_translated(frame);
+        let mut pieces: Vec<Box<[u8]>> = Vec::new();
+        cut(&frame.vnet, &mut whole, self.ip_mtu, |piece| pieces.push(piece.into()))?;
+        for mut piece in pieces {
+            let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
+            let src = translation.outside.mac();
+            let left = match way {
+                Way::To(dst) => {
+                    ethernet::Header { dst, src, ethertype: EtherType::IPV4 }.emit(&mut piece);
+                    self.send(VnetHeader::default(), &piece, &Payload::EMPTY)?
+                }
+                Way::Wait(target) if translation.outside.park(target, VnetHeader::default(), piece) => {
+                    Left::Yes
+                }
+                Way::Wait(_) => return Err(DropReason::TableFull),
+                Way::None | Way::Withheld | Way::NotYet | Way::NoAddress => return Err(DropReason::Refused),
+            };
+            if left == Left::Full {
+                return Err(DropReason::LinkRefused);
+            }
+        }
+        Ok(Left::Yes)
+    }
+
+    /// Sends the guest a frame that is translated for it, cut if it is longer than its link.
+    fn send_whole<N: HostNet>(
+        &mut self,
+        now: Instant,
+        (pair, vnet): (QueuePair, VnetHeader),
+        whole: &mut [u8],
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) -> Result<(), DropReason> {
+        if lan::check_length(&vnet, whole.len(), self.ip_mtu).is_ok() {
+            engine.send_to_guest(now, port, pair, vnet, whole);
+            return Ok(());
+        }
+        let plain = VnetHeader::default();
+        cut(&vnet, whole, self.ip_mtu, |piece| engine.send_to_guest(now, port, pair, plain, piece))
     }
 
     fn whole_translated(&self, frame: &TxFrame<'_>) -> Box<[u8]> {
@@ -435,7 +575,7 @@ impl LinkEnd {
         let Some(translation) = &mut self.translation else { return Err(DropReason::NoFlow) };
         lan::check_offloads(&vnet, port.offloads())?;
         translation.address_to_guest(&mut whole)?;
-        engine.send_to_guest(now, port, pair, vnet, &whole);
+        self.send_whole(now, (pair, vnet), &mut whole, engine, port)?;
         Ok(Left::Yes)
     }
 
@@ -470,9 +610,18 @@ impl LinkEnd {
             Arrived::Held => translation.nat.hold(now, Side::World, whole),
             Arrived::Elsewhere(worker) => {
                 let pair = QueuePair::default();
-                let frame = LinkFrame { side: Side::World, pair, vnet, tried, bytes: whole.into() };
+                let frame = LinkFrame::new(Side::World, pair, vnet, tried, whole.into());
                 if let Err(reason) = translation.hand_over(worker, frame) {
                     self.counters.drop(reason);
+                }
+            }
+            Arrived::Echo => {
+                let mut answer: Box<[u8]> = whole.into();
+                match translation.answer_echo(now, &mut answer) {
+                    Ok(()) => {
+                        let _ = self.send(VnetHeader::default(), &answer, &Payload::EMPTY);
+                    }
+                    Err(reason) => self.counters.drop(reason),
                 }
             }
             Arrived::Answered => {
@@ -484,14 +633,56 @@ impl LinkEnd {
         }
     }
 
+    /// Forgets the guest if it began anew, whichever worker saw that. To be called before each batch.
+    pub(in crate::worker) fn notice_guest(&mut self, now: Instant, guest_starts: u64) {
+        if let Some(translation) = &mut self.translation
+            && translation.guest_starts != guest_starts
+        {
+            translation.guest_starts = guest_starts;
+            self.forget_translated(now);
+        }
+    }
+
+    /// Ends the guest's flows, and what was translated for it.
+    pub(super) fn forget_translated(&mut self, now: Instant) {
+        let Some(translation) = &mut self.translation else { return };
+        translation.forget_guest(now);
+        let lost = self.ahead.forget() + self.meanwhile.forget() + u64::from(self.held.take().is_some());
+        self.counters.drop_many(DropReason::GuestNotReceiving, lost);
+    }
+
+    /// Takes what another worker has for this one.
+    pub(in crate::worker) fn letter<N: HostNet>(
+        &mut self,
+        now: Instant,
+        letter: LinkLetter,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) {
+        self.notice_guest(now, engine.guest_starts(now));
+        match (letter, &mut self.translation) {
+            (LinkLetter::Frame(frame), _) => self.handed(now, frame, engine, port),
+            (LinkLetter::Flow(moved, guest_starts), Some(own)) if guest_starts == own.guest_starts => {
+                own.refresh(now);
+                own.nat.take_in(moved);
+            }
+            (LinkLetter::Flow(moved, _), Some(own)) => own.nat.give_up(&moved),
+            (LinkLetter::Flow(..), None) => {}
+        }
+    }
+
     /// Takes a frame whose flow is this worker's from another worker.
-    pub(in crate::worker) fn handed<N: HostNet>(
+    fn handed<N: HostNet>(
         &mut self,
         now: Instant,
         mut frame: LinkFrame,
         engine: &mut Engine<N>,
         port: &mut impl GuestPort,
     ) {
+        frame.room = None;
+        if self.translation.as_ref().is_none_or(|own| own.guest_starts != frame.guest_starts) {
+            return self.counters.drop(DropReason::NoFlow);
+        }
         // Its own pair is another worker's.
         frame.pair = engine.first_pair();
         let outcome = match frame.side {
@@ -503,7 +694,11 @@ impl LinkEnd {
                     whole: Payload::from_host(&frame.bytes),
                     pair: frame.pair,
                 };
-                match self.translate(now, &tx, frame.tried, engine, port) {
+                let left = self.translate(now, &tx, frame.tried, engine, port);
+                if let Some(translation) = &mut self.translation {
+                    translation.move_after(now, &mut frame);
+                }
+                match left {
                     Ok(Left::Yes) => Ok(()),
                     // Nobody keeps it.
                     Ok(Left::Full) => Err(DropReason::LinkRefused),
@@ -534,8 +729,7 @@ impl LinkEnd {
                 lan::check_offloads(&frame.vnet, port.offloads())?;
                 frame.bytes[..head.len()].copy_from_slice(head);
                 self.counters.payload_to_guest_bytes += len_bytes as u64;
-                engine.send_to_guest(now, port, frame.pair, frame.vnet, &frame.bytes);
-                Ok(())
+                self.send_whole(now, (frame.pair, frame.vnet), &mut frame.bytes, engine, port)
             }
             arrived => {
                 self.settle(now, arrived, (frame.vnet, frame.tried), &frame.bytes);
@@ -544,8 +738,8 @@ impl LinkEnd {
         }
     }
 
-    /// The next frame for another worker.
-    pub(in crate::worker) fn next_handed(&mut self) -> Option<(WorkerId, LinkFrame)> {
+    /// What there is next for another worker.
+    pub(in crate::worker) fn next_letter(&mut self) -> Option<(WorkerId, LinkLetter)> {
         self.translation.as_mut()?.for_others.pop_front()
     }
 
@@ -571,20 +765,23 @@ impl LinkEnd {
         match (verdict, side) {
             (Verdict::Forward, Side::Guest) => {
                 let target = addr_at(&frame, DST_AT);
-                if translation.outside.park(target, vnet, frame) {
-                    self.send_parked(now);
-                    return Ok(());
+                let mut pieces: Vec<Box<[u8]>> = Vec::new();
+                if lan::check_length(&vnet, frame.len(), self.ip_mtu).is_ok() {
+                    pieces.push(frame);
+                } else {
+                    cut(&vnet, &mut frame, self.ip_mtu, |piece| pieces.push(piece.into()))?;
                 }
-                Err(DropReason::TableFull)
+                let parked = pieces.into_iter().all(|piece| translation.outside.park(target, vnet, piece));
+                self.send_parked(now);
+                if parked { Ok(()) } else { Err(DropReason::TableFull) }
             }
             (Verdict::Forward, Side::World) | (Verdict::Hairpin, _) => {
                 translation.address_to_guest(&mut frame)?;
-                engine.send_to_guest(now, port, pair, vnet, &frame);
-                Ok(())
+                self.send_whole(now, (pair, vnet), &mut frame, engine, port)
             }
             (Verdict::Elsewhere(worker), side) => {
                 let tried = WorkerSet::default();
-                translation.hand_over(worker, LinkFrame { side, pair, vnet, tried, bytes: frame })
+                translation.hand_over(worker, LinkFrame::new(side, pair, vnet, tried, frame))
             }
             // Counted there.
             (Verdict::Drop(_), _) => Ok(()),
@@ -601,7 +798,7 @@ impl LinkEnd {
     ) {
         let Some(translation) = &mut self.translation else { return };
         let published_guest = engine.published_guest();
-        translation.publish_to(published_guest);
+        translation.publish_to(now, published_guest);
         if let Some(guest) = published_guest
             && translation.guest_mac(guest).is_none()
             && let Some(neighbour) = engine.guest_at(guest)
@@ -618,6 +815,7 @@ impl LinkEnd {
         translation.outside.poll(now);
         self.send_station_frames();
         self.send_parked(now);
+        self.tell_of_given_up(now, engine, port);
         self.send_released(now, engine, port);
         // The answer they wait for may come to another worker.
         if let Some(translation) = &mut self.translation
@@ -631,8 +829,11 @@ impl LinkEnd {
     /// When [`LinkEnd::run_translation`] has something to do.
     pub(in crate::worker) fn next_deadline(&self) -> Option<Instant> {
         let translation = self.translation.as_ref()?;
-        let own = [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims];
-        own.into_iter().flatten().min()
+        let starved = self.station_deadline();
+        let own =
+            [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims, starved];
+        let own = own.into_iter().chain([translation.publish_again]);
+        own.flatten().min()
     }
 
     /// Whether what waits is looked at again soon, without an event of the link.
@@ -709,6 +910,33 @@ impl LinkEnd {
         }
     }
 
+    fn give_up(&mut self, vnet: VnetHeader, frame: Box<[u8]>) {
+        if let Some(translation) = &mut self.translation
+            && translation.given_up.len() < PARKED_FRAMES_MAX
+        {
+            translation.given_up.push((vnet, frame));
+        }
+    }
+
+    /// Tells the guest of frames whose next hop nobody answered for (RFC 1122, 2.3.2.2; RFC 1812, 5.2.7.1), about
+    /// what it sent itself.
+    fn tell_of_given_up<N: HostNet>(
+        &mut self,
+        now: Instant,
+        engine: &mut Engine<N>,
+        port: &mut impl GuestPort,
+    ) {
+        let Some(translation) = &mut self.translation else { return };
+        for (vnet, mut frame) in translation.given_up.drain(..) {
+            let len_bytes = frame.len();
+            let head = &mut frame[..len_bytes.min(FRAME_HEAD_BYTES)];
+            let sender = translation.nat.as_sent(&mut Packet::new(&vnet, head, len_bytes));
+            let Some(neighbour) = sender.and_then(|sender| engine.guest_at(sender)) else { continue };
+            let message = Message::Unreachable { code: UnreachableCode::Host, next_hop_mtu: 0 };
+            engine.tell_guest(now, port, neighbour, message, &head[ethernet::HEADER_BYTES..]);
+        }
+    }
+
     /// Sends frames whose next hop has become known.
     fn send_parked(&mut self, now: Instant) {
         let Some(translation) = &mut self.translation else { return };
@@ -723,7 +951,10 @@ impl LinkEnd {
         });
         for (dst, vnet, mut frame) in ready {
             let sent = match dst {
-                None => Err(DropReason::Refused),
+                None => {
+                    self.give_up(vnet, frame);
+                    Err(DropReason::Refused)
+                }
                 Some(dst) => {
                     ethernet::Header { dst, src, ethertype: EtherType::IPV4 }.emit(&mut frame);
                     self.send(vnet, &frame, &Payload::EMPTY)
@@ -750,3 +981,6 @@ fn whole_frame(frame: &TxFrame<'_>, head: &[u8]) -> Box<[u8]> {
 fn addr_at(head: &[u8], at: usize) -> Ipv4Addr {
     Ipv4Addr::new(head[at], head[at + 1], head[at + 2], head[at + 3])
 }
+
+#[cfg(test)]
+mod tests;
