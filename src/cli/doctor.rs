@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(asked("").line, "vunet ...");
         assert_eq!(asked("--network doctor --fd 3").line, "vunet --network doctor --fd 3");
         let words = ["/opt/my vunet", "doctor", "--socket-path", "a b"].map(OsString::from);
-        assert_eq!(run_again(&words), "'/opt/my vunet' --socket-path 'a b'");
+        assert_eq!(run_again(&words_of_run(words.to_vec())), "'/opt/my vunet' --socket-path 'a b'");
     }
 
     #[test]

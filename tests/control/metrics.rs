@@ -64,6 +64,7 @@ fn metrics_are_of_each_worker_and_have_their_units() {
     ] {
         assert!(text.lines().any(|other| other == line), "{line} in\n{text}");
     }
+    let text = metrics(&backend);
     let woken = text.lines().find_map(|line| line.strip_prefix("vunet_wakeups_total{worker=\"0\"} "));
     assert!(woken.is_some_and(|count| count.parse::<f64>().unwrap() >= 1.0), "{woken:?}");
 }
