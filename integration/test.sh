@@ -4,7 +4,7 @@
 #
 #   integration/test.sh [--long]
 #
-# --long adds what takes longer: the ignored tests, 1,000 reconnects, hundreds of kills. Installs what is
+# --long adds what takes longer: the ignored tests, two queue pairs, 1,000 reconnects, hundreds of kills. Installs what is
 # missing with apt-get, and says so. What the machine still lacks is skipped by name; with CI=true it
 # fails. The last line is `N passed, N failed, N skipped`; the exit code is 0 only if nothing failed.
 
@@ -154,7 +154,7 @@ check_sanitizer() {
     fi
     RUSTFLAGS=-Zsanitizer=address RUSTC_BOOTSTRAP=1 cargo_tests 'AddressSanitizer' --package vunet \
         --target "$target" --target-dir "$TARGET_DIR/sanitizer" \
-        --lib --test flow_table --test packet_nat --test device --test uplink
+        ${LONG:+--lib} --test flow_table --test packet_nat --test device --test uplink
 }
 
 # The namespace guest needs root: the tests are built as you and run through sudo.
@@ -170,9 +170,10 @@ check_namespaces() {
     fi
     export VUNET_BIN=${VUNET_BIN:-$TARGET_DIR/release/vunet}
     cargo_tests 'namespace guest' --package vunet-integration
-    # The same again with a worker for each of several queue pairs, but for what has to do with no queue.
-    for pairs in 2 4; do
-        TESTS='not test(/^(link|programs|benchmark|conntrack|networks::kills)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
+    # The same again with a worker for each of several queue pairs, but for what has to do with no queue; with --long for
+    # each of two as well.
+    for pairs in ${LONG:+2} 4; do
+        TESTS='not test(/^(link|programs|benchmark|conntrack|doctor|networks::kills)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
             cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
     done
     # What the NAT carries, whichever of the two it is. How a host forbids echo sockets is a matter of one.

@@ -63,7 +63,8 @@ strip|binutils|leaves debug information out of the package'
 # Daemons whose packages would start them on this machine: unpacked below target/guest-cache, where the tests
 # look for them, and not installed.
 DAEMONS_TEST='sshd|openssh-server|lets the namespace guest log in
-chronyd|chrony|tells the namespace guest the time'
+chronyd|chrony|tells the namespace guest the time
+promtool|prometheus|checks metrics'
 
 # prerequisites_list demo|test: the tools of a purpose, one a line.
 prerequisites_list() {
@@ -113,8 +114,9 @@ apt_refresh() {
     apt_as_root update || warn "apt-get update failed; going on with the lists there are"
 }
 
-# have_daemon COMMAND PACKAGE: whether it is installed or unpacked.
-have_daemon() { have_tool "$1" || [[ -x /usr/sbin/$1 || -x $GUEST_CACHE/$2/usr/sbin/$1 ]]; }
+have_daemon() {
+    have_tool "$1" || [[ -x /usr/sbin/$1 || -x $GUEST_CACHE/$2/usr/sbin/$1 || -x $GUEST_CACHE/$2/usr/bin/$1 ]]
+}
 
 # Unpacks the daemons of the tests that are missing; who needs one says so when it is not there.
 daemons_unpack() {
