@@ -57,14 +57,14 @@ enum What {
               value_parser = values::publish_text)]
         ports: Vec<String>,
     },
-    /// Publish ports no more; their open connections go on
+    /// Publish ports no more; their open connections are reset
     Unpublish {
         /// Their numbers as `ports` shows them, or tcp:HOSTPORT or udp:HOSTPORT, or all of it as --publish takes it
         #[arg(required = true, value_name = "PORT")]
         ports: Vec<String>,
-        /// Reset their open connections
+        /// Let their open connections go on
         #[arg(long)]
-        close: bool,
+        keep: bool,
     },
     /// Addresses that DHCP gave
     Leases,
@@ -145,9 +145,9 @@ impl Ctl {
             }
             What::Ports => self.show(&client, "/v1/ports", ports_text)?,
             What::Publish { ports } => self.publish(&client, ports)?,
-            What::Unpublish { ports, close } => {
+            What::Unpublish { ports, keep } => {
                 for port in ports {
-                    let resource = format!("/v1/ports/{}?close={close}", path_segment(port));
+                    let resource = format!("/v1/ports/{}?keep={keep}", path_segment(port));
                     client.call(Method::DELETE, &resource, None::<&()>)?;
                 }
                 String::new()

@@ -74,7 +74,7 @@ pub enum PortError {
     Network(#[from] NetworkError),
     /// Open connections cannot be closed from here.
     #[error(
-        "connections that the kernel redirects cannot be closed here: remove the port without closing them"
+        "connections that the kernel redirects cannot be ended here: remove the port with keep=true (--keep)"
     )]
     CannotClose,
 }

@@ -209,8 +209,8 @@ fn ports_are_published_picked_listed_refused_and_removed() {
     let answer = backend.ask("POST", "/v1/ports", Some("{\"publsh\":\"1:1\"}"));
     check("POST", "/v1/ports", &answer);
     assert_eq!(answer.status, 422);
-    assert_eq!((remove("77").status, remove("77?close=maybe").status), (404, 400));
-    let removed = remove(&format!("{}?close=true", port["id"]));
+    assert_eq!((remove("77").status, remove("77?keep=maybe").status), (404, 400));
+    let removed = remove(&format!("{}?keep=false", port["id"]));
     assert_eq!((removed.status, removed.body), (200, json!({ "connections_reset": 0 })));
     assert_eq!(remove(&format!("tcp:{}", first[0]["host_port"])).status, 200);
     assert_eq!(list(), [] as [Value; 0]);
@@ -237,6 +237,6 @@ fn ctl_publishes_and_shows_ports() {
     let refused = backend.ctl(&["unpublish", "tcp:1"]);
     assert_eq!(String::from_utf8_lossy(&refused.stderr), "error: no published port \"tcp:1\"\n");
     assert_eq!(backend.ctl(&["publish", "auto"]).status.code(), Some(2), "it is not asked for");
-    assert!(backend.ctl(&["unpublish", "1", "2", "--close"]).status.success());
+    assert!(backend.ctl(&["unpublish", "1", "2", "--keep"]).status.success());
     assert_eq!(backend.get("/v1/ports").body, json!({ "ports": [] }));
 }

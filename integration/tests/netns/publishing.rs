@@ -71,7 +71,7 @@ impl Api {
 
     /// Publishes no more; how many connections were reset.
     fn unpublish(&mut self, id: &Value, close: bool) -> Result<u64, Failure> {
-        let (status, answer) = self.ask("DELETE", &format!("/v1/ports/{id}?close={close}"), None)?;
+        let (status, answer) = self.ask("DELETE", &format!("/v1/ports/{id}?keep={}", !close), None)?;
         ensure!(status == 200, "unpublish {id}: {status} {answer}");
         Ok(answer["connections_reset"].as_u64().unwrap_or(u64::MAX))
     }
@@ -326,7 +326,7 @@ fn change_ports(api: &mut Api, world: &Netns) -> Outcome {
 }
 
 #[test]
-fn open_connections_outlive_their_port_unless_they_are_to_end_with_it() {
+fn open_connections_end_with_their_port_unless_they_are_to_be_kept() {
     with_control(Setup::new(), |bench, api| {
         let _server = serve_in_guest(bench)?;
         let world = &bench.lab.world;
@@ -393,7 +393,7 @@ fn ctl(bench: &Bench, api: &mut Api, picked: u16) -> Outcome {
     ensure!(seen(&bench.lab.world, (HOST, 8100))?.ip() == WORLD, "it is not published");
     let list = run_ctl(bench, &control, &["ports"])?;
     ensure!(list.lines().count() == 6, "{list}");
-    run_ctl(bench, &control, &["unpublish", "tcp:8100", "--close"])?;
+    run_ctl(bench, &control, &["unpublish", "tcp:8100"])?;
     run_ctl(bench, &control, &["unpublish", "udp:127.0.0.1:8100:9006", &format!("tcp:{picked}")])?;
     ensure!(connect(&bench.lab.world, (HOST, 8100)).is_err(), "it is published still");
     let list = run_ctl(bench, &control, &["ports", "--json"])?;

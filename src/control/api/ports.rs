@@ -57,9 +57,9 @@ pub struct NewPort {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(super) struct Removal {
-    /// Whether open connections end with it.
+    /// Whether open connections go on; they are reset otherwise.
     #[serde(default)]
-    close: bool,
+    keep: bool,
 }
 
 /// What became of a removed port's connections.
@@ -160,7 +160,7 @@ pub(super) async fn add(
     Ok((StatusCode::CREATED, Json(PortList { ports: made.iter().map(PortStatus::from).collect() })))
 }
 
-/// Publishes a port no more; exchanges of datagrams end with it, connections only if asked
+/// Publishes a port no more; exchanges of datagrams and connections end with it, unless the latter are to be kept
 #[utoipa::path(
     delete,
     path = "/v1/ports/{id}",
@@ -183,10 +183,10 @@ pub(super) async fn remove(
     Path(name): Path<String>,
     removal: Result<Query<Removal>, QueryRejection>,
 ) -> Result<Json<Removed>, ApiError> {
-    let Query(Removal { close }) = removal?;
+    let Query(Removal { keep }) = removal?;
     let id = find(&api.ports.list().await, &name)?;
     let ports = api.ports.clone();
-    let removed = tokio::spawn(async move { ports.remove(id, close).await }).await;
+    let removed = tokio::spawn(async move { ports.remove(id, !keep).await }).await;
     let removed = removed.map_err(failed)??;
     let reset = removed.ok_or_else(|| no_port(&name))?;
     Ok(Json(Removed { connections_reset: reset as u64 }))

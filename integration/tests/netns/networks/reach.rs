@@ -138,7 +138,7 @@ fn ports_of_a_network_come_and_go_and_are_nobody_elses_meanwhile() {
             ensure!(bind().is_err(), "another process took a published port");
             let users = site.inspect("lab")?["users"].clone();
             ensure!(users[0]["published"].as_array().is_some_and(|ports| ports.len() == 3), "{users}");
-            ctl(site, &control, "unpublish tcp:8006 udp:8006")?;
+            ctl(site, &control, "unpublish tcp:8006 udp:8006 --keep")?;
             let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
             ensure!(gone.is_err(), "the port outlives its removal");
             drop(bind()?);
