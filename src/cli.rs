@@ -39,6 +39,7 @@ use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
 use crate::config::{Config, DnsConfig, IpMtu, PublishList, PublishRange};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
+use crate::top;
 use crate::uplink::sys::routes::HostRoute;
 
 pub use activation::PassedError;
@@ -62,6 +63,8 @@ pub enum Command {
     Run(Box<Args>),
     /// Ask a backend that runs, or tell it something.
     Ctl(ctl::Ctl),
+    /// Draw a backend that runs.
+    Top(top::Top),
     /// Make, list, show or remove named networks.
     Network(network::NetworkCommand, Option<PathBuf>),
     /// Write the manual page of a command, or with a folder those of all.
@@ -146,6 +149,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     match subcommand {
         Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
         Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
+        Some(Subcommand::Top(top)) if top.control.is_none() => Err(UsageError::NoControl.into()),
+        Some(Subcommand::Top(top)) => Ok(Command::Top(top)),
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, run.state_dir)),
         Some(Subcommand::Man { command, dir }) => Ok(Command::Man(command, dir)),
         Some(Subcommand::Completions { shell }) => Ok(Command::Completions(shell)),
@@ -183,6 +188,7 @@ fn settings(line: &[OsString]) -> Result<Args, Error> {
 enum Subcommand {
     /// Ask a backend that runs, or tell it something, on the socket of its --control
     Ctl(ctl::Ctl),
+    Top(top::Top),
     /// Named networks, shared by several VMs
     #[command(subcommand)]
     Network(network::NetworkCommand),

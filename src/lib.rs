@@ -29,6 +29,7 @@ pub mod sandbox;
 pub mod service;
 pub mod socket_file;
 pub mod time;
+pub mod top;
 pub mod uplink;
 pub mod wire;
 pub mod worker;

@@ -5,7 +5,6 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
-use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command, DoctorArgs};
 use vunet::config::LogConfig;
@@ -16,7 +15,8 @@ fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
-        Command::Ctl(ctl) => Ok(control(&ctl)),
+        Command::Ctl(ctl) => Ok(shown(ctl.run(&mut std::io::stdout()))),
+        Command::Top(top) => Ok(shown(top.run())),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
         Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
         Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
@@ -36,8 +36,8 @@ fn print_capabilities() -> ExitCode {
     }
 }
 
-fn control(ctl: &Ctl) -> ExitCode {
-    match ctl.run(&mut std::io::stdout()) {
+fn shown(outcome: Result<(), impl Error + 'static>) -> ExitCode {
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             report(&error, false);
