@@ -144,7 +144,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
-    let facts = Facts::of(&config);
+    let mut facts = Facts::of(&config);
     let control = config.control.as_deref().map(api::listen).transpose()?;
     let metrics = config
         .metrics
@@ -155,7 +155,9 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
     let signals = signals.map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
-    let place = publishing::place(&config, joined.as_ref().is_some_and(membership::is_rootless));
+    let is_rootless = joined.as_ref().is_some_and(membership::is_rootless);
+    facts.translates_at_holder(is_rootless);
+    let place = publishing::place(&config, is_rootless);
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
@@ -272,6 +274,7 @@ fn run_on(
     if let Some((joined, guest)) = &member {
         membership::serve(joined, &ports.ports, guest.clone())?;
     }
+    let seen = member.as_ref().map_or_else(|| guest.clone(), |(_, held)| held.clone());
     let way = outside.place.with(inner.workers.clone(), member);
     let ports = publishing::serve(way, events, ports, &guest)?;
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
@@ -293,7 +296,7 @@ fn run_on(
         }
         let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
         let workers = inner.workers.clone();
-        let Opened { signals, stop, reloader, file: _file } = outside.open(guest, inner, ports.clone());
+        let Opened { signals, stop, reloader, file: _file } = outside.open(seen, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
         let supervisor = Supervisor { signals, stop, reloader, live, workers, serving };
         supervisor.run(news, ended, &shutdown).await

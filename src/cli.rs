@@ -83,18 +83,24 @@ pub enum Error {
     Arguments(#[from] clap::Error),
     /// Flags that are well-formed by themselves but not together, or not on this host.
     #[error(transparent)]
-    Usage(#[from] UsageError),
+    Usage(Box<UsageError>),
     /// The same of flags some of which are settings of a file.
     #[error("with the settings of {}: {source}", path.display())]
     UsageOfFile {
         /// The file.
         path: PathBuf,
         /// What is wrong.
-        source: UsageError,
+        source: Box<UsageError>,
     },
     /// The file of `--config`.
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+impl From<UsageError> for Error {
+    fn from(error: UsageError) -> Error {
+        Error::Usage(Box::new(error))
+    }
 }
 
 impl Error {

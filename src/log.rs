@@ -55,6 +55,7 @@ impl Log {
     /// # Errors
     /// [`LevelError`]; the level is as before then.
     pub fn set_level(&self, level: &str) -> Result<(), LevelError> {
+        check_level(level).map_err(LevelError::Value)?;
         let filter = EnvFilter::try_new(level).map_err(|_| LevelError::Value(level.to_owned()))?;
         Ok(self.filter.reload(filter)?)
     }
@@ -63,6 +64,26 @@ impl Log {
     pub fn level(&self) -> String {
         self.filter.with_current(ToString::to_string).unwrap_or_default()
     }
+}
+
+/// Judges a log filter: levels and `MODULE=LEVEL`, joined by commas. A bare module name, which a filter would read as
+/// "everything of that module", is refused: it is nearly always a level mistyped.
+///
+/// # Errors
+/// The part that is wrong.
+pub fn check_level(text: &str) -> Result<(), String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    let is_level = |level: &str| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level));
+    for part in text.split(',') {
+        let holds = match part.rsplit_once('=') {
+            Some((module, level)) => !module.is_empty() && is_level(level),
+            None => is_level(part),
+        };
+        if !holds || EnvFilter::try_new(part).is_err() {
+            return Err(part.to_owned());
+        }
+    }
+    Ok(())
 }
 
 /// Tells warnings and errors as events.

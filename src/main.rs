@@ -94,7 +94,7 @@ fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
     args.take_passed()?;
     let file = args.take_file();
     let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
-        Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source },
+        Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source: Box::new(source) },
         None => source.into(),
     })?;
     let json = config.log.json;

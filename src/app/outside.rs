@@ -61,9 +61,10 @@ impl Outside {
         let Outside { signals, log, reloader, facts, control, metrics, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
-        tokio::spawn(tell_leases(guest, events.clone()));
+        tokio::spawn(tell_leases(guest.clone(), events.clone()));
         let Inner { workers, dhcp, dns, resolver, clock } = inner;
-        let api = Api { facts, workers, dhcp, dns, resolver, ports, events, log, stop: stop.clone(), clock };
+        let api =
+            Api { facts, workers, dhcp, guest, dns, resolver, ports, events, log, stop: stop.clone(), clock };
         let api = Arc::new(api);
         if let Some(listener) = metrics {
             tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));

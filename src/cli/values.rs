@@ -6,7 +6,6 @@ use std::ops::RangeInclusive;
 use std::os::fd::RawFd;
 
 use thiserror::Error;
-use tracing_subscriber::EnvFilter;
 
 use super::UplinkArg;
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
@@ -212,20 +211,9 @@ pub(super) fn ip_mtu(text: &str) -> Result<IpMtu, ValueError> {
     text.parse().ok().and_then(IpMtu::new).ok_or(ValueError::IpMtu)
 }
 
-/// Reads a log filter: levels and `MODULE=LEVEL`, joined by commas. A bare module name, which a filter
-/// would read as "everything of that module", is refused: it is nearly always a level mistyped.
+/// Reads a log filter.
 pub(super) fn log_level(text: &str) -> Result<String, ValueError> {
-    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-    let is_level = |level: &str| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level));
-    for part in text.split(',') {
-        let holds = match part.rsplit_once('=') {
-            Some((module, level)) => !module.is_empty() && is_level(level),
-            None => is_level(part),
-        };
-        if !holds || EnvFilter::try_new(part).is_err() {
-            return Err(ValueError::LogLevel(part.to_owned()));
-        }
-    }
+    crate::log::check_level(text).map_err(ValueError::LogLevel)?;
     Ok(text.to_owned())
 }
 

@@ -4,7 +4,7 @@
 //! that of passt's `-t` and `-u` (passt(1)), `[HOSTADDR][%INTERFACE]/`, then ports joined by commas: `FIRST[-LAST][:TO[-TO_LAST]]`
 //! to publish, `~FIRST[-LAST]` to leave out whatever else says so. What of it cannot be obeyed here is refused.
 //!
-//! The host's address is an IPv4 one, or [::1]: guests speak IPv4, and clients on the host's own loopback are seen
+//! The host's address is an IPv4 one, or `[::1]`: guests speak IPv4, and clients on the host's own loopback are seen
 //! as the gateway; any other client of IPv6 would have no address that the guest could see.
 
 use std::fmt;

@@ -796,9 +796,9 @@ impl<N: HostNet> Engine<N> {
         self.core.draining = true;
     }
 
-    /// Flows and datagram sockets it has.
+    /// Flows, and datagram sockets that carry something.
     pub fn flows(&self) -> usize {
-        self.nat.len()
+        self.nat.used()
     }
 
     /// Flows that begin and end.

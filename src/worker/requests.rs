@@ -57,6 +57,8 @@ impl Worker {
         while let Some(request) = self.requests.asked.take() {
             match request {
                 Request::Report(answer) => {
+                    // Who just began to listen to flows asks too.
+                    self.tell_flows();
                     let _ = answer.send(self.report());
                 }
                 Request::Flows(query, answer) => {

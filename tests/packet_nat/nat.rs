@@ -184,6 +184,36 @@ fn published_ports_lead_to_the_guest_and_answers_come_from_them() {
 }
 
 #[test]
+fn a_port_that_flows_keep_takes_new_clients_after_another_was_published() {
+    // The second of two ports to one end of the guest is held by a stand-in.
+    let mut ports = vec![published(Transport::Tcp, 8080, 80), published(Transport::Tcp, 8081, 80)];
+    let mut rig = Rig::new(PacketNatConfig { published: ports.clone(), ..settings() });
+    rig.inn(&Frame::tcp((REMOTE, 4000), (OUTSIDE, 8081), SYN, 1, 0));
+    ports.push(published(Transport::Tcp, 9000, 90));
+    assert_eq!(rig.nat.set_published(ports), 0);
+    for (port, to) in [(8080, 80), (8081, 80), (9000, 90)] {
+        let syn = Frame::tcp((OTHER, port), (OUTSIDE, port), SYN, 1, 0);
+        assert_eq!(rig.inn(&syn), hop(Frame { dst: (GUEST, to), ..syn.clone() }).build(), "{port}");
+    }
+}
+
+#[test]
+fn while_it_drains_flows_go_on_and_none_begins() {
+    let ports = vec![published(Transport::Tcp, 8080, 80)];
+    let mut rig = Rig::new(PacketNatConfig { published: ports, ..settings() });
+    rig.out(&Frame::udp((GUEST, 5000), (REMOTE, 1), b"before"));
+    let mappings = rig.nat.table().len();
+    rig.nat.drain();
+    rig.out(&Frame::udp((GUEST, 5000), (REMOTE, 1), b"goes on"));
+    let other = Frame::udp((GUEST, 5001), (REMOTE, 1), b"begins").build();
+    let (kind, code, _) = rig.told(Side::Guest, &VnetHeader::default(), &other);
+    assert_eq!((kind, code), (3, 13));
+    let client = Frame::tcp((REMOTE, 4000), (OUTSIDE, 8080), SYN, 1, 0);
+    rig.dropped(Side::World, &client, DropReason::Refused);
+    assert_eq!(rig.nat.table().len(), mappings);
+}
+
+#[test]
 fn guests_meet_at_the_outside_address() {
     let ports = vec![published(Transport::Tcp, 8080, 80)];
     let udp = UdpConfig { filtering: UdpFiltering::EndpointIndependent, ..UdpConfig::default() };

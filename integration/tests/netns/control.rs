@@ -242,7 +242,7 @@ fn draining_backend_ends_with_its_last_connection() {
         echoes(&mut stream)?;
         ensure!(control.ctl(&["status"])?["draining"] == true, "not draining");
         let flow = control.flows_until(&["--port", &ports::ECHO.to_string()], |flows| flows.len() == 1)?;
-        ensure!(flow[0]["state"] != "", "{flow:?}");
+        ensure!(flow[0]["state"] == "established", "{flow:?}");
         let all: Vec<Value> = control.flows(&[])?;
         let ids: Vec<&str> = all.iter().filter_map(|flow| flow["id"].as_str()).collect();
         control.ctl(&[&["kill"], &ids[..]].concat())?;

@@ -423,6 +423,7 @@ fn four_thousand_ports_cost_the_process_little_memory() {
     }
     if let [one, many] = resident[..] {
         println!("resident kB with 1 port: {one}, with 4000: {many}");
-        assert!(many < one + 4096, "one port: {one} kB, 4000 ports: {many} kB");
+        // Every worker knows of every port.
+        assert!(many < one + 8192, "one port: {one} kB, 4000 ports: {many} kB");
     }
 }

@@ -15,6 +15,7 @@ use tokio::sync::broadcast::error::RecvError;
 use super::error::ErrorBody;
 use super::{ApiError, Shared};
 use crate::control::events::{Event, FlowListener};
+use crate::requests::Request;
 
 /// Silence after which a comment is sent, so that a client that is gone is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -44,9 +45,14 @@ pub(super) async fn get(
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
     let Query(Wanted { flows }) = wanted?;
+    let heard = api.events.listen();
     let of_flows = flows.then(|| api.events.want_flows());
+    if flows {
+        // Workers note flows from their next turn on: this is one.
+        api.ask_all(Request::Report).await?;
+    }
     let first = stream::once(async { Ok(sent(Event::Listening.name(), &Event::Listening)) });
-    let news = stream::unfold((api.events.listen(), of_flows), |(mut events, of_flows)| async move {
+    let news = stream::unfold((heard, of_flows), |(mut events, of_flows)| async move {
         let event = next(&mut events, of_flows.as_ref()).await?;
         Some((Ok(event), (events, of_flows)))
     });

@@ -14,7 +14,8 @@ pub struct Facts {
     pub mode: String,
     /// Where frames leave, as `--uplink` has it.
     pub uplink: String,
-    /// `sockets`, `packet` or `kernel`: how nat mode translates; none in other modes.
+    /// `sockets`, `packet`, `kernel` or `holder` (by the sockets of the rootless network's holder): how nat mode translates; none in
+    /// other modes.
     pub nat: Option<String>,
     /// The named network.
     pub network: Option<String>,
@@ -32,6 +33,13 @@ pub struct Facts {
 }
 
 impl Facts {
+    /// On a named network without privilege, it is not the kernel that translates.
+    pub fn translates_at_holder(&mut self, is_rootless: bool) {
+        if is_rootless && self.nat.is_some() {
+            self.nat = Some("holder".to_owned());
+        }
+    }
+
     /// Those of `config`.
     pub fn of(config: &Config) -> Facts {
         let translates = config.link.as_ref().is_some_and(|link| link.translate.is_some());

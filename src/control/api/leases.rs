@@ -76,8 +76,8 @@ pub(super) async fn get(State(api): Shared) -> Result<Json<Leases>, ApiError> {
 }
 
 impl Api {
-    /// The guest's address as DHCP gave it.
+    /// The guest's address as DHCP gave it, ours or a holder's.
     pub(super) fn guest_address(&self) -> Option<Ipv4Addr> {
-        *self.dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound().borrow()
+        *self.guest.borrow()
     }
 }

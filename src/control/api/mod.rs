@@ -21,12 +21,14 @@ mod server;
 pub mod status;
 pub mod stopping;
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::get;
 use futures_util::future::try_join_all;
+use tokio::sync::watch;
 use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -57,6 +59,8 @@ pub struct Api {
     pub workers: Vec<WorkerHandle>,
     /// The process's leases.
     pub dhcp: SharedDhcp,
+    /// The guest's address as DHCP gives it.
+    pub guest: watch::Receiver<Option<Ipv4Addr>>,
     /// Local names.
     pub dns: Arc<DnsService>,
     /// Asks upstream resolvers.

@@ -32,6 +32,8 @@ const BACKLOG: i32 = 32;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a request may take until its answer begins.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long anybody may have a connection for metrics: who does not read would have it for ever.
+const METRICS_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a request's head, at most.
 const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Header fields of a request, at most.
@@ -73,7 +75,9 @@ pub async fn serve(listener: std::os::unix::net::UnixListener, api: Arc<Api>) ->
         // The semaphore is never closed.
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
         match listener.accept().await {
-            Ok((stream, _)) if may_control(&stream) => serve_client(stream, router.clone(), place),
+            Ok((stream, _)) if may_control(&stream) => {
+                serve_client(stream, router.clone(), place, Duration::MAX);
+            }
             Ok(_) => {}
             Err(error) => rest(&error).await,
         }
@@ -91,7 +95,7 @@ pub async fn serve_metrics(listener: std::net::TcpListener, api: Arc<Api>) -> io
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return Ok(()) };
         match listener.accept().await {
-            Ok((stream, _)) => serve_client(stream, router.clone(), place),
+            Ok((stream, _)) => serve_client(stream, router.clone(), place, METRICS_TIMEOUT),
             Err(error) => rest(&error).await,
         }
     }
@@ -103,23 +107,25 @@ async fn rest(error: &io::Error) {
     tokio::time::sleep(ACCEPT_RETRY).await;
 }
 
-/// Serves one client, which has its `place` until it leaves.
+/// Serves one client, which has its `place` until it leaves or its time is over.
 fn serve_client(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     router: Router,
     place: OwnedSemaphorePermit,
+    time_max: Duration,
 ) {
     tokio::spawn(async move {
         let _place = place;
-        let served = http1::Builder::new()
+        let serving = http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(HEAD_TIMEOUT)
             .max_buf_size(HEAD_BYTES_MAX)
             .max_headers(HEADERS_MAX)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
-            .await;
-        if let Err(error) = served {
-            tracing::debug!(%error, "a client of the control API left");
+            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+        match tokio::time::timeout(time_max, serving).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "a client of the control API left"),
+            Err(_) => tracing::debug!("a client's time is over"),
         }
     });
 }

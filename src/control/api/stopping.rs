@@ -19,6 +19,8 @@ use crate::requests::Request;
 
 /// How often a draining process looks whether flows are left.
 const LOOK: Duration = Duration::from_millis(200);
+/// Looks in a row without flows that end it: one may be on its way from one worker to another.
+const EMPTY_LOOKS: u32 = 2;
 /// The longest time a process may be asked to drain.
 const DRAIN_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -84,6 +86,7 @@ pub(super) async fn stop(State(api): Shared) -> StatusCode {
     responses(
         (status = 202, description = "It drains"),
         (status = 400, description = "A value is wrong", body = ErrorBody),
+        (status = 409, description = "The guest's connections are not this process's", body = ErrorBody),
         (status = 415, description = "The body is not JSON", body = ErrorBody),
         (status = 422, description = "The body is not this object", body = ErrorBody),
         (status = 503, description = "A worker does not answer", body = ErrorBody),
@@ -99,24 +102,31 @@ pub(super) async fn drain(
         let longest = DRAIN_MAX.as_secs();
         return Err(ApiError::bad_value(format!("timeout_seconds={timeout_seconds}: 0 to {longest}")));
     };
-    api.ask_all(Request::Drain).await?;
+    if matches!(api.facts.nat.as_deref(), Some("kernel" | "holder")) || api.facts.mode == "bridge" {
+        let message = "the guest's connections are not this process's, so that it cannot tell when they have ended: use /v1/stop";
+        return Err(ApiError::new(StatusCode::CONFLICT, "not_here", message));
+    }
     if !api.stop.inner.1.swap(true, Ordering::AcqRel) {
         tracing::info!(timeout_seconds, "no flow may begin any more; ending with the last");
-        tokio::spawn(end_with_flows(api, Instant::now() + timeout));
+        tokio::spawn(end_with_flows(Arc::clone(&api), Instant::now() + timeout));
     }
+    // A worker that is late does it once it looks.
+    api.ask_all(Request::Drain).await?;
     Ok(StatusCode::ACCEPTED)
 }
 
 /// Ends the process once no flow is left, or at `deadline`.
 async fn end_with_flows(api: Arc<Api>, deadline: Instant) {
+    let mut empty_looks = 0;
     loop {
         sleep(LOOK).await;
+        // A worker that is late may have some.
         let left = match api.ask_all(Request::Report).await {
-            Ok(reports) => reports.iter().map(|report| report.flows).sum::<u64>(),
-            // A worker that hangs has nothing to be waited for.
-            Err(_) => 0,
+            Ok(reports) => Some(reports.iter().map(|report| report.flows).sum::<u64>()),
+            Err(_) => None,
         };
-        if left == 0 || Instant::now() >= deadline {
+        empty_looks = if left == Some(0) { empty_looks + 1 } else { 0 };
+        if empty_looks >= EMPTY_LOOKS || Instant::now() >= deadline {
             tracing::info!(flows_left = left, "drained");
             return api.stop.ask();
         }

@@ -160,6 +160,11 @@ impl<N: HostNet> Nat<N> {
         self.tcp.len() + self.datagrams.len()
     }
 
+    /// Flows, and sockets that carry something, those of published ports too.
+    pub fn used(&self) -> usize {
+        self.tcp.len() + self.datagrams.used()
+    }
+
     /// Shows flows to a walk.
     pub fn list_flows(&self, walk: &mut Walk<'_>) {
         self.tcp.list(walk);

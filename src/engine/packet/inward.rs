@@ -113,6 +113,9 @@ impl PacketNat {
         Self::check_passage(view, packet, self.config.guest_ip_mtu)?;
         let pick_up = flags.has(FlowFlags::PUBLISHED);
         let tcp = first_segment(view, packet.head, pick_up).ok_or(DropReason::NoFlow)?;
+        if self.draining {
+            return Err(DropReason::Refused.into());
+        }
         self.make_room(guest);
         let request = Request { guest: held.guest, scope: held.scope, worker: self.config.worker };
         let mut mappings = lock(&self.mappings);
@@ -150,6 +153,8 @@ impl PacketNat {
             }
             _ => false,
         };
+        // What stood in for a port that is published no more leads to nobody.
+        let lets_in = lets_in && !held.guest.addr.is_unspecified();
         lets_in.then_some((held.guest.addr, held.guest.port, FlowFlags::FROM_WORLD))
     }
 

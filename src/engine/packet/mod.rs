@@ -546,7 +546,7 @@ impl PacketNat {
 
     /// Takes a new flow in, which has its end outside already; gives that back if there is no room.
     fn begin(&mut self, now: Instant, key: FlowKey, flags: FlowFlags, tcp: TcpTracker) -> Option<FlowIndex> {
-        let outside = self.config.outside.filter(|_| !self.draining)?;
+        let outside = self.config.outside?;
         let lifetime_ms = match key.protocol {
             Protocol::TCP => self.lifetimes.of_tcp(&tcp),
             Protocol::UDP => self.lifetimes.of_udp(flags, key.remote_port),
@@ -661,10 +661,13 @@ fn give_back(
         }
     }
     let grant = Grant { external_port: key.external_port, shared: flow.flags.has(FlowFlags::PORT_SHARED) };
-    let (end, scope) = if flow.flags.has(FlowFlags::PUBLISHED) {
-        // Two ports may lead to one end; what holds the second is a stand-in.
+    let is_published = flow.flags.has(FlowFlags::PUBLISHED);
+    let (end, scope) = if is_published || flow.flags.has(FlowFlags::FROM_WORLD) {
+        // Two ports may lead to one end; what holds the second is a stand-in. Who was let in otherwise joined what the port
+        // speaks to, which may be another remote end.
         let held = mappings.of_port(key.protocol, key.external_port, key.remote);
-        held.map_or((guest_end(&key), Scope::World), |held| (held.guest, held.scope))
+        let scope = if is_published { Scope::World } else { scope(config, &key) };
+        held.map_or((guest_end(&key), scope), |held| (held.guest, held.scope))
     } else {
         (guest_end(&key), scope(config, &key))
     };
@@ -716,10 +719,8 @@ fn publish(mappings: &mut Mappings, config: &PacketNatConfig) -> usize {
             continue;
         }
         let [end, stand_in] = published_ends(port);
-        let protocol = end.protocol;
-        let held = mappings.of_port(protocol, port.port, Ipv4Addr::UNSPECIFIED).map(|held| held.guest);
-        let is_held = held == Some(stand_in)
-            || mappings.publish(end, port.port)
+        // Asked even where it is held already: flows may have kept it while it led nowhere.
+        let is_held = mappings.publish(end, port.port)
             || mappings.publish_for(stand_in, port.port, (port.guest, port.guest_port));
         missing += usize::from(!is_held);
     }

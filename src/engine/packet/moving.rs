@@ -21,7 +21,7 @@ use std::time::Duration;
 use super::flow::{Flow, FlowFlags, FlowId, Outbound};
 use super::head::{Packet, View};
 use super::outward::outbound;
-use super::{PacketNat, give_back, lock};
+use super::{PacketNat, give_back, listing, lock};
 use crate::engine::placement::WorkerId;
 use crate::limits;
 use crate::time::Instant;
@@ -96,7 +96,10 @@ impl PacketNat {
         let at = self.table.find_outbound(&key)?;
         let flags = self.table.flow(at).flags;
         let id = self.table.id(at);
-        if flags.has(FlowFlags::PORT_SHARED) || flags.has(FlowFlags::HAIRPIN) || !self.moving.count(id, from)
+        if self.draining
+            || flags.has(FlowFlags::PORT_SHARED)
+            || flags.has(FlowFlags::HAIRPIN)
+            || !self.moving.count(id, from)
         {
             return None;
         }
@@ -117,6 +120,7 @@ impl PacketNat {
         let own = [self.table.find_outbound(&key.outbound()), self.table.find_inbound(&key.inbound())];
         for id in own.map(|at| at.map(|at| self.table.id(at))).into_iter().flatten() {
             if let Some(flow) = self.table.remove(id) {
+                self.flow_news.note(|| listing::news(false, &flow));
                 give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
             }
         }
@@ -129,6 +133,7 @@ impl PacketNat {
 
     /// Ends a flow that was given away and is nobody's: its guest or its address outside is gone.
     pub fn give_up(&mut self, moved: &MovedFlow) {
+        self.flow_news.note(|| listing::news(false, &moved.flow));
         give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &moved.flow);
     }
 }

@@ -138,6 +138,9 @@ impl PacketNat {
             }
         }
         let tcp = first_segment(view, packet.head, true).ok_or(DropReason::NoFlow)?;
+        if self.draining {
+            return Err(Refusal::unreachable(UnreachableCode::AdminProhibited, DropReason::Refused));
+        }
         self.make_room(key.guest);
         let table = &self.table;
         let in_use = |port| table.has_inbound(&FlowKey { external_port: port, ..flow_key }.inbound());

@@ -88,7 +88,8 @@ impl Plain {
             Protocol::UDP => {
                 let len_bytes = be16(head, TRANSPORT_AT + 4);
                 // Of a frame to be cut it may say the length of a segment.
-                len_bytes >= udp::HEADER_BYTES as u16
+                payload_bytes >= udp::HEADER_BYTES as u16
+                    && len_bytes >= udp::HEADER_BYTES as u16
                     && (len_bytes <= payload_bytes || packet.vnet.gso.is_some())
             }
             _ => false,

@@ -104,7 +104,7 @@ impl LinkEnd {
                 Ok((len, _)) => *len_bytes = len,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     self.counters.drop(DropReason::Malformed);
-                    continue;
+                    break;
                 }
                 // Met again once those before it are moved.
                 Err(_) => break,

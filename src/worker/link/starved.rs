@@ -168,6 +168,9 @@ impl LinkEnd {
         }
         self.meanwhile.kept.pop_front();
         self.meanwhile.kept_bytes -= len_bytes;
+        if self.meanwhile.kept.is_empty() && !self.readable {
+            self.meanwhile.read_empty();
+        }
         match outcome {
             Ok(()) => Ok(self.moved(len_bytes)),
             Err(_) => Err(DropReason::GuestNotReceiving),

@@ -31,7 +31,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             // The guest behind a published port has another address now.
             self.remove_peer(core, peer);
         }
-        if !self.lets_in(at, real) {
+        if core.draining || !self.lets_in(at, real) {
             return None;
         }
         let mut key = Key { kind: Kind::Udp, guest, remote: policy::visible(core, real) };

@@ -229,6 +229,13 @@ impl<D: HostDatagram> DatagramTable<D> {
         self.mappings.len() - self.published.len()
     }
 
+    /// Sockets that carry something: those of published ports too, if anybody uses them.
+    pub fn used(&self) -> usize {
+        let published =
+            |mapping: &Mapping<D>| mapping.published_port.is_some() && mapping.newest_peer.is_some();
+        self.len() + self.mappings.iter().filter(|(_, mapping)| published(mapping)).count()
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
