@@ -57,7 +57,6 @@ use crate::network::store::keeper::Keeper;
 use crate::postbox;
 use crate::random;
 use crate::requests;
-use crate::service::dns::DnsService;
 use crate::socket_file::SocketFileError;
 use crate::time::Clock;
 use crate::uplink::published::BindError;
@@ -267,7 +266,8 @@ fn run_on(
     let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
     let events = outside.log.events.clone();
     let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
-    let Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner } = prepared;
+    let Prepared { parts, forwarders, host, keeper, ports, guest, inner } = prepared;
+    let (dns, resolver) = (Arc::clone(&inner.dns), Arc::clone(&inner.resolver));
     let _inside = runtime.enter();
     // Where a holder answers DHCP, the guard sees what it says.
     let member = membership.map(|(joined, held)| (joined, held.unwrap_or(guest.clone())));
@@ -315,8 +315,6 @@ fn run_on(
 struct Prepared {
     parts: Vec<WorkerParts>,
     forwarders: Vec<DnsForwarder>,
-    dns: Arc<DnsService>,
-    resolver: Arc<Resolver>,
     /// None where the guest sees nothing of the host's network.
     host: Option<Dependents>,
     /// Of the named network's leases.
@@ -363,6 +361,7 @@ fn prepare(
     stop: &EventFd,
 ) -> Result<Prepared, Error> {
     let workers = queues.len();
+    let several = workers > 1;
     let named = |error| membership::with_owner(error, config.network.as_ref());
     let is_translated = links.iter().any(LinkParts::translates);
     let mut nat = on_sockets(&config.mode, is_translated);
@@ -370,11 +369,8 @@ fn prepare(
     let world = matches!(config.mode, Mode::Nat(_));
     let is_shared = config.network.is_some();
     let mode = engine_mode(&config.mode, &nat, is_shared || is_translated);
-    let ports = published_at_start(config, &nat, is_translated);
-    let (mut published, ports) = match is_shared {
-        true => (None, AtStart { ports, relayed: bound }),
-        false => (Some(bound), AtStart { ports, relayed: Vec::new() }),
-    };
+    let (mut published, relayed) = if is_shared { (None, bound) } else { (Some(bound), Vec::new()) };
+    let ports = AtStart { ports: published_at_start(config, &nat, is_translated), relayed };
     let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
@@ -382,14 +378,12 @@ fn prepare(
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut links = links.into_iter();
-    let mut handles = Vec::new();
+    let (mut links, mut handles) = (links.into_iter(), Vec::new());
     for ((own, queues), postbox) in (0u8..).map(WorkerId).zip(queues).zip(postboxes) {
         let (dns_client, forwarder) = dns_forward::channel(&resolver).map_err(starting("the DNS channel"))?;
         forwarders.push(forwarder);
         let addresses_gone = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
         wakes.push(addresses_gone.try_clone().map_err(starting("an eventfd"))?);
-        let several = workers > 1;
         let (handle, asked) = requests::channel().map_err(starting("an eventfd"))?;
         handles.push(handle);
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
@@ -423,16 +417,9 @@ fn prepare(
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
-    let inner = Inner {
-        workers: handles,
-        dhcp: Arc::clone(&dhcp),
-        dns: Arc::clone(&dns),
-        resolver: Arc::clone(&resolver),
-        clock,
-    };
+    let inner = Inner { workers: handles, dhcp: Arc::clone(&dhcp), dns, resolver, clock };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
-    let host = world.then_some(host);
-    Ok(Prepared { parts, forwarders, dns, resolver, host, keeper, ports, guest, inner })
+    Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
 }
 
 /// The published ports, whoever serves them.

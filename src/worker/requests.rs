@@ -69,7 +69,7 @@ impl Worker {
                 }
                 Request::Drain(answer) => {
                     self.engine.drain();
-                    if let Some(nat) = self.link.as_mut().and_then(super::LinkEnd::nat) {
+                    if let Some(nat) = self.packet_nat() {
                         nat.drain();
                     }
                     let _ = answer.send(());
@@ -108,8 +108,13 @@ impl Worker {
         self.engine.unpublish(now, rx, (Owner::TheGuest, port), reset)
     }
 
+    /// Translation of packets, if they are translated.
+    fn packet_nat(&mut self) -> Option<&mut PacketNat> {
+        self.link.as_mut().and_then(super::LinkEnd::nat)
+    }
+
     fn report(&mut self) -> WorkerReport {
-        let translated = self.link.as_mut().and_then(super::LinkEnd::nat).map_or(0, |nat| nat.table().len());
+        let translated = self.packet_nat().map_or(0, |nat| nat.table().len());
         let rings = self.queues.rings().map(|(index, size, available)| RingReport { index, size, available });
         WorkerReport {
             attached: self.requests.attached,
@@ -125,7 +130,7 @@ impl Worker {
     fn flows(&mut self, now: Instant, query: &FlowQuery) -> FlowPage {
         let mut walk = Walk::new(query, now);
         self.engine.list_flows(&mut walk);
-        if let Some(nat) = self.link.as_mut().and_then(super::LinkEnd::nat) {
+        if let Some(nat) = self.packet_nat() {
             nat.list(&mut walk);
         }
         walk.done()
@@ -133,7 +138,7 @@ impl Worker {
 
     fn end_flow(&mut self, now: Instant, id: FlowId) -> bool {
         if id.table() == Some(Table::Packet) {
-            return self.link.as_mut().and_then(super::LinkEnd::nat).is_some_and(|nat| nat.end(id));
+            return self.packet_nat().is_some_and(|nat| nat.end(id));
         }
         let (_, rx) = self.queues.split();
         self.engine.end_flow(now, rx, id)

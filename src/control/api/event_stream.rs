@@ -38,6 +38,7 @@ pub(super) struct Wanted {
     responses(
         (status = 200, description = "One event for each thing that happens: its name, and its data as a JSON object", content_type = "text/event-stream", body = String),
         (status = 400, description = "A value is wrong", body = ErrorBody),
+        (status = 503, description = "A worker does not answer", body = ErrorBody),
     )
 )]
 pub(super) async fn get(

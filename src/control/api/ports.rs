@@ -155,8 +155,7 @@ pub(super) async fn add(
     let ports = api.ports.clone();
     let wanted = PublishRange::iter(range).collect();
     let made = tokio::spawn(async move { ports.publish(wanted).await }).await;
-    let made =
-        made.map_err(|_| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", "it failed"))??;
+    let made = made.map_err(failed)??;
     Ok((StatusCode::CREATED, Json(PortList { ports: made.iter().map(PortStatus::from).collect() })))
 }
 
