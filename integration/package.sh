@@ -9,7 +9,7 @@
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=lib/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/lib/common.sh"
-for library in prerequisites results world backend guest qemu machine deb; do
+for library in prerequisites results world backend guest qemu machine deb libvirt; do
     # shellcheck source=/dev/null
     source "$REPO/integration/lib/$library.sh"
 done
@@ -229,7 +229,26 @@ guest_on_the_service() {
     # The socket was systemd's all the time, so that QEMU came back to the new process.
     guest_held 'the guest after a restart by the watchdog' gateway name known download
     guest_stop
+    domain_on_the_service
     verify 'the service stops' '' service_stops
+}
+
+# The same with libvirt starting the example's domain.
+domain_on_the_service() {
+    local name="libvirt's domain on the service"
+    if ! have_tools libvirtd virsh; then
+        result_lacking 2 "$name" "missing: $LACKING"
+        return 0
+    fi
+    if ! { libvirt_up && libvirt_start; }; then
+        show_log libvirtd
+        result failed 1 "$name"
+        return 0
+    fi
+    guest_held "$name" link lease gateway name download upload world
+    in_machine systemctl restart vunet@vm1.service
+    guest_held "$name after a restart of the service" gateway name download
+    guest_stop
 }
 
 on_a_machine() {
@@ -238,7 +257,7 @@ on_a_machine() {
     have_tools ip unshare nsenter pivot_root systemd-analyze dpkg dnsmasq qemu-system-x86_64 || lacks+=" $LACKING"
     getent group kvm >/dev/null || lacks+=' the group kvm'
     if [[ -n $lacks ]]; then
-        result_lacking 11 'package and units on a machine of its own' "missing: $lacks"
+        result_lacking 13 'package and units on a machine of its own' "missing: $lacks"
         return 0
     fi
     stage_programs

@@ -55,6 +55,8 @@ systemd-analyze|systemd|checks the units
 groff|groff-base|checks the manual pages
 man|man-db|shows them
 virt-xml-validate|libvirt-clients|checks the libvirt example
+libvirtd|libvirt-daemon|starts it
+/usr/lib/x86_64-linux-gnu/libvirt/connection-driver/libvirt_driver_qemu.so|libvirt-daemon-driver-qemu|is how that starts QEMU
 xmllint|libxml2-utils|is what that stands on
 python3|python3-minimal|runs the hook for KubeVirt
 dpkg-shlibdeps|dpkg-dev|finds what the package depends on
