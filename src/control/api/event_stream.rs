@@ -15,7 +15,7 @@ use super::{ApiError, Shared};
 use crate::control::events::Event;
 use crate::requests::Request;
 
-/// Silence after which a comment is sent, so that a client that is gone is noticed.
+/// Silence after which a comment is sent, so that a client that is gone, or does not read, is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What a client wants to hear of.
@@ -36,7 +36,7 @@ pub(super) struct Wanted {
     responses(
         (status = 200, description = "One event for each thing that happens: its name, and its data as a JSON object", content_type = "text/event-stream", body = String),
         (status = 400, description = "A value is wrong", body = ErrorBody),
-        (status = 503, description = "A worker does not answer", body = ErrorBody),
+        (status = 503, description = "A worker does not answer, or 24 clients listen already", body = ErrorBody),
     )
 )]
 pub(super) async fn get(
@@ -44,15 +44,16 @@ pub(super) async fn get(
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
     let Query(Wanted { flows }) = wanted?;
+    let place = api.streams.take()?;
     let listener = api.events.listener(flows);
     if flows {
         // Workers note flows from their next turn on: this is one.
         api.ask_all(Request::Report).await?;
     }
     let first = stream::once(async { Ok(sent(&Event::Listening)) });
-    let news = stream::unfold(listener, |mut listener| async move {
+    let news = stream::unfold((listener, place), |(mut listener, place)| async move {
         let event = listener.next().await?;
-        Some((Ok(sent(&event)), listener))
+        Some((Ok(sent(&event)), (listener, place)))
     });
     Ok(Sse::new(first.chain(news)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
