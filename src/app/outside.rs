@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use super::publishing::Place;
 
 use crate::cli::Reloader;
-use crate::control::api::{self, Api, Facts, Stop};
+use crate::control::api::{self, Api, Facts, Stop, StreamPlaces};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
 use crate::control::ports::Ports;
@@ -63,9 +63,20 @@ impl Outside {
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
         let Inner { workers, dhcp, dns, resolver, clock } = inner;
-        let api =
-            Api { facts, workers, dhcp, guest, dns, resolver, ports, events, log, stop: stop.clone(), clock };
-        let api = Arc::new(api);
+        let api = Arc::new(Api {
+            facts,
+            workers,
+            dhcp,
+            guest,
+            dns,
+            resolver,
+            ports,
+            events,
+            streams: StreamPlaces::default(),
+            log,
+            stop: stop.clone(),
+            clock,
+        });
         if let Some(listener) = metrics {
             tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));
         }

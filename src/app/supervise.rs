@@ -1,5 +1,7 @@
 //! The process from the moment it serves until it ends: signals, settings that change, the service manager.
 
+mod reading;
+
 use std::future;
 use std::sync::Arc;
 use std::thread;
@@ -7,12 +9,13 @@ use std::thread;
 use futures_util::future::join_all;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 use vmm_sys_util::eventfd::EventFd;
 
+use self::reading::{Outcome, Reading};
 use super::Error;
-use crate::cli::Reloader;
+use crate::cli::{ReloadError, Reloader};
 use crate::config::{Attach, Lan, LiveConfig};
 use crate::control::api::Stop;
 use crate::control::events::Event;
@@ -81,6 +84,7 @@ impl Supervisor {
         shutdown: &EventFd,
     ) -> Result<(), Error> {
         let mut manager = Manager::new(&self.serving, &self.workers, news);
+        let mut reading = Reading::new(reading::PATIENCE);
         manager.told.ready(&manager.status);
         let ended = loop {
             tokio::select! {
@@ -91,8 +95,9 @@ impl Supervisor {
                         let _ = shutdown.write(1);
                         break (&mut session).await;
                     }
-                    Asked::Reload => self.reload(&manager).await,
+                    Asked::Reload => self.read_again(&mut reading, &manager),
                 },
+                read = reading.outcome() => self.settle(read, &manager),
                 () = self.stop.asked() => {
                     manager.told.stopping();
                     let _ = shutdown.write(1);
@@ -111,34 +116,46 @@ impl Supervisor {
         }
     }
 
-    /// Reads the settings again, away from this thread, and applies all that changed or nothing.
-    async fn reload(&mut self, manager: &Manager) {
-        let Some(mut reloader) = self.reloader.take() else { return };
-        manager.told.reloading();
-        let read = spawn_blocking(move || {
+    /// Begins to read the settings again, away from this thread.
+    fn read_again(&self, reading: &mut Reading<Read>, manager: &Manager) {
+        let Some(reloader) = &self.reloader else { return };
+        let mut reloader = reloader.clone();
+        let begun = reading.begin(move || {
             let change = reloader.reload();
             (reloader, change)
         });
-        let Ok((reloader, change)) = read.await else {
-            tracing::error!("settings are not read any more: their reader has failed");
-            return;
-        };
-        let path = reloader.path().display().to_string();
-        self.reloader = Some(reloader);
-        match change {
-            Ok(change) => {
-                let changed = change.keys().join(", ");
-                self.live.apply(change);
-                tracing::info!(file = %path, %changed, "settings read again");
-                manager.told.ready(&manager.status);
-            }
-            Err(error) => {
-                tracing::error!("settings stay as they are: {error}");
-                manager.told.ready(&format!("{}; settings stay as they are: {error}", manager.status));
-            }
+        match begun {
+            Ok(()) => manager.told.reloading(),
+            Err(error) => tracing::error!("settings stay as they are: {error}"),
         }
     }
+
+    /// Applies all that changed, or nothing.
+    fn settle(&mut self, read: Outcome<Read>, manager: &Manager) {
+        let path = self.reloader.as_ref().map(|reloader| reloader.path().display().to_string());
+        let why = match read {
+            Outcome::Done((reloader, Ok(change))) => {
+                let changed = change.keys().join(", ");
+                self.live.apply(change);
+                self.reloader = Some(reloader);
+                tracing::info!(file = %path.unwrap_or_default(), %changed, "settings read again");
+                return manager.told.ready(&manager.status);
+            }
+            Outcome::Done((_, Err(error))) => error.to_string(),
+            Outcome::Late => format!(
+                "--config {}: it could not be read within {} s: is its file system there? Try again once it is",
+                path.unwrap_or_default(),
+                reading::PATIENCE.as_secs()
+            ),
+            Outcome::Failed => "their reader has failed".to_owned(),
+        };
+        tracing::error!("settings stay as they are: {why}");
+        manager.told.ready(&format!("{}; settings stay as they are: {why}", manager.status));
+    }
 }
+
+/// What was read, and what reads on from there if it is applied.
+type Read = (Reloader, Result<LiveConfig, ReloadError>);
 
 /// The service manager, told of life and of VMs that come and go.
 struct Manager {

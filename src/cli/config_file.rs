@@ -8,13 +8,15 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{Metadata, OpenOptions};
 use std::io::{self, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use rustix::fs::OFlags;
 use thiserror::Error;
 use toml::{Table, Value};
 
@@ -142,12 +144,16 @@ pub(super) fn merged(
 
 fn read(path: &Path) -> Result<Table, FileError> {
     let refused = |source| FileError::Read { path: path.to_owned(), source };
-    // Looked at before it is opened, as opening a pipe waits.
-    if !path.metadata().map_err(refused)?.is_file() {
-        return Err(FileError::NotAFile(path.to_owned()));
-    }
+    let is_file = |found: Metadata| {
+        if found.is_file() { Ok(()) } else { Err(FileError::NotAFile(path.to_owned())) }
+    };
+    // Looked at before it is opened, as that does something to devices, and after, as it may be another by then. Opening
+    // a pipe would wait for its other end.
+    is_file(path.metadata().map_err(refused)?)?;
+    let nonblocking = OFlags::NONBLOCK.bits().cast_signed();
+    let file = OpenOptions::new().read(true).custom_flags(nonblocking).open(path).map_err(refused)?;
+    is_file(file.metadata().map_err(refused)?)?;
     let mut text = Vec::new();
-    let file = File::open(path).map_err(refused)?;
     file.take(CONFIG_FILE_BYTES_MAX + 1).read_to_end(&mut text).map_err(refused)?;
     if text.len() as u64 > CONFIG_FILE_BYTES_MAX {
         return Err(FileError::TooLong(path.to_owned()));

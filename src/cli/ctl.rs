@@ -83,7 +83,7 @@ enum What {
     },
     /// Let no flow begin any more, and end the process with the last
     Drain {
-        /// Seconds after which it ends whatever flows are left
+        /// Seconds after which it ends whatever flows are left; if it drains already, the shorter time counts
         #[arg(long, value_name = "SECONDS", default_value = "60")]
         timeout: f64,
     },

@@ -51,7 +51,7 @@ pub enum ReloadError {
 }
 
 /// What new values are judged by.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Running {
     lan: Lan,
     dns: DnsConfig,
@@ -59,7 +59,7 @@ struct Running {
 }
 
 /// Reads the file of a running backend again.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Reloader {
     /// With what the backend runs by now.
     file: SettingsFile,
@@ -73,7 +73,7 @@ pub(super) fn live_keys() -> impl Iterator<Item = &'static str> {
 }
 
 /// The file of a command line, and what it and the flags say.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct SettingsFile {
     pub(super) line: Vec<OsString>,
     pub(super) path: PathBuf,

@@ -1,5 +1,7 @@
-//! What happens, told to whoever listens: a stream of bounded length that never makes its teller wait. Who
+//! What happens, told to whoever listens: streams of bounded length that never make their teller wait. Who
 //! listens too slowly misses the oldest, and is told how many.
+//!
+//! Flows have a stream of their own: a guest can open thousands a second, which must displace no lease and no port.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -7,10 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde::Serialize;
 use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 
 use crate::engine::flows::{FlowNews, FlowProtocol};
 
-/// Events kept for a listener that is behind.
+/// Events kept for a listener that is behind, of each [`Kind`].
 const KEPT: usize = 1024;
 
 /// One thing that happened.
@@ -39,6 +42,13 @@ pub enum Event {
         /// How many.
         count: u64,
     },
+    /// Who listens was too slow for the oldest of one kind, which are lost to it alone.
+    Missed {
+        /// Of which kind.
+        kind: Kind,
+        /// How many.
+        count: u64,
+    },
     /// A port was published.
     PortPublished(PortEvent),
     /// A port is published no more.
@@ -50,6 +60,16 @@ pub enum Event {
         /// What it says.
         message: String,
     },
+}
+
+/// Events that are kept, and lost, together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Flows that began or ended.
+    Flows,
+    /// Everything else.
+    Others,
 }
 
 /// A flow that began or ended.
@@ -93,58 +113,81 @@ impl Event {
             Event::FlowOpened(_) => "flow_opened",
             Event::FlowClosed(_) => "flow_closed",
             Event::FlowsMissed { .. } => "flows_missed",
+            Event::Missed { .. } => "missed",
             Event::PortPublished(_) => "port_published",
             Event::PortUnpublished(_) => "port_unpublished",
             Event::Log { .. } => "log",
         }
     }
 
-    /// Whether only who asks for each flow wants it.
-    pub const fn is_of_flow(&self) -> bool {
-        matches!(self, Event::FlowOpened(_) | Event::FlowClosed(_) | Event::FlowsMissed { .. })
+    /// With which it is kept.
+    const fn kind(&self) -> Kind {
+        match self {
+            Event::FlowOpened(_) | Event::FlowClosed(_) | Event::FlowsMissed { .. } => Kind::Flows,
+            _ => Kind::Others,
+        }
     }
 }
 
-/// The stream, and who may write to it: all threads.
+/// The streams, and who may write to them: all threads.
 #[derive(Clone, Debug)]
 pub struct Events {
-    sender: broadcast::Sender<Event>,
+    others: broadcast::Sender<Event>,
+    flows: broadcast::Sender<Event>,
     /// Listeners who want to hear of each flow.
     of_flows: Arc<AtomicUsize>,
 }
 
 impl Default for Events {
     fn default() -> Events {
-        Events { sender: broadcast::channel(KEPT).0, of_flows: Arc::default() }
+        let stream = || broadcast::channel(KEPT).0;
+        Events { others: stream(), flows: stream(), of_flows: Arc::default() }
     }
 }
 
-/// One who wants to hear of each flow, until this is dropped.
+/// Flows for one who wants to hear of each, until this is dropped.
 #[derive(Debug)]
-pub struct FlowListener(Arc<AtomicUsize>);
+struct FlowListener {
+    heard: broadcast::Receiver<Event>,
+    listeners: Arc<AtomicUsize>,
+}
 
 impl Drop for FlowListener {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.listeners.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
+/// One who listens, and is told what it missed.
+#[derive(Debug)]
+pub struct Listener {
+    others: broadcast::Receiver<Event>,
+    flows: Option<FlowListener>,
+}
+
 impl Events {
-    /// Tells `event` to all who listen.
+    /// Tells `event` to all who listen to its kind.
     pub fn tell(&self, event: Event) {
+        let stream = match event.kind() {
+            Kind::Flows => &self.flows,
+            Kind::Others => &self.others,
+        };
         // Fails only if nobody listens.
-        let _ = self.sender.send(event);
+        let _ = stream.send(event);
     }
 
-    /// Everything that happens from now on.
+    /// Everything but flows that happens from now on.
     pub fn listen(&self) -> broadcast::Receiver<Event> {
-        self.sender.subscribe()
+        self.others.subscribe()
     }
 
-    /// Notes one more listener who wants to hear of each flow.
-    pub fn want_flows(&self) -> FlowListener {
-        self.of_flows.fetch_add(1, Ordering::AcqRel);
-        FlowListener(Arc::clone(&self.of_flows))
+    /// A listener to everything that happens from now on, to each flow if `with_flows`.
+    pub fn listener(&self, with_flows: bool) -> Listener {
+        let flows = with_flows.then(|| {
+            self.of_flows.fetch_add(1, Ordering::AcqRel);
+            FlowListener { heard: self.flows.subscribe(), listeners: Arc::clone(&self.of_flows) }
+        });
+        Listener { others: self.listen(), flows }
     }
 
     /// Whether anybody wants to hear of each flow.
@@ -153,8 +196,33 @@ impl Events {
     }
 }
 
+impl Listener {
+    /// The next event, in the order of its kind; [`Event::Missed`] in the place of those that are lost. `None` after the
+    /// last.
+    pub async fn next(&mut self) -> Option<Event> {
+        let flow = async {
+            match &mut self.flows {
+                Some(flows) => flows.heard.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        // Neither kind keeps the other from its turn.
+        let (kind, heard) = tokio::select! {
+            heard = self.others.recv() => (Kind::Others, heard),
+            heard = flow => (Kind::Flows, heard),
+        };
+        match heard {
+            Ok(event) => Some(event),
+            Err(RecvError::Lagged(count)) => Some(Event::Missed { kind, count }),
+            Err(RecvError::Closed) => None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     #[test]
@@ -174,21 +242,55 @@ mod tests {
     fn flows_are_wanted_as_long_as_somebody_listens_to_them() {
         let events = Events::default();
         assert!(!events.flows_wanted());
-        let (one, other) = (events.want_flows(), events.want_flows());
+        let (one, other) = (events.listener(true), events.listener(true));
+        let _quiet = events.listener(false);
         drop(one);
         assert!(events.flows_wanted());
         drop(other);
         assert!(!events.flows_wanted());
     }
 
-    #[test]
-    fn event_is_a_flat_object_with_its_name() {
-        let flow = FlowEvent {
+    fn flow() -> FlowEvent {
+        FlowEvent {
             protocol: FlowProtocol::Tcp,
             guest: "10.0.2.2:5".parse().unwrap(),
             remote: "192.0.2.1:80".parse().unwrap(),
-        };
-        let json = serde_json::to_value(Event::FlowOpened(flow)).unwrap();
+        }
+    }
+
+    /// All that waits for a listener.
+    fn heard(listener: &mut Listener) -> Vec<Event> {
+        let mut all = Vec::new();
+        while let Some(Some(event)) = listener.next().now_or_never() {
+            all.push(event);
+        }
+        all
+    }
+
+    #[test]
+    fn flows_without_end_displace_no_lease_and_who_is_behind_learns_of_what_kind_it_missed() {
+        let events = Events::default();
+        let (mut quiet, mut all) = (events.listener(false), events.listener(true));
+        let lease = Event::Lease { address: Some(Ipv4Addr::new(10, 0, 2, 2)) };
+        events.tell(lease.clone());
+        for _ in 0..3 * KEPT {
+            events.tell(Event::FlowOpened(flow()));
+        }
+        assert_eq!(heard(&mut quiet), std::slice::from_ref(&lease));
+        let seen = heard(&mut all);
+        assert!(seen.contains(&lease), "it is kept however many flows there are");
+        let missed = Event::Missed { kind: Kind::Flows, count: 2 * KEPT as u64 };
+        let flows: Vec<_> = seen.into_iter().filter(|event| *event != lease).collect();
+        assert_eq!((flows.len(), &flows[0]), (1 + KEPT, &missed));
+        (0..=KEPT).for_each(|_| events.tell(lease.clone()));
+        assert_eq!(heard(&mut quiet)[0], Event::Missed { kind: Kind::Others, count: 1 });
+        let json = serde_json::to_value(missed).unwrap();
+        assert_eq!(json, serde_json::json!({ "event": "missed", "kind": "flows", "count": 2 * KEPT }));
+    }
+
+    #[test]
+    fn event_is_a_flat_object_with_its_name() {
+        let json = serde_json::to_value(Event::FlowOpened(flow())).unwrap();
         let wanted = serde_json::json!({
             "event": "flow_opened", "protocol": "tcp", "guest": "10.0.2.2:5", "remote": "192.0.2.1:80"
         });

@@ -94,6 +94,25 @@ impl Backend {
         self.ask("GET", resource, None)
     }
 
+    /// Has it read its settings again.
+    pub(crate) fn reload(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
+    }
+
+    /// Waits until its log says `text` so many times.
+    pub(crate) fn says(&self, text: &str, times: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+            if log.matches(text).count() >= times {
+                return;
+            }
+            assert!(Instant::now() < deadline, "no {text:?} in {log}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// The number its log has behind `text`.
     pub(crate) fn logged(&self, text: &str) -> u16 {
         let deadline = Instant::now() + PATIENCE;

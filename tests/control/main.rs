@@ -6,3 +6,4 @@ mod bounds;
 mod description;
 mod metrics;
 mod resources;
+mod settings;

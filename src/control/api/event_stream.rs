@@ -9,15 +9,13 @@ use axum::response::Sse;
 use axum::response::sse::{Event as SentEvent, KeepAlive};
 use futures_util::stream::{self, Stream, StreamExt as _};
 use serde::Deserialize;
-use tokio::sync::broadcast::Receiver;
-use tokio::sync::broadcast::error::RecvError;
 
 use super::error::ErrorBody;
 use super::{ApiError, Shared};
-use crate::control::events::{Event, FlowListener};
+use crate::control::events::Event;
 use crate::requests::Request;
 
-/// Silence after which a comment is sent, so that a client that is gone is noticed.
+/// Silence after which a comment is sent, so that a client that is gone, or does not read, is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// What a client wants to hear of.
@@ -38,7 +36,7 @@ pub(super) struct Wanted {
     responses(
         (status = 200, description = "One event for each thing that happens: its name, and its data as a JSON object", content_type = "text/event-stream", body = String),
         (status = 400, description = "A value is wrong", body = ErrorBody),
-        (status = 503, description = "A worker does not answer", body = ErrorBody),
+        (status = 503, description = "A worker does not answer, or 24 clients listen already", body = ErrorBody),
     )
 )]
 pub(super) async fn get(
@@ -46,37 +44,21 @@ pub(super) async fn get(
     wanted: Result<Query<Wanted>, QueryRejection>,
 ) -> Result<Sse<impl Stream<Item = Result<SentEvent, Infallible>>>, ApiError> {
     let Query(Wanted { flows }) = wanted?;
-    let heard = api.events.listen();
-    let of_flows = flows.then(|| api.events.want_flows());
+    let place = api.streams.take()?;
+    let listener = api.events.listener(flows);
     if flows {
         // Workers note flows from their next turn on: this is one.
         api.ask_all(Request::Report).await?;
     }
-    let first = stream::once(async { Ok(sent(Event::Listening.name(), &Event::Listening)) });
-    let news = stream::unfold((heard, of_flows), |(mut events, of_flows)| async move {
-        let event = next(&mut events, of_flows.as_ref()).await?;
-        Some((Ok(event), (events, of_flows)))
+    let first = stream::once(async { Ok(sent(&Event::Listening)) });
+    let news = stream::unfold((listener, place), |(mut listener, place)| async move {
+        let event = listener.next().await?;
+        Some((Ok(sent(&event)), (listener, place)))
     });
     Ok(Sse::new(first.chain(news)).keep_alive(KeepAlive::new().interval(KEEP_ALIVE)))
 }
 
-/// The next event for one who wants flows or not; none after the last.
-async fn next(events: &mut Receiver<Event>, of_flows: Option<&FlowListener>) -> Option<SentEvent> {
-    loop {
-        let event = match events.recv().await {
-            Ok(event) => event,
-            Err(RecvError::Lagged(missed)) => {
-                return Some(sent("missed", &serde_json::json!({ "count": missed })));
-            }
-            Err(RecvError::Closed) => return None,
-        };
-        if of_flows.is_some() || !event.is_of_flow() {
-            return Some(sent(event.name(), &event));
-        }
-    }
-}
-
 /// An event with its name, and itself as JSON, which has no line break.
-fn sent(name: &str, event: &impl serde::Serialize) -> SentEvent {
-    SentEvent::default().event(name).data(serde_json::to_string(event).unwrap_or_default())
+fn sent(event: &Event) -> SentEvent {
+    SentEvent::default().event(event.name()).data(serde_json::to_string(event).unwrap_or_default())
 }

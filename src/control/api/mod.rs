@@ -17,6 +17,7 @@ pub mod log_level;
 mod metrics;
 pub mod names;
 pub mod ports;
+mod punctual;
 mod server;
 pub mod status;
 pub mod stopping;
@@ -35,7 +36,7 @@ use utoipa_axum::routes;
 
 pub use self::error::ApiError;
 pub use self::facts::Facts;
-pub use self::server::{listen, listen_for_metrics, serve, serve_metrics};
+pub use self::server::{StreamPlaces, listen, listen_for_metrics, serve, serve_metrics};
 pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
@@ -69,6 +70,8 @@ pub struct Api {
     pub ports: Ports,
     /// What happens.
     pub events: Events,
+    /// Places for those who listen to it.
+    pub streams: StreamPlaces,
     /// The log.
     pub log: Log,
     /// Ends the process.
