@@ -45,6 +45,7 @@ use crate::engine::counters::Counters;
 use crate::engine::lan::guard::{Guard, SharedTable};
 use crate::engine::packet::table::TableError;
 use crate::engine::placement::{Directory, Home, WorkerId};
+use crate::holder::tenant::{self, Tenant};
 use crate::holder::{self, Services};
 use crate::limits;
 use crate::log::Log;
@@ -154,9 +155,10 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
     let signals = signals.map_err(starting("signal handlers"))?;
     let joined = membership::join(&config)?;
-    let is_rootless = joined.as_ref().is_some_and(membership::is_rootless);
-    facts.translates_at_holder(is_rootless);
-    let place = publishing::place(&config, is_rootless);
+    let held = joined.as_ref().and_then(membership::leads_to_the_world);
+    facts.translates_at_holder(held.is_some());
+    let (lender, wishes) = tenant::channel();
+    let place = publishing::place(&config, held.map(|world| (world, lender)));
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
@@ -189,7 +191,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
     }
     let is_held = used.is_some();
     if let Some((place, used)) = used {
-        runtime.spawn(place.stay(used, lent, guest.clone()));
+        runtime.spawn(place.stay(used, Tenant { lent, guest: guest.clone(), wishes }));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
     let outside = Outside { signals, log: log.clone(), reloader, facts, control, metrics, place };
@@ -275,7 +277,7 @@ fn run_on(
         membership::serve(joined, &ports.ports, guest.clone())?;
     }
     let seen = member.as_ref().map_or_else(|| guest.clone(), |(_, held)| held.clone());
-    let way = outside.place.with(inner.workers.clone(), member);
+    let way = outside.place.clone().with(inner.workers.clone(), member);
     let ports = publishing::serve(way, events, ports, &guest)?;
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;

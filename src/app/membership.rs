@@ -8,16 +8,16 @@ use tokio::sync::watch;
 
 use super::publishing::bind;
 use super::{Error, random_pair, services, starting};
-use crate::config::{Attach, Config, NetworkConfig, Protocol, Publish};
+use crate::config::{Attach, Config, NetworkConfig, Publish};
 use crate::control::network_watch::{self, SharedJoined};
 use crate::engine::lan::guard::SharedTable;
 use crate::holder::door::Use;
 use crate::holder::ports::Lent;
+use crate::network::definition::Kind;
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::rootless::Place;
 use crate::network::store::LeaseStore;
 use crate::network::users::{PublishedPort, User};
-use crate::uplink::published::Obstacle;
 
 /// Joins the network of `config`, if it has one.
 pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
@@ -40,13 +40,13 @@ pub(super) fn join(config: &Config) -> Result<Option<SharedJoined>, Error> {
 }
 
 /// Binds the published ports that a holder is to serve; port 0 is picked by the kernel and put in its place.
-pub(super) fn bind_lent(network: Option<&mut NetworkConfig>) -> Result<Vec<Lent>, Error> {
+pub(super) fn bind_lent(network: Option<&mut NetworkConfig>) -> Result<Vec<Arc<Lent>>, Error> {
     let Some(network) = network else { return Ok(Vec::new()) };
     let mut lent = Vec::with_capacity(network.lent.len());
     for n in 0..network.lent.len() {
         let bound = bind(&mut network.lent[n]);
         let socket = bound.map_err(|error| with_owner(error, Some(network)))?;
-        lent.push(Lent { socket, port: network.lent[n] });
+        lent.push(Arc::new(Lent { socket, port: network.lent[n] }));
     }
     Ok(lent)
 }
@@ -56,30 +56,13 @@ pub(super) fn with_owner(error: Error, network: Option<&NetworkConfig>) -> Error
     let Some(network) = network else { return error };
     match error {
         Error::Publish(mut refused) => {
-            if let Obstacle::Taken { network_user, .. } = &mut refused.why {
-                *network_user = owner(&Networks::new(network.state.clone()), &refused.port);
+            if let Some(publisher) = Networks::new(network.state.clone()).publisher(&refused.port) {
+                publisher.name_in(&mut refused);
             }
             Error::Publish(refused)
         }
         error => error,
     }
-}
-
-/// Who of all users of `networks` has published this end of the host, in words.
-fn owner(networks: &Networks, wanted: &Publish) -> Option<String> {
-    let is_it = |port: &PublishedPort| publish(port).collides(wanted);
-    for network in networks.all().ok()? {
-        let users = networks.users(&network.name).unwrap_or_default();
-        if let Some(user) = users.iter().find(|user| user.published.iter().any(is_it)) {
-            let socket = user.socket.as_ref().map(|path| format!(" ({})", path.display()));
-            let (pid, socket) = (user.pid, socket.unwrap_or_default());
-            return Some(format!(
-                "process {pid}{socket} of network {}, which has published it",
-                network.name
-            ));
-        }
-    }
-    None
 }
 
 /// The guest's address on a network with a holder: the configured one, else what the guard sees of DHCP.
@@ -92,7 +75,10 @@ pub(super) fn address(config: &Config, table: &SharedTable) -> watch::Receiver<O
 
 /// Moves this process into the namespaces of its network, if those are a holder's, and lends that its ports; with
 /// the way to stay there.
-pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Option<(Place, Use)>, Error> {
+pub(super) fn enter(
+    joined: Option<&SharedJoined>,
+    lent: &[Arc<Lent>],
+) -> Result<Option<(Place, Use)>, Error> {
     let Some(joined) = joined else { return Ok(None) };
     let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
     let definition = joined.definition();
@@ -104,9 +90,12 @@ pub(super) fn enter(joined: Option<&SharedJoined>, lent: &[Lent]) -> Result<Opti
     Ok(Some((place, used)))
 }
 
-/// Whether the network is one with a holder.
-pub(super) fn is_rootless(joined: &SharedJoined) -> bool {
-    joined.lock().unwrap_or_else(PoisonError::into_inner).definition().is_rootless()
+/// Of a network with a holder: whether that leads to the world.
+pub(super) fn leads_to_the_world(joined: &SharedJoined) -> Option<bool> {
+    match joined.lock().unwrap_or_else(PoisonError::into_inner).definition().kind {
+        Kind::Rootless { world, .. } => Some(world),
+        _ => None,
+    }
 }
 
 /// The network's store of leases, where a holder gives them and this process claims its guest's.
@@ -151,9 +140,4 @@ pub(super) fn serve(
         }
     });
     Ok(())
-}
-
-fn publish(port: &PublishedPort) -> Publish {
-    let PublishedPort { udp, host, interface, guest_port } = *port;
-    Publish { protocol: if udp { Protocol::Udp } else { Protocol::Tcp }, host, interface, guest_port }
 }

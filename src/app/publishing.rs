@@ -11,6 +11,7 @@ use crate::control::events::Events;
 use crate::control::network_watch::SharedJoined;
 use crate::control::port_relay::{GuestAddress, Relay};
 use crate::control::ports::{Ports, Way};
+use crate::holder::tenant::Lender;
 use crate::requests::WorkerHandle;
 use crate::uplink::published;
 
@@ -43,7 +44,7 @@ pub(super) fn bind(port: &mut Publish) -> Result<Socket, Error> {
 }
 
 /// Who is to serve published ports.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Place {
     /// Nobody, for this reason.
     Nowhere(&'static str),
@@ -53,18 +54,25 @@ pub(super) enum Place {
     Link(Option<Ipv4Addr>),
     /// The host's kernel.
     Kernel,
-    /// The holder of a rootless network.
-    Holder,
+    /// The holder of a rootless network, which is asked by this way.
+    Holder(Lender),
 }
 
-/// Where published ports of `config` are served; `is_rootless` says what kind its named network is of.
-pub(super) fn place(config: &Config, is_rootless: bool) -> Place {
+/// Where published ports of `config` are served; `held` says of a network with a holder whether that leads to the world, and
+/// by which way it is asked.
+pub(super) fn place(config: &Config, held: Option<(bool, Lender)>) -> Place {
     let translated = config.link.as_ref().and_then(|link| link.translate.as_ref());
     let is_nat = matches!(config.mode, Mode::Nat(_));
     match (translated.map(|translate| translate.address), &config.network) {
+        (None, Some(network)) if let Some((world, lender)) = held => match world {
+            false => Place::Nowhere("guests of this network are reached by each other only"),
+            true if network.trust_guest && config.lan.guest.is_none() => Place::Nowhere(
+                "with --trust-guest nothing says which of the guest's addresses a port leads to: start with --guest-ip IP",
+            ),
+            true => Place::Holder(lender),
+        },
         (Some(StationAddress::Fixed(held)), _) => Place::Link(Some(held.addr)),
         (Some(StationAddress::Dhcp), _) => Place::Link(None),
-        (None, Some(_)) if is_rootless => Place::Holder,
         (None, Some(_)) if is_nat => Place::Kernel,
         (None, Some(_)) => Place::Nowhere("no port of this host leads to guests of this network"),
         (None, None) if is_nat => Place::Workers,
@@ -87,9 +95,9 @@ impl Place {
             (Place::Link(held), _) => Way::Link(workers, held),
             (Place::Kernel, Some((joined, guest))) => Way::Kernel(joined.clone(), guest),
             (Place::Nowhere(why), _) => Way::None(why),
-            (Place::Holder | Place::Kernel, _) => Way::None(
-                "the network's holder serves published ports, which are said at the start (--publish)",
-            ),
+            (Place::Holder(lender), Some((joined, _))) => Way::Holder(joined.clone(), lender),
+            // A kernel's and a holder's are those of a network.
+            (Place::Holder(_) | Place::Kernel, None) => Way::None("this process is on no network"),
         }
     }
 }

@@ -15,7 +15,9 @@ use tokio::sync::{Mutex, MutexGuard};
 use super::events::{Event, Events, PortEvent};
 use super::network_watch::SharedJoined;
 use super::port_relay::{GuestAddress, Relay};
-use crate::config::{Protocol, Publish};
+use crate::config::Publish;
+use crate::holder::ports::LendError;
+use crate::holder::tenant::Lender;
 use crate::limits;
 use crate::network::manager::NetworkError;
 use crate::network::users::PublishedPort;
@@ -33,6 +35,8 @@ pub enum Way {
     Link(Vec<WorkerHandle>, Option<std::net::Ipv4Addr>),
     /// The host's kernel redirects, and a relay serves the host itself.
     Kernel(SharedJoined, GuestAddress),
+    /// The holder of a rootless network, by sockets that it binds and this process has.
+    Holder(SharedJoined, Lender),
 }
 
 /// Why a port cannot be published.
@@ -69,6 +73,9 @@ pub enum PortError {
     /// A worker does not answer.
     #[error(transparent)]
     NoAnswer(#[from] NoAnswer),
+    /// The network's holder does not serve it.
+    #[error(transparent)]
+    Holder(LendError),
     /// The named network does not take it.
     #[error("the network does not redirect it: {0}")]
     Network(#[from] NetworkError),
@@ -163,7 +170,26 @@ impl Ports {
         Ok(done)
     }
 
-    async fn publish_one(&self, table: &mut Table, mut port: Publish) -> Result<Published, PortError> {
+    async fn publish_one(&self, table: &mut Table, port: Publish) -> Result<Published, PortError> {
+        match self.serve(table, port).await {
+            Err(PortError::Bind(refused)) => Err(PortError::Bind(self.name_publisher(refused).await)),
+            outcome => outcome,
+        }
+    }
+
+    /// The same refusal; of a port that a process of a named network has, with whose it is.
+    async fn name_publisher(&self, mut refused: BindError) -> BindError {
+        let (Way::Kernel(joined, _) | Way::Holder(joined, _)) = &*self.way else { return refused };
+        let networks = joined.lock().unwrap_or_else(PoisonError::into_inner).networks().clone();
+        let port = *refused.port;
+        let found = tokio::task::spawn_blocking(move || networks.publisher(&port)).await;
+        if let Some(publisher) = found.ok().flatten() {
+            publisher.name_in(&mut refused);
+        }
+        refused
+    }
+
+    async fn serve(&self, table: &mut Table, mut port: Publish) -> Result<Published, PortError> {
         if let Some(known) =
             table.entries.iter().map(|entry| entry.published).find(|known| known.port.collides(&port))
         {
@@ -179,6 +205,10 @@ impl Ports {
             Way::Workers(workers) => {
                 let socket = bind(&mut port).await?;
                 tell_all(workers, port, Some(socket)).await?;
+                None
+            }
+            Way::Holder(_, lender) => {
+                port = lender.publish(port).await?;
                 None
             }
             Way::Kernel(_, guest) => {
@@ -227,6 +257,7 @@ impl Ports {
         drop(relay);
         let ended = match &*self.way {
             Way::None(_) | Way::Kernel(..) => Ok(0),
+            Way::Holder(_, lender) => Ok(lender.unpublish(port, reset).await?),
             Way::Workers(workers) | Way::Link(workers, _) => withdraw(workers, port, reset).await,
         };
         Ok(Some(ended?))
@@ -234,7 +265,7 @@ impl Ports {
 
     /// Tells others of the named network, and the kernel, what is published now.
     async fn note(&self, table: &Table) -> Result<(), PortError> {
-        let Way::Kernel(joined, _) = &*self.way else { return Ok(()) };
+        let (Way::Kernel(joined, _) | Way::Holder(joined, _)) = &*self.way else { return Ok(()) };
         let published: Vec<PublishedPort> =
             table.entries.iter().map(|entry| PublishedPort::from(&entry.published.port)).collect();
         let joined = Arc::clone(joined);
@@ -322,17 +353,20 @@ async fn withdraw(workers: &[WorkerHandle], port: Publish, reset: bool) -> Resul
     failed.map_or(Ok(ended), |error| Err(error.into()))
 }
 
-/// As it is noted for other processes of a named network.
-impl From<&Publish> for PublishedPort {
-    fn from(publish: &Publish) -> PublishedPort {
-        let Publish { protocol, host, interface, guest_port } = *publish;
-        PublishedPort { udp: protocol == Protocol::Udp, host, interface, guest_port }
+impl From<LendError> for PortError {
+    fn from(error: LendError) -> PortError {
+        match error {
+            LendError::Bind(refused) => PortError::Bind(*refused),
+            LendError::TooMany => PortError::TooMany,
+            other => PortError::Holder(other),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Protocol;
     use crate::requests;
 
     fn port(text: &str) -> Publish {

@@ -12,13 +12,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::binding;
 use super::ports::{self, LendError, Lent, Ports, PortsOf, Record, Said, address};
+use super::tenant::Tenant;
 use crate::limits;
 use crate::sandbox::namespaces::{Namespaces, effective_user};
 
@@ -109,6 +111,11 @@ async fn listen(stream: &mut tokio::net::UnixStream, ports: &mut PortsOf) -> io:
                 let answer = ports.publish(socket, guest_port).await;
                 stream.write_all(&[answer]).await?;
             }
+            Said::Bind(port) => binding::answer(stream, port).await?,
+            Said::Unpublish { port, reset } => {
+                let answer = ports.unpublish(port, reset).await;
+                stream.write_all(&answer).await?;
+            }
             Said::Address(addr) => ports.lead_to(addr).await,
             Said::End => return Ok(true),
             Said::Unknown => {}
@@ -135,7 +142,7 @@ impl Use {
     ///
     /// # Errors
     /// [`LendError`], with the port.
-    pub fn lend(&self, ports: &[Lent], guest: Option<Ipv4Addr>) -> Result<(), (SocketAddr, LendError)> {
+    pub fn lend(&self, ports: &[Arc<Lent>], guest: Option<Ipv4Addr>) -> Result<(), (SocketAddr, LendError)> {
         if let (Some(addr), Some(first)) = (guest, ports.first()) {
             let told = (&self.0).write_all(&address(Some(addr)));
             told.map_err(|error| (first.port.host, LendError::Silent(error)))?;
@@ -143,31 +150,11 @@ impl Use {
         ports.iter().try_for_each(|lent| lent.lend(&self.0).map_err(|error| (lent.port.host, error)))
     }
 
-    /// Waits for the holder's end, whatever ends it, and tells it of the guest's address as it comes and goes. Needs
-    /// a tokio runtime.
-    pub async fn holder_ended(self, mut guest: watch::Receiver<Option<Ipv4Addr>>) {
-        let watched = self.0.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(self.0));
-        let Ok(stream) = watched else { return };
-        let (mut from_holder, mut to_holder) = stream.into_split();
-        let mut told = None;
-        let ended = async { while from_holder.read(&mut [0; 64]).await.is_ok_and(|len| len > 0) {} };
-        let tells = async {
-            loop {
-                let addr = *guest.borrow_and_update();
-                if addr != told && to_holder.write_all(&address(addr)).await.is_err() {
-                    return;
-                }
-                told = addr;
-                if guest.changed().await.is_err() {
-                    // It never changes again.
-                    std::future::pending::<()>().await;
-                }
-            }
-        };
-        tokio::select! {
-            () = ended => {}
-            // Nobody hears it any more.
-            () = tells => {}
+    /// Has `tenant` live there until the holder ends, whatever ends it. Needs a tokio runtime.
+    pub async fn live(self, tenant: &mut Tenant) {
+        let stream = self.0.set_nonblocking(true).and_then(|()| tokio::net::UnixStream::from_std(self.0));
+        if let Ok(stream) = stream {
+            tenant.live(stream).await;
         }
     }
 }
@@ -196,6 +183,7 @@ pub(super) fn short_path(folder: &File, name: &str) -> PathBuf {
 mod tests {
     use std::os::fd::OwnedFd;
 
+    use super::super::tenant;
     use super::*;
 
     fn own() -> Namespaces {
@@ -238,9 +226,9 @@ mod tests {
         let [(_, first), (_, second)] = users.await.unwrap();
         first.end().unwrap();
         timeout(Duration::from_secs(10), served).await.expect("it was asked to").unwrap();
-        timeout(Duration::from_secs(10), second.holder_ended(watch::channel(None).1))
-            .await
-            .expect("it ended");
+        let (_lender, wishes) = tenant::channel();
+        let mut tenant = Tenant { lent: Vec::new(), guest: watch::channel(None).1, wishes };
+        timeout(Duration::from_secs(10), second.live(&mut tenant)).await.expect("it ended");
     }
 
     #[test]

@@ -14,10 +14,12 @@
 //!
 //! May touch: `engine`, `uplink`, `control`, `service`, `sandbox`, `worker::names`.
 
+mod binding;
 pub mod door;
 mod links;
 pub mod ports;
 pub mod tap_port;
+pub mod tenant;
 pub mod worker;
 
 pub use links::BRIDGE;

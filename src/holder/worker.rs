@@ -113,7 +113,7 @@ impl HolderWorker {
                     }
                     TAP => self.tap_waits = true,
                     DNS => self.names.answer(now, &mut self.engine, &mut self.port),
-                    ORDERS => self.carry_out(),
+                    ORDERS => self.carry_out(now),
                     ADDRESSES_GONE => {
                         let _ = self.addresses_gone.read();
                         self.engine.addresses_gone(now, &mut self.port);
@@ -148,24 +148,27 @@ impl HolderWorker {
         Ok(more || self.tap_waits)
     }
 
-    fn carry_out(&mut self) {
+    fn carry_out(&mut self, now: Instant) {
         self.orders.clear_event();
-        let HolderWorker { engine, orders, .. } = self;
+        let HolderWorker { engine, orders, port: guests, .. } = self;
         orders.take(|order| match order {
             Order::Publish(number, port, socket) => {
                 let outcome = publish(engine, Owner::OneOf(number), port, socket);
                 if let Err(error) = &outcome {
                     tracing::warn!(%error, host = %port.host, "a published port cannot be watched");
                 }
-                outcome.is_ok()
+                outcome.is_ok().then_some(0)
+            }
+            Order::Unpublish(number, port, reset) => {
+                Some(engine.unpublish(now, guests, (Owner::OneOf(number), &port), reset))
             }
             Order::Guest(number, addr) => {
                 engine.set_guest(number, addr);
-                true
+                Some(0)
             }
             Order::Gone(number) => {
                 engine.guest_gone(number);
-                true
+                Some(0)
             }
         });
     }

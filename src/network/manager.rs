@@ -3,7 +3,7 @@
 //! Locks, always taken in this order: the run folder of one network, then `create.lock` or `host.lock` of
 //! the state directory. Run folders of further networks are only tried, never waited for.
 //!
-//! May touch: `network`, `uplink` through [`life`].
+//! May touch: `network`, `uplink` through [`life`], `uplink::published` to say whose a port is.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -18,7 +18,10 @@ use super::name::NetworkName;
 use super::rootless::Place;
 use super::state_dir::{StateDir, StateDirError};
 use super::store::processes;
-use super::users::{Membership, RunFolder, User};
+use super::users::{Membership, PublishedPort, RunFolder, User};
+use crate::config::Publish;
+use crate::uplink::port_owner;
+use crate::uplink::published::{BindError, Obstacle};
 
 /// Lock of making networks, in the state directory.
 const CREATE_LOCK_NAME: &str = "create.lock";
@@ -90,6 +93,28 @@ pub enum NetworkError {
 fn pids(users: &[User]) -> String {
     let pids: Vec<String> = users.iter().map(|user| user.pid.to_string()).collect();
     format!("{} {}", if pids.len() == 1 { "process" } else { "processes" }, pids.join(", "))
+}
+
+/// A process of a named network that has published a port.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    network: NetworkName,
+    user: User,
+}
+
+impl Publisher {
+    /// Has the refusal of a port that is taken say that this process has it.
+    pub fn name_in(&self, refused: &mut BindError) {
+        let Obstacle::Taken { owner, network_user } = &mut refused.why else { return };
+        let (pid, socket) = (self.user.pid, self.user.socket.as_ref());
+        let socket = socket.map(|path| format!(" ({})", path.display())).unwrap_or_default();
+        let network = &self.network;
+        *network_user = Some(format!("process {pid}{socket} of network {network}, which has published it"));
+        // Where a holder serves it, the holder has the socket too.
+        if let Some(owner) = owner {
+            owner.process = Some(port_owner::process(pid));
+        }
+    }
 }
 
 /// The named networks of a state directory.
@@ -205,6 +230,18 @@ impl Networks {
     pub fn users(&self, name: &NetworkName) -> Result<Vec<User>, NetworkError> {
         let (run, _) = self.locked(name)?;
         self.users_of(&run, name)
+    }
+
+    /// Who of all processes of these networks has published this end of the host.
+    ///
+    /// What cannot be read is passed over: this only explains a refusal.
+    pub fn publisher(&self, wanted: &Publish) -> Option<Publisher> {
+        let is_it = |port: &PublishedPort| Publish::from(port).collides(wanted);
+        self.all().ok()?.into_iter().find_map(|Definition { name: network, .. }| {
+            let users = self.users(&network).unwrap_or_default();
+            let user = users.into_iter().find(|user| user.published.iter().any(is_it))?;
+            Some(Publisher { network, user })
+        })
     }
 
     /// Makes this process one of the users of the network `name`, and the network if it is the first.
@@ -359,6 +396,11 @@ impl Joined {
     /// Where the network's holder is found, if it is rootless.
     pub fn holder(&self) -> Place {
         self.networks.holder(&self.definition.name)
+    }
+
+    /// All networks of its state directory.
+    pub fn networks(&self) -> &Networks {
+        &self.networks
     }
 
     /// The folder of this network's locks, in which files of users come and go.

@@ -16,11 +16,11 @@ use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::watch;
 
 use super::users::RUN_FOLDER;
 use crate::holder::door::{self, Use};
 use crate::holder::ports::{LendError, Lent};
+use crate::holder::tenant::Tenant;
 use crate::sandbox::namespaces::{NamespaceError, Namespaces, keep_from_children};
 
 /// Names of the holder's files: lock and door in the network's run folder, log in the network's folder.
@@ -116,7 +116,7 @@ impl Place {
     ///
     /// # Errors
     /// [`JoinError`].
-    pub fn enter(&self, ports: &[Lent]) -> Result<Use, JoinError> {
+    pub fn enter(&self, ports: &[Arc<Lent>]) -> Result<Use, JoinError> {
         let (namespaces, used) = self.knock()?;
         used.lend(ports, None).map_err(|(host, source)| JoinError::Lend { host, source })?;
         namespaces.enter()?;
@@ -141,20 +141,19 @@ impl Place {
         Err(JoinError::Silent { door: self.door(), source: last })
     }
 
-    /// Stays one who uses the network: should its holder end, knocks at the next one's door and lends it `ports`
-    /// again. They lead to the address `guest` says, as it comes and goes. For as long as it is polled; needs a
-    /// tokio runtime.
-    pub async fn stay(self, mut used: Use, ports: Vec<Lent>, guest: watch::Receiver<Option<Ipv4Addr>>) {
-        let (place, ports) = (Arc::new(self), Arc::new(ports));
+    /// Stays one who uses the network, as `tenant`: should its holder end, knocks at the next one's door and lends it the
+    /// tenant's ports again. For as long as it is polled; needs a tokio runtime.
+    pub async fn stay(self, mut used: Use, mut tenant: Tenant) {
+        let place = Arc::new(self);
         loop {
-            used.holder_ended(guest.clone()).await;
+            used.live(&mut tenant).await;
             tracing::warn!(
                 "the network's holder ended: guests reach each other, but the world only once another is \
                  started (`vunet network hold NAME`, or the start of a further VM)"
             );
             used = loop {
-                tokio::time::sleep(RETURN_PAUSE).await;
-                let (place, ports, addr) = (Arc::clone(&place), Arc::clone(&ports), *guest.borrow());
+                tenant.without_a_holder(tokio::time::sleep(RETURN_PAUSE)).await;
+                let (place, ports, addr) = (Arc::clone(&place), tenant.lent.clone(), *tenant.guest.borrow());
                 // The holder may let it wait for a moment.
                 match tokio::task::spawn_blocking(move || place.knock_again(&ports, addr)).await {
                     Ok(Ok(used)) => break used,
@@ -171,7 +170,7 @@ impl Place {
     /// Knocks at the door of a holder that may not be there yet, which is no error to tell of.
     fn knock_again(
         &self,
-        ports: &[Lent],
+        ports: &[Arc<Lent>],
         guest: Option<Ipv4Addr>,
     ) -> Result<Use, Option<(SocketAddr, LendError)>> {
         let (_, used) = door::knock(&self.door()).map_err(|_| None)?;

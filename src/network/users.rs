@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::addr::LinkName;
+use crate::config::{Protocol, Publish};
 use crate::limits;
 use crate::random;
 
@@ -45,6 +46,20 @@ pub struct PublishedPort {
     pub interface: Option<LinkName>,
     /// Port in the guest.
     pub guest_port: u16,
+}
+
+impl From<&Publish> for PublishedPort {
+    fn from(publish: &Publish) -> PublishedPort {
+        let Publish { protocol, host, interface, guest_port } = *publish;
+        PublishedPort { udp: protocol == Protocol::Udp, host, interface, guest_port }
+    }
+}
+
+impl From<&PublishedPort> for Publish {
+    fn from(port: &PublishedPort) -> Publish {
+        let PublishedPort { udp, host, interface, guest_port } = *port;
+        Publish { protocol: if udp { Protocol::Udp } else { Protocol::Tcp }, host, interface, guest_port }
+    }
 }
 
 /// What a process notes about itself.

@@ -10,6 +10,8 @@ use std::io::{BufRead as _, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use crate::config::{Protocol, Publish};
 
 /// Sockets looked at: more than one host has.
@@ -22,7 +24,7 @@ const NAME_BYTES_MAX: usize = 32;
 const LISTEN: u8 = 0x0a;
 
 /// Who has a port.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PortOwner {
     /// The user's number.
     pub uid: u32,
@@ -51,6 +53,11 @@ pub fn owner_of(port: &Publish) -> Option<PortOwner> {
         find(lines, port)
     })?;
     Some(PortOwner { uid: socket.uid, process: process_of(socket.inode) })
+}
+
+/// The process of this number with its name.
+pub fn process(pid: u32) -> (u32, String) {
+    (pid, name_of(&Path::new("/proc").join(pid.to_string())))
 }
 
 /// A socket as such a table tells of it.
@@ -118,7 +125,7 @@ fn process_of(inode: u64) -> Option<(u32, String)> {
                 return None;
             }
             if fs::read_link(descriptor.path()).is_ok_and(|target| target.as_os_str() == &*wanted) {
-                return Some((pid, name_of(&process.path())));
+                return Some(self::process(pid));
             }
         }
     }

@@ -7,6 +7,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, Type};
 use thiserror::Error;
 
@@ -31,7 +32,7 @@ pub struct BindError {
 }
 
 /// What keeps a port from being bound.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Obstacle {
     /// Another socket has it.
     Taken {

@@ -22,19 +22,24 @@ use crate::publish::{connect, seen, serve_in_guest};
 const WORLD_ALSO: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
 
 /// A client of the control API over one connection.
-struct Api {
+pub(crate) struct Api {
     stream: BufReader<UnixStream>,
 }
 
 impl Api {
-    fn open(path: &Path) -> Result<Api, Failure> {
+    pub(crate) fn open(path: &Path) -> Result<Api, Failure> {
         let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         Ok(Api { stream: BufReader::new(stream) })
     }
 
     /// The status, and the answer as JSON has it.
-    fn ask(&mut self, method: &str, resource: &str, body: Option<&Value>) -> Result<(u16, Value), Failure> {
+    pub(crate) fn ask(
+        &mut self,
+        method: &str,
+        resource: &str,
+        body: Option<&Value>,
+    ) -> Result<(u16, Value), Failure> {
         let body = body.map(Value::to_string).unwrap_or_default();
         let length = body.len();
         let request = format!(
@@ -63,14 +68,14 @@ impl Api {
     }
 
     /// Publishes; the one port that was.
-    fn publish(&mut self, port: &str) -> Result<Value, Failure> {
+    pub(crate) fn publish(&mut self, port: &str) -> Result<Value, Failure> {
         let (status, answer) = self.ask("POST", "/v1/ports", Some(&json!({ "publish": port })))?;
         ensure!(status == 201, "publish {port}: {status} {answer}");
         Ok(answer["ports"][0].clone())
     }
 
     /// Publishes no more; how many connections were reset.
-    fn unpublish(&mut self, id: &Value, close: bool) -> Result<u64, Failure> {
+    pub(crate) fn unpublish(&mut self, id: &Value, close: bool) -> Result<u64, Failure> {
         let (status, answer) = self.ask("DELETE", &format!("/v1/ports/{id}?keep={}", !close), None)?;
         ensure!(status == 200, "unpublish {id}: {status} {answer}");
         Ok(answer["connections_reset"].as_u64().unwrap_or(u64::MAX))
@@ -93,8 +98,8 @@ fn engines() -> [Setup; 2] {
     [Setup::new(), Setup::translated()]
 }
 
-fn descriptors(bench: &Bench) -> Result<usize, Failure> {
-    Ok(fs::read_dir(format!("/proc/{}/fd", bench.vunet.process.pid()))?.count())
+fn descriptors(pid: u32) -> Result<usize, Failure> {
+    Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count())
 }
 
 /// The address a client at `from` is seen with.
@@ -279,34 +284,40 @@ fn a_thousand_ports_come_and_go_under_traffic_and_leave_no_descriptor() {
     for setup in engines() {
         with_control(setup.vunet(&["-t", "8004:9004"]), |bench, api| {
             let _server = serve_in_guest(bench)?;
-            let before = descriptors(bench)?;
-            let (world, over) = (&bench.lab.world, AtomicBool::new(false));
-            let outcome = std::thread::scope(|scope| -> Outcome {
-                let traffic = scope.spawn(|| -> Result<u32, Failure> {
-                    let mut rounds = 0;
-                    while !over.load(Ordering::Relaxed) {
-                        upload(world, 8004, 4 * MIB)?;
-                        rounds += 1;
-                    }
-                    Ok(rounds)
-                });
-                let changes = change_ports(api, world);
-                over.store(true, Ordering::Relaxed);
-                let rounds = traffic.join().expect("it does not panic")?;
-                changes?;
-                ensure!(rounds > 0, "there was no traffic");
-                Ok(())
-            });
-            outcome?;
-            let (_, list) = api.ask("GET", "/v1/ports", None)?;
-            ensure!(list["ports"].as_array().is_some_and(|ports| ports.len() == 1), "{list}");
-            // What has ended is closed by now, and one is the API's own connection.
-            std::thread::sleep(Duration::from_millis(200));
-            let after = descriptors(bench)?;
-            ensure!(after <= before + 8, "{before} descriptors became {after}");
-            Ok(())
+            change_ports_under_traffic(api, &bench.lab.world, &[bench.vunet.process.pid()])
         });
     }
+}
+
+/// Publishes and removes ports a thousand times while bytes go to the digest behind port 8004, which alone is left; no process of
+/// `pids` has more descriptors after it.
+pub(crate) fn change_ports_under_traffic(api: &mut Api, world: &Netns, pids: &[u32]) -> Outcome {
+    let count = || pids.iter().map(|pid| descriptors(*pid)).collect::<Result<Vec<_>, _>>();
+    let (before, over) = (count()?, AtomicBool::new(false));
+    std::thread::scope(|scope| -> Outcome {
+        let traffic = scope.spawn(|| -> Result<u32, Failure> {
+            let mut rounds = 0;
+            while !over.load(Ordering::Relaxed) {
+                upload(world, 8004, 4 * MIB)?;
+                rounds += 1;
+            }
+            Ok(rounds)
+        });
+        let changes = change_ports(api, world);
+        over.store(true, Ordering::Relaxed);
+        let rounds = traffic.join().expect("it does not panic")?;
+        changes?;
+        ensure!(rounds > 0, "there was no traffic");
+        Ok(())
+    })?;
+    let (_, list) = api.ask("GET", "/v1/ports", None)?;
+    ensure!(list["ports"].as_array().is_some_and(|ports| ports.len() == 1), "{list}");
+    // What has ended is closed by now, and one is the API's own connection.
+    std::thread::sleep(Duration::from_millis(200));
+    let after = count()?;
+    let grown = before.iter().zip(&after).any(|(before, after)| *after > before + 8);
+    ensure!(!grown, "{before:?} descriptors became {after:?}");
+    Ok(())
 }
 
 /// Publishes and removes ports a thousand times, and uses some of them.

@@ -108,6 +108,7 @@ impl From<PortError> for ApiError {
                 Obstacle::Other => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
             },
             PortError::Serve(..) | PortError::Network(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+            PortError::Holder(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_answer"),
             PortError::NoAnswer(no_answer) => return (*no_answer).into(),
         };
         ApiError::new(status, code, message)
@@ -142,7 +143,7 @@ pub(super) async fn list(State(api): Shared) -> Json<PortList> {
         (status = 415, description = "The body is not JSON", body = ErrorBody),
         (status = 422, description = "The body is not this object", body = ErrorBody),
         (status = 500, description = "The kernel or the network refuses", body = ErrorBody),
-        (status = 503, description = "A worker does not answer", body = ErrorBody),
+        (status = 503, description = "A worker, or the network's holder, does not answer", body = ErrorBody),
     )
 )]
 pub(super) async fn add(
@@ -174,7 +175,7 @@ pub(super) async fn add(
         (status = 404, description = "There is no such port", body = ErrorBody),
         (status = 409, description = "Several are meant, or connections cannot be closed here", body = ErrorBody),
         (status = 500, description = "The network refuses", body = ErrorBody),
-        (status = 503, description = "A worker does not answer", body = ErrorBody),
+        (status = 503, description = "A worker, or the network's holder, does not answer", body = ErrorBody),
     )
 )]
 pub(super) async fn remove(

@@ -1,16 +1,19 @@
 //! Networks without privilege: everything here runs as an ordinary user without any capability.
 
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::Duration;
 
-use vunet_integration::lab::{Netns, SHORT};
+use serde_json::json;
+use vunet_integration::lab::{GATEWAY, Netns, SHORT};
 use vunet_integration::world::ports;
 
 use super::reach::seen_by_udp;
 use super::site::{Site, Vm, connect, on_a_site, seen, until};
 use crate::bench::{Failure, Outcome, PATIENCE, ensure};
+use crate::publishing::{Api, change_ports_under_traffic};
 
 /// As whom.
 const USER: &[&str] = &[
@@ -25,9 +28,21 @@ const USER: &[&str] = &[
     "--ambient-caps=-all",
     "--bounding-set=-all",
 ];
+const USER_NUMBER: u32 = 65534;
 /// In the lab's world.
 const WORLD: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+
+/// The control API at `path`, as that user asks it.
+fn as_user(path: &Path) -> Result<Api, Failure> {
+    let connect = || {
+        let user = rustix::process::Uid::from_raw(USER_NUMBER);
+        rustix::thread::set_thread_res_uid(user, user, user)?;
+        Api::open(path)
+    };
+    // Only this thread is another user's.
+    std::thread::scope(|scope| scope.spawn(connect).join().expect("it does not panic"))
+}
 
 /// Runs `body` on a site whose state directory is the user's, with the network `lab` made.
 fn on_a_users_site(create: &str, body: impl FnOnce(&mut Site) -> Outcome) {
@@ -251,6 +266,112 @@ fn a_port_of_a_guest_with_a_fixed_address_needs_no_lease() {
         until_published(site, 8006)?;
         vm.stop()
     });
+}
+
+#[test]
+fn ports_come_and_go_while_the_guest_runs_and_conflicts_name_their_owner() {
+    on_a_users_site("", |site| {
+        let control = |n: u8| site.lab.dir().join(format!("control{n}.sock"));
+        let (first, second) = (control(1).display().to_string(), control(2).display().to_string());
+        let one = site.vm("lab", "vm1", &["--control", &first])?;
+        let two = site.vm("lab", "vm2", &["--control", &second, "-t", "8004:9004"])?;
+        let (mut api, mut other) = (as_user(&control(1))?, as_user(&control(2))?);
+        let _servers = (site.serve(&one.netns)?, site.serve(&two.netns)?);
+        let tcp = api.publish("8006:9006")?;
+        api.publish("udp:8006:9006")?;
+        is_published(site, 8006)?;
+        let picked = api.publish("127.0.0.1%lo:0:9006")?;
+        let number = picked["host_port"].as_u64().and_then(|port| u16::try_from(port).ok()).unwrap_or(0);
+        ensure!(seen(&site.lab.host, (Ipv4Addr::LOCALHOST, number))?.ip() == GATEWAY, "{picked}");
+        // Another guest's process is told whose it is, and anybody's else as far as this user may know.
+        let mut refused = |port: &str| other.ask("POST", "/v1/ports", Some(&json!({ "publish": port })));
+        let (status, answer) = refused("8006:1")?;
+        let words = answer["error"]["message"].as_str().unwrap_or_default();
+        ensure!(status == 409 && answer["error"]["owner"]["pid"] == one.vunet.pid(), "{status} {answer}");
+        ensure!(words.contains("network lab") && words.contains(&one.vunet.pid().to_string()), "{words}");
+        let taken = site.lab.host.inside(|| TcpListener::bind((HOST, 8009)))?;
+        let (status, answer) = refused("8008-8009:1-2")?;
+        ensure!(status == 409 && answer["error"]["owner"]["uid"] == 0, "{status} {answer}");
+        drop(taken);
+        let (status, answer) = refused("80:80")?;
+        ensure!(status == 403 && answer.to_string().contains("CAP_NET_BIND_SERVICE"), "{status} {answer}");
+        let half = connect(&site.lab.world, (HOST, 8008), Duration::from_secs(2));
+        ensure!(half.is_err(), "half a range is published");
+        // The port is the other's once it is removed.
+        api.unpublish(&tcp["id"], true)?;
+        let moved = other.publish("8006:9006")?;
+        ensure!(seen(&site.lab.world, (HOST, 8006))?.ip() == WORLD, "{moved}");
+        for close in [false, true] {
+            let port = api.publish("8003:9003")?;
+            let mut echo = connect(&site.lab.world, (HOST, 8003), PATIENCE)?;
+            let mut got = [0; 5];
+            echo.write_all(b"hello")?;
+            echo.read_exact(&mut got)?;
+            ensure!(api.unpublish(&port["id"], close)? == u64::from(close), "how many were reset");
+            let gone = connect(&site.lab.world, (HOST, 8003), Duration::from_secs(2));
+            ensure!(gone.is_err(), "it takes clients still");
+            let end = echo.write_all(b"again").and_then(|()| echo.read_exact(&mut got));
+            let end = end.map_err(|error| error.kind());
+            let expected = if close { Err(ErrorKind::ConnectionReset) } else { Ok(()) };
+            ensure!(end == expected, "with close={close}: {end:?}");
+        }
+        other.unpublish(&moved["id"], true)?;
+        let pid = holder(site)?.ok_or_else(|| Failure("nobody holds the network".into()))?;
+        change_ports_under_traffic(&mut other, &site.lab.world, &[pid, two.vunet.pid()])?;
+        one.stop()?;
+        two.stop()
+    });
+}
+
+#[test]
+fn ports_that_came_later_outlive_their_holder_too() {
+    on_a_users_site("", |site| {
+        let path = site.lab.dir().join("control.sock");
+        let one = site.vm("lab", "vm1", &["--control", &path.display().to_string()])?;
+        let mut api = as_user(&path)?;
+        let _server = site.serve(&one.netns)?;
+        let (tcp, udp) = (api.publish("8006:9006")?, api.publish("udp:8006:9006")?);
+        let free = api.publish("8007:9006")?;
+        is_published(site, 8006)?;
+        let pid = holder(site)?.ok_or_else(|| Failure("nobody holds the network".into()))?;
+        kill(&site.lab.host, pid)?;
+        until("word of it", || one.vunet.errors().iter().any(|line| line.contains("holder ended")))?;
+        let (status, answer) = api.ask("POST", "/v1/ports", Some(&json!({ "publish": "8008:9006" })))?;
+        ensure!(status == 503 && answer.to_string().contains("vunet network hold"), "{status} {answer}");
+        ensure!(site.lab.host.inside(|| TcpListener::bind((HOST, 8006))).is_err(), "it is free meanwhile");
+        api.unpublish(&free["id"], true)?;
+        drop(site.lab.host.inside(|| TcpListener::bind((HOST, 8007)))?);
+        let two = site.vm("lab", "vm2", &[])?;
+        until("its return", || one.vunet.errors().iter().any(|line| line.contains("has a holder again")))?;
+        until_published(site, 8006)?;
+        for port in [tcp, udp] {
+            api.unpublish(&port["id"], true)?;
+        }
+        drop(site.lab.host.inside(|| TcpListener::bind((HOST, 8006)))?);
+        one.stop()?;
+        two.stop()
+    });
+}
+
+#[test]
+fn where_no_port_can_lead_to_the_guest_a_wish_for_one_says_why() {
+    for (create, args, part) in
+        [(" --mode host-only", &[][..], "reached by each other only"), ("", &["--trust-guest"], "--guest-ip")]
+    {
+        on_a_users_site(create, |site| {
+            let path = site.lab.dir().join("control.sock");
+            let control = path.display().to_string();
+            let one = site.vm("lab", "vm1", &[&["--control", &control], args].concat())?;
+            let (status, answer) =
+                as_user(&path)?.ask("POST", "/v1/ports", Some(&json!({ "publish": "8006:9006" })))?;
+            ensure!(status == 409 && answer["error"]["code"] == "not_here", "{status} {answer}");
+            ensure!(
+                answer["error"]["message"].as_str().is_some_and(|words| words.contains(part)),
+                "{answer}"
+            );
+            one.stop()
+        });
+    }
 }
 
 /// Where there is no `nft`, neither in PATH nor elsewhere.
