@@ -144,17 +144,21 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         .enable_all()
         .build()
         .map_err(starting("the control runtime"))?;
+    // Handlers stand before anything can be seen from outside, so no signal is lost.
+    let signals =
+        runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
+    let mut signals = signals.map_err(starting("signal handlers"))?;
     let mut facts = Facts::of(&config);
     let control = config.control.as_deref().map(api::listen).transpose()?;
     let metrics = config
         .metrics
         .map(|address| api::listen_for_metrics(address).map_err(|source| Error::Metrics { address, source }));
     let metrics = metrics.transpose()?;
-    // Handlers stand before anything can be seen from outside, so no signal is lost.
-    let signals =
-        runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
-    let signals = signals.map_err(starting("signal handlers"))?;
-    let joined = membership::join(&config)?;
+    let joined = match membership::join(&config) {
+        // Waiting for the network's lock ended by it.
+        Err(_) if runtime.block_on(signals.have_asked_to_end()) => return Ok(()),
+        joined => joined?,
+    };
     let held = joined.as_ref().and_then(membership::leads_to_the_world);
     facts.translates_at_holder(held.is_some());
     let (lender, wishes) = tenant::channel();

@@ -1,6 +1,8 @@
 //! The program as its users and managers start it: output, exit codes, words.
 
 use std::process::{Command, Output};
+use std::thread;
+use std::time::{Duration, Instant};
 
 fn vunet(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_vunet")).args(args).output().expect("the program starts")
@@ -200,6 +202,33 @@ fn networks_are_made_listed_shown_and_removed() {
     assert_eq!(run("remove lab"), (0, "removed network lab\n".to_owned(), String::new()));
     assert_eq!(run("list").1.lines().count(), 3);
     assert_eq!(run("create lab --subnet 10.77.1.0/24").0, 0, "the name is free again");
+}
+
+#[test]
+fn a_signal_ends_a_start_that_waits_for_its_network() {
+    let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    assert_eq!(network(place.path(), "create lab --subnet 10.77.1.0/24").0, 0);
+    let run = place.path().join("networks/lab/run");
+    std::fs::create_dir_all(&run).unwrap();
+    let lock = std::fs::File::create(run.join("lock")).unwrap();
+    lock.lock().unwrap();
+    let (socket, control) = (place.path().join("s"), place.path().join("c"));
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vunet"))
+        .args(["--network", "lab", "--state-dir", place.path().to_str().unwrap()])
+        .args(["--socket-path", socket.to_str().unwrap(), "--control", control.to_str().unwrap()])
+        .spawn()
+        .unwrap();
+    // Its control socket comes just before it joins.
+    let end = Instant::now() + Duration::from_secs(20);
+    while !control.exists() {
+        assert!(Instant::now() < end && child.try_wait().unwrap().is_none());
+        thread::sleep(Duration::from_millis(5));
+    }
+    thread::sleep(Duration::from_millis(50));
+    assert!(child.try_wait().unwrap().is_none(), "it waits");
+    assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!control.exists() && !socket.exists());
 }
 
 #[test]

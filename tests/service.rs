@@ -194,23 +194,40 @@ fn settings_that_can_change_do_and_others_are_refused_with_all_that_came_with_th
     assert_eq!(service.ended().code(), Some(0));
 }
 
-#[test]
-fn a_hang_up_without_a_file_means_what_it_always_did() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_vunet"))
-        .args(["--socket-path", "vm.sock"])
-        .current_dir(dir.path())
+/// A vunet without settings in `dir`, by the words of a shell before it, that listens.
+fn bare(dir: &Path, before: &str) -> Child {
+    let child = Command::new("sh")
+        .args(["-c", &format!("{before} exec \"$0\" --socket-path vm.sock"), env!("CARGO_BIN_EXE_vunet")])
+        .current_dir(dir)
         .stderr(Stdio::null())
         .spawn()
         .unwrap();
     let end = Instant::now() + PATIENCE;
-    while UnixStream::connect(dir.path().join("vm.sock")).is_err() {
+    while UnixStream::connect(dir.join("vm.sock")).is_err() {
         assert!(Instant::now() < end, "no socket");
         thread::sleep(Duration::from_millis(5));
     }
-    assert!(Command::new("kill").args(["-s", "HUP", &child.id().to_string()]).status().unwrap().success());
-    let status = child.wait().unwrap();
-    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(1), "{status}");
+    child
+}
+
+fn send(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args(["-s", signal, &child.id().to_string()]).status().unwrap().success());
+}
+
+#[test]
+fn a_hang_up_without_a_file_ends_it_in_order_unless_it_was_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = bare(dir.path(), "");
+    send(&child, "HUP");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(!dir.path().join("vm.sock").exists(), "its socket is gone");
+    // As nohup(1) does.
+    let mut child = bare(dir.path(), "trap '' HUP;");
+    send(&child, "HUP");
+    thread::sleep(Duration::from_millis(50));
+    assert!(child.try_wait().unwrap().is_none());
+    send(&child, "TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
 #[test]

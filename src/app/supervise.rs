@@ -2,9 +2,8 @@
 
 mod reading;
 
-use std::future;
 use std::sync::Arc;
-use std::thread;
+use std::{future, mem, thread};
 
 use futures_util::future::join_all;
 use tokio::sync::broadcast;
@@ -85,6 +84,7 @@ impl Supervisor {
     ) -> Result<(), Error> {
         let mut manager = Manager::new(&self.serving, &self.workers, news);
         let mut reading = Reading::new(reading::PATIENCE);
+        let mut once_more = false;
         manager.told.ready(&manager.status);
         let ended = loop {
             tokio::select! {
@@ -95,9 +95,16 @@ impl Supervisor {
                         let _ = shutdown.write(1);
                         break (&mut session).await;
                     }
+                    // What is being read may be older than what this one is about.
+                    Asked::Reload if reading.is_awaited() => once_more = true,
                     Asked::Reload => self.read_again(&mut reading, &manager),
                 },
-                read = reading.outcome() => self.settle(read, &manager),
+                read = reading.outcome() => {
+                    self.settle(read, &manager);
+                    if mem::take(&mut once_more) {
+                        self.read_again(&mut reading, &manager);
+                    }
+                }
                 () = self.stop.asked() => {
                     manager.told.stopping();
                     let _ = shutdown.write(1);

@@ -19,6 +19,7 @@ use std::path::Path;
 use thiserror::Error;
 
 use super::definition::{Definition, Kind};
+use super::file_lock;
 use super::users::User;
 use crate::addr::LinkName;
 use crate::uplink::firewall::{self, Beyond, FirewallError, Redirect, Ruleset};
@@ -99,7 +100,7 @@ fn with_forwarding<T>(
     let path = state_dir.join(HOST_LOCK_NAME);
     let open = || {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
-        file.lock().map(|()| file)
+        file_lock::lock(&file).map(|()| file)
     };
     let _lock = open().map_err(host("lock host.lock in the state directory"))?;
     Ok(work(&mut Forwarding::open(&state_dir.join(FORWARDING_NAME))?)?)

@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::clock::SystemClock;
 use super::definition::{self, Definition, DefinitionError};
+use super::file_lock;
 use super::life::{self, LifeError};
 use super::name::NetworkName;
 use super::rootless::Place;
@@ -345,7 +346,7 @@ impl Networks {
         let path = self.state.path().join(file_name);
         let open = || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)?;
-            file.lock().map(|()| file)
+            file_lock::lock(&file).map(|()| file)
         };
         open().map_err(|source| NetworkError::File { what: "lock", path: path.clone(), source })
     }

@@ -10,6 +10,7 @@
 pub mod allocator;
 pub mod clock;
 pub mod definition;
+mod file_lock;
 pub mod guest_names;
 pub mod leases;
 pub mod life;

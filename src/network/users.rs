@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::file_lock;
 use crate::addr::LinkName;
 use crate::config::{Protocol, Publish};
 use crate::limits;
@@ -106,11 +107,11 @@ impl RunFolder {
     /// Locks the run folder of the network in `folder`, which is made if need be. Waits for who has it.
     ///
     /// # Errors
-    /// The file system's refusal; `NotFound` if the network's folder is gone.
+    /// As [`file_lock::lock`]; `NotFound` if the network's folder is gone.
     pub fn lock(folder: &Path) -> io::Result<RunFolder> {
         loop {
             let (path, file) = RunFolder::open(folder)?;
-            file.lock()?;
+            file_lock::lock(&file)?;
             if is_still(&file, &path.join(LOCK_NAME)) {
                 return Ok(RunFolder { path, _lock: file });
             }

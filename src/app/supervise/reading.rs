@@ -25,7 +25,7 @@ pub(super) enum Outcome<T> {
 /// Why nothing is read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
-    /// The last one is not done yet, or hangs: a second thread would hang beside it.
+    /// The last one hangs: a second thread would hang beside it.
     #[error("they are still being read since the signal before")]
     UnderWay,
     /// No thread.
@@ -45,6 +45,11 @@ impl<T: Send + 'static> Reading<T> {
     /// None, and none may take longer than `patience`.
     pub(super) fn new(patience: Duration) -> Reading<T> {
         Reading { awaited: None, thread: None, patience }
+    }
+
+    /// Whether one is under way.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.awaited.is_some()
     }
 
     /// Begins one.
@@ -71,6 +76,12 @@ impl<T: Send + 'static> Reading<T> {
             Err(_) => Outcome::Late,
         };
         self.awaited = None;
+        if !matches!(outcome, Outcome::Late)
+            && let Some(thread) = self.thread.take()
+        {
+            // It has nothing left to do. What it failed of is said.
+            let _ = thread.join();
+        }
         outcome
     }
 }
@@ -104,9 +115,8 @@ mod tests {
         let mut reading = Reading::new(PATIENCE);
         reading.begin(|| panic!("as it should")).unwrap();
         assert_eq!(reading.outcome().await, Outcome::<bool>::Failed);
-        while reading.begin(|| true).is_err() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        reading.begin(|| true).unwrap();
         assert_eq!(reading.outcome().await, Outcome::Done(true));
+        reading.begin(|| false).unwrap();
     }
 }
