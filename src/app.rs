@@ -37,6 +37,7 @@ use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
+use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::signals::Signals;
 use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
@@ -265,6 +266,7 @@ fn run_on(
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
     let events = outside.log.events.clone();
+    let asked = publishing::asked(&config.mode);
     let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
     let Prepared { parts, forwarders, host, keeper, ports, guest, inner } = prepared;
     let (dns, resolver) = (Arc::clone(&inner.dns), Arc::clone(&inner.resolver));
@@ -294,7 +296,9 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
-        let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
+        let of_settings = PortsOfSettings::new(ports.clone(), asked).await;
+        let live =
+            Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan, ports: of_settings };
         let workers = inner.workers.clone();
         let Opened { signals, stop, reloader, file: _file } = outside.open(seen, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
