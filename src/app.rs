@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::addr::{MacAddr, VlanId};
 use crate::cli::Reloader;
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
+use crate::control::api::leases::LeaseSource;
 use crate::control::api::{self, Facts};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
@@ -375,7 +376,7 @@ fn prepare(
     let mode = engine_mode(&config.mode, &nat, is_shared || is_translated);
     let (mut published, relayed) = if is_shared { (None, bound) } else { (Some(bound), Vec::new()) };
     let ports = AtStart { ports: published_at_start(config, &nat, is_translated), relayed };
-    let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
+    let Services { dns, dhcp, keeper, leases } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -421,7 +422,8 @@ fn prepare(
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
-    let inner = Inner { workers: handles, dhcp: Arc::clone(&dhcp), dns, resolver, clock };
+    let leases = LeaseSource::new(Arc::clone(&dhcp), leases);
+    let inner = Inner { workers: handles, leases, dns, resolver, clock };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
 }
