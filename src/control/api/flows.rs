@@ -70,6 +70,10 @@ pub struct FlowStatus {
     pub began: Option<String>,
     /// Seconds since anything was carried.
     pub idle_seconds: f64,
+    /// Payload carried from the guest since it began, where that is counted: not with packet NAT.
+    pub from_guest_bytes: Option<u64>,
+    /// The same to the guest.
+    pub to_guest_bytes: Option<u64>,
 }
 
 impl FlowStatus {
@@ -82,6 +86,8 @@ impl FlowStatus {
             state: flow.state.to_owned(),
             began: flow.began.map(|began| if began == Began::Guest { "guest" } else { "world" }.to_owned()),
             idle_seconds: flow.idle.as_secs_f64(),
+            from_guest_bytes: flow.carried.map(|carried| carried.from_guest_bytes),
+            to_guest_bytes: flow.carried.map(|carried| carried.to_guest_bytes),
         }
     }
 }
