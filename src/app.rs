@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::addr::{MacAddr, VlanId};
 use crate::cli::Reloader;
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
+use crate::control::api::leases::LeaseSource;
 use crate::control::api::{self, Facts};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
@@ -37,6 +38,7 @@ use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
 use crate::control::network_watch::SharedJoined;
+use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::signals::Signals;
 use crate::control::station_leases;
 use crate::device::{self, DeviceConfig, DeviceQueues, SessionError};
@@ -271,6 +273,7 @@ fn run_on(
     let shutdown = EventFd::new(EFD_NONBLOCK).map_err(starting("an eventfd"))?;
     let holder = membership.as_ref().and_then(|(joined, _)| membership::holder(joined));
     let events = outside.log.events.clone();
+    let asked = publishing::asked(&config.mode);
     let prepared = prepare(&config, (open_files, holder), &events, queues, links, &stop)?;
     let Prepared { parts, forwarders, host, keeper, ports, guest, inner } = prepared;
     let (dns, resolver) = (Arc::clone(&inner.dns), Arc::clone(&inner.resolver));
@@ -300,7 +303,9 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
-        let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
+        let of_settings = PortsOfSettings::new(ports.clone(), asked).await;
+        let live =
+            Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan, ports: of_settings };
         let workers = inner.workers.clone();
         let Opened { signals, stop, reloader, file: _file } = outside.open(seen, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
@@ -377,7 +382,7 @@ fn prepare(
     let mode = engine_mode(&config.mode, &nat, is_shared || is_translated);
     let (mut published, relayed) = if is_shared { (None, bound) } else { (Some(bound), Vec::new()) };
     let ports = AtStart { ports: published_at_start(config, &nat, is_translated), relayed };
-    let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
+    let Services { dns, dhcp, keeper, leases } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let isn_secret = random_pair()?;
@@ -423,7 +428,8 @@ fn prepare(
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
-    let inner = Inner { workers: handles, dhcp: Arc::clone(&dhcp), dns, resolver, clock };
+    let leases = LeaseSource::new(Arc::clone(&dhcp), leases);
+    let inner = Inner { workers: handles, leases, dns, resolver, clock };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
 }

@@ -1,5 +1,8 @@
 //! Letters between workers: for each ordered pair of workers a single-producer single-consumer ring,
-//! and for each worker an eventfd that says its rings have something.
+//! and for each worker an eventfd that says its rings have something, or have room.
+//!
+//! Letters whose ring is full wait by destination, so that a worker that hangs keeps nothing from the others, and nobody
+//! spins for it: it says when it has read (`waits` of a ring). So many frames wait and no more.
 //!
 //! May touch: the rings. Read first: `engine::placement`.
 
@@ -7,7 +10,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
 use rtrb::{Consumer, Producer, PushError, RingBuffer};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::engine::packet::Side;
 use crate::engine::packet::moving::MovedFlow;
 use crate::engine::packet::ports::WorkerSet;
-use crate::engine::placement::{Post, WorkerId};
+use crate::engine::placement::{Letter, Post, WorkerId};
 use crate::frame::QueuePair;
 use crate::limits;
 use crate::uplink::sockets::{DetachedDatagram, DetachedStream};
@@ -28,6 +31,23 @@ pub enum HostLetter {
     Engine(Post<DetachedStream, DetachedDatagram>),
     /// Of the translation of packets onto a link.
     Link(Box<LinkLetter>),
+}
+
+impl HostLetter {
+    /// How many letters may wait in front of it where it has to wait; otherwise it is lost. What workers tell of the guest is
+    /// not lost for the many frames another is too slow for, and flows are as many as there were.
+    fn waiting_max(&self) -> usize {
+        match self {
+            HostLetter::Engine(Post { letter: Letter::Frame(_), .. }) => limits::LETTERS_MAX,
+            HostLetter::Link(letter) if matches!(**letter, LinkLetter::Frame(_)) => limits::LETTERS_MAX,
+            HostLetter::Engine(Post {
+                letter: Letter::Flow(_) | Letter::Socket(_) | Letter::Gone(_),
+                ..
+            })
+            | HostLetter::Link(_) => usize::MAX,
+            HostLetter::Engine(_) => 2 * limits::LETTERS_MAX,
+        }
+    }
 }
 
 /// What workers that translate packets tell each other.
@@ -105,20 +125,32 @@ impl Drop for RoomTaken {
 #[derive(Debug)]
 struct Outbox {
     ring: Producer<HostLetter>,
+    /// The receiver's.
     event: Arc<EventFd>,
+    /// Whether letters wait for room in the ring.
+    waits: Arc<AtomicBool>,
+    /// They, in order.
+    waiting: VecDeque<HostLetter>,
+}
+
+#[derive(Debug)]
+struct Inbox {
+    ring: Consumer<HostLetter>,
+    /// The sender's.
+    event: Arc<EventFd>,
+    /// Whether the sender waits for room.
+    waits: Arc<AtomicBool>,
 }
 
 /// A worker's end of all rings to and from the others.
 #[derive(Debug)]
 pub struct Postbox {
-    inboxes: Vec<Consumer<HostLetter>>,
+    inboxes: Vec<Inbox>,
     /// The inbox whose turn is next.
     turn: usize,
     /// By worker; none for its own.
     outboxes: Vec<Option<Outbox>>,
     event: Arc<EventFd>,
-    /// Letters whose ring was full.
-    undelivered: VecDeque<(WorkerId, HostLetter)>,
 }
 
 /// The postboxes of `workers` workers, in their order.
@@ -131,13 +163,7 @@ pub fn postboxes(workers: usize) -> io::Result<Vec<Postbox>> {
         .collect::<io::Result<Vec<_>>>()?;
     let mut boxes: Vec<Postbox> = events
         .iter()
-        .map(|event| Postbox {
-            inboxes: Vec::new(),
-            turn: 0,
-            outboxes: Vec::new(),
-            event: Arc::clone(event),
-            undelivered: VecDeque::new(),
-        })
+        .map(|event| Postbox { inboxes: Vec::new(), turn: 0, outboxes: Vec::new(), event: Arc::clone(event) })
         .collect();
     for from in 0..workers {
         for (to, event) in events.iter().enumerate() {
@@ -146,7 +172,10 @@ pub fn postboxes(workers: usize) -> io::Result<Vec<Postbox>> {
                 continue;
             }
             let (ring, inbox) = RingBuffer::new(limits::LETTERS_MAX);
-            boxes[from].outboxes.push(Some(Outbox { ring, event: Arc::clone(event) }));
+            let waits = Arc::new(AtomicBool::new(false));
+            let inbox = Inbox { ring: inbox, event: Arc::clone(&events[from]), waits: Arc::clone(&waits) };
+            let outbox = Outbox { ring, event: Arc::clone(event), waits, waiting: VecDeque::new() };
+            boxes[from].outboxes.push(Some(outbox));
             boxes[to].inboxes.push(inbox);
         }
     }
@@ -168,59 +197,81 @@ impl Postbox {
     pub fn take(&mut self) -> Option<HostLetter> {
         for _ in 0..self.inboxes.len() {
             self.turn = (self.turn + 1) % self.inboxes.len();
-            if let Ok(letter) = self.inboxes[self.turn].pop() {
+            if let Ok(letter) = self.inboxes[self.turn].ring.pop() {
                 return Some(letter);
             }
         }
         None
     }
 
-    /// Hands the letters that wait to `each`, at most [`limits::LETTERS_MAX`]: with more the event stays set.
+    /// Hands the letters that wait to `each`, at most [`limits::LETTERS_MAX`]: with more the event stays set. Wakes who
+    /// waits for room.
     pub fn take_turn(&mut self, mut each: impl FnMut(HostLetter)) {
         self.clear_event();
-        for _ in 0..limits::LETTERS_MAX {
-            let Some(letter) = self.take() else { return };
+        for taken in 0.. {
+            if taken == limits::LETTERS_MAX {
+                // Fails only if the counter is full, and then it is set.
+                let _ = self.event.write(1);
+                break;
+            }
+            let Some(letter) = self.take() else { break };
             each(letter);
         }
-        // Fails only if the counter is full, and then it is set.
-        let _ = self.event.write(1);
-    }
-
-    /// Sends a letter. One whose ring is full waits here, in order.
-    pub fn send(&mut self, to: WorkerId, letter: HostLetter) {
-        self.undelivered.push_back((to, letter));
-        self.deliver();
-    }
-
-    /// Sends what `next` gives, until that is nothing or [`limits::LETTERS_MAX`] wait here: what is left is
-    /// its giver's to bound. Returns whether all of it is gone.
-    pub fn send_all(&mut self, mut next: impl FnMut() -> Option<(WorkerId, HostLetter)>) -> bool {
-        loop {
-            let is_gone = self.deliver();
-            if self.undelivered.len() >= limits::LETTERS_MAX {
-                return false;
+        // What was taken is seen by a sender that has said that it waits, or that is seen here.
+        fence(Ordering::SeqCst);
+        for inbox in &self.inboxes {
+            if inbox.waits.load(Ordering::Relaxed) && inbox.waits.swap(false, Ordering::Relaxed) {
+                let _ = inbox.event.write(1);
             }
-            let Some(letter) = next() else { return is_gone };
-            self.undelivered.push_back(letter);
+        }
+    }
+
+    /// Sends a letter. One whose ring is full waits here, in order. False if it is lost, because too many wait for that
+    /// worker already.
+    pub fn send(&mut self, to: WorkerId, letter: HostLetter) -> bool {
+        let Some(Some(outbox)) = self.outboxes.get_mut(usize::from(to.0)) else { return true };
+        let is_kept = outbox.waiting.len() < letter.waiting_max();
+        if is_kept {
+            outbox.waiting.push_back(letter);
+            outbox.deliver();
+        }
+        is_kept
+    }
+
+    /// Sends what waits, as far as there is room. The event is set once there is more.
+    pub fn deliver(&mut self) {
+        self.outboxes.iter_mut().flatten().for_each(Outbox::deliver);
+    }
+}
+
+impl Outbox {
+    fn deliver(&mut self) {
+        if self.waiting.is_empty() {
+            return;
+        }
+        if !self.push_all() {
+            self.waits.store(true, Ordering::Relaxed);
+            // The receiver sees that, or what it has taken is seen here.
+            fence(Ordering::SeqCst);
+            self.push_all();
         }
     }
 
-    /// Sends what waits. Returns whether all of it is gone.
-    pub fn deliver(&mut self) -> bool {
-        while let Some((to, letter)) = self.undelivered.pop_front() {
-            let Some(Some(outbox)) = self.outboxes.get_mut(usize::from(to.0)) else { continue };
-            match outbox.ring.push(letter) {
-                Ok(()) => {
-                    // The write can only fail because the counter is full: the other is awake anyway.
-                    let _ = outbox.event.write(1);
-                }
-                Err(PushError::Full(letter)) => {
-                    self.undelivered.push_front((to, letter));
-                    return false;
-                }
+    /// Whether nothing waits any more.
+    fn push_all(&mut self) -> bool {
+        let mut sent = false;
+        while let Some(letter) = self.waiting.pop_front() {
+            if let Err(PushError::Full(letter)) = self.ring.push(letter) {
+                self.waiting.push_front(letter);
+                break;
             }
+            sent = true;
         }
-        true
+        if sent {
+            // The write can only fail because the counter is full: the other is awake anyway.
+            let _ = self.event.write(1);
+        }
+        self.waiting.is_empty()
     }
 }
 
@@ -257,18 +308,41 @@ mod tests {
         assert!(boxes[2].take().is_none());
     }
 
+    fn frame() -> HostLetter {
+        let (side, pair) = (Side::Guest, QueuePair::default());
+        let frame =
+            LinkFrame::new(side, pair, VnetHeader::default(), WorkerSet::default(), Box::new([0; 60]));
+        HostLetter::Link(Box::new(LinkLetter::Frame(frame)))
+    }
+
     #[test]
-    fn a_worker_that_does_not_read_is_sent_so_many_letters_and_no_more() {
+    fn frames_for_a_worker_that_does_not_read_are_so_many_and_cost_the_others_nothing() {
+        let mut boxes = postboxes(3).unwrap();
+        let sent = (0..5 * limits::LETTERS_MAX).filter(|_| boxes[0].send(WorkerId(1), frame())).count();
+        assert_eq!(sent, 2 * limits::LETTERS_MAX, "a full ring, and as many that wait");
+        assert!(boxes[0].send(WorkerId(1), primary(1)), "what is told of the guest is not lost for them");
+        assert!(boxes[0].send(WorkerId(2), primary(2)));
+        assert_eq!(number(boxes[2].take()), Some(2), "and nobody else waits");
+        let told = (0..5 * limits::LETTERS_MAX).filter(|_| boxes[0].send(WorkerId(1), primary(1))).count();
+        assert_eq!(told, limits::LETTERS_MAX - 1, "but it has its bound too");
+    }
+
+    #[test]
+    fn who_waits_for_room_sleeps_until_there_is_some() {
         let mut boxes = postboxes(2).unwrap();
-        let mut given = 0;
-        let mut give = || {
-            given += 1;
-            (given <= 5 * limits::LETTERS_MAX).then(|| (WorkerId(1), primary(1)))
-        };
-        for _ in 0..3 {
-            assert!(!boxes[0].send_all(&mut give));
+        for _ in 0..limits::LETTERS_MAX {
+            boxes[0].send(WorkerId(1), primary(1));
         }
-        assert_eq!(given, 2 * limits::LETTERS_MAX, "a full ring, and as many that wait");
+        boxes[0].send(WorkerId(1), primary(2));
+        boxes[0].deliver();
+        assert!(boxes[0].event.read().is_err(), "nothing wakes it");
+        boxes[1].take_turn(|_| {});
+        assert!(boxes[0].event.read().is_ok(), "there is room");
+        boxes[0].deliver();
+        let mut seen = Vec::new();
+        boxes[1].take_turn(|letter| seen.push(number(Some(letter))));
+        assert_eq!(seen, [Some(2)]);
+        assert!(boxes[0].event.read().is_err(), "it waits for nothing");
     }
 
     #[test]
@@ -306,14 +380,12 @@ mod tests {
         for _ in 0..limits::LETTERS_MAX {
             boxes[0].send(WorkerId(1), primary(1));
         }
-        assert!(boxes[0].deliver());
         boxes[0].send(WorkerId(1), primary(2));
         boxes[0].send(WorkerId(1), primary(3));
-        assert!(!boxes[0].deliver());
         for _ in 0..limits::LETTERS_MAX {
             assert_eq!(number(boxes[1].take()), Some(1));
         }
-        assert!(boxes[0].deliver());
+        boxes[0].deliver();
         assert_eq!((number(boxes[1].take()), number(boxes[1].take())), (Some(2), Some(3)));
     }
 }

@@ -415,17 +415,20 @@ impl Worker {
         });
     }
 
-    /// Sends what the engine has for other workers. Returns whether all of it is gone.
-    fn send_letters(&mut self) -> bool {
-        let Some(postbox) = &mut self.postbox else { return true };
-        let (engine, link) = (&mut self.engine, &mut self.link);
-        postbox.send_all(|| {
-            let of_engine = || engine.next_letter().map(|(to, post)| (to, HostLetter::Engine(post)));
-            let of_link = |link: &mut LinkEnd| {
-                link.next_letter().map(|(to, letter)| (to, HostLetter::Link(Box::new(letter))))
-            };
-            link.as_mut().and_then(of_link).or_else(of_engine)
-        })
+    /// Sends what the engine has for other workers, and what waited for room.
+    fn send_letters(&mut self) {
+        let Some(postbox) = &mut self.postbox else { return };
+        let mut lost = 0;
+        while let Some((to, letter)) = self.link.as_mut().and_then(LinkEnd::next_letter) {
+            lost += u64::from(!postbox.send(to, HostLetter::Link(Box::new(letter))));
+        }
+        while let Some((to, post)) = self.engine.next_letter() {
+            lost += u64::from(!postbox.send(to, HostLetter::Engine(post)));
+        }
+        postbox.deliver();
+        if lost > 0 {
+            self.engine.letters_lost(lost);
+        }
     }
 
     fn dns_answers(&mut self, now: Instant) {
@@ -456,10 +459,10 @@ impl Worker {
         self.names.ask(now, &mut self.engine, rx);
         let link_more = self.link_to_guest(now);
         // Last: frames of the link may be other workers'.
-        let all_sent = self.send_letters();
+        self.send_letters();
         self.queues.publish();
         self.tell_flows();
-        more || link_more || self.tx_waiting != 0 || !all_sent
+        more || link_more || self.tx_waiting != 0
     }
 
     /// Has a pair wait for room in the link. The kernel tells of room only who looked while there was none.

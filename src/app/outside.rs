@@ -10,12 +10,12 @@ use tokio::sync::watch;
 use super::publishing::Place;
 
 use crate::cli::Reloader;
+use crate::control::api::leases::LeaseSource;
 use crate::control::api::{self, Api, Facts, Stop, StreamPlaces};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
 use crate::control::ports::Ports;
 use crate::control::signals::Signals;
-use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
 use crate::requests::WorkerHandle;
 use crate::service::dns::DnsService;
@@ -40,7 +40,7 @@ pub(super) struct Outside {
 /// What the control API answers from.
 pub(super) struct Inner {
     pub(super) workers: Vec<WorkerHandle>,
-    pub(super) dhcp: SharedDhcp,
+    pub(super) leases: LeaseSource,
     pub(super) dns: Arc<DnsService>,
     pub(super) resolver: Arc<Resolver>,
     pub(super) clock: Clock,
@@ -62,11 +62,11 @@ impl Outside {
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
-        let Inner { workers, dhcp, dns, resolver, clock } = inner;
+        let Inner { workers, leases, dns, resolver, clock } = inner;
         let api = Arc::new(Api {
             facts,
             workers,
-            dhcp,
+            leases,
             guest,
             dns,
             resolver,

@@ -27,6 +27,14 @@ pub(super) struct AtStart {
     pub(super) relayed: Bound,
 }
 
+/// What settings publish, before ports are picked. Of those a holder serves there is nothing to change.
+pub(super) fn asked(mode: &Mode) -> Vec<Publish> {
+    match mode {
+        Mode::Nat(nat) => nat.publish.clone(),
+        Mode::Isolated => Vec::new(),
+    }
+}
+
 /// Binds every published port; port 0 is picked by the kernel, reported and put in its place.
 pub(super) fn bind_all(publish: &mut [Publish]) -> Result<Bound, Error> {
     let each = |port: &mut Publish| {

@@ -9,6 +9,7 @@ use crate::network::clock::{HostClock, SystemClock};
 use crate::network::definition::OwnLan;
 use crate::network::store::keeper::Keeper;
 use crate::network::store::live_names::LiveNames;
+use crate::network::store::reading::LeaseReader;
 use crate::network::store::{LeaseStore, Pool};
 use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
@@ -27,6 +28,7 @@ pub(super) fn of(config: &Config, world: bool, holder: Option<u64>) -> Result<Se
             dns: Arc::new(DnsService::new(&config.dns, &config.lan, world)),
             dhcp: Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns))),
             keeper: None,
+            leases: None,
         }),
     }
 }
@@ -55,12 +57,13 @@ pub(super) fn of_network(
             LeaseStore::open(&folder, pool, Arc::clone(&clock), HOLDER_OF_ALL)?
         }
     };
-    let guests = Arc::new(LiveNames::open(&folder, clock)?);
+    let guests = Arc::new(LiveNames::open(&folder, Arc::clone(&clock))?);
     let dhcp = DhcpServer::over(Box::new(leases), lan, dns).shared(network.trust_guest);
     Ok(Services {
         dns: Arc::new(DnsService::new(dns, lan, world).with_guests(guests, lan)),
         dhcp: Arc::new(Mutex::new(dhcp)),
         keeper: Some(Keeper::open(&folder)?),
+        leases: Some(LeaseReader::new(folder, clock)),
     })
 }
 

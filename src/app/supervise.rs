@@ -18,6 +18,8 @@ use crate::cli::{ReloadError, Reloader};
 use crate::config::{Attach, Lan, LiveConfig};
 use crate::control::api::Stop;
 use crate::control::events::Event;
+use crate::control::ports::PortError;
+use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::service_manager::ServiceManager;
 use crate::control::signals::{Asked, Signals};
 use crate::device::SessionError;
@@ -42,13 +44,21 @@ pub(super) struct Live {
     pub(super) log: Log,
     pub(super) dns: Arc<DnsService>,
     pub(super) lan: Lan,
+    pub(super) ports: PortsOfSettings,
 }
 
 impl Live {
-    /// Applies what was judged; none of it can fail any more. Every field is taken here, so that one that nobody
-    /// obeys does not compile.
-    fn apply(&self, change: LiveConfig) {
-        let LiveConfig { log_level, dns } = change;
+    /// Applies what was judged, or nothing of it. Every field is taken here, so that one that nobody obeys does not
+    /// compile.
+    ///
+    /// # Errors
+    /// Ports cannot be published.
+    async fn apply(&mut self, change: LiveConfig) -> Result<(), PortError> {
+        let LiveConfig { log_level, dns, publish } = change;
+        // First, as it alone can fail.
+        if let Some(publish) = publish {
+            self.ports.change(&publish).await?;
+        }
         if let Some(level) = log_level
             && let Err(error) = self.log.set_level(&level)
         {
@@ -58,6 +68,7 @@ impl Live {
         if let Some(dns) = dns {
             self.dns.set_names(&dns, &self.lan);
         }
+        Ok(())
     }
 }
 
@@ -100,7 +111,7 @@ impl Supervisor {
                     Asked::Reload => self.read_again(&mut reading, &manager),
                 },
                 read = reading.outcome() => {
-                    self.settle(read, &manager);
+                    self.settle(read, &manager).await;
                     if mem::take(&mut once_more) {
                         self.read_again(&mut reading, &manager);
                     }
@@ -138,15 +149,19 @@ impl Supervisor {
     }
 
     /// Applies all that changed, or nothing.
-    fn settle(&mut self, read: Outcome<Read>, manager: &Manager) {
+    async fn settle(&mut self, read: Outcome<Read>, manager: &Manager) {
         let path = self.reloader.as_ref().map(|reloader| reloader.path().display().to_string());
         let why = match read {
             Outcome::Done((reloader, Ok(change))) => {
                 let changed = change.keys().join(", ");
-                self.live.apply(change);
-                self.reloader = Some(reloader);
-                tracing::info!(file = %path.unwrap_or_default(), %changed, "settings read again");
-                return manager.told.ready(&manager.status);
+                match self.live.apply(change).await {
+                    Ok(()) => {
+                        self.reloader = Some(reloader);
+                        tracing::info!(file = %path.unwrap_or_default(), %changed, "settings read again");
+                        return manager.told.ready(&manager.status);
+                    }
+                    Err(error) => error.to_string(),
+                }
             }
             Outcome::Done((_, Err(error))) => error.to_string(),
             Outcome::Late => format!(

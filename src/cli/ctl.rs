@@ -313,9 +313,12 @@ fn flows_text(flows: &[FlowStatus]) -> String {
             flow.state.clone(),
             or_none(flow.began.as_deref()),
             format!("{:.1}s", flow.idle_seconds),
+            or_none(flow.from_guest_bytes),
+            or_none(flow.to_guest_bytes),
         ]
     });
-    table(&["FLOW", "PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE"], &rows.collect::<Vec<_>>())
+    let head = ["FLOW", "PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE", "BYTES OUT", "BYTES IN"];
+    table(&head, &rows.collect::<Vec<_>>())
 }
 
 fn ports_text(list: &PortList) -> String {

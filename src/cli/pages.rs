@@ -139,9 +139,9 @@ const MORE: [(&str, &[&str]); 4] = [
         "SIGNALS",
         &[
             "SIGTERM and SIGINT end vunet: links and sockets of its own are removed, and the guest's connections are reset.",
-            "SIGHUP has the file of --config read again. log-level and dns-host change at once. Where any other setting would \
-             change, or the file is wrong, an error in the log says which, and nothing changes. Without --config, SIGHUP ends \
-             the process.",
+            "SIGHUP has the file of --config read again. log-level, dns-host and published ports (publish, tcp-ports, udp-ports) \
+             change at once. Where any other setting would change, a port cannot be published, or the file is wrong, an \
+             error in the log says which, and nothing changes. Without --config, SIGHUP ends the process.",
         ],
     ),
     (

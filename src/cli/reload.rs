@@ -17,7 +17,13 @@ use crate::config::{Config, DnsConfig, Lan, LiveConfig};
 type Judge = fn(&Args, &Running, &mut LiveConfig) -> Result<(), ReloadError>;
 
 /// The keys that can change while the backend runs.
-const LIVE: &[(&str, Judge)] = &[("log-level", log_level), ("dns-host", dns_host)];
+const LIVE: &[(&str, Judge)] = &[
+    ("log-level", log_level),
+    ("dns-host", dns_host),
+    ("publish", publish),
+    ("tcp-ports", publish),
+    ("udp-ports", publish),
+];
 
 /// Why a reload is refused; nothing of it was applied.
 #[derive(Debug, Error)]
@@ -154,6 +160,14 @@ fn dns_host(args: &Args, running: &Running, live: &mut LiveConfig) -> Result<(),
     Ok(())
 }
 
+/// Ports of all keys that publish, as no host port may be published twice. Whether ports lead to this guest at all, and
+/// whether the host has them, shows when they are published.
+fn publish(args: &Args, _: &Running, live: &mut LiveConfig) -> Result<(), ReloadError> {
+    let ports = check::published(args);
+    live.publish = Some(ports.map_err(|error| ReloadError::Settings(error.to_string()))?);
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -234,6 +248,20 @@ mod tests {
         let (dir, mut reloader) = started("socket-path = 'vm.sock'\n", "--log-level warn --ip-mtu 1400");
         let text = "socket-path = 'vm.sock'\nlog-level = 'debug'\nip-mtu = 9000\n";
         assert_eq!(again(&dir, &mut reloader, text), Ok(LiveConfig::default()));
+    }
+
+    #[test]
+    fn ports_of_all_keys_together_are_published_and_none_twice() {
+        let (dir, mut reloader) = started("socket-path = 'vm.sock'\npublish = ['80:80']\n", "");
+        let text = "socket-path = 'vm.sock'\npublish = ['80:80']\ntcp-ports = ['81']\nudp-ports = ['80']\n";
+        let live = again(&dir, &mut reloader, text).unwrap();
+        let ports: Vec<_> = live.publish.unwrap().iter().map(ToString::to_string).collect();
+        assert_eq!(ports, ["tcp:0.0.0.0:80:80", "tcp:0.0.0.0:81:81", "udp:0.0.0.0:80:80"]);
+        let text = "socket-path = 'vm.sock'\npublish = ['80:80']\ntcp-ports = ['80']\n";
+        let error = again(&dir, &mut reloader, text).unwrap_err();
+        assert!(error.contains("publish each host port once"), "{error}");
+        let live = again(&dir, &mut reloader, "socket-path = 'vm.sock'\n").unwrap();
+        assert_eq!(live.publish, Some(Vec::new()));
     }
 
     #[test]

@@ -315,13 +315,19 @@ pub struct LiveConfig {
     pub log_level: Option<String>,
     /// Local names; the domain is that of the start.
     pub dns: Option<DnsConfig>,
+    /// All ports that are to be published.
+    pub publish: Option<Vec<Publish>>,
 }
 
 impl LiveConfig {
     /// The settings that change, by name.
     pub fn keys(&self) -> Vec<&'static str> {
-        let LiveConfig { log_level, dns } = self;
-        let keys = [(log_level.is_some(), "log-level"), (dns.is_some(), "dns-host")];
+        let LiveConfig { log_level, dns, publish } = self;
+        let keys = [
+            (log_level.is_some(), "log-level"),
+            (dns.is_some(), "dns-host"),
+            (publish.is_some(), "published ports"),
+        ];
         keys.into_iter().filter_map(|(changes, key)| changes.then_some(key)).collect()
     }
 }

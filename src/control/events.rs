@@ -81,6 +81,12 @@ pub struct FlowEvent {
     pub guest: SocketAddr,
     /// The remote end as the guest sees it.
     pub remote: SocketAddr,
+    /// Payload that one which ended has carried from the guest, where that is counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from_guest_bytes: Option<u64>,
+    /// The same to the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to_guest_bytes: Option<u64>,
 }
 
 /// A published port.
@@ -96,7 +102,13 @@ pub struct PortEvent {
 
 impl From<FlowNews> for Event {
     fn from(news: FlowNews) -> Event {
-        let flow = FlowEvent { protocol: news.protocol, guest: news.guest, remote: news.remote };
+        let flow = FlowEvent {
+            protocol: news.protocol,
+            guest: news.guest,
+            remote: news.remote,
+            from_guest_bytes: news.carried.map(|carried| carried.from_guest_bytes),
+            to_guest_bytes: news.carried.map(|carried| carried.to_guest_bytes),
+        };
         if news.opened { Event::FlowOpened(flow) } else { Event::FlowClosed(flow) }
     }
 }
@@ -255,6 +267,8 @@ mod tests {
             protocol: FlowProtocol::Tcp,
             guest: "10.0.2.2:5".parse().unwrap(),
             remote: "192.0.2.1:80".parse().unwrap(),
+            from_guest_bytes: None,
+            to_guest_bytes: None,
         }
     }
 
@@ -295,5 +309,8 @@ mod tests {
             "event": "flow_opened", "protocol": "tcp", "guest": "10.0.2.2:5", "remote": "192.0.2.1:80"
         });
         assert_eq!(json, wanted);
+        let ended = FlowEvent { from_guest_bytes: Some(7), to_guest_bytes: Some(0), ..flow() };
+        let json = serde_json::to_value(Event::FlowClosed(ended)).unwrap();
+        assert_eq!((json["from_guest_bytes"].as_u64(), json["to_guest_bytes"].as_u64()), (Some(7), Some(0)));
     }
 }

@@ -20,6 +20,7 @@ pub mod lease_keeping;
 pub mod network_watch;
 pub mod port_relay;
 pub mod ports;
+pub mod ports_of_settings;
 pub mod service_manager;
 pub mod signals;
 pub mod station_leases;

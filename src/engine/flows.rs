@@ -79,6 +79,16 @@ pub enum Began {
     World,
 }
 
+/// Payload that a flow carried since it began: bytes that the other end has not seen before. Held payload counts once it
+/// left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// From the guest.
+    pub from_guest_bytes: u64,
+    /// To the guest.
+    pub to_guest_bytes: u64,
+}
+
 /// One flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowView {
@@ -96,6 +106,8 @@ pub struct FlowView {
     pub began: Option<Began>,
     /// Time since anything was carried.
     pub idle: Duration,
+    /// What it carried, where that is counted: translated packets are not.
+    pub carried: Option<Carried>,
 }
 
 /// Which flows are asked for. What is `None` does not matter.
@@ -190,6 +202,8 @@ pub struct FlowNews {
     pub guest: SocketAddr,
     /// The remote end as the guest sees it.
     pub remote: SocketAddr,
+    /// What one that ended has carried, where that is counted.
+    pub carried: Option<Carried>,
 }
 
 /// Flows that began or ended since somebody took notice; nothing is noted while nobody listens.
@@ -236,6 +250,7 @@ mod tests {
             state: "established",
             began: None,
             idle: Duration::ZERO,
+            carried: None,
         }
     }
 
@@ -282,6 +297,7 @@ mod tests {
             protocol: FlowProtocol::Udp,
             guest: ([10, 0, 2, 2], 1).into(),
             remote: ([192, 0, 2, 1], 2).into(),
+            carried: None,
         };
         let mut list = NewsList::default();
         list.note(news);

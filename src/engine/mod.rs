@@ -631,6 +631,11 @@ impl<N: HostNet> Engine<N> {
         self.letters.pop_front()
     }
 
+    /// So many letters to other workers were lost, as those were too slow for them.
+    pub fn letters_lost(&mut self, count: u64) {
+        self.core.counters.drop_many(DropReason::TableFull, count);
+    }
+
     /// A letter from another worker.
     pub fn letter(&mut self, now: Instant, port: &mut impl GuestPort, post: PostOf<N>) {
         self.begin(now);

@@ -49,6 +49,7 @@ use crate::engine::EngineConfig;
 use crate::engine::gateway::SharedDhcp;
 use crate::limits;
 use crate::network::store::keeper::Keeper;
+use crate::network::store::reading::LeaseReader;
 use crate::sandbox::namespaces::{NamespaceError, Namespaces};
 use crate::service::dns::DnsService;
 use crate::uplink::sys::socket::raise_open_files_limit;
@@ -83,6 +84,8 @@ pub struct Services {
     pub dhcp: SharedDhcp,
     /// What keeps the store of leases small and current.
     pub keeper: Option<Keeper>,
+    /// Reads that store beside who writes it.
+    pub leases: Option<LeaseReader>,
 }
 
 /// Why there is no holder, or why it had to end.

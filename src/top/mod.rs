@@ -21,7 +21,8 @@ use sample::{Sampler, Shown};
 
 /// Watch a backend that runs: rates, queues, drops and flows, live in the terminal
 ///
-/// Keys: up, down, PageUp and PageDown move through flows, p halts the picture, q ends.
+/// Keys: up, down, PageUp and PageDown move through flows, s sorts them by use or by bytes each way, p halts the picture, q
+/// ends.
 #[derive(Clone, Debug, Args)]
 pub struct Top {
     /// Socket of the backend, as it was given with --control
@@ -88,6 +89,10 @@ impl Top {
                 match wish(&event::read()?) {
                     Wish::End => return Ok(()),
                     Wish::Halt => halted = !halted,
+                    Wish::Sort => {
+                        sampler.order = sampler.order.next();
+                        shown.sort(sampler.order);
+                    }
                     Wish::Up(by) => scrolled = scrolled.saturating_sub(by),
                     Wish::Down(by) => scrolled = scrolled.saturating_add(by),
                     Wish::Nothing => {}
@@ -106,6 +111,7 @@ impl Top {
 enum Wish {
     End,
     Halt,
+    Sort,
     Up(usize),
     Down(usize),
     Nothing,
@@ -123,6 +129,7 @@ fn wish(event: &Event) -> Wish {
         KeyCode::Char('c') if key.modifiers.contains(KeyModifiers::CONTROL) => Wish::End,
         KeyCode::Char('q') | KeyCode::Esc => Wish::End,
         KeyCode::Char('p' | ' ') => Wish::Halt,
+        KeyCode::Char('s') => Wish::Sort,
         KeyCode::Up | KeyCode::Char('k') => Wish::Up(1),
         KeyCode::Down | KeyCode::Char('j') => Wish::Down(1),
         KeyCode::PageUp => Wish::Up(PAGE),

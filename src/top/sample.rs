@@ -1,5 +1,6 @@
 //! What is shown: two answers of the API, and what happened a second between them.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::time::Instant;
 
@@ -37,8 +38,52 @@ pub(super) struct Shown {
     pub(super) history: [VecDeque<u64>; 2],
     /// The most frequent first.
     pub(super) drops: Vec<Drop>,
-    /// Those used last first.
+    /// In the order of `order`.
     pub(super) flows: Vec<FlowStatus>,
+    pub(super) order: Order,
+}
+
+/// Which flows come first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Order {
+    #[default]
+    UsedLast,
+    MostFromGuest,
+    MostToGuest,
+}
+
+impl Order {
+    /// The next one.
+    pub(super) const fn next(self) -> Order {
+        match self {
+            Order::UsedLast => Order::MostFromGuest,
+            Order::MostFromGuest => Order::MostToGuest,
+            Order::MostToGuest => Order::UsedLast,
+        }
+    }
+
+    /// For people.
+    pub(super) const fn text(self) -> &'static str {
+        match self {
+            Order::UsedLast => "used last first",
+            Order::MostFromGuest => "most bytes from the guest first",
+            Order::MostToGuest => "most bytes to the guest first",
+        }
+    }
+}
+
+impl Shown {
+    /// Puts flows into another order.
+    pub(super) fn sort(&mut self, order: Order) {
+        self.order = order;
+        match order {
+            Order::UsedLast => {
+                self.flows.sort_by(|one, other| one.idle_seconds.total_cmp(&other.idle_seconds));
+            }
+            Order::MostFromGuest => self.flows.sort_by_key(|flow| Reverse(flow.from_guest_bytes)),
+            Order::MostToGuest => self.flows.sort_by_key(|flow| Reverse(flow.to_guest_bytes)),
+        }
+    }
 }
 
 /// What the last answer was.
@@ -46,11 +91,12 @@ pub(super) struct Shown {
 pub(super) struct Sampler {
     last: Option<(Instant, CountersAnswer)>,
     history: [VecDeque<u64>; 2],
+    pub(super) order: Order,
 }
 
 impl Sampler {
     pub(super) fn new() -> Sampler {
-        Sampler { last: None, history: Default::default() }
+        Sampler { last: None, history: Default::default(), order: Order::default() }
     }
 
     /// Asks the backend.
@@ -67,7 +113,7 @@ impl Sampler {
         now: Instant,
         status: Status,
         counters: CountersAnswer,
-        mut flows: Vec<FlowStatus>,
+        flows: Vec<FlowStatus>,
     ) -> Shown {
         let (before, seconds) = match &self.last {
             Some((at, before)) => (before.clone(), now.duration_since(*at).as_secs_f64().max(1e-3)),
@@ -102,10 +148,12 @@ impl Sampler {
                 a_second: rate(*total, before.drops.get(reason).copied().unwrap_or(0)),
             })
             .collect();
-        drops.sort_by_key(|drop| std::cmp::Reverse(drop.total));
-        flows.sort_by(|one, other| one.idle_seconds.total_cmp(&other.idle_seconds));
+        drops.sort_by_key(|drop| Reverse(drop.total));
         self.last = Some((now, counters));
-        Shown { status, rates, history: self.history.clone(), drops, flows }
+        let history = self.history.clone();
+        let mut shown = Shown { status, rates, history, drops, flows, order: self.order };
+        shown.sort(self.order);
+        shown
     }
 }
 
@@ -178,6 +226,8 @@ pub(super) mod tests {
             state: "established".to_owned(),
             began: Some("guest".to_owned()),
             idle_seconds,
+            from_guest_bytes: Some(1000 * u64::from(port)),
+            to_guest_bytes: None,
         }
     }
 
@@ -196,6 +246,25 @@ pub(super) mod tests {
         assert_eq!(shown.history[0], [0, 2_000_000]);
         let again = sampler.take(begun + Duration::from_secs(3), status(), counters(0, 0), Vec::new());
         assert_eq!(again.rates, Rates::default(), "a backend that was started anew counts from nothing");
+    }
+
+    #[test]
+    fn flows_are_in_the_order_that_was_asked_for() {
+        let mut sampler = Sampler::new();
+        let bytes = |port, from_guest_bytes, to_guest_bytes| FlowStatus {
+            from_guest_bytes,
+            to_guest_bytes,
+            ..flow(port, f64::from(port))
+        };
+        let flows = || vec![bytes(1, Some(5), Some(9)), bytes(2, Some(7), Some(1)), bytes(3, None, None)];
+        let mut orders = Vec::new();
+        for _ in 0..3 {
+            let shown = sampler.take(Instant::now(), status(), counters(0, 0), flows());
+            orders.push(shown.flows.iter().map(|flow| flow.guest.port()).collect::<Vec<_>>());
+            sampler.order = sampler.order.next();
+        }
+        assert_eq!(orders, [[1, 2, 3], [2, 1, 3], [1, 2, 3]]);
+        assert_eq!(sampler.order, Order::UsedLast, "and round again");
     }
 
     #[test]

@@ -32,7 +32,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, scrolled: usize, halted
     frame.render_widget(drop_table(&shown.drops), drops);
     frame.render_widget(flow_table(shown, scrolled), flows);
     let state = if halted { "halted   " } else { "" };
-    let keys = format!(" {state}q ends   p halts   up, down, PageUp, PageDown: flows");
+    let keys = format!(" {state}q ends   p halts   s sorts   up, down, PageUp, PageDown: flows");
     frame.render_widget(Paragraph::new(keys).style(HEAD), foot);
 }
 
@@ -127,6 +127,11 @@ fn drop_table(drops: &[Drop]) -> Table<'_> {
         .block(Block::bordered().title(Span::styled(" drops ", TITLE)))
 }
 
+/// Bytes, where they are counted.
+fn bytes(count: Option<u64>) -> String {
+    count.map_or_else(|| "-".to_owned(), |count| short(count as f64) + "B")
+}
+
 fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
     let rows = shown.flows.iter().skip(scrolled).map(|flow| {
         let protocol = serde_json::to_value(flow.protocol).unwrap_or_default();
@@ -137,6 +142,8 @@ fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
             flow.state.clone(),
             flow.began.clone().unwrap_or_default(),
             format!("{:.1} s", flow.idle_seconds),
+            bytes(flow.from_guest_bytes),
+            bytes(flow.to_guest_bytes),
         ])
     });
     let widths = [
@@ -146,10 +153,15 @@ fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
         Constraint::Length(12),
         Constraint::Length(8),
         Constraint::Length(10),
+        Constraint::Length(9),
+        Constraint::Length(9),
     ];
-    let title = format!(" flows, used last first: {} from {} on ", shown.flows.len(), scrolled + 1);
+    let order = shown.order.text();
+    let title = format!(" flows, {order}: {} from {} on ", shown.flows.len(), scrolled + 1);
     Table::new(rows, widths)
-        .header(Row::new(["PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE"]).style(HEAD))
+        .header(
+            Row::new(["PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE", "OUT", "IN"]).style(HEAD),
+        )
         .block(Block::bordered().title(Span::styled(title, TITLE)))
 }
 
@@ -201,6 +213,7 @@ mod tests {
             "192.0.2.1:443",
             "established",
             "0.1 s",
+            "40.0 MB",
         ] {
             assert!(picture.contains(part), "{part} in\n{picture}");
         }

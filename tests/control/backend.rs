@@ -68,12 +68,35 @@ impl Backend {
 
     /// Sends a request as it is and reads all of the answer.
     pub(crate) fn raw(&self, request: &str) -> String {
+        String::from_utf8(self.raw_bytes(request.as_bytes())).unwrap()
+    }
+
+    /// The same of bytes that may be no text.
+    pub(crate) fn raw_bytes(&self, request: &[u8]) -> Vec<u8> {
         let mut stream = self.connect();
         // A backend that refuses early closes early.
-        let _ = stream.write_all(request.as_bytes());
+        let _ = stream.write_all(request);
         let mut answer = Vec::new();
         let _ = stream.read_to_end(&mut answer);
-        String::from_utf8(answer).unwrap()
+        answer
+    }
+
+    /// Sends a request as it is and reads its answer until `part` is in it.
+    pub(crate) fn begin_of(&self, request: &str, part: &str) -> String {
+        let mut stream = self.connect();
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        while !answer.contains(part) {
+            let mut some = [0; 4096];
+            let count = stream.read(&mut some).unwrap();
+            assert!(count > 0, "no {part:?} in {answer}");
+            answer += std::str::from_utf8(&some[..count]).unwrap();
+        }
+        answer
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// A request with a body of JSON, or none.

@@ -4,6 +4,8 @@
 mod backend;
 mod bounds;
 mod description;
+mod endpoints;
+mod hostile;
 mod metrics;
 mod resources;
 mod settings;

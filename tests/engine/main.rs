@@ -5,6 +5,7 @@
 
 mod behaviours;
 mod bounds;
+mod carried;
 mod churn;
 mod datagram_churn;
 mod datagrams;

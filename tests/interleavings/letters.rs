@@ -1,8 +1,9 @@
-//! Letters between workers: the rings and the eventfd of `postbox`, with two senders.
+//! Letters between workers: the rings and the eventfd of `postbox`, with two senders; and a sender whose ring is full.
 
 use loom::sync::Arc;
 use loom::sync::atomic::AtomicUsize;
-use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release, SeqCst};
+use loom::sync::atomic::fence;
 use loom::thread;
 
 use crate::{assert_noticed, assert_sound, explore};
@@ -92,5 +93,89 @@ fn clearing_the_event_after_the_letters_or_signalling_before_them_loses_some() {
     for fault in [Fault::ClearedLate, Fault::SignalledEarly] {
         println!("{fault:?}");
         assert_noticed(&explore(move || loses(fault)));
+    }
+}
+
+/// Steps left out of the waiting for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RoomFault {
+    None,
+    /// The sender says that it waits, and does not look again.
+    NoSecondLook,
+    /// It looks again before others see that it waits.
+    NoFenceOfSender,
+    /// The receiver looks for who waits before others see what it took.
+    NoFenceOfReceiver,
+}
+
+/// A ring with one place.
+struct OnePlace {
+    head: AtomicUsize,
+    tail: AtomicUsize,
+    waits: AtomicUsize,
+    /// The sender's eventfd.
+    event: AtomicUsize,
+}
+
+/// `Outbox::push_all` of one letter.
+fn push(ring: &OnePlace) -> bool {
+    let tail = ring.tail.load(Relaxed);
+    let has_room = tail == ring.head.load(Acquire);
+    if has_room {
+        ring.tail.store(tail + 1, Release);
+    }
+    has_room
+}
+
+/// `Outbox::deliver` of one letter; whether it was sent.
+fn deliver(ring: &OnePlace, fault: RoomFault) -> bool {
+    if push(ring) {
+        return true;
+    }
+    ring.waits.store(1, Relaxed);
+    if fault != RoomFault::NoFenceOfSender {
+        fence(SeqCst);
+    }
+    fault != RoomFault::NoSecondLook && push(ring)
+}
+
+/// `Postbox::take_turn`.
+fn take_turn(ring: &OnePlace, fault: RoomFault) {
+    let head = ring.head.load(Relaxed);
+    if ring.tail.load(Acquire) > head {
+        ring.head.store(head + 1, Release);
+    }
+    if fault != RoomFault::NoFenceOfReceiver {
+        fence(SeqCst);
+    }
+    if ring.waits.load(Relaxed) == 1 && ring.waits.swap(0, Relaxed) == 1 {
+        ring.event.fetch_add(1, AcqRel);
+    }
+}
+
+/// Whether the sender of three letters sleeps without an event although there is room for the next.
+fn sleeps_on(fault: RoomFault) -> bool {
+    let [head, tail, waits, event] = std::array::from_fn(|_| AtomicUsize::new(0));
+    let ring = Arc::new(OnePlace { head, tail, waits, event });
+    let sender = {
+        let ring = Arc::clone(&ring);
+        thread::spawn(move || (0..3).all(|_| deliver(&ring, fault)))
+    };
+    (0..2).for_each(|_| take_turn(&ring, fault));
+    let is_sent = sender.join().expect("no panic");
+    let has_room = ring.head.load(Relaxed) == ring.tail.load(Relaxed);
+    !is_sent && has_room && ring.event.load(Relaxed) == 0
+}
+
+#[test]
+fn no_sender_sleeps_although_there_is_room() {
+    assert_sound(&explore(|| sleeps_on(RoomFault::None)));
+}
+
+#[test]
+fn a_sender_that_does_not_look_again_or_is_not_seen_sleeps_on() {
+    for fault in [RoomFault::NoSecondLook, RoomFault::NoFenceOfSender, RoomFault::NoFenceOfReceiver] {
+        println!("{fault:?}");
+        assert_noticed(&explore(move || sleeps_on(fault)));
     }
 }

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 
 use axum::Json;
-use axum::extract::rejection::QueryRejection;
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -70,6 +70,10 @@ pub struct FlowStatus {
     pub began: Option<String>,
     /// Seconds since anything was carried.
     pub idle_seconds: f64,
+    /// Payload carried from the guest since it began, where that is counted: not with packet NAT.
+    pub from_guest_bytes: Option<u64>,
+    /// The same to the guest.
+    pub to_guest_bytes: Option<u64>,
 }
 
 impl FlowStatus {
@@ -82,6 +86,8 @@ impl FlowStatus {
             state: flow.state.to_owned(),
             began: flow.began.map(|began| if began == Began::Guest { "guest" } else { "world" }.to_owned()),
             idle_seconds: flow.idle.as_secs_f64(),
+            from_guest_bytes: flow.carried.map(|carried| carried.from_guest_bytes),
+            to_guest_bytes: flow.carried.map(|carried| carried.to_guest_bytes),
         }
     }
 }
@@ -149,11 +155,16 @@ pub(super) async fn list(
     params(("id" = String, Path, description = "Its name, as the list has it")),
     responses(
         (status = 204, description = "Ended"),
+        (status = 400, description = "The name is not UTF-8", body = ErrorBody),
         (status = 404, description = "There is no such flow", body = ErrorBody),
         (status = 503, description = "A worker does not answer", body = ErrorBody),
     )
 )]
-pub(super) async fn end(State(api): Shared, Path(id): Path<String>) -> Result<StatusCode, ApiError> {
+pub(super) async fn end(
+    State(api): Shared,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<StatusCode, ApiError> {
+    let Path(id) = id?;
     let no_flow = || ApiError::not_found(format!("no flow {id:?}"));
     let (worker, place) = parse(&id).ok_or_else(no_flow)?;
     let handle = api.workers.get(worker).ok_or_else(no_flow)?;

@@ -36,13 +36,13 @@ use utoipa_axum::routes;
 
 pub use self::error::ApiError;
 pub use self::facts::Facts;
+use self::leases::LeaseSource;
 pub use self::server::{StreamPlaces, listen, listen_for_metrics, serve, serve_metrics};
 pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
 use crate::control::ports::Ports;
-use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
 use crate::requests::{Answer, Request, WorkerHandle};
 use crate::service::dns::DnsService;
@@ -58,8 +58,8 @@ pub struct Api {
     pub facts: Facts,
     /// The workers, in their order.
     pub workers: Vec<WorkerHandle>,
-    /// The process's leases.
-    pub dhcp: SharedDhcp,
+    /// The process's leases, or its named network's.
+    pub leases: LeaseSource,
     /// The guest's address as DHCP gives it.
     pub guest: watch::Receiver<Option<Ipv4Addr>>,
     /// Local names.

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use axum::Json;
-use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
@@ -180,10 +180,10 @@ pub(super) async fn add(
 )]
 pub(super) async fn remove(
     State(api): Shared,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
     removal: Result<Query<Removal>, QueryRejection>,
 ) -> Result<Json<Removed>, ApiError> {
-    let Query(Removal { keep }) = removal?;
+    let (Path(name), Query(Removal { keep })) = (name?, removal?);
     let id = find(&api.ports.list().await, &name)?;
     let ports = api.ports.clone();
     let removed = tokio::spawn(async move { ports.remove(id, !keep).await }).await;

@@ -28,7 +28,7 @@ fn ends(key: &FlowKey) -> (SocketAddr, SocketAddr) {
 pub(super) fn news(opened: bool, flow: &Flow) -> FlowNews {
     let key = flow.key();
     let (guest, remote) = ends(&key);
-    FlowNews { opened, protocol: protocol(&key), guest, remote }
+    FlowNews { opened, protocol: protocol(&key), guest, remote, carried: None }
 }
 
 fn view(flow: &Flow, id: flow::FlowId, now: Instant) -> FlowView {
@@ -48,6 +48,8 @@ fn view(flow: &Flow, id: flow::FlowId, now: Instant) -> FlowView {
         state,
         began: Some(if flow.flags.has(FlowFlags::FROM_WORLD) { Began::World } else { Began::Guest }),
         idle: Duration::from_millis(u64::from(idle_ms)),
+        // The entry's first cache line has no room for it, and its second is not touched by packets under way.
+        carried: None,
     }
 }
 

@@ -13,8 +13,8 @@
 //!
 //! - Leases of a process that is gone are let go ([`processes`]).
 //!
-//! `file` opens and lays out, `pool` decides within a transaction, [`live_names`] reads for DNS, [`keeper`]
-//! writes the log back, `reservations` says what is reserved.
+//! `file` opens and lays out, `pool` decides within a transaction, [`live_names`] reads for DNS, [`reading`] for the
+//! control API, [`keeper`] writes the log back, `reservations` says what is reserved.
 //!
 //! Read first: `docs/adr/0010-the-lease-store.md`, `docs/leases.md`.
 
@@ -24,6 +24,7 @@ pub mod keeper;
 pub mod live_names;
 mod pool;
 pub mod processes;
+pub mod reading;
 mod reservations;
 
 use std::net::Ipv4Addr;

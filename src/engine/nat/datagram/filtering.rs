@@ -11,6 +11,7 @@ use crate::config::UdpFiltering;
 use crate::engine::core::Core;
 use crate::engine::host_net::{Arrival, HostDatagram};
 use crate::engine::nat::policy;
+use crate::wire::icmpv4;
 
 impl<D: HostDatagram> DatagramTable<D> {
     /// The remote end as the guest sees it, if it may send to this socket.
@@ -26,6 +27,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             if self.peers[peer].key.guest == guest {
                 self.peers[peer].local = arrival.to;
                 self.hear(core, peer);
+                self.count_to_guest(peer, arrival);
                 return Some(self.peers[peer].key.remote);
             }
             // The guest behind a published port has another address now.
@@ -38,6 +40,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         if let Some(&peer) = self.by_key.get(&key) {
             if self.peers[peer].real == real {
                 // The guest talks to it through another socket, and will go on to.
+                self.count_to_guest(peer, arrival);
                 return Some(key.remote);
             }
             let taken = |port| {
@@ -47,7 +50,18 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
         let peer = self.add_peer(core, at, key, real, true);
         self.peers[peer].local = arrival.to;
+        self.count_to_guest(peer, arrival);
         Some(key.remote)
+    }
+
+    /// Counts the payload of what came.
+    fn count_to_guest(&mut self, peer: usize, arrival: &Arrival<'_>) {
+        let peer = &mut self.peers[peer];
+        let head_bytes = match peer.key.kind {
+            Kind::Udp => 0,
+            Kind::Echo => icmpv4::HEADER_BYTES,
+        };
+        peer.carried.to_guest_bytes += arrival.bytes.len().saturating_sub(head_bytes) as u64;
     }
 
     /// Whether an endpoint the guest has not sent to from there may send to it.

@@ -26,6 +26,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             state: if peer.answered { "answered" } else { "unanswered" },
             began: Some(if peer.stranger { Began::World } else { Began::Guest }),
             idle: now.since(self.mappings[peer.mapping].last_active),
+            carried: Some(peer.carried),
         };
         walk.over(Table::Datagram, self.peers.capacity(), |place| self.peers.get(place).map(view));
     }
@@ -43,6 +44,7 @@ impl<D: HostDatagram> DatagramTable<D> {
     /// Tells of an exchange that began or ended, if anybody listens.
     pub(super) fn note_flow(core: &mut Core, opened: bool, peer: &Peer) {
         let (guest, remote, protocol) = (peer.key.guest, peer.key.remote, peer.key.kind.protocol());
-        core.flow_news.note(|| FlowNews { opened, protocol, guest, remote });
+        let carried = (!opened).then_some(peer.carried);
+        core.flow_news.note(|| FlowNews { opened, protocol, guest, remote, carried });
     }
 }

@@ -25,6 +25,7 @@ use super::{Datagram, TokenKind, policy};
 use crate::addr::MacAddr;
 use crate::config::{Publish, UdpConfig, UdpMapping};
 use crate::engine::core::{Core, Neighbour, Owner};
+use crate::engine::flows::Carried;
 use crate::engine::host_net::{HostDatagram, PacketFields, Token};
 use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
@@ -90,6 +91,7 @@ struct MovedPeer {
     spoken: bool,
     stranger: bool,
     sent: Sent,
+    carried: Carried,
 }
 
 impl<D> Moved<D> {
@@ -152,6 +154,7 @@ struct Peer {
     stranger: bool,
     /// What the guest sent to it last.
     sent: Sent,
+    carried: Carried,
     /// The host's address it sends to, which answers come from.
     local: Option<IpAddr>,
     timer: TimerSlot,
@@ -406,6 +409,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             _ => socket.send_to(head, &payload, peer.real)?,
         }
         core.counters.payload_from_guest_bytes += payload.len() as u64;
+        peer.carried.from_guest_bytes += payload.len() as u64;
         Ok(())
     }
 
@@ -431,8 +435,8 @@ impl<D: HostDatagram> DatagramTable<D> {
         let mut peers = Vec::new();
         let mut next = self.mappings[at].newest_peer;
         while let Some(peer) = next.map(|peer| &self.peers[peer]) {
-            let Peer { key, real, answered, spoken, stranger, sent, older, .. } = *peer;
-            peers.push(MovedPeer { key, real, answered, spoken, stranger, sent });
+            let Peer { key, real, answered, spoken, stranger, sent, carried, older, .. } = *peer;
+            peers.push(MovedPeer { key, real, answered, spoken, stranger, sent, carried });
             if peers.len() > limits::MOVED_PEERS_MAX {
                 return None;
             }
@@ -466,10 +470,10 @@ impl<D: HostDatagram> DatagramTable<D> {
         let at = self.insert(core, end.kind, socket);
         self.serve(at, end);
         self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
-        for MovedPeer { key, real, answered, spoken, stranger, sent } in peers {
+        for MovedPeer { key, real, answered, spoken, stranger, sent, carried } in peers {
             let at = self.add_peer(core, at, key, real, stranger);
             let peer = &mut self.peers[at];
-            (peer.answered, peer.spoken, peer.sent) = (answered, spoken, sent);
+            (peer.answered, peer.spoken, peer.sent, peer.carried) = (answered, spoken, sent, carried);
         }
     }
 

@@ -13,6 +13,7 @@ use hashbrown::HashMap;
 use super::{DatagramTable, Key, Kind, Peer, PeerId, Sent};
 use crate::config::UdpFiltering;
 use crate::engine::core::Core;
+use crate::engine::flows::Carried;
 use crate::engine::host_net::{HostDatagram, Token};
 use crate::engine::nat::TokenKind;
 use crate::engine::placement::Place;
@@ -47,6 +48,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             spoken: false,
             stranger,
             sent: Sent::default(),
+            carried: Carried::default(),
             local: None,
             timer: TimerSlot::default(),
             newer: None,

@@ -24,6 +24,7 @@ use super::scoreboard::Scoreboard;
 use crate::addr::MacAddr;
 use crate::engine::core::Core;
 use crate::engine::counters::DropReason;
+use crate::engine::flows::Carried;
 use crate::engine::host_net::{Close, HostStream, Readiness, Token};
 use crate::engine::timers::TimerSlot;
 use crate::frame::{Payload, QueuePair};
@@ -366,6 +367,8 @@ pub struct Flow<S> {
     pub(super) last_active: Instant,
     /// A client of a published port began it.
     pub(super) from_world: bool,
+    /// What it carried.
+    pub(super) carried: Carried,
     /// When it came to this worker.
     begun: Instant,
 }
@@ -380,6 +383,7 @@ pub struct Moved<D> {
     recv: Recv,
     send: Send,
     from_world: bool,
+    carried: Carried,
 }
 
 impl<D> Moved<D> {
@@ -400,6 +404,7 @@ impl<S: HostStream> Flow<S> {
             recv: self.recv,
             send: self.send,
             from_world: self.from_world,
+            carried: self.carried,
         }
     }
 
@@ -427,6 +432,7 @@ impl<S: HostStream> Flow<S> {
             under_way: None,
             last_active: now,
             from_world: moved.from_world,
+            carried: moved.carried,
             begun: now,
         })
     }
@@ -466,6 +472,7 @@ impl<S: HostStream> Flow<S> {
             under_way: None,
             last_active: core.now,
             from_world: matches!(origin, Origin::World),
+            carried: Carried::default(),
             begun: core.now,
         };
         flow.begin(core, origin);
@@ -567,6 +574,7 @@ impl<S: HostStream> Flow<S> {
             match stream.send(&Payload::from_host(bytes)) {
                 Ok(len) => {
                     let short = len < bytes.len();
+                    self.carried.from_guest_bytes += len as u64;
                     self.recv.nxt = self.recv.nxt + len;
                     self.recv.ack_due = true;
                     if short {
@@ -600,6 +608,7 @@ impl<S: HostStream> Flow<S> {
             core.counters.drop(DropReason::TableFull);
         }
         core.counters.payload_from_guest_bytes += sent as u64;
+        self.carried.from_guest_bytes += sent as u64;
         self.recv.nxt = start + sent;
         if sent < queued {
             self.want_room();

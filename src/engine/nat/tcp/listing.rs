@@ -29,6 +29,7 @@ fn view<S>(flow: &Flow<S>, now: Instant) -> FlowView {
         state: flow.state.word(),
         began: Some(if flow.from_world { Began::World } else { Began::Guest }),
         idle: now.since(flow.last_active),
+        carried: Some(flow.carried),
     }
 }
 
@@ -50,6 +51,7 @@ impl<S: HostStream> TcpTable<S> {
     /// Notes a flow that began or ended, for who listens.
     pub(super) fn note_flow(core: &mut Core, opened: bool, flow: &Flow<S>) {
         let (guest, remote) = (flow.key.guest, flow.key.remote);
-        core.flow_news.note(|| FlowNews { opened, protocol: FlowProtocol::Tcp, guest, remote });
+        let carried = (!opened).then_some(flow.carried);
+        core.flow_news.note(|| FlowNews { opened, protocol: FlowProtocol::Tcp, guest, remote, carried });
     }
 }

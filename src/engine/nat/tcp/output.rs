@@ -305,6 +305,8 @@ impl<S: HostStream> Flow<S> {
         port.commit(vnet, head.bytes(), head_bytes + len);
         core.counters.frames_to_guest += 1;
         core.counters.payload_to_guest_bytes += len as u64;
+        let fresh = (self.send.nxt + len).distance_from(self.send.max).max(0) as usize;
+        self.carried.to_guest_bytes += fresh.min(len) as u64;
         self.recv.ack_due = false;
         self.recv.note_answer(core.now);
         self.sent(core, len + usize::from(ends));

@@ -494,6 +494,7 @@ impl<S: HostStream> Flow<S> {
             match stream.send(&fresh) {
                 Ok(len) => {
                     core.counters.payload_from_guest_bytes += len as u64;
+                    self.carried.from_guest_bytes += len as u64;
                     self.recv.nxt = self.recv.nxt + len;
                     at = self.recv.nxt;
                     fresh = fresh.range(len, fresh.len());
