@@ -31,14 +31,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Datagrams of one sender that wait for their way to the guest.
 const DATAGRAMS_WAITING: usize = 32;
 
-/// The relay of a published port. Dropped, it takes nobody any more; connections it has go on, and exchanges of
-/// datagrams end as their senders fall silent.
+/// The relay of a published port. Dropped, it takes nobody any more; connections it has go on, exchanges of
+/// datagrams end.
 #[derive(Debug)]
-pub struct Relay(AbortHandle);
+pub struct Relay {
+    task: AbortHandle,
+    /// Told of once they are to end; its receivers are the connections.
+    end: watch::Sender<bool>,
+}
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
@@ -51,16 +55,29 @@ impl Relay {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn new(socket: socket2::Socket, guest: GuestAddress, port: &Publish) -> io::Result<Relay> {
-        let relay = match port.protocol {
-            Protocol::Tcp => relay_tcp,
-            Protocol::Udp => relay_udp,
-        };
-        relay(socket, guest, port.guest_port).map(Relay)
+        let end = watch::Sender::new(false);
+        let task = match port.protocol {
+            Protocol::Tcp => relay_tcp(socket, guest, port.guest_port, end.clone()),
+            Protocol::Udp => relay_udp(socket, guest, port.guest_port),
+        }?;
+        Ok(Relay { task, end })
+    }
+
+    /// Resets the connections it has, both ways; how many.
+    pub fn reset(&self) -> usize {
+        let open = self.end.receiver_count();
+        self.end.send_replace(true);
+        open
     }
 }
 
 /// Relays connections that come to `socket`, which listens, to `port` of the guest.
-fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Result<AbortHandle> {
+fn relay_tcp(
+    socket: socket2::Socket,
+    guest: GuestAddress,
+    port: u16,
+    end: watch::Sender<bool>,
+) -> io::Result<AbortHandle> {
     let listener = TcpListener::from_std(socket.into())?;
     let task = tokio::spawn(async move {
         let places = Arc::new(Semaphore::new(RELAYED_MAX));
@@ -71,9 +88,9 @@ fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Res
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             };
-            let target = *guest.borrow();
+            let (target, end) = (*guest.borrow(), end.subscribe());
             tokio::spawn(async move {
-                if let Err(error) = relay_connection(client, target, port).await {
+                if let Err(error) = relay_connection(client, target, port, end).await {
                     tracing::debug!(port, %error, "a relayed connection ended");
                 }
                 drop(place);
@@ -83,9 +100,18 @@ fn relay_tcp(socket: socket2::Socket, guest: GuestAddress, port: u16) -> io::Res
     Ok(task.abort_handle())
 }
 
-async fn relay_connection(mut client: TcpStream, target: Option<Ipv4Addr>, port: u16) -> io::Result<()> {
+async fn relay_connection(
+    mut client: TcpStream,
+    target: Option<Ipv4Addr>,
+    port: u16,
+    mut end: watch::Receiver<bool>,
+) -> io::Result<()> {
     let Some(target) = target else { return reset(client) };
-    let mut guest = match TcpStream::connect((target, port)).await {
+    let connected = tokio::select! {
+        connected = TcpStream::connect((target, port)) => connected,
+        () = ended(&mut end) => return reset(client),
+    };
+    let mut guest = match connected {
         Ok(guest) => guest,
         // Nobody serves it there: the client is told as the guest would tell it.
         Err(_) => return reset(client),
@@ -93,10 +119,21 @@ async fn relay_connection(mut client: TcpStream, target: Option<Ipv4Addr>, port:
     for stream in [&client, &guest] {
         stream.set_nodelay(true)?;
     }
-    match tokio::io::copy_bidirectional(&mut client, &mut guest).await {
-        Ok(_) => Ok(()),
-        // One end was reset, so the other is.
-        Err(_) => reset(client).and(reset(guest)),
+    let outcome = tokio::select! {
+        outcome = tokio::io::copy_bidirectional(&mut client, &mut guest) => outcome.ok(),
+        () = ended(&mut end) => None,
+    };
+    match outcome {
+        Some(_) => Ok(()),
+        // One end was reset, so the other is; or both are to be.
+        None => reset(client).and(reset(guest)),
+    }
+}
+
+/// Waits until connections are to end: never, if the port is gone without that.
+async fn ended(end: &mut watch::Receiver<bool>) {
+    if end.wait_for(|end| *end).await.is_err() {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -6,6 +6,8 @@
 //!
 //! May touch: `requests`, `port_relay`, `uplink::published`, `network_watch`.
 
+use std::io;
+use std::net::SocketAddr;
 use std::sync::{Arc, PoisonError};
 
 use socket2::Socket;
@@ -15,13 +17,14 @@ use tokio::sync::{Mutex, MutexGuard};
 use super::events::{Event, Events, PortEvent};
 use super::network_watch::SharedJoined;
 use super::port_relay::{GuestAddress, Relay};
-use crate::config::Publish;
+use crate::config::{Protocol, Publish};
 use crate::holder::ports::LendError;
 use crate::holder::tenant::Lender;
 use crate::limits;
 use crate::network::manager::NetworkError;
 use crate::network::users::PublishedPort;
 use crate::requests::{NoAnswer, Request, WorkerHandle};
+use crate::uplink::conntrack::{Conntrack, Redirected};
 use crate::uplink::published::{self, BindError, Obstacle};
 
 /// Who serves published ports.
@@ -69,7 +72,7 @@ pub enum PortError {
     Bind(BindError),
     /// The socket cannot be served.
     #[error("{0} cannot be served: {1}")]
-    Serve(Publish, std::io::Error),
+    Serve(Publish, io::Error),
     /// A worker does not answer.
     #[error(transparent)]
     NoAnswer(#[from] NoAnswer),
@@ -77,13 +80,16 @@ pub enum PortError {
     #[error(transparent)]
     Holder(LendError),
     /// The named network does not take it.
-    #[error("the network does not redirect it: {0}")]
+    #[error("the network does not take it: {}", chain(.0))]
     Network(#[from] NetworkError),
-    /// Open connections cannot be closed from here.
+    /// Open connections cannot be ended from here; nothing was changed.
     #[error(
-        "connections that the kernel redirects cannot be ended here: remove the port with keep=true (--keep)"
+        "connections that the kernel redirects cannot be ended here ({0}): remove the port with keep=true (--keep)"
     )]
-    CannotClose,
+    CannotClose(io::Error),
+    /// The same, and the port is removed.
+    #[error("{0} is published no more, but its open connections go on: {1}")]
+    NotEnded(Publish, io::Error),
 }
 
 /// A port as it is published.
@@ -224,23 +230,56 @@ impl Ports {
     /// connections were reset; `None` if there is no such port.
     ///
     /// # Errors
-    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`] and [`PortError::NotHere`].
+    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`], [`PortError::NotHere`] and what a named
+    /// network refuses.
     pub async fn remove(&self, id: u64, reset: bool) -> Result<Option<usize>, PortError> {
         let mut table = self.table.lock().await;
-        match &*self.way {
-            Way::None(why) if table.entries.iter().any(|entry| entry.published.id == id) => {
-                return Err(PortError::NotHere(why));
-            }
-            Way::Kernel(..) if reset => return Err(PortError::CannotClose),
-            _ => {}
-        }
         let known = table.entries.iter().find(|entry| entry.published.id == id);
         let Some(port) = known.map(|entry| entry.published.port) else { return Ok(None) };
-        let outcome = self.remove_from(&mut table, id, reset).await;
-        tracing::info!(id, kind = port.protocol.name(), host = %port.host, "published no more");
-        self.events.tell(Event::PortUnpublished(event(&port)));
-        self.note(&table).await?;
+        let outcome = match &*self.way {
+            Way::None(why) => return Err(PortError::NotHere(why)),
+            Way::Kernel(joined, _) => self.remove_redirect(&mut table, id, joined, reset).await,
+            Way::Workers(_) | Way::Link(..) | Way::Holder(..) => {
+                let outcome = self.remove_from(&mut table, id, reset).await;
+                self.note(&table).await.and(outcome)
+            }
+        };
+        if table.entries.iter().all(|entry| entry.published.id != id) {
+            tracing::info!(id, kind = port.protocol.name(), host = %port.host, "published no more");
+            self.events.tell(Event::PortUnpublished(event(&port)));
+        }
         outcome
+    }
+
+    /// Removes a port that the kernel redirects: first its rule, so that it is there still if that fails.
+    async fn remove_redirect(
+        &self,
+        table: &mut Table,
+        id: u64,
+        joined: &SharedJoined,
+        reset: bool,
+    ) -> Result<Option<usize>, PortError> {
+        let Some(at) = table.entries.iter().position(|entry| entry.published.id == id) else {
+            return Ok(None);
+        };
+        let port = table.entries[at].published.port;
+        // Exchanges of datagrams end in any case, as they do elsewhere.
+        let redirected = redirected(joined, &port).filter(|redirected| reset || redirected.udp);
+        if let (Some(redirected), true) = (redirected, reset) {
+            with_conntrack(move |conntrack| conntrack.count(&redirected))
+                .await
+                .map_err(PortError::CannotClose)?;
+        }
+        let others = table.entries.iter().filter(|entry| entry.published.id != id);
+        note(joined, others.map(|entry| PublishedPort::from(&entry.published.port)).collect()).await?;
+        let relay = table.entries.remove(at).relay.filter(|_| reset);
+        let relayed = relay.as_ref().map_or(0, Relay::reset);
+        drop(relay);
+        let ended = match redirected {
+            Some(redirected) => with_conntrack(move |conntrack| conntrack.end(&redirected)).await,
+            None => Ok(0),
+        };
+        ended.map(|ended| Some(relayed + ended)).map_err(|error| PortError::NotEnded(port, error))
     }
 
     /// Removes a port without a word to others.
@@ -266,16 +305,36 @@ impl Ports {
     /// Tells others of the named network, and the kernel, what is published now.
     async fn note(&self, table: &Table) -> Result<(), PortError> {
         let (Way::Kernel(joined, _) | Way::Holder(joined, _)) = &*self.way else { return Ok(()) };
-        let published: Vec<PublishedPort> =
-            table.entries.iter().map(|entry| PublishedPort::from(&entry.published.port)).collect();
-        let joined = Arc::clone(joined);
-        let work = move || {
-            let mut joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
-            joined.update(|user| user.published = published)
-        };
-        // It does not panic.
-        tokio::task::spawn_blocking(work).await.map_or(Ok(()), |outcome| Ok(outcome?))
+        note(joined, table.entries.iter().map(|entry| PublishedPort::from(&entry.published.port)).collect())
+            .await
     }
+}
+
+/// Tells others of the named network, and the kernel, that this is published; or nothing, if it cannot be done.
+async fn note(joined: &SharedJoined, published: Vec<PublishedPort>) -> Result<(), PortError> {
+    let joined = Arc::clone(joined);
+    let work = move || {
+        let mut joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
+        joined.try_update(|user| user.published = published)
+    };
+    // It does not panic.
+    tokio::task::spawn_blocking(work).await.map_or(Ok(()), |outcome| Ok(outcome?))
+}
+
+/// What the kernel redirects by this port.
+fn redirected(joined: &SharedJoined, port: &Publish) -> Option<Redirected> {
+    let joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
+    let (SocketAddr::V4(host), Some(lan)) = (port.host, joined.definition().kind.lan()) else { return None };
+    let udp = port.protocol == Protocol::Udp;
+    Some(Redirected { udp, host, guest_port: port.guest_port, subnet: lan.subnet })
+}
+
+/// Asks the kernel for connections; aside, because it may have many.
+async fn with_conntrack<T: Send + 'static>(
+    work: impl FnOnce(&mut Conntrack) -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let work = move || Conntrack::open().and_then(|mut conntrack| work(&mut conntrack));
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 impl Table {
@@ -285,6 +344,12 @@ impl Table {
         self.entries.push(Entry { published, relay });
         published
     }
+}
+
+/// An error with its causes.
+fn chain(error: &NetworkError) -> String {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// What the kernel says, where the obstacle says no more than that it refuses.
@@ -297,7 +362,7 @@ async fn bind(port: &mut Publish) -> Result<Socket, PortError> {
     let mut bound = *port;
     let work = move || published::bind(&mut bound).map(|socket| (socket, bound));
     let outcome = tokio::task::spawn_blocking(work).await;
-    let outcome = outcome.map_err(|error| PortError::Serve(*port, std::io::Error::other(error)))?;
+    let outcome = outcome.map_err(|error| PortError::Serve(*port, io::Error::other(error)))?;
     let (socket, bound) = outcome.map_err(PortError::Bind)?;
     *port = bound;
     Ok(socket)
@@ -366,7 +431,6 @@ impl From<LendError> for PortError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Protocol;
     use crate::requests;
 
     fn port(text: &str) -> Publish {
@@ -375,7 +439,7 @@ mod tests {
 
     /// A worker that does as it is told, and counts the sockets it has.
     fn worker(
-        says: fn(&Publish) -> std::io::Result<bool>,
+        says: fn(&Publish) -> io::Result<bool>,
     ) -> (WorkerHandle, std::thread::JoinHandle<Vec<Publish>>) {
         let (handle, mut asked) = requests::channel().unwrap();
         let serves = std::thread::spawn(move || {

@@ -434,6 +434,23 @@ impl Joined {
         Ok(())
     }
 
+    /// The same, and if it fails nothing is changed: neither what others know nor the host.
+    ///
+    /// For what somebody waits for; what the network is to become by itself is left to whoever looks after it.
+    ///
+    /// # Errors
+    /// [`NetworkError`].
+    pub fn try_update(&mut self, change: impl FnOnce(&mut User)) -> Result<(), NetworkError> {
+        let before = self.user.clone();
+        let outcome = self.update(change);
+        if outcome.is_err() {
+            // What of it fails again leaves the host as it was.
+            let _ = self.update(|user| *user = before.clone());
+            self.user = before;
+        }
+        outcome
+    }
+
     /// Whether this process is the one that looks after the network; at most one of its processes is, and
     /// another is found once it is gone.
     pub fn is_keeper(&mut self) -> bool {

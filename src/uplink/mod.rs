@@ -2,6 +2,7 @@
 //!
 //! What only Linux knows sits in [`sys`].
 
+pub mod conntrack;
 mod datagrams;
 pub mod firewall;
 pub mod forwarding;

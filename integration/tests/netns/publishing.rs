@@ -284,14 +284,14 @@ fn a_thousand_ports_come_and_go_under_traffic_and_leave_no_descriptor() {
     for setup in engines() {
         with_control(setup.vunet(&["-t", "8004:9004"]), |bench, api| {
             let _server = serve_in_guest(bench)?;
-            change_ports_under_traffic(api, &bench.lab.world, &[bench.vunet.process.pid()])
+            change_ports_under_traffic(api, &bench.lab.world, &[bench.vunet.process.pid()], 1000)
         });
     }
 }
 
-/// Publishes and removes ports a thousand times while bytes go to the digest behind port 8004, which alone is left; no process of
+/// Publishes and removes ports `times` times while bytes go to the digest behind port 8004, which alone is left; no process of
 /// `pids` has more descriptors after it.
-pub(crate) fn change_ports_under_traffic(api: &mut Api, world: &Netns, pids: &[u32]) -> Outcome {
+pub(crate) fn change_ports_under_traffic(api: &mut Api, world: &Netns, pids: &[u32], times: u16) -> Outcome {
     let count = || pids.iter().map(|pid| descriptors(*pid)).collect::<Result<Vec<_>, _>>();
     let (before, over) = (count()?, AtomicBool::new(false));
     std::thread::scope(|scope| -> Outcome {
@@ -303,7 +303,7 @@ pub(crate) fn change_ports_under_traffic(api: &mut Api, world: &Netns, pids: &[u
             }
             Ok(rounds)
         });
-        let changes = change_ports(api, world);
+        let changes = change_ports(api, world, times);
         over.store(true, Ordering::Relaxed);
         let rounds = traffic.join().expect("it does not panic")?;
         changes?;
@@ -320,9 +320,9 @@ pub(crate) fn change_ports_under_traffic(api: &mut Api, world: &Netns, pids: &[u
     Ok(())
 }
 
-/// Publishes and removes ports a thousand times, and uses some of them.
-fn change_ports(api: &mut Api, world: &Netns) -> Outcome {
-    for n in 0..1000u16 {
+/// Publishes and removes ports, and uses some of them.
+fn change_ports(api: &mut Api, world: &Netns, times: u16) -> Outcome {
+    for n in 0..times {
         let protocol = if n % 4 == 3 { "udp" } else { "tcp" };
         let host_port = 20_000 + n % 50;
         let port = api.publish(&format!("{protocol}:{host_port}:9006"))?;

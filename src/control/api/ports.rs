@@ -94,7 +94,7 @@ impl From<PortError> for ApiError {
     fn from(error: PortError) -> ApiError {
         let message = error.to_string();
         let (status, code) = match &error {
-            PortError::NotHere(_) | PortError::CannotClose => (StatusCode::CONFLICT, "not_here"),
+            PortError::NotHere(_) | PortError::CannotClose(_) => (StatusCode::CONFLICT, "not_here"),
             PortError::Known { .. } => (StatusCode::CONFLICT, "published"),
             PortError::FlowHasIt(_) => (StatusCode::CONFLICT, "port_taken"),
             PortError::TooMany => (StatusCode::CONFLICT, "too_many"),
@@ -107,7 +107,9 @@ impl From<PortError> for ApiError {
                 Obstacle::NoAddress | Obstacle::NoInterface => (StatusCode::BAD_REQUEST, "bad_value"),
                 Obstacle::Other => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
             },
-            PortError::Serve(..) | PortError::Network(_) => (StatusCode::INTERNAL_SERVER_ERROR, "failed"),
+            PortError::Serve(..) | PortError::Network(_) | PortError::NotEnded(..) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, "failed")
+            }
             PortError::Holder(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_answer"),
             PortError::NoAnswer(no_answer) => return (*no_answer).into(),
         };

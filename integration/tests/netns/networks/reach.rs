@@ -1,14 +1,19 @@
 //! Who reaches whom.
 
-use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
+use serde_json::json;
+use socket2::{Domain, Socket, Type};
 use vunet_integration::lab::frame::Capture;
 use vunet_integration::lab::{DOMAIN, HOST, SHORT, WORLD, vunet_binary};
 use vunet_integration::world::ports;
 
 use super::site::{Site, Vm, connect, ensure_as_before, on_a_site, seen, until};
 use crate::bench::{Failure, Outcome, PATIENCE, ensure};
+use crate::publishing::{Api, change_ports_under_traffic};
 
 #[test]
 fn guests_of_a_nat_network_reach_each_other_and_the_world_and_nothing_is_left() {
@@ -138,7 +143,7 @@ fn ports_of_a_network_come_and_go_and_are_nobody_elses_meanwhile() {
             ensure!(bind().is_err(), "another process took a published port");
             let users = site.inspect("lab")?["users"].clone();
             ensure!(users[0]["published"].as_array().is_some_and(|ports| ports.len() == 3), "{users}");
-            ctl(site, &control, "unpublish tcp:8006 udp:8006 --keep")?;
+            ctl(site, &control, "unpublish tcp:8006 udp:8006")?;
             let gone = connect(&site.lab.world, (HOST, 8006), Duration::from_secs(2));
             ensure!(gone.is_err(), "the port outlives its removal");
             drop(bind()?);
@@ -155,6 +160,200 @@ fn ports_of_a_network_come_and_go_and_are_nobody_elses_meanwhile() {
     });
 }
 
+/// Where the world's client comes from.
+const CLIENT_PORT: u16 = 33_333;
+
+/// A connection of the world's to a listener in the guest by way of `port`, which has carried bytes both ways.
+fn redirected(site: &Site, listener: &TcpListener, port: u16) -> Result<(TcpStream, TcpStream), Failure> {
+    let mut client = site.lab.world.inside(|| -> std::io::Result<TcpStream> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&SocketAddr::from((WORLD, CLIENT_PORT)).into())?;
+        socket.connect_timeout(&SocketAddr::from((HOST, port)).into(), PATIENCE)?;
+        Ok(socket.into())
+    })?;
+    let (mut guest, from) = listener.accept()?;
+    ensure!(from == SocketAddr::from((WORLD, CLIENT_PORT)), "the guest saw {from}");
+    client.set_read_timeout(Some(PATIENCE))?;
+    guest.set_read_timeout(Some(PATIENCE))?;
+    pass(&mut client, &mut guest)?;
+    pass(&mut guest, &mut client)?;
+    Ok((client, guest))
+}
+
+fn pass(from: &mut TcpStream, to: &mut TcpStream) -> Outcome {
+    let mut got = [0; 5];
+    from.write_all(b"hello")?;
+    to.read_exact(&mut got)?;
+    ensure!(&got == b"hello", "{got:?} came");
+    Ok(())
+}
+
+/// Whether an end that sends is answered with RST.
+fn is_reset(end: &mut TcpStream) -> Outcome {
+    let outcome = end.write_all(b"again").and_then(|()| end.read(&mut [0; 1])).map_err(|error| error.kind());
+    ensure!(outcome == Err(ErrorKind::ConnectionReset), "it ended with {outcome:?}");
+    Ok(())
+}
+
+#[test]
+fn connections_the_kernel_redirects_end_with_their_port_unless_they_are_to_be_kept() {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let path = site.lab.dir().join("control.sock");
+        let one = site.vm("lab", "vm1", &["--control", &path.display().to_string()])?;
+        let mut api = Api::open(&path)?;
+        let listener = one.netns.inside(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, 7003)))?;
+        // With one number at both ends, what the guest sends could go on unnoticed.
+        for (publish, port) in [("8003:7003", 8003), ("7003:7003", 7003), ("192.0.2.1:7003:7003", 7003)] {
+            for guest_first in [false, true, true] {
+                let published = api.publish(publish)?;
+                let (mut client, mut guest) = redirected(site, &listener, port)?;
+                let mut other = api.publish("8009:7003")?;
+                let mut beside = connect(&site.lab.world, (HOST, 8009), PATIENCE)?;
+                let (mut beside_guest, _) = listener.accept()?;
+                let ended = api.unpublish(&published["id"], true)?;
+                ensure!(ended == 1, "{publish}: {ended} connections were reset");
+                let ends = if guest_first { [&mut guest, &mut client] } else { [&mut client, &mut guest] };
+                for end in ends {
+                    is_reset(end)?;
+                }
+                // Another port's connection to the same guest's port goes on.
+                pass(&mut beside, &mut beside_guest)?;
+                ensure!(api.unpublish(&other["id"].take(), true)? == 1, "the other port's");
+            }
+        }
+        let kept = api.publish("8003:7003")?;
+        let (mut client, mut guest) = redirected(site, &listener, 8003)?;
+        ensure!(api.unpublish(&kept["id"], false)? == 0, "what was to be kept was reset");
+        pass(&mut client, &mut guest)?;
+        pass(&mut guest, &mut client)?;
+        let gone = connect(&site.lab.world, (HOST, 8003), Duration::from_secs(2));
+        ensure!(gone.is_err(), "the port outlives its removal");
+        // The host's own clients are the relay's.
+        for reset in [true, false] {
+            let port = api.publish("8004:7003")?;
+            let mut own = connect(&site.lab.host, (Ipv4Addr::LOCALHOST, 8004), PATIENCE)?;
+            let (mut guest, _) = listener.accept()?;
+            pass(&mut own, &mut guest)?;
+            ensure!(api.unpublish(&port["id"], reset)? == u64::from(reset), "of the relay");
+            match reset {
+                true => is_reset(&mut own)?,
+                false => pass(&mut own, &mut guest)?,
+            }
+        }
+        exchanges_end_with_their_port(site, &one, &mut api)?;
+        one.stop()
+    });
+}
+
+/// Datagrams of a client that was answered reach the guest no more once the port is gone, whether or not connections are kept.
+fn exchanges_end_with_their_port(site: &Site, vm: &Vm, api: &mut Api) -> Outcome {
+    let guest = vm.netns.inside(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 7005)))?;
+    guest.set_read_timeout(Some(Duration::from_millis(500)))?;
+    for reset in [true, false] {
+        let port = api.publish("udp:8005:7005")?;
+        let client = site.lab.world.inside(|| UdpSocket::bind((WORLD, 0)))?;
+        client.set_read_timeout(Some(PATIENCE))?;
+        let mut text = [0; 8];
+        client.send_to(b"one", (HOST, 8005))?;
+        let (_, from) = guest.recv_from(&mut text)?;
+        guest.send_to(b"two", from)?;
+        let (_, from) = client.recv_from(&mut text)?;
+        ensure!(from == SocketAddr::from((HOST, 8005)), "{from} answered");
+        api.unpublish(&port["id"], reset)?;
+        client.send_to(b"three", (HOST, 8005))?;
+        let late = guest.recv_from(&mut text);
+        ensure!(late.is_err(), "{late:?} came by a port that is gone");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_change_that_nft_refuses_leaves_ports_as_they_were() {
+    on_a_site(&["nft"], |site| {
+        // The real one, but while there is a file that says otherwise.
+        let folder = site.lab.dir().join("bin");
+        std::fs::create_dir(&folder)?;
+        let (nft, fails) = (folder.join("nft"), folder.join("fails"));
+        let script = "#!/bin/sh\n[ -e \"${0%/*}/fails\" ] && { echo 'Error: no such luck' >&2; exit 1; }\n\
+                      PATH=/usr/sbin:/sbin:/usr/bin:/bin exec nft \"$@\"\n";
+        std::fs::write(&nft, script)?;
+        std::fs::set_permissions(&nft, std::fs::Permissions::from_mode(0o755))?;
+        let path = std::env::var("PATH").unwrap_or_default();
+        let words = ["env".to_owned(), format!("PATH={}:{path}", folder.display())];
+        let words: Vec<&'static str> = words.into_iter().map(|word| &*word.leak()).collect();
+        site.through = words.leak();
+        site.network("create lab")?;
+        let control = site.lab.dir().join("control.sock");
+        let one = site.vm("lab", "vm1", &["--control", &control.display().to_string(), "-t", "8006:9006"])?;
+        let mut api = Api::open(&control)?;
+        let _server = site.serve(&one.netns)?;
+        let rules = || site.lab.host.run(&["nft", "list", "ruleset"], SHORT).map(|output| output.stdout);
+        let before = (rules()?, site.inspect("lab")?["users"].clone());
+        let unchanged = |api: &mut Api| -> Outcome {
+            ensure!(
+                (rules()?, site.inspect("lab")?["users"].clone()) == before,
+                "{} {}",
+                rules()?,
+                site.inspect("lab")?
+            );
+            let (_, list) = api.ask("GET", "/v1/ports", None)?;
+            ensure!(list["ports"].as_array().is_some_and(|ports| ports.len() == 1), "{list}");
+            for from in [&site.lab.world, &site.lab.host] {
+                seen(from, (HOST, 8006))?;
+            }
+            Ok(())
+        };
+        unchanged(&mut api)?;
+        for _ in 0..2 {
+            std::fs::write(&fails, "")?;
+            let (status, answer) =
+                api.ask("POST", "/v1/ports", Some(&json!({ "publish": "8007-8009:9006-9008" })))?;
+            ensure!(status == 500 && answer.to_string().contains("no such luck"), "{status} {answer}");
+            let (status, answer) = api.ask("DELETE", "/v1/ports/tcp:8006", None)?;
+            ensure!(status == 500, "{status} {answer}");
+            unchanged(&mut api)?;
+            std::fs::remove_file(&fails)?;
+            // What was refused is free, and no later change brings it back.
+            drop(site.lab.host.inside(|| TcpListener::bind((HOST, 8007)))?);
+            let other = api.publish("8010:9006")?;
+            ensure!(seen(&site.lab.world, (HOST, 8010))?.ip() == WORLD, "{other}");
+            ensure!(!rules()?.contains("8007"), "{}", rules()?);
+            api.unpublish(&other["id"], true)?;
+            unchanged(&mut api)?;
+        }
+        let (status, answer) = api.ask("DELETE", "/v1/ports/tcp:8006", None)?;
+        ensure!(status == 200, "{status} {answer}");
+        ensure!(!rules()?.contains("8006"), "{}", rules()?);
+        one.stop()
+    });
+}
+
+/// Ports that the kernel redirects come and go under traffic.
+fn redirects_come_and_go(times: u16) {
+    on_a_site(&[], |site| {
+        site.network("create lab")?;
+        let path = site.lab.dir().join("control.sock");
+        let one = site.vm("lab", "vm1", &["--control", &path.display().to_string(), "-t", "8004:9004"])?;
+        let mut api = Api::open(&path)?;
+        let _server = site.serve(&one.netns)?;
+        change_ports_under_traffic(&mut api, &site.lab.world, &[one.vunet.pid()], times)?;
+        one.stop()
+    });
+}
+
+#[test]
+fn ports_the_kernel_redirects_come_and_go_under_traffic_and_leave_no_descriptor() {
+    redirects_come_and_go(50);
+}
+
+#[test]
+#[ignore = "minutes: each change replaces the network's rules"]
+fn a_thousand_ports_the_kernel_redirects_come_and_go_under_traffic() {
+    redirects_come_and_go(1000);
+}
+
 #[test]
 fn the_hosts_own_services_are_closed_to_guests_unless_the_network_allows_it() {
     on_a_site(&[], |site| {
@@ -166,8 +365,7 @@ fn the_hosts_own_services_are_closed_to_guests_unless_the_network_allows_it() {
             for to in [Ipv4Addr::new(10, 0, third, 1), HOST] {
                 let outcome = connect(&vm.netns, (to, ports::PEER), Duration::from_secs(2));
                 ensure!(outcome.is_ok() == allowed, "{network} to {to}: {outcome:?}");
-                let refused =
-                    outcome.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+                let refused = outcome.is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
                 ensure!(refused != allowed, "{network} to {to}: refused at once is kinder than silence");
             }
             vm.stop()?;

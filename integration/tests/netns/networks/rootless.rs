@@ -317,7 +317,7 @@ fn ports_come_and_go_while_the_guest_runs_and_conflicts_name_their_owner() {
         }
         other.unpublish(&moved["id"], true)?;
         let pid = holder(site)?.ok_or_else(|| Failure("nobody holds the network".into()))?;
-        change_ports_under_traffic(&mut other, &site.lab.world, &[pid, two.vunet.pid()])?;
+        change_ports_under_traffic(&mut other, &site.lab.world, &[pid, two.vunet.pid()], 1000)?;
         one.stop()?;
         two.stop()
     });
