@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one QEMU guest on a vunet of its own; both end together.
+# Runs one QEMU guest on a vunet of its own, which ends with it.
 #
 #   contrib/qemu.sh [VUNET_FLAG...] -- QEMU_OPTION...
 #   contrib/qemu.sh --publish 127.0.0.1:2222:22 -- -drive file=guest.img,if=virtio -nographic
@@ -51,6 +51,7 @@ for _ in {1..100}; do
     kill -0 "$vunet" 2>/dev/null || wait "$vunet"
     sleep 0.05
 done
+[[ -S $directory/vm.sock ]] || { echo "error: vunet made no socket within 5 s" >&2; exit 1; }
 
 options=(-m "$MEMORY" -object "memory-backend-memfd,id=mem,size=$MEMORY,share=on" -machine "q35,memory-backend=mem"
     -accel "$ACCEL" -chardev "socket,id=vunet,path=$directory/vm.sock"

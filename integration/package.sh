@@ -80,7 +80,7 @@ libvirt_domain() {
     [[ $(grep -o "type=\"vhostuser\"" "$RUN_DIR/hooked.xml" | wc -l) == 2 ]]
     grep -q 'address="52:54:00:00:00:07"' "$RUN_DIR/hooked.xml"
     # A domain that has nothing of it yet.
-    "$REPO/contrib/kubevirt/on-define-domain" --vmi '{}' \
+    "$REPO/contrib/kubevirt/on-define-domain" --vmi '{"metadata": {"annotations": null}}' \
         --domain '<domain type="kvm"><name>a</name><memory>1</memory><os><type>hvm</type></os></domain>' >"$RUN_DIR/bare.xml"
     virt-xml-validate "$RUN_DIR/bare.xml" domain
     grep -q 'mode="shared"' "$RUN_DIR/bare.xml"

@@ -202,6 +202,12 @@ pub const DNS_HOSTS_MAX: usize = 1024;
 /// of it.
 pub const CONFIG_FILE_BYTES_MAX: u64 = 1 << 20;
 
+/// Bytes of the status a service manager is told: systemd passes over a message of more than 4096 whole, and READY=1 with it.
+pub const MANAGER_STATUS_BYTES_MAX: usize = 2048;
+
+/// Time after which a service manager is told again what it did not take.
+pub const MANAGER_RETRY: Duration = Duration::from_millis(250);
+
 /// Queue pairs of one device. QEMU reads the answer to GET_QUEUE_NUM as pairs, cloud-hypervisor as
 /// rings; 16 lets the first bring 16 pairs and the second 8, and a guest of 16 vCPUs is served.
 pub const QUEUE_PAIRS_MAX: usize = 16;

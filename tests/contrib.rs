@@ -2,7 +2,11 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::process::{self, Child, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vunet::cli::{self, CAPABILITIES, Command};
 
@@ -78,5 +82,140 @@ fn every_file_is_spoken_of_and_every_file_spoken_of_is_there() {
         let root = contrib();
         let is_there = [root.join(name), root.parent().unwrap().join(name)].iter().any(|path| path.exists());
         assert!(is_there, "{name} is not there");
+    }
+}
+
+/// Longest wait for anything a test waits for.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The scripts that start a VM beside a vunet: name, the variable with the VMM's program, words before and after flags of vunet.
+const SCRIPTS: [(&str, &str, &[&str], &[&str]); 3] = [
+    ("qemu.sh", "QEMU", &[], &["--", "-nographic"]),
+    ("cloud-hypervisor.sh", "CLOUD_HYPERVISOR", &["kernel", "disk"], &[]),
+    ("crosvm.sh", "CROSVM", &["kernel", "disk"], &[]),
+];
+
+/// One of the scripts at work, with the real vunet and a stand-in for the VMM.
+struct Script {
+    dir: tempfile::TempDir,
+    child: Child,
+}
+
+impl Script {
+    /// Starts it with `flags` for vunet; the stand-in, once it is up, does `vmm`.
+    fn start(
+        (name, variable, before, after): (&str, &str, &[&str], &[&str]),
+        flags: &[&str],
+        vmm: &str,
+    ) -> Script {
+        let dir = tempfile::tempdir().unwrap();
+        let program = |name: &str, does: &str| {
+            let path = dir.path().join(name);
+            let note = dir.path().join(format!("{name}.pid"));
+            fs::write(
+                &path,
+                format!("#!/bin/sh\necho $$ >{0}.new; mv {0}.new {0}\n{does}\n", note.display()),
+            )
+            .unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+            path
+        };
+        let vunet = program("vunet", &format!("exec {} \"$@\"", env!("CARGO_BIN_EXE_vunet")));
+        let vmm = program("vmm", vmm);
+        fs::create_dir(dir.path().join("tmp")).unwrap();
+        // Each is started by its name and not through a shell, as users do.
+        let child = process::Command::new(contrib().join(name))
+            .args(before)
+            .args(flags)
+            .args(after)
+            .env("VUNET", vunet)
+            .env(variable, vmm)
+            .env("TMPDIR", dir.path().join("tmp"))
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(dir.path().join("log")).unwrap())
+            .spawn()
+            .unwrap();
+        Script { dir, child }
+    }
+
+    /// The process id of `vunet` or `vmm`, once it is up.
+    fn pid(&self, name: &str) -> String {
+        let path = self.dir.path().join(format!("{name}.pid"));
+        self.until(&format!("{name} is up"), || path.exists());
+        fs::read_to_string(path).unwrap().trim().to_owned()
+    }
+
+    fn until(&self, what: &str, holds: impl Fn() -> bool) {
+        let end = Instant::now() + PATIENCE;
+        while !holds() {
+            let log = fs::read_to_string(self.dir.path().join("log")).unwrap();
+            assert!(Instant::now() < end, "not in time: {what}: {log}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for its end; nothing of it is left then.
+    fn ended(&mut self) -> ExitStatus {
+        let end = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < end, "the script does not end");
+            thread::sleep(Duration::from_millis(5));
+        };
+        let left = fs::read_dir(self.dir.path().join("tmp")).unwrap().count();
+        assert_eq!(left, 0, "its folder is gone");
+        status
+    }
+}
+
+impl Drop for Script {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for name in ["vunet.pid", "vmm.pid"] {
+            if let Ok(pid) = fs::read_to_string(self.dir.path().join(name)) {
+                signal("KILL", pid.trim());
+            }
+        }
+    }
+}
+
+fn signal(name: &str, pid: &str) {
+    let _ = process::Command::new("kill").args(["-s", name, pid]).stderr(Stdio::null()).status();
+}
+
+/// Whether a process runs; one that ended and that nobody waited for does not.
+fn is_running(pid: &str) -> bool {
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+}
+
+#[test]
+fn a_script_that_is_ended_ends_vunet_and_the_vm() {
+    for script in SCRIPTS {
+        let mut run = Script::start(script, &[], "exec sleep 60");
+        let (vunet, vmm) = (run.pid("vunet"), run.pid("vmm"));
+        signal("TERM", &run.child.id().to_string());
+        assert_eq!(run.ended().code(), Some(143), "{}", script.0);
+        run.until("both are gone", || !is_running(&vunet) && !is_running(&vmm));
+    }
+}
+
+#[test]
+fn a_script_ends_with_its_vm_and_as_that_ended() {
+    for script in SCRIPTS {
+        let mut run = Script::start(script, &[], "exit 7");
+        assert_eq!(run.ended().code(), Some(7), "{}", script.0);
+        let vunet = run.pid("vunet");
+        run.until("vunet is gone", || !is_running(&vunet));
+    }
+}
+
+#[test]
+fn a_script_starts_no_vm_without_its_network() {
+    for script in SCRIPTS {
+        let mut run = Script::start(script, &["--colour"], "exec sleep 60");
+        assert_eq!(run.ended().code(), Some(2), "{}", script.0);
+        assert!(!run.dir.path().join("vmm.pid").exists(), "{} started the VMM", script.0);
     }
 }

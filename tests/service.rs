@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 /// Longest wait for anything a test waits for.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// What keeps a manager's socket full.
+const FILLING: &str = "FILLING=1\n";
+
 /// A vunet whose manager is the test.
 struct Service {
     dir: tempfile::TempDir,
@@ -80,6 +83,13 @@ impl Service {
                 return told;
             }
         }
+    }
+
+    /// Leaves no room for a message, as a manager does that reads none.
+    fn fill(&self) {
+        let other = UnixDatagram::unbound().unwrap();
+        other.set_nonblocking(true).unwrap();
+        while other.send_to(FILLING.as_bytes(), self.path("notify")).is_ok() {}
     }
 
     fn signal(&self, name: &str) {
@@ -290,6 +300,39 @@ fn a_watchdog_hears_that_it_is_alive_in_good_time_and_only_if_it_asked() {
         let mut message = [0; 64];
         assert!(service.notify.recv(&mut message).is_err(), "{environment}: {message:?}");
     }
+}
+
+#[test]
+fn a_watchdog_of_no_time_is_none() {
+    let service = Service::ready("socket-path = 'vm.sock'\n", "", "WATCHDOG_USEC=0 WATCHDOG_PID=$$", None);
+    assert!(is_served(&connect(&service.path("vm.sock"))));
+    service.told_of(": a VM is attached\n");
+}
+
+#[test]
+fn a_manager_that_does_not_read_holds_nothing_up_and_learns_the_outcome_once_it_reads() {
+    let settings = "socket-path = 'vm.sock'\ncontrol = 'ctl'\n";
+    let mut service = Service::ready(settings, "", "WATCHDOG_USEC=300000 WATCHDOG_PID=$$", None);
+    service.fill();
+    fs::write(service.path("vm.toml"), format!("{settings}ip-mtu = 9000\n")).unwrap();
+    service.signal("HUP");
+    let end = Instant::now() + PATIENCE;
+    while !service.log().contains("ip-mtu cannot change") {
+        assert!(Instant::now() < end, "it was not read again: {}", service.log());
+        thread::sleep(Duration::from_millis(5));
+    }
+    let mut control = connect(&service.path("ctl"));
+    control.set_read_timeout(Some(PATIENCE)).unwrap();
+    control.write_all(b"GET /v1/status HTTP/1.1\r\nHost: vunet\r\n\r\n").unwrap();
+    let mut answer = [0; 12];
+    control.read_exact(&mut answer).expect("the control thread answers");
+    assert_eq!(answer, *b"HTTP/1.1 200");
+    // It reads: what it did not take is told again, and the newest of it.
+    let told = service.told_of("READY=1\n");
+    assert!(told.contains("ip-mtu cannot change"), "{told:?}");
+    service.fill();
+    service.signal("TERM");
+    assert_eq!(service.ended().code(), Some(0));
 }
 
 #[test]

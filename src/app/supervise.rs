@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::task::JoinHandle;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, sleep};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::reading::{Outcome, Reading};
@@ -23,6 +23,7 @@ use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::service_manager::ServiceManager;
 use crate::control::signals::{Asked, Signals};
 use crate::device::SessionError;
+use crate::limits;
 use crate::log::Log;
 use crate::requests::{NoAnswer, Request, WorkerHandle};
 use crate::service::dns::DnsService;
@@ -111,7 +112,7 @@ impl Supervisor {
                     Asked::Reload => self.read_again(&mut reading, &manager),
                 },
                 read = reading.outcome() => {
-                    self.settle(read, &manager).await;
+                    self.settle(read, &mut manager).await;
                     if mem::take(&mut once_more) {
                         self.read_again(&mut reading, &manager);
                     }
@@ -149,7 +150,7 @@ impl Supervisor {
     }
 
     /// Applies all that changed, or nothing.
-    async fn settle(&mut self, read: Outcome<Read>, manager: &Manager) {
+    async fn settle(&mut self, read: Outcome<Read>, manager: &mut Manager) {
         let path = self.reloader.as_ref().map(|reloader| reloader.path().display().to_string());
         let why = match read {
             Outcome::Done((reloader, Ok(change))) => {
@@ -204,6 +205,10 @@ impl Manager {
     /// Waits until there is something to tell, and tells it. Dropped at any of its waits it loses nothing but a
     /// question to the workers, which the next tick asks again.
     async fn attend(&mut self) {
+        self.told.settle();
+        let is_owed = self.told.is_owed();
+        let again =
+            async { if is_owed { sleep(limits::MANAGER_RETRY).await } else { future::pending().await } };
         let tick = async {
             match &mut self.alive {
                 Some(alive) => alive.tick().await,
@@ -211,6 +216,8 @@ impl Manager {
             }
         };
         tokio::select! {
+            // The next turn tries.
+            () = again => {}
             _ = tick => {
                 if are_alive(&self.workers).await {
                     self.told.alive();
