@@ -11,6 +11,7 @@ use super::publishing::Place;
 
 use crate::cli::Reloader;
 use crate::control::api::{self, Api, Facts, Stop};
+use crate::control::capture::Captures;
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
 use crate::control::ports::Ports;
@@ -33,6 +34,8 @@ pub(super) struct Outside {
     pub(super) control: Option<(UnixListener, SocketFile)>,
     /// The listener for metrics alone.
     pub(super) metrics: Option<TcpListener>,
+    /// What `--pcap` writes to.
+    pub(super) pcap: Option<crate::capture::Opened>,
     /// Who serves published ports.
     pub(super) place: Place,
 }
@@ -57,15 +60,32 @@ pub(super) struct Opened {
 
 impl Outside {
     /// Serves the control API and metrics from now on, on the runtime this is called on, and tells of the guest's address.
-    pub(super) fn open(self, guest: watch::Receiver<Option<Ipv4Addr>>, inner: Inner, ports: Ports) -> Opened {
-        let Outside { signals, log, reloader, facts, control, metrics, place: _ } = self;
+    pub(super) fn open(
+        self,
+        guest: watch::Receiver<Option<Ipv4Addr>>,
+        inner: Inner,
+        ports: Ports,
+        captures: Captures,
+    ) -> Opened {
+        let Outside { signals, log, reloader, facts, control, metrics, pcap: _, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
         let Inner { workers, dhcp, dns, resolver, clock } = inner;
-        let api =
-            Api { facts, workers, dhcp, guest, dns, resolver, ports, events, log, stop: stop.clone(), clock };
-        let api = Arc::new(api);
+        let api = Arc::new(Api {
+            facts,
+            workers,
+            dhcp,
+            guest,
+            dns,
+            resolver,
+            ports,
+            captures,
+            events,
+            log,
+            stop: stop.clone(),
+            clock,
+        });
         if let Some(listener) = metrics {
             tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));
         }

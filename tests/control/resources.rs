@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::backend::{Answer, Backend};
 
 /// Whether an answer is one that the description has for this operation.
-fn check(method: &str, route: &str, answer: &Answer) {
+pub(crate) fn check(method: &str, route: &str, answer: &Answer) {
     let description = serde_json::to_value(vunet::control::api::description()).unwrap();
     let operation = &description["paths"][route][method.to_lowercase()];
     let response = &operation["responses"][answer.status.to_string()];
