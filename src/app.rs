@@ -3,6 +3,7 @@
 //! The main thread runs the control side (tokio, current-thread): signals and upstream DNS. The
 //! worker and the vhost-user session have threads of their own.
 
+mod capturing;
 mod hold;
 mod membership;
 mod outside;
@@ -32,6 +33,7 @@ use crate::cli::Reloader;
 use crate::config::{Config, GuardConfig, IpMtu, LinkConfig, Mode, NatConfig, Publish};
 use crate::control::api::leases::LeaseSource;
 use crate::control::api::{self, Facts};
+use crate::control::capture::{CaptureError, Reason};
 use crate::control::dependents::Dependents;
 use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstreams};
 use crate::control::events::Events;
@@ -88,6 +90,9 @@ pub enum Error {
         /// The kernel's refusal.
         source: io::Error,
     },
+    /// What crosses the device cannot be captured.
+    #[error("--pcap")]
+    Capture(#[from] CaptureError),
     /// There is no control socket.
     #[error(transparent)]
     Control(#[from] SocketFileError),
@@ -156,6 +161,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         .metrics
         .map(|address| api::listen_for_metrics(address).map_err(|source| Error::Metrics { address, source }));
     let metrics = metrics.transpose()?;
+    let pcap = config.pcap.as_ref().map(capturing::open).transpose()?;
     let joined = match membership::join(&config) {
         // Waiting for the network's lock ended by it.
         Err(_) if runtime.block_on(signals.have_asked_to_end()) => return Ok(()),
@@ -200,7 +206,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
         runtime.spawn(place.stay(used, Tenant { lent, guest: guest.clone(), wishes }));
     }
     let membership = joined.as_ref().map(|joined| (joined, is_held.then_some(guest)));
-    let outside = Outside { signals, log: log.clone(), reloader, facts, control, metrics, place };
+    let outside = Outside { signals, log: log.clone(), reloader, facts, control, metrics, pcap, place };
     let outcome = run_on(config, links, &runtime, outside, membership);
     if let Some(open) = open {
         runtime.block_on(open.close());
@@ -257,7 +263,7 @@ fn run_on(
     config: Config,
     links: Vec<LinkParts>,
     runtime: &tokio::runtime::Runtime,
-    outside: Outside,
+    mut outside: Outside,
     membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
     let open_files = raise_open_files_limit();
@@ -288,6 +294,8 @@ fn run_on(
     let ports = publishing::serve(way, events, ports, &guest)?;
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
+    let captures = capturing::captures(inner.workers.clone(), &outside.log.events, &config.attach);
+    capturing::begin(runtime, &captures, outside.pcap.take(), config.pcap.as_ref())?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
     let serving = supervise::serving(&config.attach);
     // Before the session: with socket activation a VM waits already.
@@ -307,10 +315,14 @@ fn run_on(
         let live =
             Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan, ports: of_settings };
         let workers = inner.workers.clone();
-        let Opened { signals, stop, reloader, file: _file } = outside.open(seen, inner, ports.clone());
+        let Opened { signals, stop, reloader, file: _file } =
+            outside.open(seen, inner, ports.clone(), captures.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
         let supervisor = Supervisor { signals, stop, reloader, live, workers, serving };
-        supervisor.run(news, ended, &shutdown).await
+        let outcome = supervisor.run(news, ended, &shutdown).await;
+        // While workers can still give back what they recorded.
+        let _ = captures.stop(Reason::ProcessEnds).await;
+        outcome
     });
     let _ = stop.write(1);
     let mut total = Counters::default();

@@ -9,6 +9,7 @@
 
 mod activation;
 mod bridge;
+mod capture;
 mod check;
 mod config_file;
 pub mod ctl;
@@ -153,8 +154,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
     let matches = Line::command().try_get_matches_from(&args)?;
     let Line { subcommand, run } = Line::from_arg_matches(&matches)?;
     match subcommand {
-        Some(Subcommand::Ctl(ctl)) if ctl.socket().is_none() => Err(UsageError::NoControl.into()),
-        Some(Subcommand::Ctl(ctl)) => Ok(Command::Ctl(ctl)),
+        Some(Subcommand::Ctl(ctl)) => {
+            ctl.check()?;
+            Ok(Command::Ctl(ctl))
+        }
         Some(Subcommand::Top(top)) if top.control.is_none() => Err(UsageError::NoControl.into()),
         Some(Subcommand::Top(top)) => Ok(Command::Top(top)),
         Some(Subcommand::Network(command)) => Ok(Command::Network(command, run.state_dir)),
@@ -491,6 +494,16 @@ pub struct Args {
     /// port 0 picks a free one and logs it
     #[arg(long, value_name = "IP:PORT", help_heading = "Control")]
     metrics: Option<SocketAddr>,
+    /// Capture what crosses the guest's device from the start on: pcapng, with direction and why frames were dropped, to a file
+    /// (made with mode 0600; an earlier capture is overwritten) or a FIFO
+    #[arg(long, value_name = "FILE", help_heading = "Control")]
+    pcap: Option<PathBuf>,
+    /// With --pcap: bytes of each frame that are kept, at most [default: all]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u32).range(14..=262_144), help_heading = "Control")]
+    pcap_snaplen: Option<u32>,
+    /// With --pcap: bytes after which the capture ends, at least 4096 [default: none]
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u64).range(4096..), help_heading = "Control")]
+    pcap_max_bytes: Option<u64>,
 
     /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
     #[arg(long, value_name = "LEVEL", value_parser = values::log_level, default_value = "info",

@@ -17,6 +17,7 @@ use thiserror::Error;
 use tokio::sync::oneshot;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::capture::Recorder;
 use crate::config::Publish;
 use crate::device::{DeviceStats, Features};
 use crate::engine::counters::Counters;
@@ -42,6 +43,8 @@ pub enum Request {
     EndFlow(FlowId, Answer<bool>),
     /// To let no flow begin any more.
     Drain(Answer<()>),
+    /// To record what crosses the device, or nothing any more. Answered with what did so before.
+    Record(Option<Box<Recorder>>, Answer<Option<Box<Recorder>>>),
     /// To serve a published port by its socket, or to know that another worker does. Answered with whether it could:
     /// false if a flow has the port. Not carried out once nobody waits for the answer.
     Publish(Publish, Option<Socket>, Answer<io::Result<bool>>),

@@ -20,14 +20,14 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::config::{IpMtu, Protocol, Publish};
 use crate::control::dns_forward::DnsClient;
 use crate::control::events::Events;
-use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, Taken, TxEvent};
+use crate::device::{DeviceEvent, DeviceQueues, Drained, KickKind, KickWatch, RxSide, Taken, TxEvent};
 use crate::engine::core::Owner;
 use crate::engine::counters::Counters;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
-use crate::frame::QueuePair;
+use crate::frame::{QueuePair, TxFrame};
 use crate::limits;
 use crate::postbox::{HostLetter, Postbox};
 use crate::requests::{Measures, RequestBox};
@@ -486,20 +486,15 @@ impl Worker {
             match (event, &mut *link) {
                 (TxEvent::Coming(heads), Some(link)) => link.expect_from_guest(heads.iter()),
                 (TxEvent::Coming(_), None) => {}
-                (TxEvent::Frame(frame), Some(link)) => {
-                    let left = if link.is_for_us(now, &frame) {
-                        engine.from_guest(now, rx, &frame);
-                        Left::Yes
-                    } else if link.translates() {
-                        link.forward_translated(now, &frame, engine, rx)
-                    } else {
-                        link.forward(now, &frame)
-                    };
-                    if left == Left::Full {
-                        return Taken::NotNow;
+                (TxEvent::Frame(frame), link) if rx.recorder().is_some() => {
+                    return take_recorded(now, engine, link.as_mut(), rx, &frame);
+                }
+                (TxEvent::Frame(frame), link) => return take_frame(now, engine, link.as_mut(), rx, &frame),
+                (TxEvent::Unfit(whole, why), _) => {
+                    if let Some(recorder) = rx.recorder() {
+                        recorder.unfit(pair, &whole, why);
                     }
                 }
-                (TxEvent::Frame(frame), None) => engine.from_guest(now, rx, &frame),
                 (TxEvent::BatchEnd, _) => engine.end_of_frames(rx),
             }
             Taken::Yes
@@ -519,4 +514,54 @@ impl Worker {
             None => link.serve_station(now),
         }
     }
+}
+
+/// Takes one frame of the guest to where it belongs.
+fn take_frame(
+    now: Instant,
+    engine: &mut Engine<HostSockets>,
+    link: Option<&mut LinkEnd>,
+    rx: &mut RxSide,
+    frame: &TxFrame<'_>,
+) -> Taken {
+    let Some(link) = link else {
+        engine.from_guest(now, rx, frame);
+        return Taken::Yes;
+    };
+    let left = if link.is_for_us(now, frame) {
+        engine.from_guest(now, rx, frame);
+        Left::Yes
+    } else if link.translates() {
+        link.forward_translated(now, frame, engine, rx)
+    } else {
+        link.forward(now, frame)
+    };
+    if left == Left::Full { Taken::NotNow } else { Taken::Yes }
+}
+
+/// The same while there is a capture: the frame stands in it before its answers, with what became of it.
+fn take_recorded(
+    now: Instant,
+    engine: &mut Engine<HostSockets>,
+    mut link: Option<&mut LinkEnd>,
+    rx: &mut RxSide,
+    frame: &TxFrame<'_>,
+) -> Taken {
+    if let Some(recorder) = rx.recorder() {
+        recorder.from_guest(frame);
+    }
+    let take_dropped = |engine: &mut Engine<HostSockets>, link: Option<&mut LinkEnd>| {
+        engine.take_dropped().or(link.and_then(LinkEnd::take_dropped))
+    };
+    // Of others before.
+    let _ = take_dropped(engine, link.as_deref_mut());
+    let taken = take_frame(now, engine, link.as_deref_mut(), rx, frame);
+    let why = take_dropped(engine, link);
+    if let Some(recorder) = rx.recorder() {
+        match taken {
+            Taken::Yes => recorder.judged(why),
+            Taken::NotNow => recorder.not_taken(),
+        }
+    }
+    taken
 }

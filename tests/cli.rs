@@ -153,7 +153,7 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 
 #[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
-    for flag in ["--pcap", "--subnet6", "--no-ipv6"] {
+    for flag in ["--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(text(&output.stderr).contains("unexpected argument"), "{flag}");

@@ -12,6 +12,7 @@ use super::publishing::Place;
 use crate::cli::Reloader;
 use crate::control::api::leases::LeaseSource;
 use crate::control::api::{self, Api, Facts, Stop, StreamPlaces};
+use crate::control::capture::Captures;
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
 use crate::control::ports::Ports;
@@ -33,6 +34,8 @@ pub(super) struct Outside {
     pub(super) control: Option<(UnixListener, SocketFile)>,
     /// The listener for metrics alone.
     pub(super) metrics: Option<TcpListener>,
+    /// What `--pcap` writes to.
+    pub(super) pcap: Option<crate::capture::Opened>,
     /// Who serves published ports.
     pub(super) place: Place,
 }
@@ -57,8 +60,14 @@ pub(super) struct Opened {
 
 impl Outside {
     /// Serves the control API and metrics from now on, on the runtime this is called on, and tells of the guest's address.
-    pub(super) fn open(self, guest: watch::Receiver<Option<Ipv4Addr>>, inner: Inner, ports: Ports) -> Opened {
-        let Outside { signals, log, reloader, facts, control, metrics, place: _ } = self;
+    pub(super) fn open(
+        self,
+        guest: watch::Receiver<Option<Ipv4Addr>>,
+        inner: Inner,
+        ports: Ports,
+        captures: Captures,
+    ) -> Opened {
+        let Outside { signals, log, reloader, facts, control, metrics, pcap: _, place: _ } = self;
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
@@ -71,6 +80,7 @@ impl Outside {
             dns,
             resolver,
             ports,
+            captures,
             events,
             streams: StreamPlaces::default(),
             log,

@@ -17,9 +17,10 @@ use super::translate;
 use super::values::{self, ValueError};
 use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
+use crate::capture::Settings;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
-    PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, PcapConfig,
+    Protocol, Publish, PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
 use crate::network::manager::NetworkError;
@@ -308,6 +309,20 @@ pub enum UsageError {
         /// How many there may be.
         max: usize,
     },
+    /// A bound of a capture that is not asked for.
+    #[error("{flag} is of no use without --pcap: give --pcap FILE, or leave it out")]
+    NeedsPcap {
+        /// The flag.
+        flag: &'static str,
+    },
+    /// Something a command has no use for.
+    #[error("{command} has no use for {extra}: leave it out")]
+    OfNoUse {
+        /// The command.
+        command: String,
+        /// What was given.
+        extra: &'static str,
+    },
     /// A name that becomes too long under the domain.
     #[error("{flag}: {reason}; shorten it or --dns-domain")]
     Name {
@@ -316,6 +331,24 @@ pub enum UsageError {
         /// Why.
         reason: ValueError,
     },
+}
+
+/// The capture from the start on.
+fn pcap(args: &Args) -> Result<Option<PcapConfig>, UsageError> {
+    let Some(path) = args.pcap.clone() else {
+        let given = [
+            ("--pcap-snaplen", args.pcap_snaplen.is_some()),
+            ("--pcap-max-bytes", args.pcap_max_bytes.is_some()),
+        ];
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            Some((flag, _)) => Err(UsageError::NeedsPcap { flag }),
+            None => Ok(None),
+        };
+    };
+    let all = Settings::default();
+    let snaplen = args.pcap_snaplen.and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(all.snaplen);
+    let settings = Settings { snaplen: snaplen.min(all.snaplen), bytes_max: args.pcap_max_bytes, ..all };
+    Ok(Some(PcapConfig { path, settings }))
 }
 
 /// An error and what caused it, in one line.
@@ -349,6 +382,7 @@ pub(super) fn into_config(
         },
         control: args.control.clone(),
         metrics: args.metrics,
+        pcap: pcap(&args)?,
         log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.

@@ -9,6 +9,8 @@ use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::capture::CaptureArgs;
+use super::check::UsageError;
 use super::values;
 use crate::control::api::counters::CountersAnswer;
 use crate::control::api::flows::{FlowStatus, Flows};
@@ -81,6 +83,9 @@ enum What {
         #[arg(long)]
         flows: bool,
     },
+    /// What crosses the guest's device, as pcapng: to a file, or here; one capture at a time
+    #[command(visible_alias = "pcap")]
+    Capture(CaptureArgs),
     /// Let no flow begin any more, and end the process with the last
     Drain {
         /// Seconds after which it ends whatever flows are left; if it drains already, the shorter time counts
@@ -121,9 +126,16 @@ impl FlowsArgs {
 }
 
 impl Ctl {
-    /// Where the backend listens.
-    pub(super) fn socket(&self) -> Option<&Path> {
-        self.control.as_deref()
+    /// Judges what was given together.
+    ///
+    /// # Errors
+    /// [`UsageError`].
+    pub(super) fn check(&self) -> Result<(), UsageError> {
+        match (&self.control, &self.what) {
+            (None, _) => Err(UsageError::NoControl),
+            (_, What::Capture(capture)) => capture.check(),
+            _ => Ok(()),
+        }
     }
 
     /// Does what was asked and writes the answer to `out`.
@@ -162,6 +174,7 @@ impl Ctl {
                 String::new()
             }
             What::Events { flows } => return self.follow(&client, *flows, out),
+            What::Capture(capture) => return capture.run(&client, self.json, out),
             What::Drain { timeout } => {
                 client.call(Method::POST, "/v1/drain", Some(&Drain { timeout_seconds: *timeout }))?;
                 String::new()
@@ -241,7 +254,7 @@ fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// Names and values, one a line.
-fn list(pairs: &[(&str, String)]) -> String {
+pub(super) fn list(pairs: &[(&str, String)]) -> String {
     let width = pairs.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let lines = pairs.iter().filter(|(_, value)| !value.is_empty());
     lines.map(|(name, value)| format!("{name:<width$}  {value}\n")).collect()

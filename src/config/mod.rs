@@ -12,6 +12,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
+use crate::capture::Settings;
 use crate::network::name::NetworkName;
 use crate::network::state_dir::StateDir;
 use crate::uplink::sys::tap::TapQueue;
@@ -297,6 +298,15 @@ pub struct LogConfig {
     pub json: bool,
 }
 
+/// A capture from the start on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PcapConfig {
+    /// A file or a FIFO.
+    pub path: PathBuf,
+    /// What is captured.
+    pub settings: Settings,
+}
+
 /// The workers that move frames.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorkersConfig {
@@ -357,6 +367,8 @@ pub struct Config {
     pub control: Option<PathBuf>,
     /// Where metrics are served besides.
     pub metrics: Option<SocketAddr>,
+    /// What is captured from the start on.
+    pub pcap: Option<PcapConfig>,
     /// The log.
     pub log: LogConfig,
     /// Never use `SO_PEEK_OFF` on TCP even where the kernel has it (hidden, for tests).

@@ -51,6 +51,14 @@ pub enum ClientError {
         /// What it said.
         message: String,
     },
+    /// A capture would be written to a terminal.
+    #[error(
+        "standard output is a terminal: capture to a pipe or a file, such as vunet ctl capture - | tcpdump -nr -"
+    )]
+    Terminal,
+    /// The folder this program was started in is gone.
+    #[error("the path")]
+    Path(#[source] io::Error),
     /// What was answered could not be written.
     #[error("cannot write")]
     Write(#[source] io::Error),
@@ -131,6 +139,31 @@ impl Client {
                     if !each(&name, &data)? {
                         return Ok(());
                     }
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Hands what a resource streams to `each`, in pieces, until the backend ends it or `each` says false.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn stream(
+        &self,
+        resource: &str,
+        mut each: impl FnMut(&[u8]) -> Result<bool, ClientError>,
+    ) -> Result<(), ClientError> {
+        self.runtime.block_on(async {
+            let mut answer = self.send(Method::GET, resource, None).await?;
+            if !answer.status().is_success() {
+                return whole(answer).await.map(|_| ());
+            }
+            while let Some(frame) = answer.frame().await {
+                if let Ok(data) = frame?.into_data()
+                    && !each(&data)?
+                {
+                    break;
                 }
             }
             Ok(())

@@ -53,6 +53,13 @@ pub enum Event {
     PortPublished(PortEvent),
     /// A port is published no more.
     PortUnpublished(PortEvent),
+    /// A capture began.
+    CaptureStarted {
+        /// Where it goes: a path, or `client`.
+        to: String,
+    },
+    /// It ended.
+    CaptureEnded(CaptureEnd),
     /// A warning or an error, as the log has it.
     Log {
         /// `warn` or `error`.
@@ -87,6 +94,21 @@ pub struct FlowEvent {
     /// The same to the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub to_guest_bytes: Option<u64>,
+}
+
+/// How a capture ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CaptureEnd {
+    /// Where it went.
+    pub to: String,
+    /// Why it ended: a name of [`super::capture::Reason`].
+    pub reason: &'static str,
+    /// Frames in it.
+    pub frames: u64,
+    /// Frames that are not in it because it was written too slowly.
+    pub lost_frames: u64,
+    /// Bytes of it.
+    pub bytes: u64,
 }
 
 /// A published port.
@@ -128,6 +150,8 @@ impl Event {
             Event::Missed { .. } => "missed",
             Event::PortPublished(_) => "port_published",
             Event::PortUnpublished(_) => "port_unpublished",
+            Event::CaptureStarted { .. } => "capture_started",
+            Event::CaptureEnded(_) => "capture_ended",
             Event::Log { .. } => "log",
         }
     }

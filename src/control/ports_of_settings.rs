@@ -77,7 +77,11 @@ impl PortsOfSettings {
     /// Open connections end with their port, as with `vunet ctl unpublish`, wherever they can be ended.
     async fn remove(&self, id: u64) -> Result<(), PortError> {
         match self.ports.remove(id, true).await {
-            Err(PortError::CannotClose) => self.ports.remove(id, false).await.map(|_| ()),
+            Err(PortError::CannotClose(_)) => self.ports.remove(id, false).await.map(|_| ()),
+            Err(error @ PortError::NotEnded(..)) => {
+                tracing::warn!(%error, "a port of the settings");
+                Ok(())
+            }
             outcome => outcome.map(|_| ()),
         }
     }

@@ -28,6 +28,7 @@ use super::rx::{RxRing, RxSide};
 use super::stats::DeviceStats;
 use super::sys::{self, KickRead, Notifier};
 use super::tx::{Enabled, TxRing, TxSide};
+use crate::capture::Recorder;
 use crate::frame::QueuePair;
 use crate::limits::VRINGS_MAX;
 
@@ -204,6 +205,11 @@ impl DeviceQueues {
             control: self.control.stats,
             broken_rings: self.broken_rings,
         };
+    }
+
+    /// Has `recorder` copy what crosses the device from now on, or nothing; what did so before.
+    pub fn set_recorder(&mut self, recorder: Option<Box<Recorder>>) -> Option<Box<Recorder>> {
+        std::mem::replace(&mut self.rx.recorder, recorder)
     }
 
     /// What was counted, as of the last [`DeviceQueues::publish`].
@@ -570,6 +576,6 @@ fn started_over(before: u16, now: u16) -> bool {
     before != now && (now == 0 || before.wrapping_sub(now) < 0x8000)
 }
 
-fn queue_pair(pair: usize) -> QueuePair {
+pub(super) fn queue_pair(pair: usize) -> QueuePair {
     QueuePair(u8::try_from(pair).expect("a device has at most 16 pairs"))
 }

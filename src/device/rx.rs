@@ -14,9 +14,11 @@
 
 use super::chain::{ChainBuf, ChainError};
 use super::features::{Feature, Features};
+use super::queues::queue_pair;
 use super::ring::{Popped, Ring, RingFault, SharedMemory};
 use super::stats::RxStats;
 use super::tx::Enabled;
+use crate::capture::Recorder;
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
 use crate::frame::{PayloadMut, QueuePair};
 use crate::limits::{FRAME_SEGMENTS_MAX, QUEUE_PAIRS_MAX};
@@ -79,6 +81,8 @@ pub struct RxSide {
     chain: ChainBuf,
     held: Vec<Held>,
     open: Option<Open>,
+    /// Copies what crosses the device, both ways, while there is a capture.
+    pub(super) recorder: Option<Box<Recorder>>,
     /// A ring got a fault that `queues` has not seen yet.
     pub(super) any_fault: bool,
 }
@@ -102,6 +106,7 @@ impl RxSide {
             chain: ChainBuf::new(memory),
             held: Vec::with_capacity(FRAME_SEGMENTS_MAX),
             open: None,
+            recorder: None,
             any_fault: false,
         }
     }
@@ -113,6 +118,11 @@ impl RxSide {
     pub(super) fn set_memory(&mut self, memory: &SharedMemory) {
         assert!(self.open.is_none(), "reservations end within a batch, memory changes between batches");
         self.chain.set_memory(memory);
+    }
+
+    /// What copies frames that cross the device, while there is a capture.
+    pub fn recorder(&mut self) -> Option<&mut Recorder> {
+        self.recorder.as_deref_mut()
     }
 
     /// Whether a reservation of some running pair found too few buffers and none have come since.
@@ -137,6 +147,9 @@ impl RxSide {
             if rx.ring.publish() {
                 self.stats.calls += 1;
             }
+        }
+        if let Some(recorder) = &mut self.recorder {
+            recorder.publish();
         }
     }
 
@@ -313,7 +326,7 @@ impl GuestPort for RxSide {
         let open = self.open.take().expect("a reservation is open");
         assert!(len_bytes <= open.frame_bytes, "the frame fits its reservation");
         assert!(head.len() <= len_bytes, "the head is part of the frame");
-        let RxSide { rings, stats, features, chain, held, .. } = self;
+        let RxSide { rings, stats, features, chain, held, recorder, .. } = self;
         let rx = rings[open.pair].as_mut().expect("rings change between batches only");
         let header_bytes = features.vnet_header_bytes();
         let mut left = header_bytes + len_bytes;
@@ -334,6 +347,11 @@ impl GuestPort for RxSide {
         let header = vnet.emit();
         chain.writable.payload_mut().copy_from(&header[..header_bytes]);
         chain.writable.payload_mut().range(header_bytes, head.len()).copy_from(head);
+        if let Some(recorder) = recorder {
+            let rest = chain.writable.payload_mut();
+            let rest = rest.range(header_bytes + head.len(), len_bytes - head.len());
+            recorder.to_guest(queue_pair(open.pair), &vnet, head, &rest.as_payload());
+        }
         rx.ring.unpop(held.len() as u16 - used);
         held.clear();
         stats.frames += 1;

@@ -15,7 +15,8 @@ use super::features::{Feature, Features};
 use super::guest_mem::Segments;
 use super::ring::{Popped, Ring, RingFault, SharedMemory};
 use super::stats::TxStats;
-use crate::frame::{QueuePair, TxFrame};
+use crate::capture::Unfit;
+use crate::frame::{Payload, QueuePair, TxFrame};
 use crate::limits::{
     FRAME_BYTES_MAX, FRAME_HEAD_BYTES, QUEUE_PAIRS_MAX, TX_AHEAD_FRAMES_MAX, TX_BATCH_BYTES,
 };
@@ -52,6 +53,8 @@ pub enum Taken {
 pub enum TxEvent<'a> {
     /// A frame.
     Frame(TxFrame<'a>),
+    /// What a chain holds that is no frame to be judged, for who records it.
+    Unfit(Payload<'a>, Unfit),
     /// Frames that are handed on next, if none before is refused; only with [`TxSide::set_ahead`].
     Coming(Heads<'a>),
     /// The batch's frames are about to be the guest's again.
@@ -324,10 +327,18 @@ impl Batch<'_> {
             }
             Holds::BadChain(why) => self.refuse(why),
             Holds::Discarded => self.stats.disabled += 1,
-            Holds::NoFrame(FrameError::TooShort) => self.stats.too_short += 1,
-            Holds::NoFrame(FrameError::TooLong) => self.stats.too_long += 1,
-            Holds::NoFrame(FrameError::BadHeader) => self.stats.bad_header += 1,
-            Holds::NoFrame(FrameError::NotNegotiated) => self.stats.not_negotiated += 1,
+            Holds::NoFrame(error) => {
+                let (count, unfit) = match error {
+                    FrameError::TooShort => (&mut self.stats.too_short, Unfit::Length),
+                    FrameError::TooLong => (&mut self.stats.too_long, Unfit::Length),
+                    FrameError::BadHeader => (&mut self.stats.bad_header, Unfit::Header),
+                    FrameError::NotNegotiated => (&mut self.stats.not_negotiated, Unfit::NotNegotiated),
+                };
+                *count += 1;
+                let whole =
+                    slot.chain.readable.payload().range(self.features.vnet_header_bytes(), usize::MAX);
+                let _ = each(TxEvent::Unfit(whole, unfit));
+            }
         }
         Taken::Yes
     }

@@ -282,12 +282,12 @@ impl Core {
                 }
                 Err(ReserveError::Full) => {}
                 Err(ReserveError::Down | ReserveError::TooSmall) => {
-                    return self.counters.drop(DropReason::GuestNotReceiving);
+                    return self.counters.drop_aside(DropReason::GuestNotReceiving);
                 }
             }
         }
         if self.outbox.len() >= limits::OUTBOX_FRAMES_MAX {
-            return self.counters.drop(DropReason::GuestNotReceiving);
+            return self.counters.drop_aside(DropReason::GuestNotReceiving);
         }
         self.outbox.push_back(Queued { pair, vnet, frame: frame.into() });
     }
@@ -317,7 +317,7 @@ impl Core {
             match port.send(queued.pair, queued.vnet, &queued.frame) {
                 Err(ReserveError::Full) => return false,
                 Ok(()) => self.counters.frames_to_guest += 1,
-                Err(_) => self.counters.drop(DropReason::GuestNotReceiving),
+                Err(_) => self.counters.drop_aside(DropReason::GuestNotReceiving),
             }
             self.outbox.pop_front();
         }
@@ -339,7 +339,7 @@ impl Core {
         packet: &[u8],
     ) {
         if !self.take_icmp_token() {
-            return self.counters.drop(DropReason::RateLimited);
+            return self.counters.drop_aside(DropReason::RateLimited);
         }
         let ident = self.next_ident();
         let mut frame = [0u8; emit::ICMP_ERROR_FRAME_BYTES_MAX];
@@ -370,7 +370,7 @@ impl Core {
         quote: &[u8],
     ) {
         if !self.take_icmp_token() {
-            return self.counters.drop(DropReason::RateLimited);
+            return self.counters.drop_aside(DropReason::RateLimited);
         }
         let ident = self.next_ident();
         if let Some(head) = emit::icmp(to.mac, from, guest, message, &Payload::from_host(quote), ident) {

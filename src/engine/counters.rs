@@ -58,6 +58,24 @@ pub enum DropReason {
     HopLimit,
 }
 
+impl DropReason {
+    /// All of them, in their order.
+    pub const ALL: [DropReason; REASONS.len()] = {
+        let mut all = [DropReason::Malformed; REASONS.len()];
+        let mut at = 0;
+        while at < all.len() {
+            all[at] = REASONS[at].0;
+            at += 1;
+        }
+        all
+    };
+
+    /// Its name in metrics and captures.
+    pub const fn name(self) -> &'static str {
+        REASONS[self as usize].1
+    }
+}
+
 const REASONS: [(DropReason, &str); 25] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
@@ -114,6 +132,8 @@ pub struct Counters {
     /// How long connects of TCP flows took that succeeded, in microseconds; a batch's time is that of its beginning.
     pub connect_time: Histogram,
     drops: [u64; REASONS.len()],
+    /// Why the frame at hand was dropped: see [`Counters::take_dropped`].
+    dropped: Option<DropReason>,
 }
 
 impl Counters {
@@ -134,9 +154,20 @@ impl Counters {
         );
     }
 
-    /// Counts one drop.
+    /// Counts one drop, of the frame that is being judged.
     pub fn drop(&mut self, reason: DropReason) {
         self.drops[reason as usize] += 1;
+        self.dropped = Some(reason);
+    }
+
+    /// Counts one drop of something else: of an answer, or of what came before.
+    pub fn drop_aside(&mut self, reason: DropReason) {
+        self.drops[reason as usize] += 1;
+    }
+
+    /// Why the frame at hand was dropped, if it was since this was last asked.
+    pub fn take_dropped(&mut self) -> Option<DropReason> {
+        self.dropped.take()
     }
 
     /// Counts `count` drops.
@@ -197,11 +228,24 @@ mod tests {
     fn every_reason_has_its_own_slot_and_name() {
         for (at, (reason, _)) in REASONS.iter().enumerate() {
             assert_eq!(*reason as usize, at);
+            assert_eq!(DropReason::ALL[at], *reason);
         }
         let mut counters = Counters::default();
         counters.drop(DropReason::Filtered);
         counters.drop(DropReason::Filtered);
         assert_eq!(counters.drops_text(), "filtered=2");
         assert_eq!(counters.dropped_total(), 2);
+    }
+
+    #[test]
+    fn a_drop_of_something_else_is_not_the_frames() {
+        let mut counters = Counters::default();
+        counters.drop_aside(DropReason::GuestNotReceiving);
+        assert_eq!(counters.take_dropped(), None);
+        counters.drop(DropReason::Refused);
+        counters.drop_aside(DropReason::RateLimited);
+        assert_eq!(counters.take_dropped(), Some(DropReason::Refused));
+        assert_eq!(counters.take_dropped(), None);
+        assert_eq!(counters.dropped_total(), 3);
     }
 }

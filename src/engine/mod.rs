@@ -162,6 +162,11 @@ impl<N: HostNet> Engine<N> {
         &self.core.counters
     }
 
+    /// Why the frame at hand was dropped, if it was since this was last asked.
+    pub fn take_dropped(&mut self) -> Option<DropReason> {
+        self.core.counters.take_dropped()
+    }
+
     /// The flows, to publish ports and to inspect.
     pub fn nat(&mut self) -> &mut Nat<N> {
         &mut self.nat

@@ -112,7 +112,7 @@ impl Reassembly {
             if datagram.poisoned {
                 continue;
             }
-            core.counters.drop(DropReason::FragmentHole);
+            core.counters.drop_aside(DropReason::FragmentHole);
             if let Some(first) = datagram.first_fragment() {
                 core.send_icmp_error(port, datagram.from, REASSEMBLY_TIMED_OUT, &first);
             }
@@ -146,7 +146,7 @@ impl Reassembly {
             else {
                 return;
             };
-            core.counters.drop(DropReason::TableFull);
+            core.counters.drop_aside(DropReason::TableFull);
             self.forget(&oldest);
         }
     }

@@ -232,6 +232,12 @@ impl LinkEnd {
         counters
     }
 
+    /// Why the frame at hand was dropped, if it was since this was last asked.
+    pub(super) fn take_dropped(&mut self) -> Option<DropReason> {
+        let of_translation = self.translation.as_mut().and_then(Translation::take_dropped);
+        self.counters.take_dropped().or(of_translation)
+    }
+
     /// Frames moved so far, both ways.
     pub(super) fn frames(&self) -> u64 {
         self.counters.frames_from_guest + self.counters.frames_to_guest

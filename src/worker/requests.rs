@@ -74,6 +74,12 @@ impl Worker {
                     }
                     let _ = answer.send(());
                 }
+                Request::Record(recorder, answer) => {
+                    // None is begun that was given up meanwhile.
+                    if recorder.is_none() || !answer.is_closed() {
+                        let _ = answer.send(self.queues.set_recorder(recorder));
+                    }
+                }
                 Request::Publish(port, socket, answer) => {
                     // Who gave up would not know of it.
                     if !answer.is_closed() {

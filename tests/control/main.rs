@@ -3,6 +3,7 @@
 
 mod backend;
 mod bounds;
+mod capture;
 mod description;
 mod endpoints;
 mod hostile;

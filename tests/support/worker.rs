@@ -258,7 +258,9 @@ impl Worker {
                         coming = heads.iter().map(<[u8]>::to_vec).collect();
                         return Taken::Yes;
                     }
-                    vunet::device::TxEvent::BatchEnd => return Taken::Yes,
+                    vunet::device::TxEvent::Unfit(..) | vunet::device::TxEvent::BatchEnd => {
+                        return Taken::Yes;
+                    }
                 };
                 if let Some(head) = coming.pop_front() {
                     assert_eq!(frame.head, head, "the frames that were coming are those that come");

@@ -245,6 +245,20 @@ fn of_names(stats: &DnsStats, times: &Histogram) -> Vec<MetricFamily> {
 }
 
 impl Api {
+    /// What captures came to.
+    async fn of_captures(&self) -> [MetricFamily; 3] {
+        let (totals, is_running) = self.captures.totals().await;
+        let mut running = Family::new("vunet_capture_running", "Whether a capture runs.", MetricType::GAUGE);
+        running.gauge(&[], f64::from(u8::from(is_running)));
+        let mut frames =
+            Family::new("vunet_capture_frames_total", "Frames written to captures.", MetricType::COUNTER);
+        frames.count(&[], totals.frames);
+        let help = "Frames that are in no capture because it was written too slowly.";
+        let mut lost = Family::new("vunet_capture_lost_frames_total", help, MetricType::COUNTER);
+        lost.count(&[], totals.lost);
+        [running, frames, lost].map(Family::done)
+    }
+
     /// All metrics as text.
     async fn metrics(&self) -> Result<Vec<u8>, ApiError> {
         let reports = self.ask_all(Request::Report).await?;
@@ -255,6 +269,7 @@ impl Api {
         attached.gauge(&[], f64::from(u8::from(reports.iter().any(|report| report.attached))));
         let mut families = vec![build.done(), attached.done()];
         families.extend(of_workers(&reports));
+        families.extend(self.of_captures().await);
         families.extend(of_names(&self.resolver.stats(), &self.resolver.times()));
         // A family without a metric is none: no virtqueue runs.
         families.retain(|family| !family.get_metric().is_empty());

@@ -7,6 +7,7 @@
 //!
 //! May touch: `requests`, what the control thread shares with workers (DHCP, names, the log), `config`.
 
+pub mod capture;
 pub mod counters;
 pub mod error;
 mod event_stream;
@@ -40,6 +41,7 @@ use self::leases::LeaseSource;
 pub use self::server::{StreamPlaces, listen, listen_for_metrics, serve, serve_metrics};
 pub use self::stopping::Stop;
 
+use crate::control::capture::Captures;
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
 use crate::control::ports::Ports;
@@ -68,6 +70,8 @@ pub struct Api {
     pub resolver: Arc<Resolver>,
     /// Published ports.
     pub ports: Ports,
+    /// Captures.
+    pub captures: Captures,
     /// What happens.
     pub events: Events,
     /// Places for those who listen to it.
@@ -118,6 +122,8 @@ fn resources() -> (Router<Arc<Api>>, OpenApi) {
         .routes(routes!(names::get))
         .routes(routes!(ports::list, ports::add))
         .routes(routes!(ports::remove))
+        .routes(routes!(capture::get, capture::start, capture::stop))
+        .routes(routes!(capture::stream))
         .routes(routes!(log_level::get, log_level::put))
         .routes(routes!(event_stream::get))
         .routes(routes!(metrics::get))

@@ -402,6 +402,11 @@ impl PacketNat {
         &self.counters
     }
 
+    /// Why the packet at hand was dropped, if it was since this was last asked.
+    pub fn take_dropped(&mut self) -> Option<DropReason> {
+        self.counters.take_dropped()
+    }
+
     /// The flows, to look at.
     pub fn table(&self) -> &FlowTable {
         &self.table

@@ -271,6 +271,11 @@ impl Translation {
         self.nat.set_ip_mtus(ip_mtu, ip_mtu);
     }
 
+    /// Why the packet at hand was dropped, if it was since this was last asked.
+    pub(super) fn take_dropped(&mut self) -> Option<DropReason> {
+        self.nat.take_dropped()
+    }
+
     /// How many frames are worth being looked at before the first is translated.
     pub(super) fn frames_ahead(&self) -> usize {
         if self.nat.is_large() { PACKET_AHEAD_FRAMES } else { 1 }
@@ -747,7 +752,7 @@ impl LinkEnd {
     fn send_released<N: HostNet>(&mut self, now: Instant, engine: &mut Engine<N>, port: &mut impl GuestPort) {
         while let Some(released) = self.translation.as_mut().and_then(|t| t.nat.pop_released()) {
             if let Err(reason) = self.send_one_released(now, released, engine, port) {
-                self.counters.drop(reason);
+                self.counters.drop_aside(reason);
             }
         }
     }

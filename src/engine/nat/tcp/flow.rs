@@ -605,7 +605,7 @@ impl<S: HostStream> Flow<S> {
         };
         let sent = stream.send_queued(&mut hold).map_err(|_| Fate::ResetBoth)?;
         if !all_held {
-            core.counters.drop(DropReason::TableFull);
+            core.counters.drop_aside(DropReason::TableFull);
         }
         core.counters.payload_from_guest_bytes += sent as u64;
         self.carried.from_guest_bytes += sent as u64;

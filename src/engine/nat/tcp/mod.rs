@@ -268,7 +268,7 @@ impl<S: HostStream> TcpTable<S> {
         flow.under_way = Some(to);
         self.backlog.enter(to, token);
         if let Some(at) = self.backlog.too_many(token).and_then(|token| self.find(token)) {
-            core.counters.drop(DropReason::TableFull);
+            core.counters.drop_aside(DropReason::TableFull);
             self.remove(core, at);
         }
     }

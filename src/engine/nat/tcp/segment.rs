@@ -67,7 +67,7 @@ impl<S: HostStream> Flow<S> {
             *count += 1;
             self.recv.ack_due = true;
         } else {
-            core.counters.drop(DropReason::RateLimited);
+            core.counters.drop_aside(DropReason::RateLimited);
         }
     }
 
