@@ -3,8 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-const DOCUMENTS: [&str; 6] =
-    ["tcp.md", "udp-icmp.md", "dns.md", "leases.md", "publishing.md", "known-failures.md"];
+const DOCUMENTS: [&str; 7] =
+    ["capture.md", "tcp.md", "udp-icmp.md", "dns.md", "leases.md", "publishing.md", "known-failures.md"];
 
 /// Every Rust file below `dir`, with its text.
 fn sources(dir: &Path, found: &mut Vec<(PathBuf, String)>) {

@@ -38,6 +38,8 @@ tracepath|iputils-tracepath|finds the MTU of a path
 dhclient|isc-dhcp-client|is a DHCP client of the namespace guest
 udhcpc|udhcpc|is another DHCP client
 strace|strace|counts system calls
+tshark|tshark|reads captures
+tcpdump|tcpdump|reads them too
 nft|nftables|makes hosts that refuse or stall
 iptables-legacy|iptables|filters as hosts with old tables do
 ssh|openssh-client|logs in from the namespace guest

@@ -3,8 +3,9 @@
 //! A capture has one section and one interface, which is the guest's network device: outbound is what the guest
 //! sends and inbound what it gets, as in a capture made in the guest.
 //!
-//! Why not a library: `pcap-file`'s released version (2.0) is of 2022, knows neither `epb_queue` nor how long a block will be before it
-//! is written, and takes a list on the heap for each frame's options. `tests/capture.rs` reads what is written here with `pcap-parser`.
+//! Why not a library: `pcap-file`'s released version (2.0) is of 2022 and its next one a candidate since; it has no name for `epb_queue`, takes a list
+//! on the heap for each frame's options, and cannot say how long a block will be before it is made. `tests/capture` reads what is written here
+//! with `pcap-parser`.
 //!
 //! May touch: nothing. Read first: the draft's sections 3.1 (blocks), 3.5 (options), 4.1, 4.2, 4.3 and 4.6.
 

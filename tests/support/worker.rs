@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use tempfile::TempDir;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vunet::capture::Recorder;
 use vunet::config::{Attach, IpMtu};
 use vunet::device::{
     DeviceConfig, DeviceEvent, DeviceQueues, DeviceStats, Drained, KickKind, KickWatch, SessionError, Taken,
@@ -58,6 +59,7 @@ pub(crate) struct TestDevice {
     worker: Option<JoinHandle<()>>,
     inject: Sender<Frame>,
     inject_event: Arc<EventFd>,
+    recorder: Arc<Mutex<Option<Box<Recorder>>>>,
     dir: Option<TempDir>,
 }
 
@@ -91,6 +93,7 @@ impl TestDevice {
         let seen = Arc::new(Mutex::new(Seen::default()));
         let inject_event = Arc::new(EventFd::new(EFD_NONBLOCK).expect("a descriptor"));
         let (inject, injected) = channel();
+        let recorder = Arc::new(Mutex::new(None));
         let worker = Worker {
             queues,
             engine,
@@ -101,6 +104,7 @@ impl TestDevice {
             waiting: VecDeque::new(),
             pending: Vec::new(),
             drains: 0,
+            recorder: Arc::clone(&recorder),
         };
         let worker = std::thread::spawn(move || worker.run());
         Ok(TestDevice {
@@ -110,6 +114,7 @@ impl TestDevice {
             worker: Some(worker),
             inject,
             inject_event,
+            recorder,
             dir: None,
         })
     }
@@ -122,6 +127,11 @@ impl TestDevice {
     pub(crate) fn inject(&self, frame: Frame) {
         self.inject.send(frame).expect("the worker runs");
         self.inject_event.write(1).expect("a wake-up");
+    }
+
+    /// Records what crosses the device, from before the next batch on. The guest may change frames meanwhile.
+    pub(crate) fn record(&self, recorder: Recorder) {
+        *self.recorder.lock().expect("the worker lives") = Some(Box::new(recorder));
     }
 
     pub(crate) fn stats(&self) -> DeviceStats {
@@ -186,6 +196,7 @@ struct Worker {
     pending: Vec<QueuePair>,
     /// Drains so far: each looks further ahead than the one before, up to the most, and again.
     drains: usize,
+    recorder: Arc<Mutex<Option<Box<Recorder>>>>,
 }
 
 impl Worker {
@@ -246,6 +257,9 @@ impl Worker {
 
     fn batch(&mut self, drain: &[QueuePair]) {
         let mut frames = Vec::new();
+        if let Some(recorder) = self.recorder.lock().expect("the test lives").take() {
+            self.queues.set_recorder(Some(recorder));
+        }
         let (tx, rx) = self.queues.split();
         for pair in drain {
             self.drains += 1;
@@ -267,6 +281,12 @@ impl Worker {
                 }
                 let mut bytes = vec![0; frame.whole.len()];
                 frame.whole.copy_to(&mut bytes);
+                if let Some(recorder) = rx.recorder() {
+                    recorder.from_guest(&frame);
+                    recorder.judged(None);
+                    // What was judged.
+                    bytes[..frame.head.len()].copy_from_slice(frame.head);
+                }
                 assert_eq!(frame.head, &bytes[..frame.head.len()], "head and payload are one frame");
                 frames.push(Frame { vnet: frame.vnet, bytes, pair: frame.pair });
                 Taken::Yes
@@ -277,7 +297,12 @@ impl Worker {
         }
         let mut seen = self.seen.lock().expect("the test lives");
         match self.engine {
-            Engine::Echo | Engine::EchoReserved => self.waiting.extend(frames),
+            Engine::Echo | Engine::EchoReserved => {
+                if rx.recorder().is_some() {
+                    seen.frames.extend(frames.iter().cloned());
+                }
+                self.waiting.extend(frames);
+            }
             Engine::Record => seen.frames.extend(frames),
         }
         while let Some(frame) = self.waiting.front() {

@@ -10,6 +10,7 @@ mod behaviours;
 mod bench;
 mod benchmark;
 mod bounds;
+mod capture;
 mod congestion;
 mod conntrack;
 mod control;
