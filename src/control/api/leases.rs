@@ -117,6 +117,8 @@ impl Api {
 mod tests {
     use std::time::Duration;
 
+    use tokio::time::timeout;
+
     use super::*;
     use crate::addr::MacAddr;
     use crate::config::{DnsConfig, IpMtu, Lan};
@@ -125,8 +127,9 @@ mod tests {
     use crate::network::store::{LeaseStore, Pool};
     use crate::service::dhcp::DhcpServer;
 
-    #[tokio::test(flavor = "current_thread")]
-    async fn leases_of_a_network_are_read_while_workers_answer_dhcp() {
+    #[test]
+    fn leases_of_a_network_are_read_while_workers_answer_dhcp() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         // Not in memory: the store refuses that.
         let place = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let subnet: crate::addr::Ipv4Subnet = "10.0.2.0/24".parse().unwrap();
@@ -144,14 +147,15 @@ mod tests {
         let source = LeaseSource::new(Arc::clone(&dhcp), Some(reader));
         let held = dhcp.lock().unwrap();
         for _ in 0..2 {
-            let leases = tokio::time::timeout(Duration::from_secs(20), source.read(Instant::ZERO));
-            let leases = leases.await.expect("nobody is waited for").unwrap();
+            let read = async { timeout(Duration::from_secs(20), source.read(Instant::ZERO)).await };
+            let leases = runtime.block_on(read).expect("nobody is waited for").unwrap();
             assert_eq!(leases.len(), 1);
             assert_eq!((leases[0].ip, leases[0].mac), (offer.ip, client.mac));
             assert!(leases[0].is_active(Instant::ZERO));
         }
         drop(held);
         let nowhere = LeaseReader::new(place.path().join("nowhere"), Arc::new(SystemClock::new().unwrap()));
-        assert!(LeaseSource::new(dhcp, Some(nowhere)).read(Instant::ZERO).await.is_err());
+        let source = LeaseSource::new(dhcp, Some(nowhere));
+        assert!(runtime.block_on(source.read(Instant::ZERO)).is_err());
     }
 }
