@@ -17,6 +17,8 @@ done
 # Exposure that `systemd-analyze security` may find, in tenths: what is left is the network itself.
 EXPOSURE_MAX=15
 UNITS=/usr/lib/systemd/system
+# Where enabled sockets are.
+WANTED=/etc/systemd/system/sockets.target.wants
 
 # verify NAME TOOLS COMMAND...: one check, skipped by name where tools are lacking; VERIFIED says whether it passed. Each
 # command of it has to succeed, which holds only where the caller asks for no status: never behind `if`, `||` or `&&`.
@@ -95,7 +97,8 @@ package_fields() {
     for file in usr/bin/vunet usr/share/man/man1/vunet.1.gz usr/share/man/man1/vunet-network-create.1.gz \
         usr/share/bash-completion/completions/vunet usr/share/zsh/vendor-completions/_vunet \
         usr/share/fish/vendor_completions.d/vunet.fish usr/lib/systemd/system/vunet@.service \
-        usr/lib/systemd/system/vunet@.socket usr/share/qemu/vhost-user/50-vunet.json usr/share/doc/vunet/copyright; do
+        usr/lib/systemd/system/vunet@.socket usr/lib/sysusers.d/vunet.conf usr/share/vunet/systemd/link.conf \
+        usr/share/vunet/systemd/network.conf usr/share/qemu/vhost-user/50-vunet.json usr/share/doc/vunet/copyright; do
         grep -q " \./$file$" <<<"$contents" || { echo "the package has no $file"; return 1; }
     done
 }
@@ -116,17 +119,34 @@ units_hold() {
     in_machine systemd-analyze security --offline=true --no-pager --threshold=$EXPOSURE_MAX "$UNITS/vunet@.service"
 }
 
-# property NAME: of the service.
-property() { in_machine systemctl show --property "$1" --value vunet@vm1.service; }
+# property NAME [VM]: of its service.
+property() { in_machine systemctl show --property "$1" --value "vunet@${2:-vm1}.service"; }
+
+# settings VM TEXT
+settings() {
+    printf '%s\n' "$2" >"$RUN_DIR/$1.toml"
+    in_machine cp "/run/lab/$1.toml" /etc/vunet/
+}
+
+# instance VM SETTINGS [DROP_IN]: makes its service ready, with a drop-in of the package.
+instance() {
+    local place=/run/units/vunet@$1.service.d
+    in_machine mkdir -p "$place"
+    # No journal runs there; and nobody waits for 30 s, nor for 2.
+    printf '[Service]\nStandardError=append:/run/lab/%s.log\nWatchdogSec=5\nRestartSec=0.2\n' "$1" >"$RUN_DIR/lab.conf"
+    in_machine cp /run/lab/lab.conf "$place/"
+    [[ -z ${3:-} ]] || in_machine install -D -m 0644 "/usr/share/vunet/systemd/$3.conf" "$place/$3.conf"
+    in_machine systemctl daemon-reload
+    settings "$1" "$2"
+}
 
 # Starts the socket only; the service starts when the VM comes.
 units_start() {
     in_machine ln -s "$UNITS/vunet@.socket" "$UNITS/vunet@.service" /run/units/
-    in_machine mkdir -p /run/units/vunet@vm1.service.d
-    # No journal runs there; and nobody waits for 30 s.
-    in_machine sh -c 'printf "[Service]\nStandardError=append:/run/lab/service.log\nWatchdogSec=5\n" >/run/units/vunet@vm1.service.d/lab.conf'
-    echo 'control = "/run/vunet/vm1/control"' >"$RUN_DIR/vm1.toml"
-    in_machine cp /run/lab/vm1.toml /etc/vunet/
+    instance vm1 'control = "/run/vunet/vm1/control"'
+    # As the machine begins with no units but the tests', this is for the next start, and for the removal.
+    in_machine systemctl --quiet --root=/ enable vunet@vm1.socket
+    in_machine test -L "$WANTED/vunet@vm1.socket"
     in_machine systemctl start vunet@vm1.socket
     [[ $(property ActiveState) == inactive ]]
     [[ $(stat -c '%a %G' "$RUN_DIR/run/vm1.sock") == '660 kvm' ]] || { stat "$RUN_DIR/run/vm1.sock"; return 1; }
@@ -149,8 +169,8 @@ service_is_confined() {
 
 # reload TEXT: with these settings too.
 reload() {
-    printf 'control = "/run/vunet/vm1/control"\n%s\n' "$1" >"$RUN_DIR/vm1.toml"
-    in_machine cp /run/lab/vm1.toml /etc/vunet/
+    settings vm1 "control = \"/run/vunet/vm1/control\"
+$1"
     in_machine systemctl reload vunet@vm1.service
 }
 
@@ -163,7 +183,7 @@ service_reloads() {
     wait_until 10 status_says 'serving*: a VM is attached; *ip-mtu cannot change while vunet runs*' || { property StatusText; return 1; }
     reload "dns-host = [\"db=$WORLD_HOST\"]
 log-level = \"debug\""
-    wait_until 10 grep -q 'settings read again.*log-level, dns-host' "$RUN_DIR/service.log" || { property StatusText; return 1; }
+    wait_until 10 grep -q 'settings read again.*log-level, dns-host' "$RUN_DIR/vm1.log" || { property StatusText; return 1; }
     wait_until 10 status_says 'serving*: a VM is attached' || { property StatusText; return 1; }
 }
 
@@ -183,11 +203,115 @@ service_stops() {
     [[ ! -e $RUN_DIR/run/vm1.sock ]]
 }
 
-# Removal and purge leave nothing, but for what dpkg and man know of all packages.
+# in_status VM PATTERN: the fields of its process's status, as the kernel has it.
+in_status() { in_machine cat "/proc/$(property MainPID "$1")/status" | awk -v pattern="$2" '$1 ~ pattern {print $2}' | sort -u; }
+
+is_serving() { [[ $(property ActiveState "$1") == active && $(property StatusText "$1") == serving* ]]; }
+
+# serves VM: that it does, after its start.
+serves() { is_serving "$1" || { show_log "$1"; return 1; }; }
+
+# One VM's service may not steer another's.
+services_are_apart() {
+    instance vm2 'control = "/run/vunet/vm2/control"'
+    in_machine systemctl start vunet@vm1.service vunet@vm2.service
+    serves vm1
+    serves vm2
+    local user
+    user=$(in_status vm2 ^Uid:)
+    [[ $user != "$(in_status vm1 ^Uid:)" ]] || { echo "both are $user"; return 1; }
+    in_machine setpriv --reuid "$user" --clear-groups vunet ctl --control /run/vunet/vm2/control status
+    ! in_machine setpriv --reuid "$user" --clear-groups vunet ctl --control /run/vunet/vm1/control status
+}
+
+tried() { (($(property NRestarts vm2) >= $1)); }
+came_back() { [[ $(property MainPID vm2) != "$1" ]] && is_serving vm2; }
+
+# Neither wrong settings nor crashes cost the socket, which a VM waits at: once it can be served it is.
+the_socket_stays() {
+    local pid turn
+    trap '[[ $? == 0 ]] || in_machine systemctl status vunet@vm2.service vunet@vm2.socket' EXIT
+    in_machine systemctl stop vunet@vm2.service
+    settings vm2 'colour = 1'
+    spawn vm2-nc nc.openbsd -U "$RUN_DIR/run/vm2.sock"
+    wait_until 20 tried 8
+    [[ -S $RUN_DIR/run/vm2.sock ]]
+    settings vm2 ''
+    wait_until 20 came_back 0
+    for ((turn = 0; turn < 6; turn++)); do
+        pid=$(property MainPID vm2)
+        in_machine kill -s KILL "$pid"
+        wait_until 20 came_back "$pid"
+    done
+    in_machine systemctl stop vunet@vm2.socket vunet@vm2.service
+}
+
+# Two VMs on one network, by the drop-in, and root beside them.
+services_share_a_network() {
+    local user vm
+    in_machine vunet network create lab
+    user=$(in_machine id -u vunet)
+    # What a service lacks that is confined more is named.
+    instance vm3 'network = "lab"' network
+    printf '[Service]\nProcSubset=pid\n' >"$RUN_DIR/lab.conf"
+    in_machine cp /run/lab/lab.conf /run/units/vunet@vm3.service.d/zz.conf
+    in_machine systemctl daemon-reload
+    if in_machine systemctl start vunet@vm3.service; then echo 'it started without /proc/sys'; return 1; fi
+    grep -q 'cannot read /proc/sys/kernel/random/boot_id' "$RUN_DIR/vm3.log"
+    in_machine systemctl stop vunet@vm3.service
+    in_machine rm /run/units/vunet@vm3.service.d/zz.conf
+    for vm in vm3 vm4; do
+        instance $vm 'network = "lab"' network
+        in_machine systemctl start vunet@$vm.service
+        serves $vm
+        [[ $(in_status $vm ^Uid:) == "$user" && $(in_status $vm ^CapEff:) == 0000000000001000 ]]
+    done
+    [[ $(in_machine vunet network list | awk '$1 == "lab" {print $NF}') == 2 ]] || { in_machine vunet network inspect lab; return 1; }
+    in_machine vunet network create beside --mode host-only
+    in_machine vunet network remove beside
+    if in_machine vunet network remove lab; then echo 'a network in use was removed'; return 1; fi
+    in_machine systemctl restart vunet@vm3.service
+    serves vm3
+    # Root joins none of them itself, whose files nobody else could use.
+    [[ $(in_machine timeout 10 vunet --socket-path /run/root.sock --network lab 2>&1) == *'run this as that user'* ]]
+    # The last that is killed leaves the network on the host, and root takes it away.
+    in_machine systemctl stop vunet@vm3.service vunet@vm3.socket
+    printf '[Service]\nRestart=no\n' >"$RUN_DIR/lab.conf"
+    in_machine cp /run/lab/lab.conf /run/units/vunet@vm4.service.d/no-restart.conf
+    in_machine systemctl daemon-reload
+    in_machine systemctl kill --signal KILL vunet@vm4.service
+    wait_until 10 has_failed vm4
+    [[ -n $(ip -n "$HOST_NS" -o link show type bridge) ]]
+    in_machine vunet network remove lab
+    [[ -z $(ip -n "$HOST_NS" -o link show type bridge) ]]
+    in_machine systemctl stop vunet@vm4.socket
+    # For the purge.
+    in_machine vunet network create kept
+}
+
+has_failed() { [[ $(property ActiveState "$1") == failed ]]; }
+
+# On a bridge of the host's, where the guest's lease is kept.
+service_on_a_link() {
+    ip -n "$HOST_NS" link add br0 type bridge
+    ip -n "$HOST_NS" link set br0 up
+    instance vm5 $'mode = "bridge"\nuplink = "bridge=br0"' link
+    in_machine systemctl start vunet@vm5.service
+    serves vm5
+    [[ $(in_status vm5 ^CapEff:) == 0000000000001000 && $(in_status vm5 ^Uid:) != "$(in_status vm1 ^Uid:)" ]]
+    if grep -i lease "$RUN_DIR/vm5.log"; then return 1; fi
+    in_machine test -d /var/lib/vunet-vms/vm5/stations
+    in_machine systemctl stop vunet@vm5.service vunet@vm5.socket
+}
+
+# Removal and purge leave nothing, but for what dpkg and man know of all packages, and the user of services on networks.
 package_leaves_nothing() {
     local left
-    in_machine rm /etc/vunet/vm1.toml
+    in_machine sh -c 'rm /etc/vunet/vm?.toml'
+    in_machine test -d /var/lib/vunet/networks/kept
     in_machine dpkg --remove vunet
+    in_machine test ! -L "$WANTED/vunet@vm1.socket"
+    in_machine test -d /var/lib/vunet/networks/kept
     in_machine dpkg --purge vunet
     in_machine test ! -e /etc/vunet
     left=$(in_machine find /run/upper -name '*vunet*' ! -type c ! -path '*/tmp/*' ! -path '*/var/cache/man/*')
@@ -204,6 +328,15 @@ guest_held() {
     else
         result failed 1 "$name"
     fi
+}
+
+services() {
+    guest_on_the_service
+    verify 'services are apart' '' services_are_apart
+    verify 'neither wrong settings nor crashes cost the socket' nc.openbsd the_socket_stays
+    verify 'services share a named network' nft services_share_a_network
+    verify 'a service on a bridge' '' service_on_a_link
+    verify 'the service stops' '' service_stops
 }
 
 # The units with a guest on them: QEMU outside, in the group that the socket is for.
@@ -230,7 +363,6 @@ guest_on_the_service() {
     guest_held 'the guest after a restart by the watchdog' gateway name known download
     guest_stop
     domain_on_the_service
-    verify 'the service stops' '' service_stops
 }
 
 # The same with libvirt starting the example's domain.
@@ -257,7 +389,7 @@ on_a_machine() {
     have_tools ip unshare nsenter pivot_root systemd-analyze dpkg dnsmasq qemu-system-x86_64 || lacks+=" $LACKING"
     getent group kvm >/dev/null || lacks+=' the group kvm'
     if [[ -n $lacks ]]; then
-        result_lacking 13 'package and units on a machine of its own' "missing: $lacks"
+        result_lacking 17 'package and units on a machine of its own' "missing: $lacks"
         return 0
     fi
     stage_programs
@@ -268,7 +400,7 @@ on_a_machine() {
     [[ -n $VERIFIED ]] || return 0
     verify 'the units hold (systemd-analyze)' '' units_hold
     verify 'the units start' '' units_start
-    [[ -z $VERIFIED ]] || guest_on_the_service
+    [[ -z $VERIFIED ]] || services
     verify 'the package leaves nothing' '' package_leaves_nothing
     machine_down
 }

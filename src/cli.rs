@@ -356,8 +356,8 @@ pub struct DoctorArgs {
 #[derive(Debug, clap::Args)]
 pub struct Args {
     // Before or behind a subcommand.
-    /// Where named networks, and leases that a LAN's DHCP gave the guest, are kept [default: /var/lib/vunet for root, else $XDG_STATE_HOME/vunet or
-    /// ~/.local/state/vunet]
+    /// Where named networks, and leases that a LAN's DHCP gave the guest, are kept [default: $STATE_DIRECTORY of a service, else /var/lib/vunet
+    /// for root, $XDG_STATE_HOME/vunet or ~/.local/state/vunet for others]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
     /// Settings from this TOML file: a key for each of these flags, named like it; flags given here win.

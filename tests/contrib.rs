@@ -57,6 +57,11 @@ fn the_units_belong_together_and_to_the_other_examples() {
     assert_eq!(values(&service, "Requires"), ["vunet@%i.socket"]);
     assert_eq!(values(&service, "Type"), ["notify"]);
     assert_eq!(values(&service, "WatchdogSec").len(), 1);
+    // Without it all instances are one user.
+    assert_eq!(values(&service, "User"), ["vunet-%i"]);
+    // A service that is given up, or tried at once again, takes its socket with it.
+    assert_eq!(values(&service, "StartLimitIntervalSec"), ["0"]);
+    assert_eq!(values(&service, "RestartPreventExitStatus"), [""; 0]);
     assert!(read("libvirt/domain.xml").contains("path='/run/vunet/vm1.sock'"));
 }
 

@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use clap::{Subcommand, ValueEnum};
+use rustix::process::geteuid;
 use serde::Serialize;
 use thiserror::Error;
 
@@ -22,6 +23,7 @@ use crate::network::rootless::{self, JoinError};
 use crate::network::state_dir::{self, StateDir};
 use crate::network::store::{Reservation, StoreError};
 use crate::network::users::User;
+use crate::sandbox::user::become_user;
 use crate::uplink::firewall::{self, FirewallError};
 use crate::uplink::links::is_link_name;
 use crate::uplink::sys::routes::HostRoute;
@@ -174,6 +176,16 @@ pub enum CommandError {
     /// The network's leases.
     #[error(transparent)]
     Leases(StoreError),
+    /// Networks of another user.
+    #[error("state directory {}: it belongs to user {uid}, and this process cannot become that user; run it as that user", place.display())]
+    Owner {
+        /// The state directory.
+        place: PathBuf,
+        /// Its owner.
+        uid: u32,
+        /// The kernel's refusal.
+        source: io::Error,
+    },
     /// No random bytes.
     #[error("cannot get random bytes")]
     Random(#[source] io::Error),
@@ -189,6 +201,7 @@ impl CommandError {
             CommandError::Network(NetworkError::Unknown { .. } | NetworkError::Exists(_)) => 2,
             CommandError::Reserve(StoreError::Reservation { .. }) => 2,
             CommandError::Network(_)
+            | CommandError::Owner { .. }
             | CommandError::Random(_)
             | CommandError::Reserve(_)
             | CommandError::Leases(_)
@@ -199,15 +212,22 @@ impl CommandError {
     }
 }
 
-/// The networks of the state directory of `--state-dir`, or of this user's.
-///
-/// # Errors
-/// [`NetworkError::StateDir`].
-pub(super) fn networks(state_dir: Option<&Path>) -> Result<Networks, NetworkError> {
-    Ok(Networks::new(StateDir::open(state_dir::locate(state_dir)?)?))
-}
-
 impl NetworkCommand {
+    /// Root becomes the owner of networks that are another user's, such as those of services: what it makes of them stays
+    /// that user's. What of a network is left on the host only who may change that takes away.
+    fn act_as_owner(&self, place: &Path) -> Result<(), CommandError> {
+        let Some((uid, gid)) = state_dir::other_owner(place) else { return Ok(()) };
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        let keeps_net_admin = matches!(self, NetworkCommand::Remove { .. });
+        become_user(uid, gid, keeps_net_admin).map_err(|source| CommandError::Owner {
+            place: place.to_owned(),
+            uid: uid.as_raw(),
+            source,
+        })
+    }
+
     /// Does it; what is to be printed. Advice goes to the log.
     ///
     /// # Errors
@@ -217,7 +237,9 @@ impl NetworkCommand {
         state_dir: Option<&Path>,
         routes: io::Result<Vec<HostRoute>>,
     ) -> Result<String, CommandError> {
-        let networks = networks(state_dir)?;
+        let place = state_dir::locate(state_dir).map_err(NetworkError::from)?;
+        self.act_as_owner(&place)?;
+        let networks = Networks::new(StateDir::open(place).map_err(NetworkError::from)?);
         match self {
             NetworkCommand::Create(args) => create(&networks, &args, routes),
             NetworkCommand::List => list(&networks),

@@ -151,7 +151,8 @@ const MORE: [(&str, &[&str]); 4] = [
              does (sd_listen_fds(3)); it stands for --fd.",
             "NOTIFY_SOCKET and WATCHDOG_USEC have a service manager told that vunet is ready, reloads, ends and is alive \
              (sd_notify(3)).",
-            "XDG_STATE_HOME is where a user other than root keeps the state of --state-dir.",
+            "STATE_DIRECTORY, of a service manager (systemd.exec(5)), or else XDG_STATE_HOME, of a user other than root, says where the state \
+             of --state-dir is kept.",
         ],
     ),
     (

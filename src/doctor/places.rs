@@ -184,6 +184,9 @@ pub(super) fn state_dir(places: Option<&Places>, who: Who) -> Check {
     let elsewhere =
         "give --state-dir DIR, an absolute path on a local disk with a MiB free, of this user's own";
     let fix = match error {
+        StateDirError::NotOurs { todo, .. } if *todo != state_dir::MAKE_IT_OURS => {
+            Fix::advice(format!("{todo}, or give --state-dir DIR"))
+        }
         StateDirError::NotOurs { path, .. } => {
             let path = quoted(path);
             Fix::AsRoot(vec![format!("chown {}:{} {path}", who.uid, who.gid), format!("chmod 0700 {path}")])
@@ -298,11 +301,17 @@ mod tests {
     #[test]
     fn a_state_directory_that_will_not_do_is_made_this_users() {
         let path = || PathBuf::from("/var/lib/vunet");
-        let (state, says, fix) =
-            state_of(StateDirError::NotOurs { path: path(), why: "its mode 0777".to_owned() });
+        let (state, says, fix) = state_of(StateDirError::NotOurs {
+            path: path(),
+            why: "its mode 0777".to_owned(),
+            todo: state_dir::MAKE_IT_OURS,
+        });
         assert_eq!(state, State::Missing);
         assert!(says.contains("/var/lib/vunet") && says.contains("0777"), "{says}");
         assert_eq!(fix, "chown 1000:100 /var/lib/vunet && chmod 0700 /var/lib/vunet");
+        let services =
+            StateDirError::NotOurs { path: path(), why: "-".to_owned(), todo: "run this as that user" };
+        assert_eq!(state_of(services).2, "run this as that user, or give --state-dir DIR", "it stays theirs");
         let (_, _, fix) = state_of(StateDirError::Denied("/srv/my state".into()));
         assert_eq!(fix, "install -d -m 0700 -o 1000 -g 100 '/srv/my state'");
         let (_, says, fix) = state_of(StateDirError::Nowhere);

@@ -15,6 +15,9 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::time::Instant;
 
+/// The file that tells this boot from others.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// One moment on both clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
@@ -46,9 +49,10 @@ impl SystemClock {
     /// Finds out which boot this is.
     ///
     /// # Errors
-    /// If `/proc` does not say.
+    /// If `/proc` does not say; the file is named.
     pub fn new() -> io::Result<SystemClock> {
-        let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        let text = fs::read_to_string(BOOT_ID)
+            .map_err(|error| io::Error::new(error.kind(), format!("{BOOT_ID}: {error}")))?;
         Ok(SystemClock { boot_id: text.trim().to_owned() })
     }
 }

@@ -1,7 +1,7 @@
 //! The state directory: where definitions and leases of named networks live.
 //!
-//! `--state-dir` says where, else it is `/var/lib/vunet` for root and `$XDG_STATE_HOME/vunet` or
-//! `~/.local/state/vunet` for everybody else. Each network has a folder of its own:
+//! `--state-dir` says where, else a service manager by `$STATE_DIRECTORY`; else it is `/var/lib/vunet` for root and
+//! `$XDG_STATE_HOME/vunet` or `~/.local/state/vunet` for everybody else. Each network has a folder of its own:
 //! `networks/NAME/`.
 //!
 //! Leases are an SQLite file in WAL mode, whose processes share memory through a mapped file and lock with
@@ -11,21 +11,24 @@
 //!
 //! Read first: SQLite, "Write-Ahead Logging", 6 and 8; XDG Base Directory Specification 0.8; statfs(2).
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, accessat, statfs, statvfs};
 use rustix::io::Errno;
-use rustix::process::geteuid;
+use rustix::process::{Gid, Uid, geteuid};
 use thiserror::Error;
 
 use super::name::NetworkName;
 
 /// Where root keeps state.
 pub const ROOT_STATE_DIR: &str = "/var/lib/vunet";
+/// What is to be done about a directory that is not this user's alone.
+pub const MAKE_IT_OURS: &str = "make it your own with mode 0700";
 /// Bytes that must be free: the store, its log of changes at its bound, and the index of that log.
 pub const FREE_BYTES_MIN: usize = 1 << 20;
 
@@ -92,14 +95,16 @@ pub enum StateDirError {
     },
     /// Somebody else's, or open to others.
     #[error(
-        "state directory {}: {why}, so others could hand out this host's addresses; make it your own with \
-         mode 0700, or give --state-dir DIR", path.display()
+        "state directory {}: {why}, so others could hand out this host's addresses; {todo}, or give --state-dir DIR",
+        path.display()
     )]
     NotOurs {
         /// The directory.
         path: PathBuf,
         /// Whose it is.
         why: String,
+        /// What to do about it, but for another directory.
+        todo: &'static str,
     },
     /// A file system that takes no writing.
     #[error("state directory {}: its file system is read-only; give --state-dir DIR on another", .0.display())]
@@ -132,11 +137,20 @@ pub enum StateDirError {
 /// # Errors
 /// [`StateDirError::Relative`] and [`StateDirError::Nowhere`].
 pub fn locate(flag: Option<&Path>) -> Result<PathBuf, StateDirError> {
-    locate_for(flag, geteuid().is_root(), std::env::var_os("XDG_STATE_HOME"), std::env::var_os("HOME"))
+    let [service, state_home, home] = ["STATE_DIRECTORY", "XDG_STATE_HOME", "HOME"].map(std::env::var_os);
+    locate_for(flag, service, geteuid().is_root(), state_home, home)
+}
+
+/// The user and group that `path` belongs to, if it is there and that user is not the one of this process.
+pub fn other_owner(path: &Path) -> Option<(Uid, Gid)> {
+    let meta = fs::metadata(path).ok()?;
+    let owner = Uid::from_raw(meta.uid());
+    (owner != geteuid()).then_some((owner, Gid::from_raw(meta.gid())))
 }
 
 fn locate_for(
     flag: Option<&Path>,
+    service: Option<OsString>,
     root: bool,
     state_home: Option<OsString>,
     home: Option<OsString>,
@@ -144,11 +158,20 @@ fn locate_for(
     match flag {
         Some(path) if path.is_absolute() => return Ok(path.to_owned()),
         Some(path) => return Err(StateDirError::Relative(path.to_owned())),
-        None if root => return Ok(PathBuf::from(ROOT_STATE_DIR)),
         None => {}
     }
     // The specification wants relative values ignored.
     let absolute = |value: Option<OsString>| value.map(PathBuf::from).filter(|path| path.is_absolute());
+    // A unit may have several; the first is ours (systemd.exec(5), StateDirectory=).
+    let first = |list: OsString| {
+        list.as_bytes().split(|byte| *byte == b':').next().map(|path| OsStr::from_bytes(path).to_owned())
+    };
+    if let Some(path) = absolute(service.and_then(first)) {
+        return Ok(path);
+    }
+    if root {
+        return Ok(PathBuf::from(ROOT_STATE_DIR));
+    }
     absolute(state_home)
         .or_else(|| Some(absolute(home)?.join(".local/state")))
         .map(|base| base.join("vunet"))
@@ -261,15 +284,17 @@ fn make(path: &Path) -> Result<(), StateDirError> {
 
 fn refuse_foreign(path: &Path) -> Result<(), StateDirError> {
     let meta = fs::metadata(path).map_err(|error| told(path, "look at it", error))?;
-    let us = geteuid().as_raw();
-    let why = if meta.uid() != us {
-        format!("it belongs to user {} and this is user {us}", meta.uid())
+    let us = geteuid();
+    let (why, todo) = if meta.uid() != us.as_raw() {
+        // What root would make there that user could not use any more.
+        let todo = if us.is_root() { "run this as that user, as services of VMs are" } else { MAKE_IT_OURS };
+        (format!("it belongs to user {} and this is user {us}", meta.uid()), todo)
     } else if meta.mode() & 0o022 != 0 {
-        format!("its mode {:04o} lets other users write to it", meta.mode() & 0o7777)
+        (format!("its mode {:04o} lets other users write to it", meta.mode() & 0o7777), MAKE_IT_OURS)
     } else {
         return Ok(());
     };
-    Err(StateDirError::NotOurs { path: path.to_owned(), why })
+    Err(StateDirError::NotOurs { path: path.to_owned(), why, todo })
 }
 
 /// Writes as much as must be free and takes it back. Blocks are set aside as bytes are written, so no
@@ -322,14 +347,28 @@ mod tests {
     #[test]
     fn the_flag_wins_then_root_then_the_environment() {
         let at = |flag: Option<&str>, root, state: &str, home: &str| {
-            locate_for(flag.map(Path::new), root, Some(state.into()), Some(home.into()))
+            locate_for(flag.map(Path::new), None, root, Some(state.into()), Some(home.into()))
         };
+        let service = |flag: Option<&str>, service: &str, root| {
+            locate_for(flag.map(Path::new), Some(service.into()), root, Some("/s".into()), None).unwrap()
+        };
+        assert_eq!(service(None, "/d:/e", false), Path::new("/d"));
+        assert_eq!(service(None, "/d", true), Path::new("/d"));
+        assert_eq!(service(Some("/x"), "/d", true), Path::new("/x"));
+        assert_eq!(service(None, "d", false), Path::new("/s/vunet"));
         assert_eq!(at(Some("/x"), true, "/s", "/h").unwrap(), Path::new("/x"));
         assert_eq!(at(None, true, "/s", "/h").unwrap(), Path::new("/var/lib/vunet"));
         assert_eq!(at(None, false, "/s", "/h").unwrap(), Path::new("/s/vunet"));
         assert_eq!(at(None, false, "s", "/h").unwrap(), Path::new("/h/.local/state/vunet"));
         assert!(matches!(at(None, false, "", "h"), Err(StateDirError::Nowhere)));
         assert!(matches!(at(Some("x"), false, "/s", "/h"), Err(StateDirError::Relative(_))));
+    }
+
+    #[test]
+    fn only_another_users_directory_has_an_owner_to_act_as() {
+        let place = place();
+        assert_eq!(other_owner(&place.path().join("none")), None);
+        assert_eq!(other_owner(place.path()), None);
     }
 
     #[test]

@@ -20,6 +20,10 @@ use thiserror::Error;
 use super::sysctl::{self, SysctlError};
 use crate::limits;
 
+/// What tells this boot from others.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// What tells this network namespace from others.
+const NET_NAMESPACE: &str = "/proc/thread-self/ns/net";
 /// Extension of the file while it is written.
 const BESIDE: &str = "new";
 
@@ -67,9 +71,14 @@ impl Forwarding {
     /// # Errors
     /// [`ForwardingError::File`].
     pub fn open(path: &Path) -> Result<Forwarding, ForwardingError> {
-        let failed = |source| ForwardingError::File { what: "read", path: path.to_owned(), source };
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").map_err(failed)?.trim().to_owned();
-        let net_namespace = fs::metadata("/proc/thread-self/ns/net").map_err(failed)?.ino();
+        let refused =
+            |path: &Path, source| ForwardingError::File { what: "read", path: path.to_owned(), source };
+        let failed = |source| refused(path, source);
+        let boot = fs::read_to_string(BOOT_ID).map_err(|source| refused(Path::new(BOOT_ID), source))?;
+        let boot = boot.trim().to_owned();
+        let namespace =
+            fs::metadata(NET_NAMESPACE).map_err(|source| refused(Path::new(NET_NAMESPACE), source));
+        let net_namespace = namespace?.ino();
         let mut entries: Vec<Entry> = match fs::read(path) {
             Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
