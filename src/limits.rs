@@ -485,6 +485,13 @@ pub const PACKET_TIMERS_EXAMINED: usize = 256;
 /// goes on where this one stopped, so that the repetitions of a first packet come to all of them.
 pub const PACKET_PORTS_TRIED: usize = 1024;
 
+/// Bytes of the log that wait for who reads standard error, and as many again that are being written: some two thousand
+/// lines, which is more than a burst at level debug. Beyond it lines are lost and counted, and no thread waits.
+pub const LOG_QUEUE_BYTES_MAX: usize = 256 << 10;
+
+/// Bytes kept back there for why the process ends: a panic with its backtrace.
+pub const LOG_LAST_WORDS_BYTES_MAX: usize = 16 << 10;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -40,7 +40,7 @@ fn shown(outcome: Result<(), impl Error + 'static>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error, false);
+            report(&error);
             ExitCode::FAILURE
         }
     }
@@ -57,7 +57,7 @@ fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error, false);
+            report(&error);
             ExitCode::from(error.exit_code())
         }
     }
@@ -66,17 +66,19 @@ fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
-    Log::start(&LogConfig { level: level.to_owned(), json: false });
-    match command.run(state_dir, routes::host_routes()) {
+    let log = Log::start(&LogConfig { level: level.to_owned(), json: false });
+    let code = match command.run(state_dir, &log, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
         Err(error) => {
-            report(&error, false);
+            log.say_last(&chain(&error));
             ExitCode::from(error.exit_code())
         }
-    }
+    };
+    log.flush();
+    code
 }
 
 fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
@@ -97,23 +99,29 @@ fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
         Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source: Box::new(source) },
         None => source.into(),
     })?;
-    let json = config.log.json;
     let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
     let reloader = file.map(|file| file.reloader(&config));
-    match vunet::app::run(config, &log, reloader) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
+    let code = match vunet::app::run(config, &log, reloader) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error, json);
-            Ok(ExitCode::FAILURE)
+            log.say_last(&chain(&error));
+            ExitCode::FAILURE
         }
-    }
+    };
+    log.flush();
+    Ok(code)
 }
 
-/// Says why the process ends: one line, the outermost error first. A reader of JSON gets JSON.
-fn report(error: &dyn Error, json: bool) {
+/// Says on standard error why the process ends.
+fn report(error: &dyn Error) {
+    let _ = writeln!(std::io::stderr(), "error: {}", chain(error));
+}
+
+/// Why the process ends, in one line: the outermost error first.
+fn chain(error: &dyn Error) -> String {
     let mut chain = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -121,9 +129,5 @@ fn report(error: &dyn Error, json: bool) {
         chain.push_str(&cause.to_string());
         next = cause.source();
     }
-    if json {
-        tracing::error!("{chain}");
-    } else {
-        let _ = writeln!(std::io::stderr(), "error: {chain}");
-    }
+    chain
 }
