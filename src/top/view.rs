@@ -8,13 +8,14 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table};
 
+use super::State;
 use super::sample::{Drop, Shown, short};
 
 const TITLE: Style = Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD);
 const HEAD: Style = Style::new().fg(Color::DarkGray);
 
-/// Draws all of it, flows from the `scrolled`th on.
-pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, scrolled: usize, halted: bool) {
+/// Draws all of it, flows from the first that `state` has in sight.
+pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, state: &State) {
     let [head, curves, tables, flows, foot] = Layout::vertical([
         Constraint::Length(2),
         Constraint::Length(6),
@@ -30,10 +31,12 @@ pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, scrolled: usize, halted
     let [queues, drops] = Layout::horizontal([Constraint::Fill(1); 2]).areas(tables);
     frame.render_widget(queue_table(shown), queues);
     frame.render_widget(drop_table(&shown.drops), drops);
-    frame.render_widget(flow_table(shown, scrolled), flows);
-    let state = if halted { "halted   " } else { "" };
-    let keys = format!(" {state}q ends   p halts   up, down, PageUp, PageDown: flows");
-    frame.render_widget(Paragraph::new(keys).style(HEAD), foot);
+    frame.render_widget(flow_table(shown, state.scrolled), flows);
+    let late = state.late_seconds.map(|seconds| format!(" no answer for {seconds} s  ")).unwrap_or_default();
+    let halted = if state.halted { "halted   " } else { "" };
+    let keys = format!(" {halted}q ends   p halts   up, down, PageUp, PageDown: flows");
+    let line = Line::from(vec![Span::styled(late, Style::new().fg(Color::Red)), Span::styled(keys, HEAD)]);
+    frame.render_widget(Paragraph::new(line), foot);
 }
 
 fn header(shown: &Shown) -> Paragraph<'_> {
@@ -175,7 +178,8 @@ mod tests {
     /// The picture as text.
     fn picture(width: u16, height: u16, scrolled: usize) -> String {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-        terminal.draw(|frame| draw(frame, &shown(), scrolled, false)).unwrap();
+        let state = State { scrolled, halted: false, late_seconds: Some(7) };
+        terminal.draw(|frame| draw(frame, &shown(), &state)).unwrap();
         let buffer = terminal.backend().buffer();
         let lines = (0..height).map(|y| {
             let line: String = (0..width).map(|x| buffer[(x, y)].symbol().to_owned()).collect();
@@ -201,6 +205,7 @@ mod tests {
             "192.0.2.1:443",
             "established",
             "0.1 s",
+            "no answer for 7 s",
         ] {
             assert!(picture.contains(part), "{part} in\n{picture}");
         }

@@ -100,6 +100,12 @@ impl Backend {
         rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
     }
 
+    /// Stops it, as a debugger does. It can be killed still.
+    pub(crate) fn halt(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
     /// Waits until its log says `text` so many times.
     pub(crate) fn says(&self, text: &str, times: usize) {
         let deadline = Instant::now() + PATIENCE;

@@ -7,3 +7,4 @@ mod description;
 mod metrics;
 mod resources;
 mod settings;
+mod top;
