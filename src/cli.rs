@@ -193,6 +193,9 @@ fn settings(line: &[OsString]) -> Result<Args, Error> {
 #[derive(Debug, clap::Subcommand)]
 enum Subcommand {
     /// Ask a backend that runs, or tell it something, on the socket of its --control
+    ///
+    /// Exit code 0 if that was done, 2 for a wrong command line, 3 if no backend could be reached, 1 for anything else: it was
+    /// refused, or the backend has ended. With --json an error is an object too, on standard error.
     Ctl(ctl::Ctl),
     Top(top::Top),
     /// Named networks, shared by several VMs
@@ -604,4 +607,5 @@ Examples:
 ";
 
 /// What the codes that the process ends with mean.
-const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 1 anything else.";
+const EXIT_CODES: &str =
+    "0 ended as asked, 2 usage or configuration, 3 no backend could be reached (vunet ctl, vunet top), 1 anything else.";

@@ -5,18 +5,20 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command, DoctorArgs};
 use vunet::config::LogConfig;
 use vunet::log::Log;
+use vunet::top::Top;
 use vunet::uplink::sys::routes;
 
 fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
-        Command::Ctl(ctl) => Ok(shown(ctl.run(&mut std::io::stdout()))),
-        Command::Top(top) => Ok(shown(top.run())),
+        Command::Ctl(ctl) => Ok(ask(&ctl)),
+        Command::Top(top) => Ok(watch(&top)),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
         Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
         Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
@@ -36,13 +38,23 @@ fn print_capabilities() -> ExitCode {
     }
 }
 
-fn shown(outcome: Result<(), impl Error + 'static>) -> ExitCode {
-    match outcome {
+fn ask(ctl: &Ctl) -> ExitCode {
+    match ctl.run(&mut std::io::stdout()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&error);
-            ExitCode::FAILURE
+        Err(error) if ctl.is_json() => {
+            let body = serde_json::to_string(&error.body(chain(&error)));
+            // Texts and numbers are JSON always.
+            let _ = writeln!(std::io::stderr(), "{}", body.unwrap_or_default());
+            ExitCode::from(error.exit_code())
         }
+        Err(error) => failed(&error, error.exit_code()),
+    }
+}
+
+fn watch(top: &Top) -> ExitCode {
+    match top.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, error.exit_code()),
     }
 }
 
@@ -56,10 +68,7 @@ fn man(words: &[String], dir: Option<&Path>) -> ExitCode {
 fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&error);
-            ExitCode::from(error.exit_code())
-        }
+        Err(error) => failed(&error, error.exit_code()),
     }
 }
 
@@ -116,8 +125,9 @@ fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
 }
 
 /// Says on standard error why the process ends.
-fn report(error: &dyn Error) {
+fn failed(error: &dyn Error, code: u8) -> ExitCode {
     let _ = writeln!(std::io::stderr(), "error: {}", chain(error));
+    ExitCode::from(code)
 }
 
 /// Why the process ends, in one line: the outermost error first.

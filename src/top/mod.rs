@@ -65,6 +65,16 @@ pub enum TopError {
     Terminal(#[from] io::Error),
 }
 
+impl TopError {
+    /// The code to end the process with: 3 if no backend could be reached, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            TopError::Client(error) => error.exit_code(),
+            TopError::NoTerminal | TopError::Terminal(_) => 1,
+        }
+    }
+}
+
 impl Top {
     /// Draws until the user or a signal ends it, or the backend does.
     ///
