@@ -36,7 +36,7 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, ValueEn
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
-use crate::config::{Config, DnsConfig, IpMtu, PublishList, PublishRange};
+use crate::config::{Config, DnsConfig, IpMtu, LogConfig, PublishList, PublishRange};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::top;
@@ -565,6 +565,11 @@ impl Args {
     pub fn take_passed(&mut self) -> Result<(), UsageError> {
         self.passed = activation::passed()?;
         Ok(())
+    }
+
+    /// The log that is asked for.
+    pub fn log(&self) -> LogConfig {
+        LogConfig { level: self.log_level.clone(), json: self.log_format == LogFormatArg::Json }
     }
 
     /// The file of `--config`, for who reads it again.

@@ -89,6 +89,11 @@ impl Log {
         Ok(())
     }
 
+    /// Whether it is JSON, an object a line.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// Says why the process ends, whatever the level: as an object if the log is JSON, else as a line of text.
     pub fn say_last(&self, why: &str) {
         match self.json {

@@ -101,19 +101,29 @@ fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
     })
 }
 
-fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
+fn run(args: Args) -> Result<ExitCode, cli::Error> {
+    let log = Log::start(&args.log());
+    match serve(args, &log) {
+        Err(error) if log.is_json() => {
+            log.say_last(&error.to_string());
+            Ok(ExitCode::from(error.exit_code()))
+        }
+        outcome => outcome,
+    }
+}
+
+fn serve(mut args: Args, log: &Log) -> Result<ExitCode, cli::Error> {
     args.take_passed()?;
     let file = args.take_file();
     let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
         Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source: Box::new(source) },
         None => source.into(),
     })?;
-    let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
     let reloader = file.map(|file| file.reloader(&config));
-    let code = match vunet::app::run(config, &log, reloader) {
+    let code = match vunet::app::run(config, log, reloader) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log.say_last(&chain(&error));

@@ -150,6 +150,30 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 }
 
 #[test]
+fn why_it_did_not_start_is_told_in_the_logs_form_whatever_its_level() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap();
+    for (args, code, part) in [
+        (&["--socket-path", file][..], 1, "the path exists and is not a socket"),
+        (&["--socket-path", file, "--fd", "9"], 2, "both say how the VM attaches"),
+    ] {
+        for level in ["off", "trace", "nothing=error"] {
+            let args = [args, &["--log-format", "json", "--log-level", level]].concat();
+            let output = vunet(&args);
+            assert_eq!(output.status.code(), Some(code), "{args:?}");
+            let last = text(&output.stderr).lines().last().expect("a reason");
+            let told: serde_json::Value = serde_json::from_str(last).expect("an object");
+            assert_eq!(told["level"], "ERROR");
+            assert!(told["fields"]["message"].as_str().unwrap().contains(part), "{told}");
+        }
+        let output = vunet(&[args, &["--log-level", "off"]].concat());
+        assert!(text(&output.stderr).starts_with("error: ") && text(&output.stderr).contains(part));
+    }
+}
+
+#[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
     for flag in ["--pcap", "--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);

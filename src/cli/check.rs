@@ -15,10 +15,10 @@ use super::member;
 use super::subnet::{self, Notice};
 use super::translate;
 use super::values::{self, ValueError};
-use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
+use super::{Args, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
+    Attach, Config, DnsConfig, Lan, LinkConfig, Mode, NatConfig, NetworkConfig, Protocol, Publish,
     PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
@@ -349,7 +349,7 @@ pub(super) fn into_config(
         },
         control: args.control.clone(),
         metrics: args.metrics,
-        log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
+        log: args.log(),
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.
         attach: attach(args)?,
@@ -620,6 +620,7 @@ mod tests {
     use super::*;
     use crate::cli::lines::whole as args;
     use crate::config::IpMtu;
+    use crate::config::LogConfig;
 
     fn route(network: [u8; 4], prefix_len: u8) -> HostRoute {
         HostRoute { network: network.into(), prefix_len, interface: "eth0".to_owned() }
