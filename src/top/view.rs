@@ -150,7 +150,9 @@ fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
         Constraint::Length(8),
         Constraint::Length(10),
     ];
-    let title = format!(" flows, used last first: {} from {} on ", shown.flows.len(), scrolled + 1);
+    let number = shown.flows.len();
+    let of = if shown.has_more_flows { format!(" of {}", shown.status.flows) } else { String::new() };
+    let title = format!(" flows, used last first: {number}{of} from {} on ", scrolled + 1);
     Table::new(rows, widths)
         .header(Row::new(["PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE"]).style(HEAD))
         .block(Block::bordered().title(Span::styled(title, TITLE)))
@@ -166,13 +168,15 @@ mod tests {
     use super::super::sample::Sampler;
     use super::super::sample::tests::{counters, flow, status};
     use super::*;
+    use crate::control::api::status::Status;
 
     fn shown() -> Shown {
         let mut sampler = Sampler::new();
         let begun = Instant::now();
-        sampler.take(begun, status(), counters(0, 0), Vec::new());
+        sampler.take(begun, status(), counters(0, 0), (Vec::new(), false));
         let flows = vec![flow(40_001, 12.0), flow(40_002, 0.1)];
-        sampler.take(begun + Duration::from_secs(1), status(), counters(125_000_000, 3), flows)
+        let status = Status { flows: 70_000, ..status() };
+        sampler.take(begun + Duration::from_secs(1), status, counters(125_000_000, 3), (flows, true))
     }
 
     /// The picture as text.
@@ -206,6 +210,7 @@ mod tests {
             "established",
             "0.1 s",
             "no answer for 7 s",
+            "used last first: 2 of 70000 from 1 on",
         ] {
             assert!(picture.contains(part), "{part} in\n{picture}");
         }
