@@ -163,6 +163,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
         Some(Subcommand::Doctor(doctor)) => {
             let words = doctor::words_of_run(args);
             let (run, line) = (settings(&words)?, doctor::run_again(&words));
+            let run = Args { is_only_asked: true, ..run };
             Ok(Command::Doctor(Box::new(DoctorArgs { run, line, ..*doctor })))
         }
         None => Ok(Command::Run(Box::new(settings(&args)?))),
@@ -219,8 +220,9 @@ enum Subcommand {
     /// Check what this host lacks for each mode, and say the command that fixes it
     ///
     /// Without flags: every mode in short, the default one in full. With the flags of a run: what that run needs. Nothing on the
-    /// host is changed, and it ends within five seconds. Exit code 0 if the run (without flags: the default mode) can
-    /// start, 1 if something it needs is missing, 2 for flags that do not go together.
+    /// host is changed, and it ends within five seconds. Exit code 0 if nothing that was looked at keeps the run
+    /// (without flags: the default mode) from starting, 1 if something it needs is missing, 2 for flags that the run
+    /// would refuse.
     Doctor(Box<DoctorArgs>),
 }
 
@@ -370,6 +372,9 @@ pub struct Args {
     // A socket that a service manager passed.
     #[arg(skip)]
     passed: Option<RawFd>,
+    // Whether no such run is to begin here: descriptors are not taken.
+    #[arg(skip)]
+    is_only_asked: bool,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -612,5 +617,4 @@ Examples:
 ";
 
 /// What the codes that the process ends with mean.
-const EXIT_CODES: &str =
-    "0 ended as asked, 2 usage or configuration, 3 no backend could be reached (vunet ctl, vunet top), 1 anything else.";
+const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 3 no backend could be reached (vunet ctl, vunet top), 1 anything else.";

@@ -171,6 +171,8 @@ fn why_it_did_not_start_is_told_in_the_logs_form_whatever_its_level() {
         let output = vunet(&[args, &["--log-level", "off"]].concat());
         assert!(text(&output.stderr).starts_with("error: ") && text(&output.stderr).contains(part));
     }
+    let same = vunet(&["--socket-path", file, "--control", file]);
+    assert_eq!(same.status.code(), Some(2), "{}", text(&same.stderr));
 }
 
 #[test]
@@ -377,6 +379,26 @@ fn a_doctors_exit_code_says_whether_the_run_can_start() {
     assert_eq!(bad.status.code(), Some(1));
     let words = text(&bad.stdout);
     assert!(words.contains("missing socket") && words.contains("fix: mkdir -p"), "{words}");
+    // The other sockets of a run, and what is handed down to it.
+    let control = folder.path().join("no/ctl").display().to_string();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let metrics = taken.local_addr().unwrap().to_string();
+    for (more, code, part) in [
+        (&["--control", &control][..], 1, "missing control socket"),
+        (&["--metrics", &metrics], 1, "missing metrics"),
+        (&["--metrics", "198.18.77.1:5"], 1, "missing metrics"),
+    ] {
+        let output = doctor("vm.sock", more);
+        assert_eq!(output.status.code(), Some(code), "{more:?}");
+        let words = text(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains(part), "{words}");
+    }
+    for line in ["--mode host-only --fd 77", "--mode bridge --uplink tap-fd=77", "--uplink tap-fd=77"] {
+        let words: Vec<&str> = ["doctor"].into_iter().chain(line.split(' ')).collect();
+        let output = vunet(&words);
+        assert_eq!(output.status.code(), Some(2), "{line}: {}", text(&output.stdout));
+        assert!(text(&output.stderr).contains("77: no such descriptor"), "{}", text(&output.stderr));
+    }
     let wrong = doctor("vm.sock", &["--publish", "80:80"]);
     assert_eq!(wrong.status.code(), Some(2), "{}", text(&wrong.stdout));
     assert!(text(&wrong.stderr).contains("--publish"));

@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::RawFd;
 use std::os::unix;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -53,6 +53,11 @@ pub enum UsageError {
         /// The descriptor's number.
         fd: i32,
     },
+    /// One path for the VM and for the control API.
+    #[error(
+        "--socket-path and --control are the same path {}: give each a path of its own", .0.display()
+    )]
+    SameSocket(PathBuf),
     /// `--client` with an inherited socket.
     #[error(
         "--client goes with --socket-path only: --fd {0} is a socket that already listens or is connected; \
@@ -330,6 +335,7 @@ pub(super) fn into_config(
     routes: io::Result<Vec<HostRoute>>,
 ) -> Result<(Config, Vec<Notice>), UsageError> {
     let mut notices = Vec::new();
+    two_sockets(&args)?;
     let Parts { lan, dns, mode, link, network } = match &args.network {
         Some(name) => member::parts(&args, name)?,
         None => alone(&args, routes, &mut notices)?,
@@ -411,6 +417,32 @@ fn attach(args: Args) -> Result<Attach, UsageError> {
                 None => Ok(Attach::Listen(path)),
             }
         }
+    }
+}
+
+/// Whether the VM's socket and that of the control API are told apart.
+fn two_sockets(args: &Args) -> Result<(), UsageError> {
+    match (&args.socket_path, &args.control) {
+        (Some(path), Some(control)) if absolute(path) == absolute(control) => {
+            Err(UsageError::SameSocket(control.clone()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The same path from anywhere, without looking at what is there.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Judges the sockets of a run that is only asked about, as that would itself. Without one it is not said in full yet.
+pub(super) fn judge_sockets(args: &Args) -> Result<(), UsageError> {
+    two_sockets(args)?;
+    match (&args.socket_path, args.fd) {
+        (Some(path), Some(fd)) => Err(UsageError::TwoSockets { path: path.clone(), fd }),
+        (None, Some(fd)) if args.client => Err(UsageError::ClientFd(fd)),
+        (None, Some(fd)) => inherited::examine(fd).map_err(|reason| UsageError::Inherited { fd, reason }),
+        (_, None) => Ok(()),
     }
 }
 
