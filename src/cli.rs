@@ -362,8 +362,8 @@ pub struct Args {
     /// ~/.local/state/vunet]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
-    /// Settings from this TOML file: a key for each of these flags, named like it; flags given here win.
-    /// SIGHUP has it read again: log-level and dns-host change, a change of others is refused
+    /// Settings from this TOML file: a key for each of these flags, named like it; a flag given here takes the
+    /// place of its key. SIGHUP has it read again: log-level and dns-host change, a change of others is refused
     #[arg(long, value_name = "FILE.toml", help_heading = "Settings")]
     config: Option<PathBuf>,
     // `settings` sets it.

@@ -363,6 +363,26 @@ fn pages_and_completions_are_printed_and_what_is_none_is_refused() {
 }
 
 #[test]
+fn bash_completes_values_behind_a_space_and_an_equals_sign() {
+    let script = vunet(&["completions", "bash"]).stdout;
+    let completed = |words: &str, before: &str, word: &str| {
+        let words = format!(
+            "{}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n_vunet vunet '{word}' '{before}'\n\
+             echo \"${{COMPREPLY[@]}}\"",
+            text(&script)
+        );
+        let output = Command::new("bash").args(["-c", &words]).output().expect("bash");
+        text(&output.stdout).trim_end().to_owned()
+    };
+    assert_eq!(completed("vunet --mode h", "--mode", "h"), "host-only");
+    assert_eq!(completed("vunet --mode = h", "=", "h"), "host-only");
+    let all = "nat host-only none bridge";
+    for word in ["", "="] {
+        assert_eq!(completed("vunet --mode =", "--mode", word), all, "{word}");
+    }
+}
+
+#[test]
 fn a_doctors_exit_code_says_whether_the_run_can_start() {
     let folder = tempfile::tempdir().unwrap();
     let doctor = |socket: &str, more: &[&str]| {
