@@ -147,6 +147,10 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
 pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<(), Error> {
+    let log_apart = || log.write_apart().map_err(starting("the log's thread"));
+    if config.network.is_none() {
+        log_apart()?;
+    }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -174,6 +178,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
+    log_apart()?;
     let mut link = config.link.take();
     let mut translate = link.as_mut().and_then(|link| link.translate.take());
     let station_mac = translate.as_mut().map(translation::settle_mac).transpose()?;

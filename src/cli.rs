@@ -37,7 +37,7 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, ValueEn
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
-use crate::config::{Config, DnsConfig, IpMtu, PublishList, PublishRange};
+use crate::config::{Config, DnsConfig, IpMtu, LogConfig, PublishList, PublishRange};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::top;
@@ -166,6 +166,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Command, Error>
         Some(Subcommand::Doctor(doctor)) => {
             let words = doctor::words_of_run(args);
             let (run, line) = (settings(&words)?, doctor::run_again(&words));
+            let run = Args { is_only_asked: true, ..run };
             Ok(Command::Doctor(Box::new(DoctorArgs { run, line, ..*doctor })))
         }
         None => Ok(Command::Run(Box::new(settings(&args)?))),
@@ -196,6 +197,9 @@ fn settings(line: &[OsString]) -> Result<Args, Error> {
 #[derive(Debug, clap::Subcommand)]
 enum Subcommand {
     /// Ask a backend that runs, or tell it something, on the socket of its --control
+    ///
+    /// Exit code 0 if that was done, 2 for a wrong command line, 3 if no backend could be reached, 1 for anything else: it was
+    /// refused, or the backend has ended. With --json an error is an object too, on standard error.
     Ctl(ctl::Ctl),
     Top(top::Top),
     /// Named networks, shared by several VMs
@@ -219,8 +223,9 @@ enum Subcommand {
     /// Check what this host lacks for each mode, and say the command that fixes it
     ///
     /// Without flags: every mode in short, the default one in full. With the flags of a run: what that run needs. Nothing on the
-    /// host is changed, and it ends within five seconds. Exit code 0 if the run (without flags: the default mode) can
-    /// start, 1 if something it needs is missing, 2 for flags that do not go together.
+    /// host is changed, and it ends within five seconds. Exit code 0 if nothing that was looked at keeps the run
+    /// (without flags: the default mode) from starting, 1 if something it needs is missing, 2 for flags that the run
+    /// would refuse.
     Doctor(Box<DoctorArgs>),
 }
 
@@ -360,8 +365,8 @@ pub struct Args {
     /// for root, $XDG_STATE_HOME/vunet or ~/.local/state/vunet for others]
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
-    /// Settings from this TOML file: a key for each of these flags, named like it; flags given here win.
-    /// SIGHUP has it read again: log-level and dns-host change, a change of others is refused
+    /// Settings from this TOML file: a key for each of these flags, named like it; a flag given here takes the
+    /// place of its key. SIGHUP has it read again: log-level and dns-host change, a change of others is refused
     #[arg(long, value_name = "FILE.toml", help_heading = "Settings")]
     config: Option<PathBuf>,
     // `settings` sets it.
@@ -370,6 +375,9 @@ pub struct Args {
     // A socket that a service manager passed.
     #[arg(skip)]
     passed: Option<RawFd>,
+    // Whether no such run is to begin here: descriptors are not taken.
+    #[arg(skip)]
+    is_only_asked: bool,
     /// Unix socket to create (mode 0600) and wait on for the VM; with --client, the one to connect to
     #[arg(long, value_name = "PATH", help_heading = "Attachment")]
     socket_path: Option<PathBuf>,
@@ -577,6 +585,11 @@ impl Args {
         Ok(())
     }
 
+    /// The log that is asked for.
+    pub fn log(&self) -> LogConfig {
+        LogConfig { level: self.log_level.clone(), json: self.log_format == LogFormatArg::Json }
+    }
+
     /// The file of `--config`, for who reads it again.
     pub fn take_file(&mut self) -> Option<SettingsFile> {
         self.file.take()
@@ -617,4 +630,4 @@ Examples:
 ";
 
 /// What the codes that the process ends with mean.
-const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 1 anything else.";
+const EXIT_CODES: &str = "0 ended as asked, 2 usage or configuration, 3 no backend could be reached (vunet ctl, vunet top), 1 anything else.";

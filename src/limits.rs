@@ -522,6 +522,13 @@ pub const CAPTURE_END: Duration = Duration::from_secs(1);
 /// Pieces of a streamed capture, of 256 KiB each, that wait for its client.
 pub const CAPTURE_STREAM_PIECES: usize = 4;
 
+/// Bytes of the log that wait for who reads standard error, and as many again that are being written: some two thousand
+/// lines, which is more than a burst at level debug. Beyond it lines are lost and counted, and no thread waits.
+pub const LOG_QUEUE_BYTES_MAX: usize = 256 << 10;
+
+/// Bytes kept back there for why the process ends: a panic with its backtrace.
+pub const LOG_LAST_WORDS_BYTES_MAX: usize = 16 << 10;
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,18 +5,20 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
+use vunet::cli::ctl::Ctl;
 use vunet::cli::network::NetworkCommand;
 use vunet::cli::{self, Args, Command, DoctorArgs};
 use vunet::config::LogConfig;
 use vunet::log::Log;
+use vunet::top::Top;
 use vunet::uplink::sys::routes;
 
 fn main() -> ExitCode {
     let outcome = cli::parse(std::env::args_os()).and_then(|command| match command {
         Command::PrintCapabilities => Ok(print_capabilities()),
         Command::Run(args) => run(*args),
-        Command::Ctl(ctl) => Ok(shown(ctl.run(&mut std::io::stdout()))),
-        Command::Top(top) => Ok(shown(top.run())),
+        Command::Ctl(ctl) => Ok(ask(&ctl)),
+        Command::Top(top) => Ok(watch(&top)),
         Command::Network(command, state_dir) => Ok(network(command, state_dir.as_deref())),
         Command::Man(words, dir) => Ok(man(&words, dir.as_deref())),
         Command::Completions(shell) => Ok(written(cli::completions(shell, &mut std::io::stdout()))),
@@ -36,13 +38,23 @@ fn print_capabilities() -> ExitCode {
     }
 }
 
-fn shown(outcome: Result<(), impl Error + 'static>) -> ExitCode {
-    match outcome {
+fn ask(ctl: &Ctl) -> ExitCode {
+    match ctl.run(&mut std::io::stdout()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&error, false);
-            ExitCode::FAILURE
+        Err(error) if ctl.is_json() => {
+            let body = serde_json::to_string(&error.body(chain(&error)));
+            // Texts and numbers are JSON always.
+            let _ = writeln!(std::io::stderr(), "{}", body.unwrap_or_default());
+            ExitCode::from(error.exit_code())
         }
+        Err(error) => failed(&error, error.exit_code()),
+    }
+}
+
+fn watch(top: &Top) -> ExitCode {
+    match top.run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => failed(&error, error.exit_code()),
     }
 }
 
@@ -56,27 +68,26 @@ fn man(words: &[String], dir: Option<&Path>) -> ExitCode {
 fn written(outcome: Result<(), cli::PageError>) -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            report(&error, false);
-            ExitCode::from(error.exit_code())
-        }
+        Err(error) => failed(&error, error.exit_code()),
     }
 }
 
 fn network(command: NetworkCommand, state_dir: Option<&Path>) -> ExitCode {
     // Who holds a network is a daemon; the others print their answer.
     let level = if matches!(command, NetworkCommand::Hold { .. }) { "info" } else { "warn" };
-    Log::start(&LogConfig { level: level.to_owned(), json: false });
-    match command.run(state_dir, routes::host_routes()) {
+    let log = Log::start(&LogConfig { level: level.to_owned(), json: false });
+    let code = match command.run(state_dir, &log, routes::host_routes()) {
         Ok(text) => match write!(std::io::stdout(), "{text}") {
             Ok(()) => ExitCode::SUCCESS,
             Err(_) => ExitCode::FAILURE,
         },
         Err(error) => {
-            report(&error, false);
+            log.say_last(&chain(&error));
             ExitCode::from(error.exit_code())
         }
-    }
+    };
+    log.flush();
+    code
 }
 
 fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
@@ -90,30 +101,47 @@ fn doctor(args: DoctorArgs) -> Result<ExitCode, cli::Error> {
     })
 }
 
-fn run(mut args: Args) -> Result<ExitCode, cli::Error> {
+fn run(args: Args) -> Result<ExitCode, cli::Error> {
+    let log = Log::start(&args.log());
+    match serve(args, &log) {
+        Err(error) if log.is_json() => {
+            log.say_last(&error.to_string());
+            Ok(ExitCode::from(error.exit_code()))
+        }
+        outcome => outcome,
+    }
+}
+
+fn serve(mut args: Args, log: &Log) -> Result<ExitCode, cli::Error> {
     args.take_passed()?;
     let file = args.take_file();
     let (config, notices) = args.into_config(routes::host_routes()).map_err(|source| match &file {
         Some(file) => cli::Error::UsageOfFile { path: file.path().to_owned(), source: Box::new(source) },
         None => source.into(),
     })?;
-    let json = config.log.json;
-    let log = Log::start(&config.log);
     for notice in &notices {
         notice.log();
     }
     let reloader = file.map(|file| file.reloader(&config));
-    match vunet::app::run(config, &log, reloader) {
-        Ok(()) => Ok(ExitCode::SUCCESS),
+    let code = match vunet::app::run(config, log, reloader) {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            report(&error, json);
-            Ok(ExitCode::FAILURE)
+            log.say_last(&chain(&error));
+            ExitCode::FAILURE
         }
-    }
+    };
+    log.flush();
+    Ok(code)
 }
 
-/// Says why the process ends: one line, the outermost error first. A reader of JSON gets JSON.
-fn report(error: &dyn Error, json: bool) {
+/// Says on standard error why the process ends.
+fn failed(error: &dyn Error, code: u8) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "error: {}", chain(error));
+    ExitCode::from(code)
+}
+
+/// Why the process ends, in one line: the outermost error first.
+fn chain(error: &dyn Error) -> String {
     let mut chain = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -121,9 +149,5 @@ fn report(error: &dyn Error, json: bool) {
         chain.push_str(&cause.to_string());
         next = cause.source();
     }
-    if json {
-        tracing::error!("{chain}");
-    } else {
-        let _ = writeln!(std::io::stderr(), "error: {chain}");
-    }
+    chain
 }

@@ -152,6 +152,32 @@ fn usage_errors_end_with_2_and_name_flag_value_reason_and_remedy() {
 }
 
 #[test]
+fn why_it_did_not_start_is_told_in_the_logs_form_whatever_its_level() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let file = file.to_str().unwrap();
+    for (args, code, part) in [
+        (&["--socket-path", file][..], 1, "the path exists and is not a socket"),
+        (&["--socket-path", file, "--fd", "9"], 2, "both say how the VM attaches"),
+    ] {
+        for level in ["off", "trace", "nothing=error"] {
+            let args = [args, &["--log-format", "json", "--log-level", level]].concat();
+            let output = vunet(&args);
+            assert_eq!(output.status.code(), Some(code), "{args:?}");
+            let last = text(&output.stderr).lines().last().expect("a reason");
+            let told: serde_json::Value = serde_json::from_str(last).expect("an object");
+            assert_eq!(told["level"], "ERROR");
+            assert!(told["fields"]["message"].as_str().unwrap().contains(part), "{told}");
+        }
+        let output = vunet(&[args, &["--log-level", "off"]].concat());
+        assert!(text(&output.stderr).starts_with("error: ") && text(&output.stderr).contains(part));
+    }
+    let same = vunet(&["--socket-path", file, "--control", file]);
+    assert_eq!(same.status.code(), Some(2), "{}", text(&same.stderr));
+}
+
+#[test]
 fn flags_of_later_versions_are_absent_not_ignored() {
     for flag in ["--subnet6", "--no-ipv6"] {
         let output = vunet(&["--socket-path", "s", flag]);
@@ -366,6 +392,26 @@ fn pages_and_completions_are_printed_and_what_is_none_is_refused() {
 }
 
 #[test]
+fn bash_completes_values_behind_a_space_and_an_equals_sign() {
+    let script = vunet(&["completions", "bash"]).stdout;
+    let completed = |words: &str, before: &str, word: &str| {
+        let words = format!(
+            "{}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n_vunet vunet '{word}' '{before}'\n\
+             echo \"${{COMPREPLY[@]}}\"",
+            text(&script)
+        );
+        let output = Command::new("bash").args(["-c", &words]).output().expect("bash");
+        text(&output.stdout).trim_end().to_owned()
+    };
+    assert_eq!(completed("vunet --mode h", "--mode", "h"), "host-only");
+    assert_eq!(completed("vunet --mode = h", "=", "h"), "host-only");
+    let all = "nat host-only none bridge";
+    for word in ["", "="] {
+        assert_eq!(completed("vunet --mode =", "--mode", word), all, "{word}");
+    }
+}
+
+#[test]
 fn a_doctors_exit_code_says_whether_the_run_can_start() {
     let folder = tempfile::tempdir().unwrap();
     let doctor = |socket: &str, more: &[&str]| {
@@ -382,6 +428,26 @@ fn a_doctors_exit_code_says_whether_the_run_can_start() {
     assert_eq!(bad.status.code(), Some(1));
     let words = text(&bad.stdout);
     assert!(words.contains("missing socket") && words.contains("fix: mkdir -p"), "{words}");
+    // The other sockets of a run, and what is handed down to it.
+    let control = folder.path().join("no/ctl").display().to_string();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let metrics = taken.local_addr().unwrap().to_string();
+    for (more, code, part) in [
+        (&["--control", &control][..], 1, "missing control socket"),
+        (&["--metrics", &metrics], 1, "missing metrics"),
+        (&["--metrics", "198.18.77.1:5"], 1, "missing metrics"),
+    ] {
+        let output = doctor("vm.sock", more);
+        assert_eq!(output.status.code(), Some(code), "{more:?}");
+        let words = text(&output.stdout).split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(words.contains(part), "{words}");
+    }
+    for line in ["--mode host-only --fd 77", "--mode bridge --uplink tap-fd=77", "--uplink tap-fd=77"] {
+        let words: Vec<&str> = ["doctor"].into_iter().chain(line.split(' ')).collect();
+        let output = vunet(&words);
+        assert_eq!(output.status.code(), Some(2), "{line}: {}", text(&output.stdout));
+        assert!(text(&output.stderr).contains("77: no such descriptor"), "{}", text(&output.stderr));
+    }
     let wrong = doctor("vm.sock", &["--publish", "80:80"]);
     assert_eq!(wrong.status.code(), Some(2), "{}", text(&wrong.stdout));
     assert!(text(&wrong.stderr).contains("--publish"));

@@ -3,7 +3,7 @@
 //! The tests play systemd: sd_notify(3), sd_listen_fds(3), sd_watchdog_enabled(3).
 
 use std::fs;
-use std::io::{Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -62,6 +62,20 @@ impl Service {
 
     fn log(&self) -> String {
         fs::read_to_string(self.path("log")).unwrap()
+    }
+
+    /// The same once it says `part`: it is written a moment after.
+    #[track_caller]
+    fn log_with(&self, part: &str) -> String {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let log = self.log();
+            if log.contains(part) {
+                return log;
+            }
+            assert!(Instant::now() < end, "'{part}' is not in: {log}");
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// What the manager is told next.
@@ -185,8 +199,8 @@ fn settings_that_can_change_do_and_others_are_refused_with_all_that_came_with_th
     ] {
         let told = service.reload(file);
         assert!(told.contains("settings stay as they are") && told.contains(part), "'{part}': {told:?}");
-        let log = service.log();
-        assert!(log.contains("ERROR") && log.contains(part), "'{part}' is not in: {log}");
+        let log = service.log_with(part);
+        assert!(log.contains("ERROR"), "{log}");
     }
     // A connection that says nothing is spoken of at level debug only.
     let said = |service: &Service| service.log().contains("said nothing");
@@ -195,13 +209,86 @@ fn settings_that_can_change_do_and_others_are_refused_with_all_that_came_with_th
     assert!(!said(&service), "nothing of what was refused is applied: {}", service.log());
     service.reload(debug);
     drop(connect(&service.path("vm.sock")));
-    let end = Instant::now() + PATIENCE;
-    while !said(&service) {
-        assert!(Instant::now() < end, "the level did not change: {}", service.log());
-        thread::sleep(Duration::from_millis(5));
-    }
+    service.log_with("said nothing");
     service.signal("TERM");
     assert_eq!(service.ended().code(), Some(0));
+}
+
+/// A vunet whose standard error is a pipe that the test reads, or does not.
+struct Unread {
+    dir: tempfile::TempDir,
+    log: io::PipeReader,
+    child: Child,
+}
+
+impl Unread {
+    fn start(flags: &[&str]) -> Unread {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, stderr) = io::pipe().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_vunet"))
+            .args(["--socket-path", "vm.sock", "--control", "ctl.sock"])
+            .args(flags)
+            .current_dir(dir.path())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let unread = Unread { dir, log, child };
+        let end = Instant::now() + PATIENCE;
+        while UnixStream::connect(unread.dir.path().join("vm.sock")).is_err() {
+            assert!(Instant::now() < end, "no socket");
+            thread::sleep(Duration::from_millis(5));
+        }
+        unread
+    }
+
+    /// Has it log until `lines` are lost, as its metrics say.
+    fn log_until_lost(&self, lines: u64) {
+        let end = Instant::now() + 3 * PATIENCE;
+        while self.lost() < lines {
+            assert!(Instant::now() < end, "{} lines are lost", self.lost());
+            for _ in 0..200 {
+                // No front-end: said at level warn.
+                let mut stream = connect(&self.dir.path().join("vm.sock"));
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.write_all(&[0xff; 12]).unwrap();
+                assert_eq!(stream.read(&mut [0; 1]).unwrap_or(0), 0, "it is served no more");
+            }
+        }
+    }
+
+    fn lost(&self) -> u64 {
+        let mut stream = connect(&self.dir.path().join("ctl.sock"));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let value = answer.lines().find_map(|line| line.strip_prefix("vunet_log_lines_lost_total "));
+        value.and_then(|value| value.parse().ok()).expect("the metric")
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_neither_vms_nor_the_end() {
+    let mut unread = Unread::start(&[]);
+    unread.log_until_lost(1);
+    assert!(is_served(&connect(&unread.dir.path().join("vm.sock"))));
+    // Read again, it says what is missing, and where.
+    let mut lines = BufReader::new(&unread.log).lines().map(Result::unwrap);
+    let told = lines.find(|line| line.contains("of the log are lost here")).unwrap();
+    assert!(told.contains(" WARN "), "{told}");
+    drop(lines);
+    unread.log_until_lost(unread.lost() + 1);
+    let begun = Instant::now();
+    assert!(Command::new("kill").arg(unread.child.id().to_string()).status().unwrap().success());
+    assert_eq!(unread.child.wait().unwrap().code(), Some(0));
+    assert!(begun.elapsed() < PATIENCE / 2, "{:?}", begun.elapsed());
 }
 
 /// A vunet without settings in `dir`, by the words of a shell before it, that listens.

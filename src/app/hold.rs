@@ -3,6 +3,7 @@
 use super::{Error, random_pair, services, starting};
 use crate::config::{DnsConfig, Lan, NetworkConfig};
 use crate::holder::{self, HolderConfig, door};
+use crate::log::Log;
 use crate::network::definition::OwnLan;
 use crate::network::manager::Networks;
 use crate::network::name::NetworkName;
@@ -10,6 +11,7 @@ use crate::network::name::NetworkName;
 /// Holds the rootless network `name` of `networks`, whose addresses are `own` and which leads to the `world` or nowhere, and calls `ready` once processes
 /// can join; with `keep` for ever, else until nobody has used it for a while. False if another process holds
 /// it. Must be called while the process has one thread.
+/// Its `log` is written by another once it may have several.
 ///
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
@@ -17,7 +19,7 @@ pub fn hold(
     networks: &Networks,
     name: &NetworkName,
     (own, world): (&OwnLan, bool),
-    keep: bool,
+    (keep, log): (bool, &Log),
     ready: impl FnOnce(),
 ) -> Result<bool, Error> {
     let place = networks.holder(name);
@@ -37,6 +39,7 @@ pub fn hold(
         survivors: networks.users(name)?.iter().map(|user| user.pid).collect(),
         door: place.door(),
         idle: (!keep).then_some(door::IDLE),
+        log: log.clone(),
     };
     holder::run(&config, services, ready).map_err(|source| Error::Holder { name: name.clone(), source })?;
     Ok(true)

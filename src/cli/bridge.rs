@@ -46,12 +46,15 @@ fn keep(args: &Args, source: &LinkSource) -> Result<KeepLeases, UsageError> {
     Ok(KeepLeases { folder, link: link + &vlan })
 }
 
-/// The link of `--uplink`. Descriptors of `tap-fd` are taken.
+/// The link of `--uplink`. Descriptors of `tap-fd` are taken, unless the run is only asked about.
 pub(super) fn source(args: &Args) -> Result<LinkSource, UsageError> {
     match &args.uplink {
         None => Err(UsageError::BridgeNeedsUplink),
         Some(UplinkArg::Sockets) => Err(UsageError::BridgeOverSockets),
         Some(UplinkArg::Tap(name)) => Ok(LinkSource::Tap(name.clone())),
+        Some(UplinkArg::TapFd(fds)) if args.is_only_asked => {
+            judge_descriptors(fds, args.queues).map(|()| LinkSource::Tap(None))
+        }
         Some(UplinkArg::TapFd(fds)) => inherited(fds, args.queues).map(LinkSource::Inherited),
         Some(UplinkArg::Bridge(name)) => Ok(LinkSource::Bridge(name.clone())),
         Some(UplinkArg::MacVtap(name)) => Ok(LinkSource::MacVtap(name.clone())),
@@ -59,26 +62,33 @@ pub(super) fn source(args: &Args) -> Result<LinkSource, UsageError> {
 }
 
 fn inherited(fds: &[i32], queues: u8) -> Result<Vec<TapQueue>, UsageError> {
+    judge_descriptors(fds, queues)?;
+    let take = |fd: &i32| TapQueue::inherited(*fd).map_err(|reason| UsageError::TapFd { fd: *fd, reason });
+    fds.iter().map(take).collect()
+}
+
+/// Whether these are one queue for each of `queues`, all of one interface.
+fn judge_descriptors(fds: &[i32], queues: u8) -> Result<(), UsageError> {
     if fds.len() != usize::from(queues) {
         return Err(UsageError::TapFdCount { given: fds.len(), queues });
     }
-    let mut taps: Vec<TapQueue> = Vec::new();
+    let mut first: Option<String> = None;
     for (at, fd) in fds.iter().copied().enumerate() {
         // Each is taken once: a number given twice would be closed twice.
         let reason = match fds[..at].contains(&fd) {
             true => Err(InheritedTapError::Twice),
-            false => TapQueue::inherited(fd),
+            false => TapQueue::examine(fd),
         };
-        let tap = reason.map_err(|reason| UsageError::TapFd { fd, reason })?;
-        if let Some(first) = taps.first()
-            && first.name() != tap.name()
-        {
-            let (name, first) = (tap.name().to_owned(), first.name().to_owned());
-            return Err(UsageError::TapFdInterfaces { fd, name, first });
+        let (name, _) = reason.map_err(|reason| UsageError::TapFd { fd, reason })?;
+        match &first {
+            Some(first) if *first != name => {
+                return Err(UsageError::TapFdInterfaces { fd, name, first: first.clone() });
+            }
+            Some(_) => {}
+            None => first = Some(name),
         }
-        taps.push(tap);
     }
-    Ok(taps)
+    Ok(())
 }
 
 /// Our gateway in bridge mode: there is none that any frame reaches.

@@ -5,7 +5,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::RawFd;
 use std::os::unix;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -15,12 +15,12 @@ use super::member;
 use super::subnet::{self, Notice};
 use super::translate;
 use super::values::{self, ValueError};
-use super::{Args, LogFormatArg, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
+use super::{Args, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::capture::Settings;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LinkConfig, LogConfig, Mode, NatConfig, NetworkConfig, PcapConfig,
-    Protocol, Publish, PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LinkConfig, Mode, NatConfig, NetworkConfig, PcapConfig, Protocol,
+    Publish, PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
 use crate::network::manager::NetworkError;
@@ -54,6 +54,11 @@ pub enum UsageError {
         /// The descriptor's number.
         fd: i32,
     },
+    /// One path for the VM and for the control API.
+    #[error(
+        "--socket-path and --control are the same path {}: give each a path of its own", .0.display()
+    )]
+    SameSocket(PathBuf),
     /// `--client` with an inherited socket.
     #[error(
         "--client goes with --socket-path only: --fd {0} is a socket that already listens or is connected; \
@@ -363,6 +368,7 @@ pub(super) fn into_config(
     routes: io::Result<Vec<HostRoute>>,
 ) -> Result<(Config, Vec<Notice>), UsageError> {
     let mut notices = Vec::new();
+    two_sockets(&args)?;
     let Parts { lan, dns, mode, link, network } = match &args.network {
         Some(name) => member::parts(&args, name)?,
         None => alone(&args, routes, &mut notices)?,
@@ -383,7 +389,7 @@ pub(super) fn into_config(
         control: args.control.clone(),
         metrics: args.metrics,
         pcap: pcap(&args)?,
-        log: LogConfig { level: args.log_level.clone(), json: args.log_format == LogFormatArg::Json },
+        log: args.log(),
         no_peek_off: args.no_peek_off,
         // Last: it takes the descriptor of --fd.
         attach: attach(args)?,
@@ -445,6 +451,32 @@ fn attach(args: Args) -> Result<Attach, UsageError> {
                 None => Ok(Attach::Listen(path)),
             }
         }
+    }
+}
+
+/// Whether the VM's socket and that of the control API are told apart.
+fn two_sockets(args: &Args) -> Result<(), UsageError> {
+    match (&args.socket_path, &args.control) {
+        (Some(path), Some(control)) if absolute(path) == absolute(control) => {
+            Err(UsageError::SameSocket(control.clone()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The same path from anywhere, without looking at what is there.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}
+
+/// Judges the sockets of a run that is only asked about, as that would itself. Without one it is not said in full yet.
+pub(super) fn judge_sockets(args: &Args) -> Result<(), UsageError> {
+    two_sockets(args)?;
+    match (&args.socket_path, args.fd) {
+        (Some(path), Some(fd)) => Err(UsageError::TwoSockets { path: path.clone(), fd }),
+        (None, Some(fd)) if args.client => Err(UsageError::ClientFd(fd)),
+        (None, Some(fd)) => inherited::examine(fd).map_err(|reason| UsageError::Inherited { fd, reason }),
+        (_, None) => Ok(()),
     }
 }
 
@@ -654,6 +686,7 @@ mod tests {
     use super::*;
     use crate::cli::lines::whole as args;
     use crate::config::IpMtu;
+    use crate::config::LogConfig;
 
     fn route(network: [u8; 4], prefix_len: u8) -> HostRoute {
         HostRoute { network: network.into(), prefix_len, interface: "eth0".to_owned() }

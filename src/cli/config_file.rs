@@ -164,7 +164,14 @@ fn read(path: &Path) -> Result<Table, FileError> {
         message: message.trim_end().replace('\n', "; "),
     };
     let utf8 = std::str::from_utf8(&text).map_err(|error| at(error.valid_up_to(), "not UTF-8"))?;
-    utf8.parse::<Table>().map_err(|error| at(error.span().map_or(0, |span| span.start), error.message()))
+    utf8.parse::<Table>().map_err(|error| {
+        let span = error.span().unwrap_or_default();
+        match (error.message(), utf8.get(span.clone())) {
+            // The parser does not say which.
+            (message @ "duplicate key", Some(key)) => at(span.start, &format!("{message} {key}")),
+            (message, _) => at(span.start, message),
+        }
+    })
 }
 
 /// One line of a file.
@@ -432,7 +439,7 @@ mod tests {
             ("colour = 'red'\n", &["vm.toml: colour: no such setting: keys are the long flags"]),
             ("[dns]\nhost = []\n", &["vm.toml: dns: no such setting"]),
             ("[mac]\nx = 1\n", &["mac = a section: expected a text"]),
-            ("ip-mtu = 1\nip-mtu = 2\n", &["vm.toml:2: duplicate key"]),
+            ("ip-mtu = 1\nip-mtu = 2\n", &["vm.toml:2: duplicate key ip-mtu:"]),
             ("mac = 52:54\n", &["vm.toml:1: ", "KEY = VALUE"]),
         ] {
             let error = error(text);

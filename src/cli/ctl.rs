@@ -138,6 +138,11 @@ impl Ctl {
         }
     }
 
+    /// Whether answers and errors are for programs.
+    pub fn is_json(&self) -> bool {
+        self.json
+    }
+
     /// Does what was asked and writes the answer to `out`.
     ///
     /// # Errors
@@ -148,22 +153,16 @@ impl Ctl {
             What::Status => self.show(&client, "/v1/status", status_text)?,
             What::Counters => self.show(&client, "/v1/counters", counters_text)?,
             What::Flows(args) => return self.flows(&client, args, out),
-            What::Kill { flows } => {
-                for flow in flows {
-                    let resource = format!("/v1/flows/{flow}");
-                    client.call(Method::DELETE, &resource, None::<&()>)?;
-                }
-                String::new()
-            }
+            What::Kill { flows } => one_by_one(flows, |flow| {
+                let resource = format!("/v1/flows/{}", path_segment(flow));
+                client.call(Method::DELETE, &resource, None::<&()>)
+            })?,
             What::Ports => self.show(&client, "/v1/ports", ports_text)?,
-            What::Publish { ports } => self.publish(&client, ports)?,
-            What::Unpublish { ports, keep } => {
-                for port in ports {
-                    let resource = format!("/v1/ports/{}?keep={keep}", path_segment(port));
-                    client.call(Method::DELETE, &resource, None::<&()>)?;
-                }
-                String::new()
-            }
+            What::Publish { ports } => return self.publish(&client, ports, out),
+            What::Unpublish { ports, keep } => one_by_one(ports, |port| {
+                let resource = format!("/v1/ports/{}?keep={keep}", path_segment(port));
+                client.call(Method::DELETE, &resource, None::<&()>)
+            })?,
             What::Leases => self.show(&client, "/v1/leases", leases_text)?,
             What::Dns => self.show(&client, "/v1/dns", names_text)?,
             What::LogLevel { level: None } => {
@@ -198,16 +197,24 @@ impl Ctl {
         if self.json { Ok(serde_json::to_string_pretty(&answer)? + "\n") } else { Ok(text(&answer)) }
     }
 
-    /// Publishes ports one after another; what was published, as text or JSON.
-    fn publish(&self, client: &Client, ports: &[String]) -> Result<String, ClientError> {
+    /// Publishes ports one after another and writes what was published, as text or JSON; before an error, what was published
+    /// until then: those ports stay.
+    fn publish(&self, client: &Client, ports: &[String], out: &mut impl Write) -> Result<(), ClientError> {
         let mut all = PortList { ports: Vec::new() };
-        for port in ports {
-            let body = NewPort { publish: port.clone() };
-            let made: PortList =
-                serde_json::from_slice(&client.call(Method::POST, "/v1/ports", Some(&body))?)?;
-            all.ports.extend(made.ports);
+        let mut published = || -> Result<(), ClientError> {
+            for port in ports {
+                let body = NewPort { publish: port.clone() };
+                let made = client.call(Method::POST, "/v1/ports", Some(&body))?;
+                all.ports.extend(serde_json::from_slice::<PortList>(&made)?.ports);
+            }
+            Ok(())
+        };
+        let outcome = published();
+        if outcome.is_ok() || !all.ports.is_empty() {
+            let text = if self.json { serde_json::to_string_pretty(&all)? + "\n" } else { ports_text(&all) };
+            out.write_all(text.as_bytes()).map_err(ClientError::Write)?;
         }
-        Ok(if self.json { serde_json::to_string_pretty(&all)? + "\n" } else { ports_text(&all) })
+        outcome
     }
 
     /// All pages of flows.
@@ -232,6 +239,23 @@ impl Ctl {
             Ok(true)
         })
     }
+}
+
+/// Has something done to each of `names`. Where one fails, the error says which were done before.
+fn one_by_one(
+    names: &[String],
+    mut does: impl FnMut(&str) -> Result<Vec<u8>, ClientError>,
+) -> Result<String, ClientError> {
+    for (n, name) in names.iter().enumerate() {
+        match does(name) {
+            Ok(_) => {}
+            Err(source) if n > 0 => {
+                return Err(ClientError::Partly { done: names[..n].to_vec(), source: Box::new(source) });
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(String::new())
 }
 
 /// Rows under a head, each column as wide as its widest word; the last one as it is.

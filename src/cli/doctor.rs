@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 
-use super::check::{UsageError, alone, nat, published};
+use super::check::{UsageError, alone, judge_sockets, nat, published};
 use super::{DoctorArgs, ModeArg, NatArg, UplinkArg};
 use crate::cli::subnet::Notice;
 use crate::doctor::{self, Asked, LinkAsked, Report, SubnetNotice, Way, quoted};
@@ -78,6 +78,8 @@ impl DoctorArgs {
             workers: run.queues.into(),
             state_dir: run.state_dir,
             socket: run.socket_path.map(|path| (path, run.client)),
+            control: run.control,
+            metrics: run.metrics,
             online: !self.offline,
             line: self.line,
         })
@@ -87,11 +89,11 @@ impl DoctorArgs {
     /// subnet.
     fn judge(&self, routes: io::Result<Vec<HostRoute>>) -> Result<Option<SubnetNotice>, UsageError> {
         let run = &self.run;
+        judge_sockets(run)?;
         let is_open = run.mode == ModeArg::Bridge && run.uplink.is_none()
             || run.nat == Some(NatArg::Kernel)
             || run.nat == Some(NatArg::Packet) && run.uplink.is_none();
-        let takes_descriptors = matches!(run.uplink, Some(UplinkArg::TapFd(_)));
-        if run.network.is_some() || is_open || takes_descriptors {
+        if run.network.is_some() || is_open {
             nat(run)?;
             return Ok(None);
         }
@@ -107,7 +109,10 @@ impl DoctorArgs {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
     use std::net::Ipv4Addr;
+    use std::os::fd::AsRawFd as _;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
     use crate::cli::{Command, parse};
@@ -148,15 +153,16 @@ mod tests {
     #[test]
     fn what_a_run_needs_of_the_host_is_taken_from_its_flags() {
         let line = "--socket-path vm.sock --client --publish 80-81:80-81 --dns-server 192.0.2.1 --queues 4 \
-                    --state-dir /s --offline";
+                    --state-dir /s --offline --control ctl --metrics 127.0.0.1:9";
         let found = asked(line);
         assert_eq!(found.socket, Some(("vm.sock".into(), true)));
+        assert_eq!(found.control, Some("ctl".into()));
+        assert_eq!(found.metrics, Some("127.0.0.1:9".parse().unwrap()));
         assert_eq!((found.publish.len(), found.workers, found.online), (2, 4, false));
         assert_eq!(found.dns_servers, Some(vec!["192.0.2.1:53".parse().unwrap()]));
         assert_eq!(found.state_dir, Some("/s".into()));
         assert_eq!(asked("--no-dns").dns_servers, None);
         assert_eq!(asked("--mode bridge --uplink tap=vm0").link, LinkAsked::Tap(Some("vm0".to_owned())));
-        assert_eq!(asked("--mode bridge --uplink tap-fd=7").link, LinkAsked::Inherited);
         let named = asked("--network lab --publish 80:80");
         assert_eq!((named.network.unwrap().as_str(), named.publish.len()), ("lab", 1));
     }
@@ -167,18 +173,34 @@ mod tests {
         assert_eq!(asked(line).line, "vunet --mode bridge --uplink bridge=br0 --socket-path vm.sock");
         assert_eq!(asked("--mode bridge").line, "vunet --mode bridge ...");
         assert_eq!(asked("").line, "vunet ...");
-        assert_eq!(asked("--network doctor --fd 3").line, "vunet --network doctor --fd 3");
+        assert_eq!(args("--network doctor --fd 3").line, "vunet --network doctor --fd 3");
         let words = ["/opt/my vunet", "doctor", "--socket-path", "a b"].map(OsString::from);
         assert_eq!(run_again(&words_of_run(words.to_vec())), "'/opt/my vunet' --socket-path 'a b'");
     }
 
     #[test]
     fn flags_that_a_run_refuses_together_are_refused() {
-        for line in
-            ["--mode none --publish 1:1", "--mode host-only --uplink tap", "--publish 1:1 --publish 1:2"]
-        {
+        for line in [
+            "--mode none --publish 1:1",
+            "--mode host-only --uplink tap",
+            "--publish 1:1 --publish 1:2",
+            "--mode bridge --uplink tap-fd=1000000",
+            "--fd 1000000",
+            "--fd 1000000 --socket-path s",
+            "--socket-path s --control ./s",
+        ] {
             assert!(args(line).asked(Ok(Vec::new())).is_err(), "{line}");
         }
+    }
+
+    #[test]
+    fn a_socket_that_is_handed_down_is_looked_at_and_stays() {
+        let (socket, peer) = UnixStream::pair().unwrap();
+        let number = socket.as_raw_fd();
+        assert_eq!(asked(&format!("--fd {number}")).socket, None);
+        assert!(args(&format!("--fd {number} --client")).asked(Ok(Vec::new())).is_err());
+        drop(socket);
+        assert_eq!((&peer).read(&mut [0]).unwrap(), 0, "it was open until now, and is nobody else's");
     }
 
     #[test]

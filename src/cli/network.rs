@@ -16,6 +16,7 @@ use super::values;
 use crate::addr::Ipv4Subnet;
 use crate::app;
 use crate::config::{DnsConfig, IpMtu};
+use crate::log::Log;
 use crate::network::definition::{Definition, Kind, NetworkId, OwnLan};
 use crate::network::manager::{NetworkError, Networks};
 use crate::network::name::NetworkName;
@@ -228,13 +229,14 @@ impl NetworkCommand {
         })
     }
 
-    /// Does it; what is to be printed. Advice goes to the log.
+    /// Does it; what is to be printed. Advice goes to the `log`.
     ///
     /// # Errors
     /// [`CommandError`].
     pub fn run(
         self,
         state_dir: Option<&Path>,
+        log: &Log,
         routes: io::Result<Vec<HostRoute>>,
     ) -> Result<String, CommandError> {
         let place = state_dir::locate(state_dir).map_err(NetworkError::from)?;
@@ -244,7 +246,7 @@ impl NetworkCommand {
             NetworkCommand::Create(args) => create(&networks, &args, routes),
             NetworkCommand::List => list(&networks),
             NetworkCommand::Inspect { name, json } => inspect(&networks, &name, json),
-            NetworkCommand::Hold { name, keep } => hold(&networks, &name, keep),
+            NetworkCommand::Hold { name, keep } => hold(&networks, &name, keep, log),
             NetworkCommand::Remove { name } => {
                 networks.sweep(Some(&name));
                 let removed = networks.remove(&name)?;
@@ -293,7 +295,7 @@ fn begin(networks: &Networks, made: &Definition, reserve: &[Reservation]) -> Res
 }
 
 /// Is the holder of a rootless network until nobody uses it.
-fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, CommandError> {
+fn hold(networks: &Networks, name: &NetworkName, keep: bool, log: &Log) -> Result<String, CommandError> {
     let network = networks.find(name)?;
     let Kind::Rootless { lan, world } = &network.kind else {
         return Err(CommandError::NotRootless { name: name.clone(), mode: network.kind.mode() });
@@ -302,7 +304,7 @@ fn hold(networks: &Networks, name: &NetworkName, keep: bool) -> Result<String, C
         // Whoever started it may be gone.
         let _ = writeln!(io::stdout(), "{}", rootless::READY);
     };
-    match app::hold(networks, name, (lan, *world), keep, ready)? {
+    match app::hold(networks, name, (lan, *world), (keep, log), ready)? {
         true => Ok(String::new()),
         false => Ok(format!("{}\n", rootless::HELD)),
     }

@@ -131,7 +131,8 @@ const MORE: [(&str, &[&str]); 4] = [
             "The file of --config is TOML. Its keys are the names of the flags above, without the dashes in front, and \
              their values what stands behind the flags: texts or numbers, arrays of them for flags that can be repeated, \
              true or false for flags without a value. It has no sections. A flag on the command line takes the place of its \
-             key; what the file lacks has the flag's default.",
+             key, but a switch that is true in the file stays on, and flags that exclude each other do so wherever they stand; what \
+             the file lacks has the flag's default.",
             "Unknown keys and wrong values end vunet with code 2 before anything is opened, and are named.",
         ],
     ),
@@ -139,7 +140,7 @@ const MORE: [(&str, &[&str]); 4] = [
         "SIGNALS",
         &[
             "SIGTERM and SIGINT end vunet: links and sockets of its own are removed, and the guest's connections are reset.",
-            "SIGHUP has the file of --config read again. log-level, dns-host and published ports (publish, tcp-ports, udp-ports) \
+            "SIGHUP has the file of --config read again. log-level, dns-host (not on a named network, nor with no-dns) and published ports (publish, tcp-ports, udp-ports) \
              change at once. Where any other setting would change, a port cannot be published, or the file is wrong, an \
              error in the log says which, and nothing changes. Without --config, SIGHUP ends the process.",
         ],
@@ -151,6 +152,7 @@ const MORE: [(&str, &[&str]); 4] = [
              does (sd_listen_fds(3)); it stands for --fd.",
             "NOTIFY_SOCKET and WATCHDOG_USEC have a service manager told that vunet is ready, reloads, ends and is alive \
              (sd_notify(3)).",
+            "VUNET_CONTROL is the socket that vunet ctl and vunet top ask where --control is not given.",
             "STATE_DIRECTORY, of a service manager (systemd.exec(5)), or else XDG_STATE_HOME, of a user other than root, says where the state \
              of --state-dir is kept.",
         ],
@@ -194,7 +196,25 @@ pub fn completions(shell: Shell, out: &mut dyn Write) -> Result<(), PageError> {
     // Into memory first, as the generator ends the process where writing fails.
     let mut text = Vec::new();
     clap_complete::generate(shell, &mut Line::command(), "vunet", &mut text);
+    if shell == Shell::Bash {
+        text = with_values_behind_equals_signs(&text);
+    }
     out.write_all(&text).map_err(writing("the completions"))
+}
+
+/// The line of bash's completions that says which word is in front of the one to be completed.
+const WORD_BEFORE: &str = "    prev=\"$3\"\n";
+
+/// The same completions, which know `--mode=h` as they know `--mode h`: bash makes three words of it.
+fn with_values_behind_equals_signs(script: &[u8]) -> Vec<u8> {
+    let more = "    if [[ \"${cur}\" == \"=\" ]] ; then
+        cur=\"\"
+    elif [[ \"${prev}\" == \"=\" && ${COMP_CWORD} -ge 2 ]] ; then
+        prev=\"${COMP_WORDS[COMP_CWORD-2]}\"
+    fi
+";
+    let script = String::from_utf8_lossy(script);
+    script.replacen(WORD_BEFORE, &format!("{WORD_BEFORE}{more}"), 1).into_bytes()
 }
 
 #[cfg(test)]
@@ -256,6 +276,7 @@ mod tests {
             ".SH \"EXIT STATUS\"\n",
             "SIGHUP",
             "LISTEN_FDS",
+            "VUNET_CONTROL",
         ] {
             assert!(page.contains(part), "'{part}' is not in: {page}");
         }

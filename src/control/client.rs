@@ -15,7 +15,7 @@ use thiserror::Error;
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 
-use super::api::error::ErrorBody;
+use super::api::error::{ErrorBody, ErrorText};
 
 /// Bytes of an answer, at most.
 const ANSWER_BYTES_MAX: usize = 64 << 20;
@@ -44,12 +44,23 @@ pub enum ClientError {
     #[error("the answer is not what this version of vunet knows")]
     Json(#[from] serde_json::Error),
     /// The backend refused.
-    #[error("{message}")]
+    #[error("{}", .body.error.message)]
     Refused {
         /// The status of HTTP.
         status: StatusCode,
         /// What it said.
-        message: String,
+        body: Box<ErrorBody>,
+    },
+    /// The backend has ended, whoever ended it, while it told of what happens.
+    #[error("the backend has ended")]
+    Ended,
+    /// Of several things to do, one failed.
+    #[error("done: {}; then", done.join(", "))]
+    Partly {
+        /// Those done before, by name.
+        done: Vec<String>,
+        /// Why that one was not.
+        source: Box<ClientError>,
     },
     /// A capture would be written to a terminal.
     #[error(
@@ -62,6 +73,34 @@ pub enum ClientError {
     /// What was answered could not be written.
     #[error("cannot write")]
     Write(#[source] io::Error),
+}
+
+impl ClientError {
+    /// The code to end the process with: 3 if no backend could be reached, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            ClientError::Connect(..) => 3,
+            ClientError::Partly { source, .. } => source.exit_code(),
+            _ => 1,
+        }
+    }
+
+    /// The same as the API tells of errors: in its own words where it refused, else with `message`.
+    pub fn body(&self, message: String) -> ErrorBody {
+        let (code, owner) = match self {
+            ClientError::Refused { body, .. } => (body.error.code.as_str(), body.error.owner.clone()),
+            ClientError::Partly { source, .. } => {
+                let ErrorText { code, owner, .. } = source.body(String::new()).error;
+                return ErrorBody { error: ErrorText { code, message, owner } };
+            }
+            ClientError::Connect(..) => ("unreachable", None),
+            ClientError::TimedOut => ("too_slow", None),
+            ClientError::Ended => ("ended", None),
+            ClientError::Http(_) | ClientError::Body(_) | ClientError::Json(_) => ("bad_answer", None),
+            ClientError::Start(_) | ClientError::Write(_) => ("failed", None),
+        };
+        ErrorBody { error: ErrorText { code: code.to_owned(), message, owner } }
+    }
 }
 
 /// A client.
@@ -111,11 +150,10 @@ impl Client {
         })
     }
 
-    /// Hands each event of a stream to `each`, its name and its data, until the backend ends it or `each` says
-    /// false.
+    /// Hands each event of a stream to `each`, its name and its data, until `each` says false.
     ///
     /// # Errors
-    /// [`ClientError`].
+    /// [`ClientError`]; at the backend's end [`ClientError::Ended`].
     pub fn follow(
         &self,
         resource: &str,
@@ -128,7 +166,7 @@ impl Client {
             }
             let mut lines = Lines::default();
             while let Some(frame) = answer.frame().await {
-                // A backend that ends breaks the stream off.
+                // A backend that ends breaks the stream off, whether it was killed or told to.
                 let Ok(frame) = frame else { break };
                 let Ok(data) = frame.into_data() else { continue };
                 lines.rest.extend_from_slice(&data);
@@ -141,7 +179,7 @@ impl Client {
                     }
                 }
             }
-            Ok(())
+            Err(ClientError::Ended)
         })
     }
 
@@ -198,9 +236,11 @@ async fn whole(answer: Response<Incoming>) -> Result<Vec<u8>, ClientError> {
     if status.is_success() {
         return Ok(body);
     }
-    let message = serde_json::from_slice::<ErrorBody>(&body).map(|body| body.error.message);
-    let message = message.unwrap_or_else(|_| format!("refused: {status}"));
-    Err(ClientError::Refused { status, message })
+    let body = serde_json::from_slice::<ErrorBody>(&body).unwrap_or_else(|_| {
+        let message = format!("refused: {status}");
+        ErrorBody { error: ErrorText { code: "refused".to_owned(), message, owner: None } }
+    });
+    Err(ClientError::Refused { status, body: Box::new(body) })
 }
 
 /// Events of a stream (HTML, server-sent events), as they come in pieces.

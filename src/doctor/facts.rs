@@ -3,6 +3,7 @@
 //! What may hang (file systems, netlink, programs, resolvers) is read in threads of their own; what has not come in time
 //! is not known. Namespaces are tried first, while this process has one thread.
 
+use std::io;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,6 +35,8 @@ pub(super) struct Facts {
     pub(super) has_devtmpfs: bool,
     pub(super) ping: Ping,
     pub(super) ports: Vec<Refused>,
+    /// Why nothing can listen where metrics are asked for.
+    pub(super) metrics: Option<io::ErrorKind>,
     pub(super) unprivileged_port_start: u64,
     pub(super) settings: Settings,
     /// These are `None` where they were not wanted or did not come in time.
@@ -76,6 +79,7 @@ impl Facts {
             has_devtmpfs: links::has_devtmpfs(tree),
             ping: Ping::read(tree),
             ports: ports::refused(&asked.publish),
+            metrics: asked.metrics.and_then(ports::refused_listener),
             unprivileged_port_start: tree.number("net.ipv4.ip_unprivileged_port_start").unwrap_or(1024),
             settings: Settings::read(tree),
             namespaces,
@@ -135,6 +139,7 @@ pub(super) mod tests {
             has_devtmpfs: true,
             ping: Ping { refused: None, groups: None },
             ports: Vec::new(),
+            metrics: None,
             unprivileged_port_start: 1024,
             settings: Settings::default(),
             namespaces: None,

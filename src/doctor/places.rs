@@ -30,8 +30,8 @@ pub(super) struct Places {
     pub(super) state: Result<StatePlace, StateDirError>,
     /// The named network that is asked for; in words, why there is none.
     pub(super) network: Option<Result<Kind, String>>,
-    /// The socket.
-    pub(super) socket: Option<Socket>,
+    /// The sockets.
+    pub(super) sockets: Vec<Socket>,
 }
 
 /// The state directory.
@@ -42,14 +42,41 @@ pub(super) struct StatePlace {
     there: Option<(u32, u32)>,
 }
 
-/// Where the socket is to be.
+/// Where a socket is to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Socket {
     path: PathBuf,
     /// What is wrong with it.
     fault: Option<Fault>,
-    /// Whether nobody asked for it: it is where this user's sockets usually are.
-    is_usual: bool,
+    /// What for.
+    purpose: Purpose,
+}
+
+/// What a socket is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    /// The VM's, as it was asked for.
+    Vm,
+    /// The same where nobody asked for one: it is where this user's sockets usually are.
+    Usual,
+    /// The control API's.
+    Control,
+}
+
+impl Purpose {
+    fn flag(self) -> &'static str {
+        match self {
+            Purpose::Vm | Purpose::Usual => "--socket-path",
+            Purpose::Control => "--control",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Purpose::Vm | Purpose::Usual => "socket",
+            Purpose::Control => "control socket",
+        }
+    }
 }
 
 /// What is wrong with a socket's path.
@@ -81,7 +108,7 @@ impl Places {
             let there = std::fs::metadata(&path).ok().map(|meta| (meta.uid(), meta.mode() & 0o7777));
             StatePlace { path, there }
         });
-        Places { state, network, socket: socket_of(tree, asked) }
+        Places { state, network, sockets: sockets_of(tree, asked) }
     }
 }
 
@@ -100,19 +127,25 @@ fn find(state: Option<&StateDir>, name: &NetworkName) -> Result<Kind, String> {
     }
 }
 
-fn socket_of(tree: &Tree, asked: &Asked) -> Option<Socket> {
+fn sockets_of(tree: &Tree, asked: &Asked) -> Vec<Socket> {
     let listening = tree.text("/proc/self/net/unix").unwrap_or_default();
-    if let Some((path, connects)) = &asked.socket {
-        return Some(Socket {
-            path: path.clone(),
-            fault: fault(path, *connects, &listening),
-            is_usual: false,
-        });
-    }
-    // XDG Base Directory Specification 0.8.
-    let usual = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute())?;
-    let path = usual.join("vunet.sock");
-    Some(Socket { fault: fault(&path, false, &listening), path, is_usual: true })
+    let of = |purpose: Purpose, path: &Path, connects| Socket {
+        fault: fault(path, connects, &listening),
+        path: path.to_owned(),
+        purpose,
+    };
+    let vm = match &asked.socket {
+        Some((path, connects)) => Some(of(Purpose::Vm, path, *connects)),
+        None => usual().map(|path| of(Purpose::Usual, &path, false)),
+    };
+    let control = asked.control.as_ref().map(|path| of(Purpose::Control, path, false));
+    vm.into_iter().chain(control).collect()
+}
+
+/// Where this user's sockets usually are (XDG Base Directory Specification 0.8).
+fn usual() -> Option<PathBuf> {
+    let usual = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from).filter(|path| path.is_absolute());
+    usual.map(|usual| usual.join("vunet.sock"))
 }
 
 fn fault(path: &Path, connects: bool, listening: &str) -> Option<Fault> {
@@ -215,29 +248,31 @@ pub(super) fn network(places: Option<&Places>, asked: &Asked) -> Vec<Check> {
     }
 }
 
-/// The socket's path; where none is asked for, the directory of this user's sockets.
-pub(super) fn socket(places: Option<&Places>, who: Who) -> Option<Check> {
-    const NAME: &str = "socket";
-    let Some(places) = places else {
-        return Some(Check::late(
-            NAME,
-            State::Missing,
-            "look whether the file system of --socket-path hangs",
-        ));
-    };
-    let Socket { path, fault, is_usual } = places.socket.as_ref()?;
+/// The sockets' paths; where none is asked for, the directory of this user's sockets.
+pub(super) fn sockets(places: Option<&Places>, who: Who) -> Vec<Check> {
+    match places {
+        Some(places) => places.sockets.iter().map(|at| socket(at, who)).collect(),
+        None => {
+            let advice = "look whether the file system of --socket-path or --control hangs";
+            vec![Check::late("socket", State::Missing, advice)]
+        }
+    }
+}
+
+fn socket(Socket { path, fault, purpose }: &Socket, who: Who) -> Check {
+    let (name, flag, is_usual) = (purpose.name(), purpose.flag(), *purpose == Purpose::Usual);
     let shown = path.display();
     let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let (says, fix) = match fault {
-        None if *is_usual => {
-            return Some(Check::ok(NAME, format!("XDG_RUNTIME_DIR has room for it, such as {shown}")));
+        None if is_usual => {
+            return Check::ok(name, format!("XDG_RUNTIME_DIR has room for it, such as {shown}"));
         }
-        None => return Some(Check::ok(NAME, format!("{shown} can be had"))),
+        None => return Check::ok(name, format!("{shown} can be had")),
         Some(Fault::NotAPath) => {
             let says = format!(
                 "{shown}: no unix socket can have this path, at most {SOCKET_PATH_BYTES_MAX} bytes without NUL"
             );
-            (says, Fix::advice("give a shorter --socket-path, such as one in XDG_RUNTIME_DIR"))
+            (says, Fix::advice(format!("give a shorter {flag}, such as one in XDG_RUNTIME_DIR")))
         }
         Some(Fault::NoDirectory) => {
             let says = format!("{shown}: its directory is not there");
@@ -245,36 +280,30 @@ pub(super) fn socket(places: Option<&Places>, who: Who) -> Option<Check> {
         }
         Some(Fault::Denied(io::ErrorKind::PermissionDenied)) => {
             let says = format!("{shown}: this user may not write to its directory");
-            let own = "give --socket-path in a directory of this user's, such as XDG_RUNTIME_DIR";
-            (
-                says,
-                if *is_usual {
-                    Fix::root(format!("chown {} {}", who.uid, quoted(folder)))
-                } else {
-                    Fix::advice(own)
-                },
-            )
+            let own = format!("give {flag} in a directory of this user's, such as XDG_RUNTIME_DIR");
+            let chown = || Fix::root(format!("chown {} {}", who.uid, quoted(folder)));
+            (says, if is_usual { chown() } else { Fix::advice(own) })
         }
         Some(Fault::Denied(kind)) => (
             format!("{shown}: its directory takes no socket ({kind})"),
-            Fix::advice("give another --socket-path"),
+            Fix::advice(format!("give another {flag}")),
         ),
         Some(Fault::NotASocket) => (
             format!("{shown}: something is there that is no socket"),
-            Fix::advice("remove it, or give another --socket-path"),
+            Fix::advice(format!("remove it, or give another {flag}")),
         ),
         Some(Fault::InUse) => {
             let says = format!("{shown}: another process listens there");
-            (says, Fix::advice("end it (ss -xlp shows it), or give another --socket-path"))
+            (says, Fix::advice(format!("end it (ss -xlp shows it), or give another {flag}")))
         }
         Some(Fault::Nobody) => {
             let says =
                 format!("{shown}: nobody seems to listen there yet; vunet tries again until somebody does");
-            return Some(Check::warn(NAME, says, Fix::advice("start the VM")));
+            return Check::warn(name, says, Fix::advice("start the VM"));
         }
     };
-    let check = Check::missing(NAME, says, fix);
-    Some(if *is_usual { check.not_needed() } else { check })
+    let check = Check::missing(name, says, fix);
+    if is_usual { check.not_needed() } else { check }
 }
 
 #[cfg(test)]
@@ -289,12 +318,12 @@ mod tests {
         Who::parse("Uid:\t1000\t1000\t1000\t1000\nGid:\t100\t100\t100\t100\n")
     }
 
-    fn places(state: Result<StatePlace, StateDirError>, socket: Option<Socket>) -> Places {
-        Places { state, network: None, socket }
+    fn places(state: Result<StatePlace, StateDirError>) -> Places {
+        Places { state, network: None, sockets: Vec::new() }
     }
 
     fn state_of(error: StateDirError) -> (State, String, String) {
-        let check = state_dir(Some(&places(Err(error), None)), who());
+        let check = state_dir(Some(&places(Err(error))), who());
         (check.state, check.says, check.fix.unwrap().line(true))
     }
 
@@ -321,18 +350,31 @@ mod tests {
         );
         assert_eq!(state_dir(None, who()).state, State::Missing, "it hangs");
         let there = StatePlace { path: path(), there: Some((1000, 0o700)) };
-        let ok = state_dir(Some(&places(Ok(there), None)), who());
+        let ok = state_dir(Some(&places(Ok(there))), who());
         assert!(ok.state == State::Ok && ok.says.contains("of user 1000, mode 0700"), "{}", ok.says);
         let fresh = StatePlace { path: path(), there: None };
-        assert_eq!(state_dir(Some(&places(Ok(fresh), None)), who()).state, State::Ok);
+        assert_eq!(state_dir(Some(&places(Ok(fresh))), who()).state, State::Ok);
     }
 
     /// State, words and remedy of a socket that is asked for.
     fn socket_at(path: &Path, connects: bool) -> Check {
         let asked = Asked { socket: Some((path.to_owned(), connects)), ..Asked::plain() };
         let state = Ok(StatePlace { path: PathBuf::from("/s"), there: None });
-        let places = places(state, socket_of(&Tree::of_host(), &asked));
-        socket(Some(&places), who()).unwrap()
+        let places = Places { sockets: sockets_of(&Tree::of_host(), &asked), ..places(state) };
+        sockets(Some(&places), who()).remove(0)
+    }
+
+    #[test]
+    fn the_control_socket_is_judged_as_the_vms() {
+        let folder = tempfile::tempdir().unwrap();
+        let asked = |name: &str| Asked { control: Some(folder.path().join(name)), ..Asked::plain() };
+        let check = |name: &str| socket(sockets_of(&Tree::of_host(), &asked(name)).last().unwrap(), who());
+        assert_eq!((check("ctl").name, check("ctl").state), ("control socket", State::Ok));
+        assert_eq!(check("no/ctl").state, State::Missing);
+        let _listener = UnixListener::bind(folder.path().join("ctl")).unwrap();
+        let taken = check("ctl");
+        assert_eq!(taken.state, State::Missing);
+        assert!(taken.fix.unwrap().line(true).contains("another --control"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! Read first: `ip_unprivileged_port_start` in `Documentation/networking/ip-sysctl.rst` of Linux.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 
 use super::check::{Check, Fix};
 use super::facts::Facts;
@@ -68,6 +68,40 @@ pub(super) fn published(facts: &Facts, asked: &Asked) -> Option<Check> {
     Some(Check::ok(NAME, format!("all {} can be had", asked.publish.len())))
 }
 
+/// Why nothing can listen at `address`.
+pub(super) fn refused_listener(address: SocketAddr) -> Option<io::ErrorKind> {
+    TcpListener::bind(address).err().map(|error| error.kind())
+}
+
+/// Where metrics are served.
+pub(super) fn metrics(facts: &Facts, asked: &Asked) -> Option<Check> {
+    const NAME: &str = "metrics";
+    let address = asked.metrics?;
+    Some(match facts.metrics {
+        None => Check::ok(NAME, format!("{address} can be had")),
+        Some(io::ErrorKind::AddrInUse) => Check::missing(
+            NAME,
+            format!("{address}: somebody listens there already"),
+            Fix::advice(
+                "give --metrics another port (0 picks one), or end who has it (ss -Hlntp, as root, shows who)",
+            ),
+        ),
+        Some(io::ErrorKind::PermissionDenied) => Check::missing(
+            NAME,
+            format!(
+                "{address}: below net.ipv4.ip_unprivileged_port_start ({})",
+                facts.unprivileged_port_start
+            ),
+            Fix::advice("give --metrics a port above it"),
+        ),
+        Some(why) => Check::missing(
+            NAME,
+            format!("{address}: {why}"),
+            Fix::advice("give --metrics an address that this host has (ip addr)"),
+        ),
+    })
+}
+
 fn names<'a>(ports: impl Iterator<Item = &'a Refused> + Clone) -> String {
     let name = |port: &Refused| format!("{} {}", if port.udp { "udp" } else { "tcp" }, port.host);
     let named: Vec<String> = ports.clone().take(NAMED_MAX).map(name).collect();
@@ -89,11 +123,11 @@ mod tests {
 
     #[test]
     fn a_port_that_somebody_listens_on_is_refused_and_a_free_one_stays_free() {
-        let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let taken = (taken.local_addr().unwrap(), taken);
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let udp_addr = udp.local_addr().unwrap();
-        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let asked = [
             publish(taken.0, Protocol::Tcp),
             publish(udp_addr, Protocol::Udp),
@@ -106,7 +140,23 @@ mod tests {
             [(false, taken.0, io::ErrorKind::AddrInUse), (true, udp_addr, io::ErrorKind::AddrInUse)]
         );
         assert_eq!(found.len(), 3, "{found:?}");
-        assert!(std::net::TcpListener::bind(free).is_ok(), "nothing holds it");
+        assert!(TcpListener::bind(free).is_ok(), "nothing holds it");
+    }
+
+    #[test]
+    fn metrics_need_an_address_that_can_be_had() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let of = |address: SocketAddr| {
+            let asked = Asked { metrics: Some(address), ..Asked::plain() };
+            metrics(&Facts { metrics: refused_listener(address), ..facts() }, &asked).unwrap()
+        };
+        let address = taken.local_addr().unwrap();
+        let check = of(address);
+        assert!(check.state == State::Missing && check.says.contains("already"), "{}", check.says);
+        drop(taken);
+        assert_eq!(of(address).state, State::Ok);
+        assert_eq!(of("198.18.77.1:5".parse().unwrap()).state, State::Missing);
+        assert_eq!(metrics(&facts(), &Asked::plain()), None);
     }
 
     #[test]

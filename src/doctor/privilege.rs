@@ -139,7 +139,8 @@ pub(super) fn namespaces(outcome: Option<&Result<(), String>>) -> Check {
              --rootless",
         ),
         Some(settings) => Fix::sysctl(settings),
-        None => Fix::root("modprobe bridge"),
+        None if said.contains("bridge") => Fix::root("modprobe bridge"),
+        None => Fix::advice("do what that names (containers: mount /proc), or run without --rootless"),
     };
     Check::missing(NAME, said.clone(), fix)
 }
@@ -221,5 +222,7 @@ mod tests {
         assert_eq!(no_tun.state, State::Ok, "the device is told of by itself");
         let no_bridge = namespaces(Some(&Err("cannot make bridge vn-lan: not supported".to_owned())));
         assert_eq!(no_bridge.fix.unwrap().line(true), "modprobe bridge");
+        let no_child = namespaces(Some(&Err("cannot start a child process: no such file".to_owned())));
+        assert!(!no_child.fix.unwrap().is_command(), "a module has nothing to do with it");
     }
 }

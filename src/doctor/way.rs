@@ -171,7 +171,8 @@ impl Way {
         } else if self == Way::Bridge {
             checks.push(places::state_dir(facts.places.as_ref(), facts.who).not_needed());
         }
-        checks.extend(places::socket(facts.places.as_ref(), facts.who));
+        checks.extend(places::sockets(facts.places.as_ref(), facts.who));
+        checks.extend(ports::metrics(facts, asked));
         checks
     }
 }
@@ -221,6 +222,10 @@ pub struct Asked {
     pub state_dir: Option<PathBuf>,
     /// `--socket-path`, and whether vunet connects to it.
     pub socket: Option<(PathBuf, bool)>,
+    /// `--control`.
+    pub control: Option<PathBuf>,
+    /// `--metrics`.
+    pub metrics: Option<SocketAddr>,
     /// Whether resolvers may be asked.
     pub online: bool,
     /// The run as it would be started, for a shell; `...` stands for flags that are left out.
@@ -241,6 +246,8 @@ impl Asked {
             workers: 1,
             state_dir: None,
             socket: None,
+            control: None,
+            metrics: None,
             online: true,
             line: "vunet ...".to_owned(),
         }

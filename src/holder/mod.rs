@@ -48,6 +48,7 @@ use crate::control::signals::Signals;
 use crate::engine::EngineConfig;
 use crate::engine::gateway::SharedDhcp;
 use crate::limits;
+use crate::log::Log;
 use crate::network::store::keeper::Keeper;
 use crate::network::store::reading::LeaseReader;
 use crate::sandbox::namespaces::{NamespaceError, Namespaces};
@@ -73,6 +74,8 @@ pub struct HolderConfig {
     pub door: PathBuf,
     /// How long the network is kept without users; for ever without.
     pub idle: Option<Duration>,
+    /// The process's log.
+    pub log: Log,
 }
 
 /// The network's services, over its leases.
@@ -149,6 +152,7 @@ pub fn run(config: &HolderConfig, services: Services, ready: impl FnOnce()) -> R
     let keeper = services.keeper;
     let services = (services.dns, services.dhcp);
     let Prepared { parts, forwarder, resolver, ports } = prepare(config, open_files, tap, &stop, services)?;
+    config.log.write_apart().map_err(starting("the log's thread"))?;
     let dns = Arc::clone(&parts.dns);
     let host = Dependents {
         resolver: (config.dns.enabled && config.world).then_some(resolver),

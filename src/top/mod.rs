@@ -1,10 +1,13 @@
 //! `vunet top`: a backend that runs, live in a terminal.
 //!
-//! `sample` asks the control API and makes rates of two answers, `view` draws them; both know no terminal. Here is
-//! the loop between keys and time.
+//! `sample` asks the control API and makes rates of two answers, `view` draws them; both know no terminal. `asker` asks on a
+//! thread of its own, so that keys count while a backend does not answer. `ending` gives the terminal back at signals. Here is the
+//! loop between keys and time.
 //!
 //! May touch: `control::client`, the terminal.
 
+mod asker;
+mod ending;
 mod sample;
 mod view;
 
@@ -17,7 +20,16 @@ use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers
 use thiserror::Error;
 
 use crate::control::client::{Client, ClientError};
-use sample::{Sampler, Shown};
+use asker::Asker;
+use ending::Ending;
+use sample::{Order, Sampler, Shown};
+
+/// Longest wait for keys before answers and signals are looked for.
+const SLICE: Duration = Duration::from_millis(100);
+/// The same while an answer is awaited.
+const ANSWER_SLICE: Duration = Duration::from_millis(20);
+/// From when on the picture says that it is old.
+const LATE: Duration = Duration::from_secs(2);
 
 /// Watch a backend that runs: rates, queues, drops and flows, live in the terminal
 ///
@@ -54,8 +66,18 @@ pub enum TopError {
     Terminal(#[from] io::Error),
 }
 
+impl TopError {
+    /// The code to end the process with: 3 if no backend could be reached, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            TopError::Client(error) => error.exit_code(),
+            TopError::NoTerminal | TopError::Terminal(_) => 1,
+        }
+    }
+}
+
 impl Top {
-    /// Draws until the user ends it, or the backend does.
+    /// Draws until the user or a signal ends it, or the backend does.
     ///
     /// # Errors
     /// [`TopError`]; the terminal is as it was before.
@@ -66,44 +88,95 @@ impl Top {
         let client = Client::new(self.control.as_deref().unwrap_or(std::path::Path::new("")))?;
         let mut sampler = Sampler::new();
         // Before the screen is taken, so that who cannot be reached is said in plain text.
-        let mut shown = sampler.next(&client)?;
+        let shown = sampler.next(&client)?;
+        let asker = Asker::start(client, sampler)?;
+        let ending = Ending::watch()?;
         let mut terminal = ratatui::try_init()?;
-        let outcome = self.draw(&mut terminal, &client, &mut sampler, &mut shown);
-        ratatui::try_restore()?;
+        let outcome = self.draw(&mut terminal, &asker, &ending, shown);
+        let restored = ratatui::try_restore();
+        if ending.is_asked() {
+            // Its cause may be that the terminal is gone, which is no error then.
+            return Ok(());
+        }
+        restored?;
         outcome
     }
 
     fn draw(
         &self,
         terminal: &mut ratatui::DefaultTerminal,
-        client: &Client,
-        sampler: &mut Sampler,
-        shown: &mut Shown,
+        asker: &Asker,
+        ending: &Ending,
+        mut shown: Shown,
     ) -> Result<(), TopError> {
-        let (mut scrolled, mut halted) = (0usize, false);
+        let mut state = State::default();
+        let mut drawn = None;
         let mut due = Instant::now() + self.interval;
-        loop {
-            scrolled = scrolled.min(shown.flows.len().saturating_sub(1));
-            terminal.draw(|frame| view::draw(frame, shown, scrolled, halted))?;
-            if event::poll(due.saturating_duration_since(Instant::now()))? {
-                match wish(&event::read()?) {
-                    Wish::End => return Ok(()),
-                    Wish::Halt => halted = !halted,
-                    Wish::Sort => {
-                        sampler.order = sampler.order.next();
-                        shown.sort(sampler.order);
-                    }
-                    Wish::Up(by) => scrolled = scrolled.saturating_sub(by),
-                    Wish::Down(by) => scrolled = scrolled.saturating_add(by),
-                    Wish::Nothing => {}
-                }
-                continue;
+        let mut asked: Option<Instant> = None;
+        while !ending.is_asked() {
+            state.scrolled = state.scrolled.min(shown.flows.len().saturating_sub(1));
+            let late = asked.map(|asked| asked.elapsed()).filter(|late| *late >= LATE);
+            state.late_seconds = late.map(|late| late.as_secs());
+            if drawn != Some(state) {
+                terminal.draw(|frame| view::draw(frame, &shown, &state))?;
+                drawn = Some(state);
             }
-            due = Instant::now() + self.interval;
-            if !halted {
-                *shown = sampler.next(client)?;
+            let wait = match asked {
+                Some(_) => ANSWER_SLICE,
+                None if state.halted => SLICE,
+                None => due.saturating_duration_since(Instant::now()).min(SLICE),
+            };
+            if event::poll(wait)? {
+                let event = event::read()?;
+                if matches!(event, Event::Resize(..)) {
+                    drawn = None;
+                }
+                if state.is_ended_by(&event) {
+                    return Ok(());
+                }
+                shown.sort(state.order);
+            } else if let Some(answer) = asker.answer() {
+                let answer = answer?;
+                asked = None;
+                if !state.halted {
+                    (shown, drawn) = (answer, None);
+                    shown.sort(state.order);
+                }
+            } else if asked.is_none() && !state.halted && Instant::now() >= due {
+                asker.ask();
+                asked = Some(Instant::now());
+                due = Instant::now() + self.interval;
             }
         }
+        Ok(())
+    }
+}
+
+/// What keys and time made of the picture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct State {
+    /// The first flow in sight.
+    scrolled: usize,
+    /// Whether the picture stays as it is.
+    halted: bool,
+    /// Which flows come first.
+    order: Order,
+    /// How long the backend has not answered, if that is long.
+    late_seconds: Option<u64>,
+}
+
+impl State {
+    /// Does what a key asks for; whether that is the end.
+    fn is_ended_by(&mut self, event: &Event) -> bool {
+        match wish(event) {
+            Wish::End => return true,
+            Wish::Halt => self.halted = !self.halted,
+            Wish::Sort => self.order = self.order.next(),
+            Wish::Up(by) => self.scrolled = self.scrolled.saturating_sub(by),
+            Wish::Down(by) => self.scrolled = self.scrolled.saturating_add(by),
+            Wish::Nothing => {}
+        }
+        false
     }
 }
 

@@ -11,6 +11,11 @@ use crate::control::client::{Client, ClientError};
 
 /// Rates kept for the curves.
 const KEPT: usize = 240;
+/// Flows asked for, in pages of a thousand: their order is that of a table, and those used last may be anywhere in it. More
+/// would cost a worker, and this process, a noticeable part of a core each second.
+const FLOWS_MAX: usize = 10_000;
+/// Pages asked for them, as a page may be short of flows.
+const PAGES_MAX: usize = 2 * FLOWS_MAX / 1000;
 
 /// What happened a second, from the guest and to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -38,9 +43,10 @@ pub(super) struct Shown {
     pub(super) history: [VecDeque<u64>; 2],
     /// The most frequent first.
     pub(super) drops: Vec<Drop>,
-    /// In the order of `order`.
+    /// Those used last first until they are sorted, of all that were asked for.
     pub(super) flows: Vec<FlowStatus>,
-    pub(super) order: Order,
+    /// Whether there are more.
+    pub(super) has_more_flows: bool,
 }
 
 /// Which flows come first.
@@ -75,7 +81,6 @@ impl Order {
 impl Shown {
     /// Puts flows into another order.
     pub(super) fn sort(&mut self, order: Order) {
-        self.order = order;
         match order {
             Order::UsedLast => {
                 self.flows.sort_by(|one, other| one.idle_seconds.total_cmp(&other.idle_seconds));
@@ -91,20 +96,19 @@ impl Shown {
 pub(super) struct Sampler {
     last: Option<(Instant, CountersAnswer)>,
     history: [VecDeque<u64>; 2],
-    pub(super) order: Order,
 }
 
 impl Sampler {
     pub(super) fn new() -> Sampler {
-        Sampler { last: None, history: Default::default(), order: Order::default() }
+        Sampler { last: None, history: Default::default() }
     }
 
     /// Asks the backend.
     pub(super) fn next(&mut self, client: &Client) -> Result<Shown, ClientError> {
         let status: Status = client.get("/v1/status")?;
         let counters: CountersAnswer = client.get("/v1/counters")?;
-        let flows: Flows = client.get("/v1/flows?limit=1000")?;
-        Ok(self.take(Instant::now(), status, counters, flows.flows))
+        let flows = all_flows(|resource| client.get(resource))?;
+        Ok(self.take(Instant::now(), status, counters, flows))
     }
 
     /// What there is to show after an answer at `now`.
@@ -113,7 +117,7 @@ impl Sampler {
         now: Instant,
         status: Status,
         counters: CountersAnswer,
-        flows: Vec<FlowStatus>,
+        (flows, has_more_flows): (Vec<FlowStatus>, bool),
     ) -> Shown {
         let (before, seconds) = match &self.last {
             Some((at, before)) => (before.clone(), now.duration_since(*at).as_secs_f64().max(1e-3)),
@@ -150,11 +154,28 @@ impl Sampler {
             .collect();
         drops.sort_by_key(|drop| Reverse(drop.total));
         self.last = Some((now, counters));
-        let history = self.history.clone();
-        let mut shown = Shown { status, rates, history, drops, flows, order: self.order };
-        shown.sort(self.order);
+        let mut shown = Shown { status, rates, history: self.history.clone(), drops, flows, has_more_flows };
+        shown.sort(Order::default());
         shown
     }
+}
+
+/// Flows of all pages, up to a bound, as `get` answers; and whether there are more.
+fn all_flows(
+    get: impl Fn(&str) -> Result<Flows, ClientError>,
+) -> Result<(Vec<FlowStatus>, bool), ClientError> {
+    let mut flows = Vec::new();
+    let mut cursor = String::new();
+    for _ in 0..PAGES_MAX {
+        let page = get(&format!("/v1/flows?limit=1000{cursor}"))?;
+        flows.extend(page.flows);
+        let Some(next) = page.next else { return Ok((flows, false)) };
+        if flows.len() >= FLOWS_MAX {
+            break;
+        }
+        cursor = format!("&cursor={next}");
+    }
+    Ok((flows, true))
 }
 
 /// A number with its thousands as k, M, G.
@@ -235,17 +256,51 @@ pub(super) mod tests {
     fn rates_are_of_the_time_between_two_answers() {
         let mut sampler = Sampler::new();
         let begun = Instant::now();
-        let first = sampler.take(begun, status(), counters(1000, 3), Vec::new());
+        let first = sampler.take(begun, status(), counters(1000, 3), (Vec::new(), false));
         assert_eq!(first.rates, Rates::default(), "nothing is known yet");
         let flows = vec![flow(1, 9.0), flow(2, 0.5)];
-        let shown = sampler.take(begun + Duration::from_secs(2), status(), counters(501_000, 7), flows);
+        let shown =
+            sampler.take(begun + Duration::from_secs(2), status(), counters(501_000, 7), (flows, false));
         assert_eq!(shown.rates.bits, [2_000_000.0, 4_000_000.0]);
         assert_eq!(shown.rates.frames, [250.0, 500.0]);
         assert_eq!(shown.drops[0], Drop { reason: "spoofed_source".to_owned(), total: 7, a_second: 2.0 });
         assert_eq!(shown.flows[0].id, "0-2", "the one used last");
         assert_eq!(shown.history[0], [0, 2_000_000]);
-        let again = sampler.take(begun + Duration::from_secs(3), status(), counters(0, 0), Vec::new());
+        let nothing = (Vec::new(), false);
+        let again = sampler.take(begun + Duration::from_secs(3), status(), counters(0, 0), nothing);
         assert_eq!(again.rates, Rates::default(), "a backend that was started anew counts from nothing");
+    }
+
+    /// What a backend of `flows` flows answers, of which only the last is in use.
+    fn answer(flows: usize, resource: &str) -> Flows {
+        let cursor = resource.split_once("&cursor=").map_or(0, |(_, cursor)| cursor.parse().unwrap());
+        let end = flows.min(cursor + 1000);
+        let idle = |n| if n + 1 == flows { 0.0 } else { 60.0 };
+        let page = (cursor..end).map(|n| flow(n as u16, idle(n))).collect();
+        Flows { flows: page, next: (end < flows).then(|| end.to_string()) }
+    }
+
+    #[test]
+    fn the_flow_used_last_is_found_on_any_page_and_a_bound_is_told_of() {
+        for (there_are, taken, more) in [
+            (0, 0, false),
+            (1000, 1000, false),
+            (FLOWS_MAX, FLOWS_MAX, false),
+            (FLOWS_MAX + 1, FLOWS_MAX, true),
+        ] {
+            let flows = all_flows(|resource| Ok(answer(there_are, resource))).unwrap();
+            let shown = Sampler::new().take(Instant::now(), status(), counters(0, 0), flows);
+            assert_eq!((shown.flows.len(), shown.has_more_flows), (taken, more), "{there_are}");
+            let is_first = shown.flows.first().is_some_and(|flow| flow.idle_seconds == 0.0);
+            assert_eq!(is_first, taken > 0 && !more, "{there_are}");
+        }
+        let asked = std::cell::Cell::new(0);
+        let without_end = |_: &str| {
+            asked.set(asked.get() + 1);
+            Ok(Flows { flows: Vec::new(), next: Some("0-1".to_owned()) })
+        };
+        assert!(all_flows(without_end).unwrap().1);
+        assert_eq!(asked.get(), PAGES_MAX);
     }
 
     #[test]
@@ -256,15 +311,16 @@ pub(super) mod tests {
             to_guest_bytes,
             ..flow(port, f64::from(port))
         };
-        let flows = || vec![bytes(1, Some(5), Some(9)), bytes(2, Some(7), Some(1)), bytes(3, None, None)];
-        let mut orders = Vec::new();
+        let flows = vec![bytes(1, Some(5), Some(9)), bytes(2, Some(7), Some(1)), bytes(3, None, None)];
+        let mut shown = sampler.take(Instant::now(), status(), counters(0, 0), (flows, false));
+        let (mut order, mut orders) = (Order::default(), Vec::new());
         for _ in 0..3 {
-            let shown = sampler.take(Instant::now(), status(), counters(0, 0), flows());
+            shown.sort(order);
             orders.push(shown.flows.iter().map(|flow| flow.guest.port()).collect::<Vec<_>>());
-            sampler.order = sampler.order.next();
+            order = order.next();
         }
         assert_eq!(orders, [[1, 2, 3], [2, 1, 3], [1, 2, 3]]);
-        assert_eq!(sampler.order, Order::UsedLast, "and round again");
+        assert_eq!(order, Order::UsedLast, "and round again");
     }
 
     #[test]

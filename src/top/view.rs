@@ -8,13 +8,14 @@ use ratatui::style::{Color, Modifier, Style};
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Cell, Paragraph, Row, Sparkline, Table};
 
+use super::State;
 use super::sample::{Drop, Shown, short};
 
 const TITLE: Style = Style::new().fg(Color::Cyan).add_modifier(Modifier::BOLD);
 const HEAD: Style = Style::new().fg(Color::DarkGray);
 
-/// Draws all of it, flows from the `scrolled`th on.
-pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, scrolled: usize, halted: bool) {
+/// Draws all of it, flows from the first that `state` has in sight.
+pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, state: &State) {
     let [head, curves, tables, flows, foot] = Layout::vertical([
         Constraint::Length(2),
         Constraint::Length(6),
@@ -30,10 +31,12 @@ pub(super) fn draw(frame: &mut Frame<'_>, shown: &Shown, scrolled: usize, halted
     let [queues, drops] = Layout::horizontal([Constraint::Fill(1); 2]).areas(tables);
     frame.render_widget(queue_table(shown), queues);
     frame.render_widget(drop_table(&shown.drops), drops);
-    frame.render_widget(flow_table(shown, scrolled), flows);
-    let state = if halted { "halted   " } else { "" };
-    let keys = format!(" {state}q ends   p halts   s sorts   up, down, PageUp, PageDown: flows");
-    frame.render_widget(Paragraph::new(keys).style(HEAD), foot);
+    frame.render_widget(flow_table(shown, state), flows);
+    let late = state.late_seconds.map(|seconds| format!(" no answer for {seconds} s  ")).unwrap_or_default();
+    let halted = if state.halted { "halted   " } else { "" };
+    let keys = format!(" {halted}q ends   p halts   s sorts   up, down, PageUp, PageDown: flows");
+    let line = Line::from(vec![Span::styled(late, Style::new().fg(Color::Red)), Span::styled(keys, HEAD)]);
+    frame.render_widget(Paragraph::new(line), foot);
 }
 
 fn header(shown: &Shown) -> Paragraph<'_> {
@@ -132,7 +135,8 @@ fn bytes(count: Option<u64>) -> String {
     count.map_or_else(|| "-".to_owned(), |count| short(count as f64) + "B")
 }
 
-fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
+fn flow_table<'a>(shown: &'a Shown, state: &State) -> Table<'a> {
+    let scrolled = state.scrolled;
     let rows = shown.flows.iter().skip(scrolled).map(|flow| {
         let protocol = serde_json::to_value(flow.protocol).unwrap_or_default();
         Row::new([
@@ -156,8 +160,10 @@ fn flow_table(shown: &Shown, scrolled: usize) -> Table<'_> {
         Constraint::Length(9),
         Constraint::Length(9),
     ];
-    let order = shown.order.text();
-    let title = format!(" flows, {order}: {} from {} on ", shown.flows.len(), scrolled + 1);
+    let order = state.order.text();
+    let number = shown.flows.len();
+    let of = if shown.has_more_flows { format!(" of {}", shown.status.flows) } else { String::new() };
+    let title = format!(" flows, {order}: {number}{of} from {} on ", scrolled + 1);
     Table::new(rows, widths)
         .header(
             Row::new(["PROTOCOL", "GUEST", "REMOTE", "STATE", "BEGUN BY", "IDLE", "OUT", "IN"]).style(HEAD),
@@ -175,19 +181,22 @@ mod tests {
     use super::super::sample::Sampler;
     use super::super::sample::tests::{counters, flow, status};
     use super::*;
+    use crate::control::api::status::Status;
 
     fn shown() -> Shown {
         let mut sampler = Sampler::new();
         let begun = Instant::now();
-        sampler.take(begun, status(), counters(0, 0), Vec::new());
+        sampler.take(begun, status(), counters(0, 0), (Vec::new(), false));
         let flows = vec![flow(40_001, 12.0), flow(40_002, 0.1)];
-        sampler.take(begun + Duration::from_secs(1), status(), counters(125_000_000, 3), flows)
+        let status = Status { flows: 70_000, ..status() };
+        sampler.take(begun + Duration::from_secs(1), status, counters(125_000_000, 3), (flows, true))
     }
 
     /// The picture as text.
     fn picture(width: u16, height: u16, scrolled: usize) -> String {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-        terminal.draw(|frame| draw(frame, &shown(), scrolled, false)).unwrap();
+        let state = State { scrolled, halted: false, late_seconds: Some(7) };
+        terminal.draw(|frame| draw(frame, &shown(), &state)).unwrap();
         let buffer = terminal.backend().buffer();
         let lines = (0..height).map(|y| {
             let line: String = (0..width).map(|x| buffer[(x, y)].symbol().to_owned()).collect();
@@ -214,6 +223,8 @@ mod tests {
             "established",
             "0.1 s",
             "40.0 MB",
+            "no answer for 7 s",
+            "used last first: 2 of 70000 from 1 on",
         ] {
             assert!(picture.contains(part), "{part} in\n{picture}");
         }

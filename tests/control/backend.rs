@@ -1,10 +1,10 @@
 //! A backend with a control socket, and a client that speaks plain HTTP to it.
 
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -123,6 +123,12 @@ impl Backend {
         rustix::process::kill_process(pid, rustix::process::Signal::HUP).unwrap();
     }
 
+    /// Stops it, as a debugger does. It can be killed still.
+    pub(crate) fn halt(&self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+
     /// Waits until its log says `text` so many times.
     pub(crate) fn says(&self, text: &str, times: usize) {
         let deadline = Instant::now() + PATIENCE;
@@ -160,6 +166,28 @@ impl Backend {
             .args(args)
             .output()
             .unwrap()
+    }
+
+    /// The same under way, once it has said a first line, which comes along.
+    pub(crate) fn ctl_begun(&self, args: &[&str]) -> (Child, String) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_vunet"))
+            .args(["ctl", "--control"])
+            .arg(self.socket())
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        // Byte by byte: the rest is the caller's.
+        BufReader::with_capacity(1, child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        (child, line)
+    }
+
+    /// Ends it as nobody can see coming.
+    pub(crate) fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     /// The code it ended with, which it does soon.

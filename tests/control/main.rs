@@ -10,3 +10,4 @@ mod hostile;
 mod metrics;
 mod resources;
 mod settings;
+mod top;

@@ -1,5 +1,7 @@
 //! Each resource without a guest, and that its answers are what the description says.
 
+use std::process::Output;
+
 use serde_json::{Value, json};
 
 use crate::backend::{Answer, Backend};
@@ -169,6 +171,53 @@ fn ctl_shows_tables_json_and_refusals() {
     let refused = backend.ctl(&["kill", "0-1"]);
     assert_eq!(refused.status.code(), Some(1));
     assert_eq!(String::from_utf8_lossy(&refused.stderr), "error: no flow \"0-1\"\n");
+}
+
+/// What a program finds of an error of `vunet ctl --json`.
+fn told(output: &Output) -> (Option<i32>, String, Value) {
+    let body: Value = serde_json::from_slice(&output.stderr).expect("an object");
+    (output.status.code(), body["error"]["code"].as_str().unwrap().to_owned(), body)
+}
+
+#[test]
+fn errors_of_ctl_are_for_programs_too_and_tell_a_refusal_from_nobody_there() {
+    let mut backend = Backend::start(&[]);
+    for name in ["0-1", "a b", "x?y", "../status"] {
+        let (code, error, body) = told(&backend.ctl(&["--json", "kill", name]));
+        assert_eq!((code, &*error), (Some(1), "not_found"));
+        assert_eq!(body["error"]["message"], format!("no flow {name:?}"), "it is asked for as it is");
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("{}:80", taken.local_addr().unwrap());
+    let (code, error, body) = told(&backend.ctl(&["--json", "publish", &port]));
+    assert_eq!((code, &*error), (Some(1), "port_taken"));
+    assert_eq!(body["error"]["owner"]["pid"], std::process::id(), "nothing of it is lost: {body}");
+    let (events, first) = backend.ctl_begun(&["--json", "events"]);
+    assert!(first.contains("listening"), "{first}");
+    backend.kill();
+    let (code, error, _) = told(&events.wait_with_output().unwrap());
+    assert_eq!((code, &*error), (Some(1), "ended"), "that is no success");
+    let (code, error, _) = told(&backend.ctl(&["--json", "status"]));
+    assert_eq!((code, &*error), (Some(3), "unreachable"));
+    assert_eq!(backend.ctl(&["status"]).status.code(), Some(3));
+}
+
+#[test]
+fn what_ctl_did_before_an_error_is_told() {
+    let backend = Backend::start(&[]);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = format!("{}:80", taken.local_addr().unwrap());
+    let partly = backend.ctl(&["publish", "127.0.0.1:0:80", &taken, "127.0.0.1:0:81"]);
+    assert_eq!(partly.status.code(), Some(1));
+    let published = backend.get("/v1/ports").body["ports"].as_array().unwrap().clone();
+    assert_eq!(published.len(), 1, "{published:?}");
+    let text = String::from_utf8(partly.stdout).unwrap();
+    assert!(text.contains(&format!("127.0.0.1:{}", published[0]["host_port"])), "the port picked: {text}");
+    let (code, error, body) = told(&backend.ctl(&["--json", "unpublish", "1", "tcp:9"]));
+    assert_eq!((code, &*error), (Some(1), "not_found"));
+    assert_eq!(body["error"]["message"], "done: 1; then: no published port \"tcp:9\"");
+    let nothing = backend.ctl(&["publish", &taken]);
+    assert!(nothing.stdout.is_empty() && nothing.status.code() == Some(1));
 }
 
 #[test]

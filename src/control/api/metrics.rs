@@ -267,7 +267,10 @@ impl Api {
         let mut attached =
             Family::new("vunet_front_end_attached", "Whether a front-end is there.", MetricType::GAUGE);
         attached.gauge(&[], f64::from(u8::from(reports.iter().any(|report| report.attached))));
-        let mut families = vec![build.done(), attached.done()];
+        let help = "Lines of the log lost, because standard error was not read in time.";
+        let mut lost = Family::new("vunet_log_lines_lost_total", help, MetricType::COUNTER);
+        lost.count(&[], self.log.lines_lost());
+        let mut families = vec![build.done(), attached.done(), lost.done()];
         families.extend(of_workers(&reports));
         families.extend(self.of_captures().await);
         families.extend(of_names(&self.resolver.stats(), &self.resolver.times()));

@@ -31,7 +31,9 @@ pub enum SocketError {
     #[error(transparent)]
     File(#[from] SocketFileError),
     /// The inherited descriptor is no unix stream socket.
-    #[error("--fd {0}: not a connected or listening unix stream socket")]
+    #[error(
+        "descriptor {0} (of --fd, or of a service manager's LISTEN_FDS): not a connected or listening unix stream socket"
+    )]
     Inherited(RawFd, #[source] Option<io::Error>),
 }
 

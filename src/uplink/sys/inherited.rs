@@ -1,7 +1,7 @@
 //! A socket handed down by the parent process (`--fd N`).
 
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use socket2::{SockRef, Type};
 use thiserror::Error;
@@ -29,6 +29,19 @@ pub enum InheritedError {
 /// # Errors
 /// [`InheritedError`] if the number is reserved, not open or not such a socket.
 pub fn unix_stream(fd: RawFd) -> Result<OwnedFd, InheritedError> {
+    examine(fd)?;
+    // SAFETY: the descriptor is open (checked above) and the caller keeps that nothing else in this
+    // process owns it: it came from the parent and is taken once, before anything else is opened.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    SockRef::from(&fd).set_cloexec(true).map_err(InheritedError::CloseOnExec)?;
+    Ok(fd)
+}
+
+/// Whether descriptor `fd` is such a socket. It is neither taken nor changed.
+///
+/// # Errors
+/// As [`unix_stream`].
+pub fn examine(fd: RawFd) -> Result<(), InheritedError> {
     if fd <= libc::STDERR_FILENO {
         return Err(InheritedError::Reserved);
     }
@@ -36,16 +49,15 @@ pub fn unix_stream(fd: RawFd) -> Result<OwnedFd, InheritedError> {
     if unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1 {
         return Err(InheritedError::NotOpen);
     }
-    // SAFETY: the descriptor is open (checked above) and the caller keeps that nothing else in this
-    // process owns it: it came from the parent and is taken once, before anything else is opened.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // SAFETY: the descriptor is open (checked above), and nothing closes it before this returns: it came from the
+    // parent, and nobody else in this process knows of it.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     let socket = SockRef::from(&fd);
     let is_unix = socket.local_addr().is_ok_and(|addr| addr.is_unix());
     if !is_unix || !socket.r#type().is_ok_and(|kind| kind == Type::STREAM) {
         return Err(InheritedError::NotUnixStream);
     }
-    socket.set_cloexec(true).map_err(InheritedError::CloseOnExec)?;
-    Ok(fd)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -61,6 +73,7 @@ mod tests {
     fn connected_and_listening_unix_sockets_are_taken() {
         let (ours, _peer) = UnixStream::pair().unwrap();
         let number = ours.into_raw_fd();
+        assert!(examine(number).is_ok(), "it stays open");
         assert_eq!(unix_stream(number).unwrap().as_raw_fd(), number);
 
         let dir = tempfile::tempdir().unwrap();

@@ -126,6 +126,21 @@ impl TapQueue {
     /// # Errors
     /// [`InheritedTapError`].
     pub fn inherited(fd: RawFd) -> Result<TapQueue, InheritedTapError> {
+        let (name, multi_queue) = TapQueue::examine(fd)?;
+        // SAFETY: the descriptor is open (checked above) and the caller keeps that nothing else in this
+        // process owns it: it came from the parent and is taken once, before anything else is opened.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let queue = TapQueue { fd, name: name.clone(), multi_queue };
+        let prepared = queue.not_blocking().and_then(TapQueue::prepared);
+        prepared.map_err(|source| InheritedTapError::SetUp { name, source })
+    }
+
+    /// The interface whose queue the parent passed as descriptor `fd`, and whether that can have several. It is neither taken nor
+    /// changed.
+    ///
+    /// # Errors
+    /// As [`TapQueue::inherited`].
+    pub fn examine(fd: RawFd) -> Result<(String, bool), InheritedTapError> {
         if fd <= libc::STDERR_FILENO {
             return Err(InheritedTapError::Reserved);
         }
@@ -133,12 +148,9 @@ impl TapQueue {
         if unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1 {
             return Err(InheritedTapError::NotOpen);
         }
-        // SAFETY: the descriptor is open (checked above) and the caller keeps that nothing else in this
-        // process owns it: it came from the parent and is taken once, before anything else is opened.
-        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let mut request = request("").map_err(|_| InheritedTapError::NotTap)?;
         // SAFETY: TUNGETIFF writes one ifreq, which we own; other devices answer ENOTTY.
-        check(unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &mut request) })
+        check(unsafe { libc::ioctl(fd, libc::TUNGETIFF, &mut request) })
             .map_err(|_| InheritedTapError::NotTap)?;
         let name = name_of(&request);
         // SAFETY: TUNGETIFF filled this member of the union.
@@ -152,9 +164,7 @@ impl TapQueue {
         if flags & libc::IFF_NO_PI == 0 {
             return Err(InheritedTapError::ProtocolHeader(name));
         }
-        let queue = TapQueue { fd, name: name.clone(), multi_queue: flags & libc::IFF_MULTI_QUEUE != 0 };
-        let prepared = queue.not_blocking().and_then(TapQueue::prepared);
-        prepared.map_err(|source| InheritedTapError::SetUp { name, source })
+        Ok((name, flags & libc::IFF_MULTI_QUEUE != 0))
     }
 
     /// A queue over any descriptor that keeps frames apart, to test what stands above.
