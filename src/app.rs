@@ -36,6 +36,7 @@ use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstre
 use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
+use crate::control::limits::LiveLimits;
 use crate::control::network_watch::SharedJoined;
 use crate::control::signals::Signals;
 use crate::control::station_leases;
@@ -56,6 +57,7 @@ use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
 use crate::random;
+use crate::rate_limit::RateLimits;
 use crate::requests;
 use crate::socket_file::SocketFileError;
 use crate::time::Clock;
@@ -229,6 +231,7 @@ fn link_ends(
         gateway,
         dhcp: None,
         translation: None,
+        limits: RateLimits::default(),
     };
     ends.map(end).collect()
 }
@@ -294,7 +297,8 @@ fn run_on(
         if let Some(keeper) = keeper {
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
-        let live = Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan };
+        let (log, limits) = (outside.log.clone(), inner.limits.clone());
+        let live = Live { log, dns: Arc::clone(&dns), lan: config.lan, limits };
         let workers = inner.workers.clone();
         let Opened { signals, stop, reloader, file: _file } = outside.open(seen, inner, ports.clone());
         let ended = tokio::task::spawn_blocking(move || session.join());
@@ -364,6 +368,7 @@ fn prepare(
     let several = workers > 1;
     let named = |error| membership::with_owner(error, config.network.as_ref());
     let is_translated = links.iter().any(LinkParts::translates);
+    let follows_flows = links.is_empty() || is_translated;
     let mut nat = on_sockets(&config.mode, is_translated);
     let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
@@ -374,6 +379,7 @@ fn prepare(
     let Services { dns, dhcp, keeper } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
+    let limits = RateLimits::new(&config.limits);
     let isn_secret = random_pair()?;
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
@@ -399,7 +405,11 @@ fn prepare(
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
-            link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
+            link: links.next().map(|link| LinkParts {
+                dhcp: Some(Arc::clone(&dhcp)),
+                limits: limits.clone(),
+                ..link
+            }),
             dns_client,
             published: published.take().unwrap_or_default(),
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
@@ -411,13 +421,15 @@ fn prepare(
             events: events.clone(),
             number: own.0.into(),
             clock,
+            limits: limits.clone(),
             cpu: config.workers.cpus.iter().copied().cycle().nth(own.0.into()),
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
     }
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
-    let inner = Inner { workers: handles, dhcp: Arc::clone(&dhcp), dns, resolver, clock };
+    let limits = LiveLimits::new(limits, handles.clone(), clock, follows_flows);
+    let inner = Inner { workers: handles, dhcp: Arc::clone(&dhcp), dns, resolver, clock, limits };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
 }

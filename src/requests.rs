@@ -42,6 +42,8 @@ pub enum Request {
     EndFlow(FlowId, Answer<bool>),
     /// To let no flow begin any more.
     Drain(Answer<()>),
+    /// To look at what all workers share, though nothing comes.
+    Wake(Answer<()>),
     /// To serve a published port by its socket, or to know that another worker does. Answered with whether it could:
     /// false if a flow has the port. Not carried out once nobody waits for the answer.
     Publish(Publish, Option<Socket>, Answer<io::Result<bool>>),

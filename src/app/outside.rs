@@ -13,6 +13,7 @@ use crate::cli::Reloader;
 use crate::control::api::{self, Api, Facts, Stop};
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
+use crate::control::limits::LiveLimits;
 use crate::control::ports::Ports;
 use crate::control::signals::Signals;
 use crate::engine::gateway::SharedDhcp;
@@ -44,6 +45,7 @@ pub(super) struct Inner {
     pub(super) dns: Arc<DnsService>,
     pub(super) resolver: Arc<Resolver>,
     pub(super) clock: Clock,
+    pub(super) limits: LiveLimits,
 }
 
 /// What ends or changes the process from now on.
@@ -62,10 +64,21 @@ impl Outside {
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
-        let Inner { workers, dhcp, dns, resolver, clock } = inner;
-        let api =
-            Api { facts, workers, dhcp, guest, dns, resolver, ports, events, log, stop: stop.clone(), clock };
-        let api = Arc::new(api);
+        let Inner { workers, dhcp, dns, resolver, clock, limits } = inner;
+        let api = Arc::new(Api {
+            facts,
+            workers,
+            dhcp,
+            guest,
+            dns,
+            resolver,
+            ports,
+            limits,
+            events,
+            log,
+            stop: stop.clone(),
+            clock,
+        });
         if let Some(listener) = metrics {
             tokio::spawn(served(api::serve_metrics(listener, Arc::clone(&api))));
         }

@@ -16,6 +16,7 @@ use crate::cli::Reloader;
 use crate::config::{Attach, Lan, LiveConfig};
 use crate::control::api::Stop;
 use crate::control::events::Event;
+use crate::control::limits::LiveLimits;
 use crate::control::service_manager::ServiceManager;
 use crate::control::signals::{Asked, Signals};
 use crate::device::SessionError;
@@ -40,13 +41,14 @@ pub(super) struct Live {
     pub(super) log: Log,
     pub(super) dns: Arc<DnsService>,
     pub(super) lan: Lan,
+    pub(super) limits: LiveLimits,
 }
 
 impl Live {
     /// Applies what was judged; none of it can fail any more. Every field is taken here, so that one that nobody
     /// obeys does not compile.
     fn apply(&self, change: LiveConfig) {
-        let LiveConfig { log_level, dns } = change;
+        let LiveConfig { log_level, dns, limit_from_guest, limit_to_guest } = change;
         if let Some(level) = log_level
             && let Err(error) = self.log.set_level(&level)
         {
@@ -55,6 +57,12 @@ impl Live {
         }
         if let Some(dns) = dns {
             self.dns.set_names(&dns, &self.lan);
+        }
+        if (limit_from_guest.is_some() || limit_to_guest.is_some())
+            && let Err(error) = self.limits.set(limit_from_guest, limit_to_guest)
+        {
+            // It was judged by the same rule.
+            tracing::error!(%error);
         }
     }
 }

@@ -139,8 +139,8 @@ const MORE: [(&str, &[&str]); 4] = [
         "SIGNALS",
         &[
             "SIGTERM and SIGINT end vunet: links and sockets of its own are removed, and the guest's connections are reset.",
-            "SIGHUP has the file of --config read again. log-level and dns-host change at once. Where any other setting would \
-             change, or the file is wrong, an error in the log says which, and nothing changes. Without --config, SIGHUP ends \
+            "SIGHUP has the file of --config read again. log-level, dns-host, limit-from-guest and limit-to-guest change at \
+             once. Where any other setting would change, or the file is wrong, an error in the log says which, and nothing changes. Without --config, SIGHUP ends \
              the process.",
         ],
     ),

@@ -74,6 +74,9 @@ impl Worker {
                     }
                     let _ = answer.send(());
                 }
+                Request::Wake(answer) => {
+                    let _ = answer.send(());
+                }
                 Request::Publish(port, socket, answer) => {
                     // Who gave up would not know of it.
                     if !answer.is_closed() {

@@ -13,6 +13,7 @@ mod event_stream;
 mod facts;
 pub mod flows;
 pub mod leases;
+pub mod limits;
 pub mod log_level;
 mod metrics;
 pub mod names;
@@ -40,6 +41,7 @@ pub use self::stopping::Stop;
 
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
+use crate::control::limits::LiveLimits;
 use crate::control::ports::Ports;
 use crate::engine::gateway::SharedDhcp;
 use crate::log::Log;
@@ -67,6 +69,8 @@ pub struct Api {
     pub resolver: Arc<Resolver>,
     /// Published ports.
     pub ports: Ports,
+    /// How much the guest may send and be sent.
+    pub limits: LiveLimits,
     /// What happens.
     pub events: Events,
     /// The log.
@@ -115,6 +119,7 @@ fn resources() -> (Router<Arc<Api>>, OpenApi) {
         .routes(routes!(names::get))
         .routes(routes!(ports::list, ports::add))
         .routes(routes!(ports::remove))
+        .routes(routes!(limits::get, limits::put))
         .routes(routes!(log_level::get, log_level::put))
         .routes(routes!(event_stream::get))
         .routes(routes!(metrics::get))
