@@ -39,6 +39,7 @@ use crate::control::dns_forward::{self, DnsForwarder, DnsStats, Resolver, Upstre
 use crate::control::events::Events;
 use crate::control::lease_claims;
 use crate::control::lease_keeping;
+use crate::control::limits::LiveLimits;
 use crate::control::network_watch::SharedJoined;
 use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::signals::Signals;
@@ -61,6 +62,7 @@ use crate::network::store::StoreError;
 use crate::network::store::keeper::Keeper;
 use crate::postbox;
 use crate::random;
+use crate::rate_limit::RateLimits;
 use crate::requests;
 use crate::socket_file::SocketFileError;
 use crate::time::Clock;
@@ -248,6 +250,7 @@ fn link_ends(
         gateway,
         dhcp: None,
         translation: None,
+        limits: RateLimits::default(),
     };
     ends.map(end).collect()
 }
@@ -317,8 +320,8 @@ fn run_on(
             tokio::task::spawn(lease_keeping::keep(keeper));
         }
         let of_settings = PortsOfSettings::new(ports.clone(), asked).await;
-        let live =
-            Live { log: outside.log.clone(), dns: Arc::clone(&dns), lan: config.lan, ports: of_settings };
+        let (log, limits) = (outside.log.clone(), inner.limits.clone());
+        let live = Live { log, dns: Arc::clone(&dns), lan: config.lan, limits, ports: of_settings };
         let workers = inner.workers.clone();
         let Opened { signals, stop, reloader, file: _file } =
             outside.open(seen, inner, ports.clone(), captures.clone());
@@ -392,6 +395,7 @@ fn prepare(
     let several = workers > 1;
     let named = |error| membership::with_owner(error, config.network.as_ref());
     let is_translated = links.iter().any(LinkParts::translates);
+    let follows_flows = links.is_empty() || is_translated;
     let mut nat = on_sockets(&config.mode, is_translated);
     let bound = bind_all(&mut nat.publish).map_err(named)?;
     let world = matches!(config.mode, Mode::Nat(_));
@@ -402,6 +406,7 @@ fn prepare(
     let Services { dns, dhcp, keeper, leases } = services::of(config, world, holder)?;
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
+    let limits = RateLimits::new(&config.limits);
     let isn_secret = random_pair()?;
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
@@ -427,7 +432,11 @@ fn prepare(
                 home: several.then_some(home),
             },
             dns: Arc::clone(&dns),
-            link: links.next().map(|link| LinkParts { dhcp: Some(Arc::clone(&dhcp)), ..link }),
+            link: links.next().map(|link| LinkParts {
+                dhcp: Some(Arc::clone(&dhcp)),
+                limits: limits.clone(),
+                ..link
+            }),
             dns_client,
             published: published.take().unwrap_or_default(),
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
@@ -439,6 +448,7 @@ fn prepare(
             events: events.clone(),
             number: own.0.into(),
             clock,
+            limits: limits.clone(),
             cpu: config.workers.cpus.iter().copied().cycle().nth(own.0.into()),
             busy_poll: Duration::from_micros(config.workers.busy_poll_us.into()),
         });
@@ -446,7 +456,8 @@ fn prepare(
     let guest = dhcp.lock().unwrap_or_else(PoisonError::into_inner).bound();
     let asked = config.dns.enabled.then(|| Arc::clone(&resolver));
     let leases = LeaseSource::new(Arc::clone(&dhcp), leases);
-    let inner = Inner { workers: handles, leases, dns, resolver, clock };
+    let limits = LiveLimits::new(limits, handles.clone(), clock, follows_flows);
+    let inner = Inner { workers: handles, leases, dns, resolver, clock, limits };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
 }

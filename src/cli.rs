@@ -37,7 +37,7 @@ use clap::{ArgMatches, CommandFactory as _, FromArgMatches as _, Parser, ValueEn
 use thiserror::Error;
 
 use crate::addr::{Ipv4Subnet, MacAddr, VlanId};
-use crate::config::{Config, DnsConfig, IpMtu, LogConfig, PublishList, PublishRange};
+use crate::config::{Config, DnsConfig, IpMtu, LimitSpec, LogConfig, PublishList, PublishRange};
 use crate::limits::QUEUE_PAIRS_MAX;
 use crate::network::name::NetworkName;
 use crate::top;
@@ -366,7 +366,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", global = true, help_heading = "Network")]
     state_dir: Option<PathBuf>,
     /// Settings from this TOML file: a key for each of these flags, named like it; a flag given here takes the
-    /// place of its key. SIGHUP has it read again: log-level and dns-host change, a change of others is refused
+    /// place of its key. SIGHUP has it read again: log-level, dns-host, limits and published ports change, a change of others is refused
     #[arg(long, value_name = "FILE.toml", help_heading = "Settings")]
     config: Option<PathBuf>,
     // `settings` sets it.
@@ -473,6 +473,14 @@ pub struct Args {
     /// Let the gateway's address reach 127.0.0.1 of this host, and the guest this host's own addresses
     #[arg(long, help_heading = "Reaching the guest and the host")]
     allow_host_loopback: bool,
+
+    /// Limit what the guest sends: rate=RATE (tc's units, such as 100mbit, of Ethernet frames), packets=N a second, flows=N
+    /// new ones a second, with burst=SIZE, packets-burst=N, flows-burst=N; or none
+    #[arg(long, value_name = "LIMIT[,LIMIT…]", help_heading = "Rate limits")]
+    limit_from_guest: Option<LimitSpec>,
+    /// The same of what it is sent
+    #[arg(long, value_name = "LIMIT[,LIMIT…]", help_heading = "Rate limits")]
+    limit_to_guest: Option<LimitSpec>,
 
     /// Which UDP datagrams of one port of the guest share a port of this host (RFC 4787)
     /// [default: endpoint-independent]

@@ -25,6 +25,7 @@ pub mod network;
 pub mod postbox;
 mod random;
 mod rate;
+pub mod rate_limit;
 pub mod requests;
 pub mod sandbox;
 pub mod service;

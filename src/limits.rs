@@ -1,5 +1,6 @@
 //! Every bound of the process, each with its reason. A bound that is met is counted, never fatal.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 /// Bytes of a guest frame that are copied once into host memory before anything is judged:
@@ -36,6 +37,48 @@ pub const TCP_SACKED_RANGES_MAX: usize = 64;
 /// for up to two minutes, whoever answers. A guest that opens a hundred a second to hosts a second away has
 /// a hundred of them.
 pub const TCP_BACKLOG_MAX: usize = 1024;
+
+/// Rates of limits, in bytes a second: 1 kbit/s, at which a large frame takes nine minutes, to 1 Tbit/s.
+pub const LIMIT_RATE_BYTES_MIN: u64 = 125;
+/// See [`LIMIT_RATE_BYTES_MIN`].
+pub const LIMIT_RATE_BYTES_MAX: u64 = 125_000_000_000;
+
+/// Packets or new flows a second of a limit, and what their buckets hold.
+pub const LIMIT_PER_SECOND_MAX: u64 = 1_000_000_000;
+
+/// Bytes a limit's bucket holds.
+pub const LIMIT_BURST_MAX: u64 = 4 << 30;
+
+/// A limit's bucket is full after so many seconds at the latest: costs are times, which add up to more.
+pub const LIMIT_BURST_SECONDS_MAX: u64 = 3600;
+
+/// What a limit's bucket holds at least if nothing is said: a frame of segmentation offload.
+pub const LIMIT_FRAME_BYTES: NonZeroU64 = NonZeroU64::new(FRAME_BYTES_MAX as u64).expect("it is not zero");
+
+/// The same in packets: such a frame's segments, and some more.
+pub const LIMIT_PACKETS_BURST_MIN: NonZeroU64 = NonZeroU64::new(64).expect("it is not zero");
+
+/// What one flow may use of a limit before the next one's turn, in time at the limit's rate: one that waits long for
+/// its turn is slow, small turns cost calls.
+pub const LIMIT_TURN: Duration = Duration::from_millis(1);
+
+/// Bytes of such a turn: a packet at least, a large frame at most.
+pub const LIMIT_TURN_BYTES_MIN: u64 = 1514;
+/// See [`LIMIT_TURN_BYTES_MIN`].
+pub const LIMIT_TURN_BYTES_MAX: u64 = FRAME_BYTES_MAX as u64;
+
+/// How long bytes of a flow that its guest was promised to send wait at most for a limit: less than its patience
+/// (200 ms with Linux), so that it sends nothing twice.
+pub const LIMIT_WINDOW: Duration = Duration::from_millis(100);
+
+/// The largest window of a flow under a limit: it fits its pool, and so do all of a worker together.
+pub const LIMIT_WINDOW_BYTES_MAX: usize = TCP_POOL_FLOW_BYTES_MAX / 2;
+
+/// Segments of such a turn at most: a large frame's.
+pub const LIMIT_TURN_PACKETS_MAX: u64 = 46;
+
+/// After how long a flow that sends nothing shares a limit no more.
+pub const LIMIT_SENDER_IDLE: Duration = Duration::from_millis(100);
 
 /// Acknowledgements a second with which a flow answers what proves nothing: segments outside of the window,
 /// resets that are not exact (RFC 5961, 7). A stack that has lost the thread needs one; Linux sends two.

@@ -45,6 +45,8 @@ pub enum Request {
     Drain(Answer<()>),
     /// To record what crosses the device, or nothing any more. Answered with what did so before.
     Record(Option<Box<Recorder>>, Answer<Option<Box<Recorder>>>),
+    /// To look at what all workers share, though nothing comes.
+    Wake(Answer<()>),
     /// To serve a published port by its socket, or to know that another worker does. Answered with whether it could:
     /// false if a flow has the port. Not carried out once nobody waits for the answer.
     Publish(Publish, Option<Socket>, Answer<io::Result<bool>>),

@@ -30,6 +30,7 @@ use crate::engine::{Engine, EngineConfig};
 use crate::frame::{QueuePair, TxFrame};
 use crate::limits;
 use crate::postbox::{HostLetter, Postbox};
+use crate::rate_limit::RateLimits;
 use crate::requests::{Measures, RequestBox};
 use crate::service::dns::DnsService;
 use crate::time::{Clock, Instant};
@@ -71,12 +72,19 @@ pub struct Worker {
     postbox: Option<Postbox>,
     requests: Requests,
     measures: Measures,
+    limits: RateLimits,
+    /// The version of the limits that is known here.
+    limits_version: u32,
     addresses_gone: EventFd,
     busy_poll: Duration,
     /// Transmit rings with frames waiting, a bit a pair.
     tx_waiting: u64,
     /// Transmit rings that wait for room in the link, a bit a pair.
     tx_blocked: u64,
+    /// Transmit rings that wait for the limit, a bit a pair.
+    tx_limited: u64,
+    /// The pair whose frames go first.
+    tx_first: u32,
     device_events: Vec<DeviceEvent>,
 }
 
@@ -112,6 +120,8 @@ pub struct WorkerParts {
     pub number: usize,
     /// The clock of all workers: flows carry its time from one to another.
     pub clock: Clock,
+    /// How much the guest may send and be sent, by all workers together.
+    pub limits: RateLimits,
     /// CPU to run on, if not any.
     pub cpu: Option<usize>,
     /// How long to look for more work before sleeping.
@@ -177,6 +187,10 @@ impl Worker {
             poll.watch_readable(postbox.fd(), LETTERS)?;
         }
         let mut engine = Engine::new(&parts.engine, sockets, parts.dhcp, parts.dns);
+        // On a link all that passes the engine is for services of ours.
+        if parts.link.is_none() {
+            engine.limit_rates(&parts.limits);
+        }
         for (port, socket) in parts.published {
             publish(&mut engine, Owner::TheGuest, port, socket)?;
         }
@@ -195,10 +209,15 @@ impl Worker {
             postbox: parts.postbox,
             requests: Requests::new(parts.requests, parts.events, parts.number == 0),
             measures: Measures::default(),
+            // A change since is found with the first batch.
+            limits_version: 0,
+            limits: parts.limits,
             addresses_gone: parts.addresses_gone,
             busy_poll: parts.busy_poll,
             tx_waiting: 0,
             tx_blocked: 0,
+            tx_limited: 0,
+            tx_first: 0,
             device_events: Vec::new(),
         })
     }
@@ -395,7 +414,8 @@ impl Worker {
             DeviceEvent::Detached => {
                 link.limit_ip_mtu(None);
                 link.forget_guest(now);
-                self.tx_blocked = 0;
+                link.forget_rings();
+                (self.tx_blocked, self.tx_limited) = (0, 0);
             }
             DeviceEvent::GuestReset => link.forget_guest(now),
             DeviceEvent::Attached => {}
@@ -436,23 +456,32 @@ impl Worker {
         self.names.answer(now, &mut self.engine, rx);
     }
 
+    /// Takes up what the limits were set to.
+    fn look_at_limits(&mut self, now: Instant) {
+        let version = self.limits.version();
+        if version != self.limits_version {
+            self.limits_version = version;
+            self.engine.limits_changed(now);
+            if let Some(link) = &mut self.link {
+                link.limits_changed(now);
+            }
+        }
+    }
+
     /// One batch. Returns whether there is more to do at once.
     fn work(&mut self, now: Instant) -> bool {
+        self.look_at_limits(now);
         if let Some(link) = &mut self.link
             && link.translates()
         {
             link.notice_guest(now, self.engine.guest_starts(now));
         }
-        let mut waiting = std::mem::take(&mut self.tx_waiting);
-        while waiting != 0 {
-            let pair = waiting.trailing_zeros() as u8;
-            waiting &= waiting - 1;
-            match self.drain(now, QueuePair(pair)) {
-                Drained::More => self.tx_waiting |= 1 << pair,
-                Drained::Blocked => self.block(pair),
-                Drained::Empty | Drained::Down => {}
-            }
+        if self.tx_limited != 0 && self.link.as_mut().is_some_and(|link| link.leaves_are_due(now)) {
+            self.tx_waiting |= std::mem::take(&mut self.tx_limited);
         }
+        // Those that wait for the limit wait together still.
+        self.tx_waiting &= !self.tx_limited;
+        self.drain_waiting(now);
         let (_, rx) = self.queues.split();
         self.engine.run_timers(now, rx);
         let more = self.engine.flush(rx);
@@ -463,6 +492,26 @@ impl Worker {
         self.queues.publish();
         self.tell_flows();
         more || link_more || self.tx_waiting != 0
+    }
+
+    /// Takes a batch of frames from each ring that has some.
+    fn drain_waiting(&mut self, now: Instant) {
+        let first = self.tx_first;
+        let mut waiting = std::mem::take(&mut self.tx_waiting).rotate_right(first);
+        while waiting != 0 {
+            let pair = ((waiting.trailing_zeros() + first) % u64::BITS) as u8;
+            waiting &= waiting - 1;
+            match self.drain(now, QueuePair(pair)) {
+                (Drained::More, _) => self.tx_waiting |= 1 << pair,
+                (Drained::Blocked, Left::Limited) => {
+                    self.tx_limited |= 1 << pair;
+                    // The next one's turn.
+                    self.tx_first = u32::from(pair) + 1;
+                }
+                (Drained::Blocked, _) => self.block(pair),
+                (Drained::Empty | Drained::Down, _) => {}
+            }
+        }
     }
 
     /// Has a pair wait for room in the link. The kernel tells of room only who looked while there was none.
@@ -477,19 +526,23 @@ impl Worker {
         }
     }
 
-    /// Takes a batch of a pair's frames to where they belong.
-    fn drain(&mut self, now: Instant, pair: QueuePair) -> Drained {
+    /// Takes a batch of a pair's frames to where they belong. With what became of the last.
+    fn drain(&mut self, now: Instant, pair: QueuePair) -> (Drained, Left) {
+        let mut last = Left::Yes;
         let (engine, link) = (&mut self.engine, &mut self.link);
         let (tx, rx) = self.queues.split();
         tx.set_ahead(link.as_ref().map_or(1, LinkEnd::frames_ahead));
-        tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
+        let drained = tx.drain(pair, limits::TX_BATCH_FRAMES, |event| {
             match (event, &mut *link) {
                 (TxEvent::Coming(heads), Some(link)) => link.expect_from_guest(heads.iter()),
                 (TxEvent::Coming(_), None) => {}
-                (TxEvent::Frame(frame), link) if rx.recorder().is_some() => {
-                    return take_recorded(now, engine, link.as_mut(), rx, &frame);
+                (TxEvent::Frame(frame), link) => {
+                    let take = if rx.recorder().is_some() { take_recorded } else { take_frame };
+                    last = take(now, engine, link.as_mut(), rx, &frame);
+                    if last != Left::Yes {
+                        return Taken::NotNow;
+                    }
                 }
-                (TxEvent::Frame(frame), link) => return take_frame(now, engine, link.as_mut(), rx, &frame),
                 (TxEvent::Unfit(whole, why), _) => {
                     if let Some(recorder) = rx.recorder() {
                         recorder.unfit(pair, &whole, why);
@@ -498,7 +551,8 @@ impl Worker {
                 (TxEvent::BatchEnd, _) => engine.end_of_frames(rx),
             }
             Taken::Yes
-        })
+        });
+        (drained, last)
     }
 
     /// Takes a batch of the link's frames to the guest. Returns whether more may wait.
@@ -523,20 +577,25 @@ fn take_frame(
     link: Option<&mut LinkEnd>,
     rx: &mut RxSide,
     frame: &TxFrame<'_>,
-) -> Taken {
+) -> Left {
     let Some(link) = link else {
         engine.from_guest(now, rx, frame);
-        return Taken::Yes;
+        return Left::Yes;
     };
     let left = if link.is_for_us(now, frame) {
         engine.from_guest(now, rx, frame);
         Left::Yes
+    } else if !link.may_leave(now, frame) {
+        Left::Limited
     } else if link.translates() {
         link.forward_translated(now, frame, engine, rx)
     } else {
         link.forward(now, frame)
     };
-    if left == Left::Full { Taken::NotNow } else { Taken::Yes }
+    if left == Left::Full {
+        link.did_not_leave(frame);
+    }
+    left
 }
 
 /// The same while there is a capture: the frame stands in it before its answers, with what became of it.
@@ -546,7 +605,7 @@ fn take_recorded(
     mut link: Option<&mut LinkEnd>,
     rx: &mut RxSide,
     frame: &TxFrame<'_>,
-) -> Taken {
+) -> Left {
     if let Some(recorder) = rx.recorder() {
         recorder.from_guest(frame);
     }
@@ -555,13 +614,13 @@ fn take_recorded(
     };
     // Of others before.
     let _ = take_dropped(engine, link.as_deref_mut());
-    let taken = take_frame(now, engine, link.as_deref_mut(), rx, frame);
+    let left = take_frame(now, engine, link.as_deref_mut(), rx, frame);
     let why = take_dropped(engine, link);
     if let Some(recorder) = rx.recorder() {
-        match taken {
-            Taken::Yes => recorder.judged(why),
-            Taken::NotNow => recorder.not_taken(),
+        match left {
+            Left::Yes => recorder.judged(why),
+            Left::Full | Left::Limited => recorder.not_taken(),
         }
     }
-    taken
+    left
 }

@@ -15,6 +15,7 @@ use crate::control::api::{self, Api, Facts, Stop, StreamPlaces};
 use crate::control::capture::Captures;
 use crate::control::dns_forward::Resolver;
 use crate::control::events::{Event, Events};
+use crate::control::limits::LiveLimits;
 use crate::control::ports::Ports;
 use crate::control::signals::Signals;
 use crate::log::Log;
@@ -47,6 +48,7 @@ pub(super) struct Inner {
     pub(super) dns: Arc<DnsService>,
     pub(super) resolver: Arc<Resolver>,
     pub(super) clock: Clock,
+    pub(super) limits: LiveLimits,
 }
 
 /// What ends or changes the process from now on.
@@ -71,7 +73,7 @@ impl Outside {
         let stop = Stop::default();
         let events = log.events.clone();
         tokio::spawn(tell_leases(guest.clone(), events.clone()));
-        let Inner { workers, leases, dns, resolver, clock } = inner;
+        let Inner { workers, leases, dns, resolver, clock, limits } = inner;
         let api = Arc::new(Api {
             facts,
             workers,
@@ -81,6 +83,7 @@ impl Outside {
             resolver,
             ports,
             captures,
+            limits,
             events,
             streams: StreamPlaces::default(),
             log,

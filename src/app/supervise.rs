@@ -18,6 +18,7 @@ use crate::cli::{ReloadError, Reloader};
 use crate::config::{Attach, Lan, LiveConfig};
 use crate::control::api::Stop;
 use crate::control::events::Event;
+use crate::control::limits::LiveLimits;
 use crate::control::ports::PortError;
 use crate::control::ports_of_settings::PortsOfSettings;
 use crate::control::service_manager::ServiceManager;
@@ -45,6 +46,7 @@ pub(super) struct Live {
     pub(super) log: Log,
     pub(super) dns: Arc<DnsService>,
     pub(super) lan: Lan,
+    pub(super) limits: LiveLimits,
     pub(super) ports: PortsOfSettings,
 }
 
@@ -55,7 +57,7 @@ impl Live {
     /// # Errors
     /// Ports cannot be published.
     async fn apply(&mut self, change: LiveConfig) -> Result<(), PortError> {
-        let LiveConfig { log_level, dns, publish } = change;
+        let LiveConfig { log_level, dns, publish, limit_from_guest, limit_to_guest } = change;
         // First, as it alone can fail.
         if let Some(publish) = publish {
             self.ports.change(&publish).await?;
@@ -68,6 +70,12 @@ impl Live {
         }
         if let Some(dns) = dns {
             self.dns.set_names(&dns, &self.lan);
+        }
+        if (limit_from_guest.is_some() || limit_to_guest.is_some())
+            && let Err(error) = self.limits.set(limit_from_guest, limit_to_guest)
+        {
+            // It was judged by the same rule.
+            tracing::error!(%error);
         }
         Ok(())
     }

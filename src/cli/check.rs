@@ -19,8 +19,8 @@ use super::{Args, ModeArg, UdpFilteringArg, UdpMappingArg, UplinkArg};
 use crate::addr::Ipv4Subnet;
 use crate::capture::Settings;
 use crate::config::{
-    Attach, Config, DnsConfig, Lan, LinkConfig, Mode, NatConfig, NetworkConfig, PcapConfig, Protocol,
-    Publish, PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
+    Attach, Config, DnsConfig, Lan, LimitsConfig, LinkConfig, Mode, NatConfig, NetworkConfig, PcapConfig,
+    Protocol, Publish, PublishList, PublishRange, UdpConfig, UdpFiltering, UdpMapping, WorkersConfig,
 };
 use crate::limits;
 use crate::network::manager::NetworkError;
@@ -32,6 +32,12 @@ use crate::uplink::sys::tap::InheritedTapError;
 /// Why flags do not go together, or not on this host.
 #[derive(Debug, Error)]
 pub enum UsageError {
+    /// A limit of flows where nobody follows them.
+    #[error(
+        "{0} flows=: on a link vunet carries frames and follows no flows; limit rate= and packets=, or translate \
+         there with --nat packet"
+    )]
+    FlowsOfLink(&'static str),
     /// Nothing to attach to.
     #[error(
         "neither --socket-path nor --fd is given, and no service manager passed a socket, so no VM can attach: give \
@@ -373,6 +379,7 @@ pub(super) fn into_config(
         Some(name) => member::parts(&args, name)?,
         None => alone(&args, routes, &mut notices)?,
     };
+    let limits = limits(&args, link.as_ref())?;
     let config = Config {
         one_off: args.one_off,
         mac: args.mac,
@@ -386,6 +393,7 @@ pub(super) fn into_config(
             cpus: args.pin.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
             busy_poll_us: args.busy_poll_us,
         },
+        limits,
         control: args.control.clone(),
         metrics: args.metrics,
         pcap: pcap(&args)?,
@@ -404,6 +412,18 @@ pub(super) struct Parts {
     pub(super) mode: Mode,
     pub(super) link: Option<LinkConfig>,
     pub(super) network: Option<NetworkConfig>,
+}
+
+/// How much the guest may send and be sent on `link`, or without one.
+pub(super) fn limits(args: &Args, link: Option<&LinkConfig>) -> Result<LimitsConfig, UsageError> {
+    let given = [("--limit-from-guest", args.limit_from_guest), ("--limit-to-guest", args.limit_to_guest)];
+    let [from_guest, to_guest] = given.map(|(_, spec)| spec.unwrap_or_default());
+    let limits = LimitsConfig { from_guest, to_guest };
+    if limits.limits_flows() && link.is_some_and(|link| link.translate.is_none()) {
+        let limited = given.into_iter().find(|(_, spec)| spec.is_some_and(|spec| spec.flows.is_some()));
+        return Err(UsageError::FlowsOfLink(limited.map_or("--limit-from-guest", |(flag, _)| flag)));
+    }
+    Ok(limits)
 }
 
 /// A network of the guest's own.
@@ -740,6 +760,7 @@ mod tests {
         );
         assert_eq!(config.mode, Mode::Nat(NatConfig::default()));
         assert_eq!(config.workers, WorkersConfig { queue_pairs: 1, cpus: Vec::new(), busy_poll_us: 0 });
+        assert_eq!(config.limits, LimitsConfig::default());
         assert_eq!(config.log, LogConfig { level: "info".to_owned(), json: false });
     }
 
@@ -757,6 +778,22 @@ mod tests {
         }
         let config = config("--udp-mapping endpoint-independent");
         assert_eq!(nat_of(&config).udp, UdpConfig::default());
+    }
+
+    #[test]
+    fn limits_hold_wherever_they_can_be_kept() {
+        let both = "--limit-from-guest rate=10mbit,flows=9 --limit-to-guest packets=500";
+        for line in ["", "--mode nat --uplink bridge=br0 --nat-address 192.0.2.9/24", "--mode host-only"] {
+            let limits = config(&format!("{line} {both}")).limits;
+            assert_eq!(limits.from_guest, "rate=10mbit,flows=9".parse().unwrap());
+            assert_eq!(limits.to_guest, "packets=500".parse().unwrap());
+        }
+        let bridge = "--mode bridge --uplink bridge=br0";
+        assert!(!config(&format!("{bridge} --limit-to-guest rate=1gbit")).limits.to_guest.is_none());
+        for flag in ["--limit-from-guest", "--limit-to-guest"] {
+            let error = error(&format!("{bridge} {flag} rate=1gbit,flows=9"));
+            assert!(error.contains(flag) && error.contains("--nat packet"), "{error}");
+        }
     }
 
     #[test]

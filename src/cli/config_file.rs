@@ -321,6 +321,8 @@ mod tests {
         ("publish", "['8080:80', 'udp:53:53']", &["--publish=8080:80", "--publish=udp:53:53"]),
         ("tcp-ports", "['8081:81']", &["--tcp-ports=8081:81"]),
         ("udp-ports", "['54:54', '55']", &["--udp-ports=54:54", "--udp-ports=55"]),
+        ("limit-from-guest", "'rate=10mbit,flows=50'", &["--limit-from-guest=rate=10mbit,flows=50"]),
+        ("limit-to-guest", "'packets=9000'", &["--limit-to-guest=packets=9000"]),
         ("allow-host-loopback", "true", &["--allow-host-loopback"]),
         ("udp-mapping", "'endpoint-independent'", &["--udp-mapping=endpoint-independent"]),
         ("udp-filtering", "'address-dependent'", &["--udp-filtering=address-dependent"]),

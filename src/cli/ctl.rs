@@ -12,9 +12,11 @@ use serde::de::DeserializeOwned;
 use super::capture::CaptureArgs;
 use super::check::UsageError;
 use super::values;
+use crate::config::LimitSpec;
 use crate::control::api::counters::CountersAnswer;
 use crate::control::api::flows::{FlowStatus, Flows};
 use crate::control::api::leases::Leases;
+use crate::control::api::limits::{DirectionLimits, Limits, NewLimits};
 use crate::control::api::log_level::LogLevel;
 use crate::control::api::names::Names;
 use crate::control::api::ports::{NewPort, PortList};
@@ -72,6 +74,8 @@ enum What {
     Leases,
     /// Local names, and what became of others
     Dns,
+    /// Show or set how much the guest may send and be sent
+    Limits(LimitsArgs),
     /// Show or set how much is logged
     LogLevel {
         /// off, error, warn, info, debug or trace, or MODULE=LEVEL, joined by commas
@@ -94,6 +98,26 @@ enum What {
     },
     /// End the process
     Stop,
+}
+
+#[derive(Clone, Debug, Args)]
+struct LimitsArgs {
+    #[command(subcommand)]
+    what: Option<LimitsWhat>,
+}
+
+#[derive(Clone, Debug, Subcommand)]
+enum LimitsWhat {
+    /// Limit the guest from now on; what is not given stays as it is
+    #[command(arg_required_else_help = true)]
+    Set {
+        /// What the guest sends, as --limit-from-guest takes it; or none
+        #[arg(long, value_name = "LIMIT[,LIMIT…]")]
+        from_guest: Option<LimitSpec>,
+        /// What it is sent; or none
+        #[arg(long, value_name = "LIMIT[,LIMIT…]")]
+        to_guest: Option<LimitSpec>,
+    },
 }
 
 #[derive(Clone, Debug, Args)]
@@ -165,6 +189,10 @@ impl Ctl {
             })?,
             What::Leases => self.show(&client, "/v1/leases", leases_text)?,
             What::Dns => self.show(&client, "/v1/dns", names_text)?,
+            What::Limits(LimitsArgs { what: None }) => self.show(&client, "/v1/limits", limits_text)?,
+            What::Limits(LimitsArgs { what: Some(LimitsWhat::Set { from_guest, to_guest }) }) => {
+                self.set_limits(&client, *from_guest, *to_guest)?
+            }
             What::LogLevel { level: None } => {
                 self.show(&client, "/v1/log-level", |LogLevel { level }: &LogLevel| format!("{level}\n"))?
             }
@@ -215,6 +243,19 @@ impl Ctl {
             out.write_all(text.as_bytes()).map_err(ClientError::Write)?;
         }
         outcome
+    }
+
+    /// Sets limits; what holds from then on, as text or JSON.
+    fn set_limits(
+        &self,
+        client: &Client,
+        from_guest: Option<LimitSpec>,
+        to_guest: Option<LimitSpec>,
+    ) -> Result<String, ClientError> {
+        let text = |spec: Option<LimitSpec>| spec.map(|spec| spec.to_string());
+        let body = NewLimits { from_guest: text(from_guest), to_guest: text(to_guest) };
+        let set: Limits = serde_json::from_slice(&client.call(Method::PUT, "/v1/limits", Some(&body))?)?;
+        Ok(if self.json { serde_json::to_string_pretty(&set)? + "\n" } else { limits_text(&set) })
     }
 
     /// All pages of flows.
@@ -333,8 +374,19 @@ fn counters_text(counters: &CountersAnswer) -> String {
         ("flows_stranded", counters.flows_stranded),
         ("retransmits", counters.retransmits),
     ];
+    let limited = [("from_guest", &counters.limited_from_guest), ("to_guest", &counters.limited_to_guest)];
+    let limited = limited.into_iter().flat_map(|(way, limited)| {
+        let named = [
+            ("waits", limited.waits),
+            ("dropped packets", limited.dropped_packets),
+            ("dropped bytes", limited.dropped_bytes),
+            ("refused flows", limited.refused_flows),
+        ];
+        named.map(|(name, count)| (format!("limit {way}: {name}"), count))
+    });
     let drops = counters.drops.iter().map(|(reason, count)| (format!("dropped: {reason}"), *count));
-    let all = named.into_iter().map(|(name, count)| (name.to_owned(), count)).chain(drops);
+    let limited = limited.filter(|(_, count)| *count > 0);
+    let all = named.into_iter().map(|(name, count)| (name.to_owned(), count)).chain(limited).chain(drops);
     let rows: Vec<Vec<String>> = all.map(|(name, count)| vec![name, count.to_string()]).collect();
     table(&["COUNTER", "VALUE"], &rows)
 }
@@ -369,6 +421,24 @@ fn ports_text(list: &PortList) -> String {
         ]
     });
     table(&["PORT", "PROTOCOL", "HOST", "INTERFACE", "GUEST PORT"], &rows.collect::<Vec<_>>())
+}
+
+fn limits_text(limits: &Limits) -> String {
+    let row = |direction: &str, limits: &DirectionLimits| {
+        let with_burst = |rate: Option<u64>, burst: Option<u64>| match (rate, burst) {
+            (Some(rate), Some(burst)) => format!("{rate}/s, burst {burst}"),
+            _ => "-".to_owned(),
+        };
+        vec![
+            direction.to_owned(),
+            with_burst(limits.rate_bytes_per_second, limits.burst_bytes),
+            with_burst(limits.packets_per_second, limits.packets_burst),
+            with_burst(limits.flows_per_second, limits.flows_burst),
+            limits.limit.clone(),
+        ]
+    };
+    let rows = [row("from guest", &limits.from_guest), row("to guest", &limits.to_guest)];
+    table(&["DIRECTION", "BYTES", "PACKETS", "NEW FLOWS", "LIMIT"], &rows)
 }
 
 /// A text as one segment of a path (RFC 3986, 2.1).

@@ -140,7 +140,7 @@ const MORE: [(&str, &[&str]); 4] = [
         "SIGNALS",
         &[
             "SIGTERM and SIGINT end vunet: links and sockets of its own are removed, and the guest's connections are reset.",
-            "SIGHUP has the file of --config read again. log-level, dns-host (not on a named network, nor with no-dns) and published ports (publish, tcp-ports, udp-ports) \
+            "SIGHUP has the file of --config read again. log-level, dns-host (not on a named network, nor with no-dns), limit-from-guest, limit-to-guest and published ports (publish, tcp-ports, udp-ports) \
              change at once. Where any other setting would change, a port cannot be published, or the file is wrong, an \
              error in the log says which, and nothing changes. Without --config, SIGHUP ends the process.",
         ],

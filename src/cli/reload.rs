@@ -11,7 +11,7 @@ use thiserror::Error;
 
 use super::config_file::Settings;
 use super::{Args, check, settings};
-use crate::config::{Config, DnsConfig, Lan, LiveConfig};
+use crate::config::{Config, DnsConfig, Lan, LimitSpec, LiveConfig};
 
 /// How the new value of one key is judged, and where it goes if it is right.
 type Judge = fn(&Args, &Running, &mut LiveConfig) -> Result<(), ReloadError>;
@@ -23,6 +23,8 @@ const LIVE: &[(&str, Judge)] = &[
     ("publish", publish),
     ("tcp-ports", publish),
     ("udp-ports", publish),
+    ("limit-from-guest", limit_from_guest),
+    ("limit-to-guest", limit_to_guest),
 ];
 
 /// Why a reload is refused; nothing of it was applied.
@@ -62,6 +64,7 @@ struct Running {
     lan: Lan,
     dns: DnsConfig,
     is_on_network: bool,
+    follows_flows: bool,
 }
 
 /// Reads the file of a running backend again.
@@ -94,8 +97,12 @@ impl SettingsFile {
 
     /// What reads it again for the backend of `config`.
     pub fn reloader(self, config: &Config) -> Reloader {
-        let running =
-            Running { lan: config.lan, dns: config.dns.clone(), is_on_network: config.network.is_some() };
+        let running = Running {
+            lan: config.lan,
+            dns: config.dns.clone(),
+            is_on_network: config.network.is_some(),
+            follows_flows: config.link.as_ref().is_none_or(|link| link.translate.is_some()),
+        };
         Reloader { file: self, running }
     }
 }
@@ -144,6 +151,29 @@ fn shown(values: &[OsString]) -> String {
 
 fn log_level(args: &Args, _: &Running, live: &mut LiveConfig) -> Result<(), ReloadError> {
     live.log_level = Some(args.log_level.clone());
+    Ok(())
+}
+
+/// What a key of limits says, where it can be kept.
+fn limit(
+    key: &'static str,
+    spec: Option<LimitSpec>,
+    running: &Running,
+) -> Result<Option<LimitSpec>, ReloadError> {
+    let spec = spec.unwrap_or_default();
+    if spec.flows.is_some() && !running.follows_flows {
+        return Err(ReloadError::NotHere { key, why: "on a link nobody follows flows=" });
+    }
+    Ok(Some(spec))
+}
+
+fn limit_from_guest(args: &Args, running: &Running, live: &mut LiveConfig) -> Result<(), ReloadError> {
+    live.limit_from_guest = limit("limit-from-guest", args.limit_from_guest, running)?;
+    Ok(())
+}
+
+fn limit_to_guest(args: &Args, running: &Running, live: &mut LiveConfig) -> Result<(), ReloadError> {
+    live.limit_to_guest = limit("limit-to-guest", args.limit_to_guest, running)?;
     Ok(())
 }
 
@@ -218,6 +248,30 @@ mod tests {
         let live = again(&dir, &mut reloader, "socket-path = 'vm.sock'\n").unwrap();
         assert_eq!(live.log_level.as_deref(), Some("info"));
         assert_eq!(live.dns.unwrap().hosts[0].0, "host.vunet.internal");
+    }
+
+    #[test]
+    fn limits_come_change_and_go() {
+        let (dir, mut reloader) = started("socket-path = 'vm.sock'\nlimit-to-guest = 'rate=1mbit'\n", "");
+        let text = "socket-path = 'vm.sock'\nlimit-from-guest = 'rate=5mbit,flows=9'\n";
+        let live = again(&dir, &mut reloader, text).unwrap();
+        assert_eq!(live.limit_from_guest, Some("rate=5mbit,flows=9".parse().unwrap()));
+        assert_eq!(live.limit_to_guest, Some(LimitSpec::default()), "back to none");
+        assert_eq!(live.keys(), ["limit-from-guest", "limit-to-guest"]);
+        let text = "socket-path = 'vm.sock'\nlimit-from-guest = 'rate=much'\n";
+        let error = again(&dir, &mut reloader, text).unwrap_err();
+        assert!(error.contains("limit-from-guest") && error.contains("much"), "{error}");
+    }
+
+    #[test]
+    fn flows_stay_unlimited_on_a_link() {
+        let bridge = "socket-path = 'vm.sock'\nmode = 'bridge'\nuplink = 'bridge=br0'\n";
+        let (dir, mut reloader) = started(bridge, "");
+        let text = format!("{bridge}limit-to-guest = 'flows=9'\n");
+        let error = again(&dir, &mut reloader, &text).unwrap_err();
+        assert!(error.contains("limit-to-guest") && error.contains("flows"), "{error}");
+        let text = format!("{bridge}limit-to-guest = 'packets=9'\n");
+        assert!(again(&dir, &mut reloader, &text).is_ok());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! A [`Config`] cannot be wrong: each value was checked where it entered. Modes are types, so a
 //! host-only network has no field that could reach the world.
 
+pub mod limit;
 pub mod publish;
 
 use std::fmt;
@@ -17,6 +18,7 @@ use crate::network::name::NetworkName;
 use crate::network::state_dir::StateDir;
 use crate::uplink::sys::tap::TapQueue;
 
+pub use self::limit::{LimitError, LimitSpec, LimitsConfig};
 pub use self::publish::{Publish, PublishError, PublishList, PublishRange};
 
 /// How the front-end is met.
@@ -327,16 +329,22 @@ pub struct LiveConfig {
     pub dns: Option<DnsConfig>,
     /// All ports that are to be published.
     pub publish: Option<Vec<Publish>>,
+    /// [`LimitsConfig::from_guest`].
+    pub limit_from_guest: Option<LimitSpec>,
+    /// [`LimitsConfig::to_guest`].
+    pub limit_to_guest: Option<LimitSpec>,
 }
 
 impl LiveConfig {
     /// The settings that change, by name.
     pub fn keys(&self) -> Vec<&'static str> {
-        let LiveConfig { log_level, dns, publish } = self;
+        let LiveConfig { log_level, dns, publish, limit_from_guest, limit_to_guest } = self;
         let keys = [
             (log_level.is_some(), "log-level"),
             (dns.is_some(), "dns-host"),
             (publish.is_some(), "published ports"),
+            (limit_from_guest.is_some(), "limit-from-guest"),
+            (limit_to_guest.is_some(), "limit-to-guest"),
         ];
         keys.into_iter().filter_map(|(changes, key)| changes.then_some(key)).collect()
     }
@@ -363,6 +371,8 @@ pub struct Config {
     pub network: Option<NetworkConfig>,
     /// The workers.
     pub workers: WorkersConfig,
+    /// How much the guest may send and be sent.
+    pub limits: LimitsConfig,
     /// Where the control API listens.
     pub control: Option<PathBuf>,
     /// Where metrics are served besides.

@@ -97,7 +97,8 @@ impl ClientError {
             ClientError::TimedOut => ("too_slow", None),
             ClientError::Ended => ("ended", None),
             ClientError::Http(_) | ClientError::Body(_) | ClientError::Json(_) => ("bad_answer", None),
-            ClientError::Start(_) | ClientError::Write(_) => ("failed", None),
+            ClientError::Terminal => ("terminal", None),
+            ClientError::Start(_) | ClientError::Write(_) | ClientError::Path(_) => ("failed", None),
         };
         ErrorBody { error: ErrorText { code: code.to_owned(), message, owner } }
     }

@@ -19,6 +19,7 @@ pub mod events;
 pub mod host_watch;
 pub mod lease_claims;
 pub mod lease_keeping;
+pub mod limits;
 pub mod network_watch;
 pub mod port_relay;
 pub mod ports;

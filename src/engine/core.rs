@@ -10,6 +10,7 @@ use super::counters::{Counters, DropReason};
 use super::emit;
 use super::flows::NewsList;
 use super::guest_port::{GuestPort, ReserveError};
+use super::lines::Lines;
 use super::placement::{Home, Place, WorkerId};
 use super::timers::Timers;
 use crate::addr::MacAddr;
@@ -72,6 +73,8 @@ pub struct Core {
     next_ident: u16,
     /// Flows that begin and end.
     pub flow_news: NewsList,
+    /// Who waits for a limit.
+    pub lines: Lines,
 }
 
 #[derive(Debug)]
@@ -101,6 +104,7 @@ impl Core {
             icmp_rate: Rate::new(limits::ICMP_ERRORS_BURST, limits::ICMP_ERRORS_PER_SECOND),
             next_ident: 0,
             flow_news: NewsList::default(),
+            lines: Lines::default(),
         }
     }
 

@@ -56,6 +56,10 @@ pub enum DropReason {
     LinkRefused,
     /// Its hops are used up.
     HopLimit,
+    /// Beyond what the limit of rates lets pass, and it could not wait.
+    OverLimit,
+    /// It would have begun a flow, of which the limit lets so many begin a second.
+    FlowLimit,
 }
 
 impl DropReason {
@@ -76,7 +80,7 @@ impl DropReason {
     }
 }
 
-const REASONS: [(DropReason, &str); 25] = [
+const REASONS: [(DropReason, &str); 27] = [
     (DropReason::Malformed, "malformed"),
     (DropReason::Checksum, "checksum"),
     (DropReason::Unsupported, "unsupported"),
@@ -102,7 +106,31 @@ const REASONS: [(DropReason, &str); 25] = [
     (DropReason::NotNegotiated, "not_negotiated"),
     (DropReason::LinkRefused, "link_refused"),
     (DropReason::HopLimit, "hop_limit"),
+    (DropReason::OverLimit, "over_limit"),
+    (DropReason::FlowLimit, "flow_limit"),
 ];
+
+/// What a rate limit did in one direction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limited {
+    /// Times a flow, a socket, a queue or clients of a published port had to wait for tokens.
+    pub waits: u64,
+    /// Packets that could not wait, dropped.
+    pub dropped_packets: u64,
+    /// Their bytes, of Ethernet frames.
+    pub dropped_bytes: u64,
+    /// New flows that were not let begin.
+    pub refused_flows: u64,
+}
+
+impl Limited {
+    fn add(&mut self, other: &Limited) {
+        self.waits += other.waits;
+        self.dropped_packets += other.dropped_packets;
+        self.dropped_bytes += other.dropped_bytes;
+        self.refused_flows += other.refused_flows;
+    }
+}
 
 /// Counters of one engine; plain numbers, owned by its worker.
 #[derive(Clone, Debug, Default)]
@@ -129,6 +157,10 @@ pub struct Counters {
     pub names_forwarded: u64,
     /// Answers of DHCP.
     pub dhcp_answered: u64,
+    /// What the limit of what the guest sends held up or dropped.
+    pub limited_from_guest: Limited,
+    /// The same of what it is sent.
+    pub limited_to_guest: Limited,
     /// How long connects of TCP flows took that succeeded, in microseconds; a batch's time is that of its beginning.
     pub connect_time: Histogram,
     drops: [u64; REASONS.len()],
@@ -188,6 +220,8 @@ impl Counters {
         self.names_answered += other.names_answered;
         self.names_forwarded += other.names_forwarded;
         self.dhcp_answered += other.dhcp_answered;
+        self.limited_from_guest.add(&other.limited_from_guest);
+        self.limited_to_guest.add(&other.limited_to_guest);
         self.connect_time.add(&other.connect_time);
         for (mine, theirs) in self.drops.iter_mut().zip(other.drops) {
             *mine += theirs;

@@ -19,6 +19,7 @@ pub mod gateway;
 pub mod guest_port;
 pub mod host_net;
 pub mod lan;
+pub mod lines;
 pub mod lru;
 pub mod nat;
 pub mod packet;
@@ -37,6 +38,7 @@ use self::flows::{FlowId, NewsList, Table, Walk};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
 use self::host_net::{HostDatagram, HostNet, HostStream, PacketFields, Readiness, Token};
+use self::lines::Lines;
 use self::nat::policy::Policy;
 use self::nat::tcp::Segment;
 use self::nat::{DNS_PORT, Datagram, Elsewhere, Nat, datagram};
@@ -46,6 +48,7 @@ use crate::addr::MacAddr;
 use crate::config::{DnsConfig, IpMtu, Lan, Mode, Publish, UdpConfig};
 use crate::frame::{Payload, TxFrame};
 use crate::limits;
+use crate::rate_limit::RateLimits;
 use crate::service::dhcp::{self, LeaseChange};
 use crate::service::dns::DnsService;
 use crate::time::Instant;
@@ -155,6 +158,17 @@ impl<N: HostNet> Engine<N> {
             guest_starts: 0,
             core,
         }
+    }
+
+    /// Keeps the guest within `limits`, which all workers share.
+    pub fn limit_rates(&mut self, limits: &RateLimits) {
+        self.core.lines = Lines::new(limits);
+    }
+
+    /// The limits were set to something else.
+    pub fn limits_changed(&mut self, now: Instant) {
+        self.begin(now);
+        self.core.lines.refresh(now);
     }
 
     /// What happened so far.
@@ -766,7 +780,9 @@ impl<N: HostNet> Engine<N> {
 
     /// When [`Engine::run_timers`] is to be called next.
     pub fn next_deadline(&self) -> Option<Instant> {
-        [self.core.timers.next(), self.reassembly.next_deadline()].into_iter().flatten().min()
+        let deadlines =
+            [self.core.timers.next(), self.reassembly.next_deadline(), self.core.lines.next_deadline()];
+        deadlines.into_iter().flatten().min()
     }
 
     /// The next question for the upstream resolvers.

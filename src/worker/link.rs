@@ -9,11 +9,12 @@
 //!
 //! The queue is watched edge-triggered in both directions. A guest without buffers stops the reading: the
 //! queue is left alone until there are some, and no event tells of it meanwhile. A queue that takes no more
-//! stops the rings that feed it until it has room.
+//! stops the rings that feed it until it has room. A rate limit does either until a timer says that there are tokens.
 //!
 //! May touch: `engine::lan`, `engine::guest_port`, `uplink::sys::tap`.
 
 mod ahead;
+mod gate;
 mod outside;
 #[cfg(test)]
 mod rig;
@@ -39,12 +40,14 @@ use crate::limits::{
     LEASES_PER_GUEST_MAX, LINK_BATCH_FRAMES, LINK_HEAD_BYTES, LINK_LONG_HEAD_BYTES,
 };
 use crate::rate::Rate;
+use crate::rate_limit::RateLimits;
 use crate::time::Instant;
 use crate::uplink::sys::tap::{Segments, TapQueue};
 use crate::wire::ethernet::{self, EtherType};
 use crate::wire::vnet::{VNET_HEADER_BYTES, VnetHeader};
 
 use self::ahead::Ahead;
+use self::gate::Gate;
 use self::starved::Starved;
 use self::translated::{Arrived, Translation};
 
@@ -72,6 +75,8 @@ pub struct LinkParts {
     pub dhcp: Option<SharedDhcp>,
     /// Translation, if the guest is hidden behind an address of ours on the link.
     pub translation: Option<TranslationParts>,
+    /// How much the guest may send and be sent, by all workers together.
+    pub limits: RateLimits,
 }
 
 impl LinkParts {
@@ -94,6 +99,8 @@ pub(super) enum Left {
     Yes,
     /// The queue is full.
     Full,
+    /// The limit does not let it pass yet.
+    Limited,
 }
 
 /// What became of the next frame for the guest.
@@ -133,6 +140,7 @@ struct Got {
 pub(super) struct LinkEnd {
     parts: LinkParts,
     translation: Option<Translation>,
+    gate: Gate,
     /// What the interface was last set to.
     ip_mtu: u16,
     offloads: Option<GuestOffloads>,
@@ -168,9 +176,14 @@ pub(super) struct LinkEnd {
 
 impl LinkEnd {
     pub(super) fn new(mut parts: LinkParts) -> LinkEnd {
+        let mut translation = parts.translation.take().map(Translation::new);
+        if let Some(translation) = &mut translation {
+            translation.nat().limit_flows(parts.limits.clone());
+        }
         LinkEnd {
             ip_mtu: parts.ip_mtu.get(),
-            translation: parts.translation.take().map(Translation::new),
+            gate: Gate::new(&parts.limits),
+            translation,
             parts,
             offloads: None,
             attached: true,
@@ -236,6 +249,31 @@ impl LinkEnd {
     pub(super) fn take_dropped(&mut self) -> Option<DropReason> {
         let of_translation = self.translation.as_mut().and_then(Translation::take_dropped);
         self.counters.take_dropped().or(of_translation)
+    }
+
+    /// The limits were set to something else.
+    pub(super) fn limits_changed(&mut self, now: Instant) {
+        self.gate.refresh(now);
+    }
+
+    /// Whether a frame of the guest that is not for us may leave now.
+    pub(super) fn may_leave(&mut self, now: Instant, frame: &TxFrame<'_>) -> bool {
+        self.gate.lets_leave(now, (&frame.vnet, frame.whole.len()), &mut self.counters)
+    }
+
+    /// A frame that might have left finds the queue full.
+    pub(super) fn did_not_leave(&self, frame: &TxFrame<'_>) {
+        self.gate.did_not_leave(&frame.vnet, frame.whole.len());
+    }
+
+    /// No ring waits for the limit any more.
+    pub(super) fn forget_rings(&mut self) {
+        self.gate.forget_rings();
+    }
+
+    /// Whether rings that wait for the limit are to be tried again.
+    pub(super) fn leaves_are_due(&mut self, now: Instant) -> bool {
+        self.gate.leaves_are_due(now)
     }
 
     /// Frames moved so far, both ways.
@@ -418,7 +456,7 @@ impl LinkEnd {
                 self.counters.payload_from_guest_bytes += frame.whole.len() as u64;
                 Left::Yes
             }
-            Ok(Left::Full) => Left::Full,
+            Ok(left) => left,
             Err(reason) => {
                 self.counters.drop(reason);
                 self.tell(reason, frame.head);
@@ -535,15 +573,21 @@ impl LinkEnd {
 
     /// Moves a batch of frames to the guest. Returns whether more may wait.
     pub(super) fn deliver(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> bool {
-        let mut bytes = 0;
+        let (mut bytes, mut is_limited) = (0, false);
         for _ in 0..LINK_BATCH_FRAMES {
             if self.starved || !self.has_frames() || bytes >= BATCH_BYTES {
+                break;
+            }
+            if !self.gate.lets_read(now, &mut self.counters) {
+                is_limited = true;
+                self.set_starved(now, true);
                 break;
             }
             match self.step(now, port, pair) {
                 Ok(Step::Moved(len)) => bytes += len as u64,
                 Ok(Step::Nothing) => {
                     self.readable = false;
+                    self.gate.has_read_all();
                     self.meanwhile.read_empty();
                     self.set_starved(now, false);
                 }
@@ -555,7 +599,11 @@ impl LinkEnd {
                 Err(reason) => self.counters.drop(reason),
             }
         }
-        if self.starved { self.read_for_station(now, port, pair) } else { self.has_frames() }
+        self.gate.ends_reading();
+        if self.starved {
+            return self.read_for_station(now, port, pair);
+        }
+        !is_limited && self.has_frames()
     }
 
     /// Whether frames for the guest wait, here or perhaps in the queue.
@@ -565,10 +613,10 @@ impl LinkEnd {
 
     fn step(&mut self, now: Instant, port: &mut impl GuestPort, pair: QueuePair) -> Result<Step, DropReason> {
         if let Some(held) = self.held {
-            return self.send_held(port, pair, held);
+            return self.send_held(now, port, pair, held);
         }
         if self.meanwhile.has_frames() {
-            return self.send_kept(port, pair);
+            return self.send_kept(now, port, pair);
         }
         if self.look_ahead(port, pair) {
             return self.deliver_ahead(now, port, pair);
@@ -655,7 +703,7 @@ impl LinkEnd {
         let goes_on = arrived == Arrived::ForGuest && lan::check_length(&vnet, len, self.ip_mtu).is_ok();
         if goes_on && reserved_bytes > 0 && len <= reserved_bytes.min(behind + offered) {
             port.commit(vnet, head, len);
-            return Ok(self.moved(len));
+            return Ok(self.moved(now, &vnet, len));
         }
         self.whole[..head.len()].copy_from_slice(head);
         let mut filled = head.len();
@@ -683,12 +731,12 @@ impl LinkEnd {
             return Ok(Step::Moved(0));
         }
         if lan::check_length(&vnet, len_bytes, self.ip_mtu).is_err() {
-            return self.send_cut(port, pair, vnet, len_bytes);
+            return self.send_cut(now, port, pair, (vnet, len_bytes));
         }
         if self.starved {
             return self.keep_meanwhile(vnet, len_bytes);
         }
-        self.send_held(port, pair, held)
+        self.send_held(now, port, pair, held)
     }
 
     /// First bytes of a frame, without its tag, that are read into host memory.
@@ -718,13 +766,14 @@ impl LinkEnd {
     /// Sends a frame that lies in `whole`, or holds it until there are buffers.
     fn send_held(
         &mut self,
+        now: Instant,
         port: &mut impl GuestPort,
         pair: QueuePair,
         held: Held,
     ) -> Result<Step, DropReason> {
         self.held = None;
         match port.send(pair, held.vnet, &self.whole[..held.len_bytes]) {
-            Ok(()) => Ok(self.moved(held.len_bytes)),
+            Ok(()) => Ok(self.moved(now, &held.vnet, held.len_bytes)),
             Err(ReserveError::Full) => {
                 self.held = Some(held);
                 Ok(Step::NoBuffers)
@@ -733,7 +782,8 @@ impl LinkEnd {
         }
     }
 
-    fn moved(&mut self, len_bytes: usize) -> Step {
+    fn moved(&mut self, now: Instant, vnet: &VnetHeader, len_bytes: usize) -> Step {
+        self.gate.has_read(now, vnet, len_bytes);
         self.counters.frames_to_guest += 1;
         self.counters.payload_to_guest_bytes += len_bytes as u64;
         Step::Moved(len_bytes)
@@ -861,6 +911,7 @@ mod tests {
                 gateway: None,
                 dhcp: None,
                 translation: None,
+                limits: RateLimits::default(),
             };
             let mut end = LinkEnd::new(parts);
             end.guest_has_buffers();
@@ -974,6 +1025,65 @@ mod tests {
         assert_eq!(rig.forward(VnetHeader::default(), &frame(1000)), Left::Yes, "there is room again");
         assert_eq!(rig.end.counters().frames_from_guest, sent + 2);
         assert_eq!(rig.end.counters().dropped_total(), 1, "what waits is not lost");
+    }
+
+    /// A link with limits, and what they are.
+    fn limited(from_guest: &str, to_guest: &str) -> (Rig, RateLimits) {
+        let (mut rig, limits) = (Rig::new(None), RateLimits::default());
+        limits.from_guest.set(Instant::ZERO, from_guest.parse().unwrap());
+        limits.to_guest.set(Instant::ZERO, to_guest.parse().unwrap());
+        rig.end.gate = Gate::new(&limits);
+        (rig, limits)
+    }
+
+    fn ms(n: u64) -> Instant {
+        Instant::from_micros(n * 1000)
+    }
+
+    #[test]
+    fn the_guests_frames_wait_for_the_limit_and_none_is_lost() {
+        let (mut rig, limits) = limited("rate=8mbit,burst=3000b", "none");
+        let bytes = frame(1000);
+        let whole = Payload::from_host(&bytes);
+        let sent = TxFrame { vnet: VnetHeader::default(), head: &bytes[..256], whole, pair: QueuePair(0) };
+        assert!((0..3).all(|_| rig.end.may_leave(ms(0), &sent)));
+        assert!(!rig.end.may_leave(ms(0), &sent));
+        assert!(!rig.end.leaves_are_due(ms(0)));
+        assert_eq!(rig.end.next_deadline(), Some(ms(1)));
+        assert!(rig.end.leaves_are_due(ms(1)) && rig.end.may_leave(ms(1), &sent));
+        // A queue that is full has what was taken given back.
+        rig.end.did_not_leave(&sent);
+        assert!(rig.end.may_leave(ms(1), &sent) && !rig.end.may_leave(ms(1), &sent));
+        assert_eq!(rig.end.counters().limited_from_guest.waits, 2);
+        limits.from_guest.set(ms(1), "none".parse().unwrap());
+        rig.end.limits_changed(ms(1));
+        assert!(rig.end.leaves_are_due(ms(1)) && rig.end.may_leave(ms(1), &sent));
+        assert_eq!(rig.end.counters().dropped_total(), 0);
+    }
+
+    #[test]
+    fn the_links_frames_wait_in_its_queue_for_the_limit() {
+        let (mut rig, _) = limited("none", "rate=8mbit,burst=3000b");
+        rig.port.buffers_bytes = 1 << 30;
+        let mut now = ms(0);
+        for _ in 0..50 {
+            rig.comes(VnetHeader::default(), &frame(1000));
+        }
+        rig.end.is_readable();
+        assert!(!rig.end.deliver(now, &mut rig.port, QueuePair(0)), "no turn is asked for");
+        let at_once = rig.port.came.len();
+        assert!((2..=4).contains(&at_once), "{at_once}");
+        let mut wakeups = 0;
+        while rig.port.came.len() < 50 {
+            now = rig.end.next_deadline().expect("it goes on");
+            rig.end.deliver(now, &mut rig.port, QueuePair(0));
+            wakeups += 1;
+            assert!(wakeups < 100, "{} came", rig.port.came.len());
+        }
+        assert!((ms(45)..=ms(50)).contains(&now), "{now:?}");
+        let _ = rig.end.deliver(now, &mut rig.port, QueuePair(0));
+        let _ = rig.end.deliver(ms(60), &mut rig.port, QueuePair(0));
+        assert_eq!(rig.end.next_deadline(), None, "with nothing to read no timer runs");
     }
 
     #[test]

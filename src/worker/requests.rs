@@ -80,6 +80,9 @@ impl Worker {
                         let _ = answer.send(self.queues.set_recorder(recorder));
                     }
                 }
+                Request::Wake(answer) => {
+                    let _ = answer.send(());
+                }
                 Request::Publish(port, socket, answer) => {
                     // Who gave up would not know of it.
                     if !answer.is_closed() {

@@ -51,7 +51,7 @@ fn host_only_network_has_no_nat() {
 #[test]
 fn tables_are_empty_without_a_guest() {
     let backend = Backend::start(&["--dns-host", "db=10.0.2.9"]);
-    for route in ["/v1/counters", "/v1/flows", "/v1/leases", "/v1/dns", "/v1/log-level"] {
+    for route in ["/v1/counters", "/v1/flows", "/v1/leases", "/v1/dns", "/v1/log-level", "/v1/limits"] {
         let answer = backend.get(route);
         assert_eq!(answer.status, 200, "{route}");
         check("GET", route, &answer);
@@ -114,6 +114,58 @@ fn log_level_is_set_or_stays() {
     assert_eq!(put(r#"{"levle":"debug"}"#).status, 422);
     assert_eq!(put("{").status, 400);
     assert_eq!(backend.get("/v1/log-level").body, json!({ "level": "warn" }));
+}
+
+#[test]
+fn limits_are_set_all_of_them_or_none() {
+    let backend = Backend::start(&["--queues", "2", "--limit-to-guest", "rate=8mbit,burst=64kb"]);
+    let put = |body: &str| {
+        let answer = backend.ask("PUT", "/v1/limits", Some(body));
+        check("PUT", "/v1/limits", &answer);
+        answer
+    };
+    let limits = backend.get("/v1/limits").body;
+    assert_eq!(
+        (&limits["from_guest"]["limit"], &limits["from_guest"]["packets_burst"]),
+        (&json!("none"), &Value::Null)
+    );
+    assert_eq!(limits["to_guest"]["limit"], "rate=8mbit,burst=64kb");
+    let set = put(r#"{"from_guest":"packets=500,flows=10"}"#);
+    assert_eq!(set.status, 200);
+    assert_eq!(set.body["from_guest"]["packets_per_second"], 500);
+    assert_eq!(set.body["to_guest"]["rate_bytes_per_second"], 1_000_000, "it stays");
+    let known = backend.get("/v1/limits").body;
+    for wrong in [
+        r#"{"from_guest":"none","to_guest":"rate=much"}"#,
+        r#"{"from_guest":"none","to_guest":"rate=0"}"#,
+        r#"{"from_guest":""}"#,
+    ] {
+        let answer = put(wrong);
+        assert_eq!((answer.status, answer.code()), (400, "bad_value"), "{wrong}");
+    }
+    assert_eq!(put(r#"{"from-guest":"none"}"#).status, 422);
+    assert_eq!(put("[").status, 400);
+    assert_eq!(backend.get("/v1/limits").body, known, "nothing of it was set");
+    assert_eq!(put(r#"{"from_guest":"none","to_guest":"none"}"#).status, 200);
+}
+
+#[test]
+fn ctl_shows_and_sets_limits() {
+    let backend = Backend::start(&[]);
+    let text = |args: &[&str]| {
+        let output = backend.ctl(args);
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let table = text(&["limits"]);
+    assert!(table.starts_with("DIRECTION") && table.contains("from guest  -"), "{table}");
+    let table = text(&["limits", "set", "--to-guest", "rate=80mbit,flows=20"]);
+    assert!(table.contains("to guest    10000000/s, burst 100000"), "{table}");
+    let json: Value = serde_json::from_str(&text(&["--json", "limits"])).unwrap();
+    assert_eq!(json["to_guest"]["flows_per_second"], 20);
+    for args in [&["limits", "set"][..], &["limits", "set", "--to-guest", "rate=2tbit"]] {
+        assert_eq!(backend.ctl(args).status.code(), Some(2), "{args:?}");
+    }
 }
 
 #[test]

@@ -26,6 +26,7 @@ mod host_changes;
 mod hostile;
 mod interleavings;
 mod leases;
+mod limits;
 mod options;
 mod policy;
 mod port;

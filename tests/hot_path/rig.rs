@@ -13,6 +13,7 @@ use vunet::device::{DeviceConfig, DeviceQueues, SessionError, device};
 use vunet::engine::EngineConfig;
 use vunet::engine::counters::Counters;
 use vunet::limits;
+use vunet::rate_limit::RateLimits;
 use vunet::requests;
 use vunet::service::dhcp::DhcpServer;
 use vunet::service::dns::DnsService;
@@ -79,6 +80,7 @@ fn parts(queues: DeviceQueues, stop: EventFd) -> (WorkerParts, DnsForwarder) {
         events: Events::default(),
         number: 0,
         clock: Clock::start(),
+        limits: RateLimits::default(),
         cpu: None,
         busy_poll: Duration::ZERO,
     };

@@ -112,6 +112,7 @@ fn check_coverage(outcomes: &[Outcome]) {
     assert!(count(|outcome| outcome.retransmits > 0) > tenth, "too little was sent again");
     assert!(count(|outcome| outcome.letters > 20) > tenth, "too few flows moved between workers");
     assert!(count(|outcome| outcome.datagrams > 10) > tenth, "too few datagrams came");
+    assert!(count(|outcome| outcome.limit_waits > 100) > tenth, "too few flows waited for a limit");
     assert!(count(|outcome| outcome.largest_frame > 10_000) > tenth, "too few large frames");
 }
 
@@ -192,6 +193,44 @@ fn a_guest_with_segmentation_offload_gets_large_frames_intact() {
     for seed in 0..20 {
         let outcome = run(&Plan { offload: true, ..Plan::clean(seed, 3, 150_000) });
         assert!(outcome.largest_frame > 10_000, "no large frame was sent");
+    }
+}
+
+#[test]
+fn limits_take_the_time_their_rates_say_and_neither_side_sends_anything_twice() {
+    for (seed, limits, shape) in [
+        (0, ["rate=8mbit", "none"], Shape::GuestFirst),
+        (1, ["none", "rate=8mbit"], Shape::WorldFirst),
+        (2, ["rate=8mbit", "rate=8mbit"], Shape::Both),
+        (3, ["packets=690", "none"], Shape::GuestFirst),
+    ] {
+        for offload in [false, true] {
+            let mut plan =
+                Plan { limits, offload, ..Plan::clean(seed, 3, 400_000).with(shape, Ending::Full) };
+            // No other window closes: smoltcp takes a second to notice that one opened again.
+            plan.flows.iter_mut().for_each(|flow| flow.send_max = 1 << 20);
+            let outcome = run(&plan);
+            assert_eq!((outcome.guest_resent, outcome.retransmits), (0, 0), "{limits:?}");
+            assert!(outcome.limit_waits > 10, "{limits:?}");
+            // 1.2 MB at 1 MB a second, and headers, less the burst.
+            let seconds = outcome.elapsed_us as f64 / 1e6;
+            assert!((1.05..1.4).contains(&seconds), "{limits:?}: {seconds} s");
+        }
+    }
+}
+
+#[test]
+fn flows_that_move_between_workers_go_on_within_one_limit() {
+    for seed in 0..10 {
+        let plan = Plan {
+            limits: ["rate=8mbit", "rate=8mbit"],
+            workers: 3,
+            queue_moves: 0.02,
+            ..Plan::clean(seed, 6, 200_000)
+        };
+        let outcome = run(&plan);
+        let seconds = outcome.elapsed_us as f64 / 1e6;
+        assert!((1.15..2.0).contains(&seconds), "{seconds} s");
     }
 }
 

@@ -236,6 +236,8 @@ pub(crate) struct Plan {
     pub(crate) mac_change: Option<usize>,
     /// Kernels before 6.9 read from the front only.
     pub(crate) front_only: bool,
+    /// Rate limits from and to the guest.
+    pub(crate) limits: [&'static str; 2],
 }
 
 impl Plan {
@@ -267,6 +269,7 @@ impl Plan {
             reboot: None,
             mac_change: None,
             front_only: false,
+            limits: ["none", "none"],
         }
     }
 
@@ -290,6 +293,7 @@ impl Plan {
         plan.add_datagrams(&mut rng);
         plan.choose_machine(&mut rng);
         plan.choose_faults(&mut rng);
+        plan.choose_limits(&mut rng);
         plan
     }
 
@@ -379,6 +383,19 @@ impl Plan {
         }
         for link in [&mut self.up, &mut self.down] {
             (link.late_us_max, link.hold_us_max) = (rng.pick(&[100, 2_000, 300_000]), 3_000_000);
+        }
+    }
+
+    fn choose_limits(&mut self, rng: &mut Rng) {
+        if rng.chance(0.4) {
+            let specs = [
+                "none",
+                "rate=2mbit",
+                "rate=40mbit,burst=1kb",
+                "packets=2000",
+                "rate=20mbit,packets=1000,packets-burst=1",
+            ];
+            self.limits = [rng.pick(&specs), rng.pick(&specs)];
         }
     }
 

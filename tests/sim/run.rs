@@ -2,19 +2,20 @@
 //! hold at the end.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex};
 
-use vunet::config::{DnsConfig, IpMtu, Lan, Mode, NatConfig, Protocol, Publish};
+use vunet::config::{DnsConfig, IpMtu, Lan, LimitsConfig, Mode, NatConfig, Protocol, Publish};
 use vunet::engine::core::Owner;
 use vunet::engine::host_net::{HostNet, Token};
 use vunet::engine::placement::{Directory, Home, WorkerId};
 use vunet::engine::{Engine, EngineConfig, PostOf};
 use vunet::frame::{Payload, QueuePair, TxFrame};
 use vunet::limits;
+use vunet::rate_limit::RateLimits;
 use vunet::service::dhcp::DhcpServer;
 use vunet::service::dns::DnsService;
 use vunet::time::Instant;
@@ -96,6 +97,12 @@ pub(crate) struct Outcome {
     pub(crate) letters: u64,
     pub(crate) datagrams: usize,
     pub(crate) rounds: u64,
+    /// Virtual time to the end of the last flow.
+    pub(crate) elapsed_us: u64,
+    /// Segments with bytes that the guest had sent before.
+    pub(crate) guest_resent: usize,
+    /// Times flows waited for a limit.
+    pub(crate) limit_waits: u64,
     /// The guest's stack sent without end; nothing was checked but the bytes so far.
     pub(crate) guest_spun: bool,
 }
@@ -157,6 +164,8 @@ struct Run<'a> {
     mac_changed: bool,
     more: bool,
     last_ack: [u32; 2],
+    /// Behind the last byte that came of each of the guest's flows, by both ports.
+    ends: HashMap<u32, u32>,
     /// When this guest's first frame came.
     known_us: Option<u64>,
     is_traced: bool,
@@ -185,7 +194,12 @@ impl Worker {
         self.engine.nat().is_empty() && self.engine.next_deadline().is_none()
     }
 
-    fn new(plan: &Plan, world: &Rc<RefCell<World>>, n: u8, home: Option<Home>) -> Worker {
+    fn new(
+        plan: &Plan,
+        world: &Rc<RefCell<World>>,
+        n: u8,
+        (home, limits): (Option<Home>, &RateLimits),
+    ) -> Worker {
         let mut config = engine_config(plan.seed, Mode::Nat(NatConfig::default()));
         config.lan.ip_mtu = IpMtu::new(plan.ip_mtu).expect("an MTU");
         config.isn_secret = plan.isn_secret();
@@ -193,11 +207,9 @@ impl Worker {
         let dns = Arc::new(DnsService::new(&config.dns, &config.lan, true));
         let dhcp = Arc::new(Mutex::new(DhcpServer::new(&config.lan, &config.dns)));
         let net = SimNet { world: Rc::clone(world), worker: n };
-        Worker {
-            engine: Engine::new(&config, net, dhcp, dns),
-            port: SimPort::new(plan.offload, plan.buffers),
-            reposts: VecDeque::new(),
-        }
+        let mut engine = Engine::new(&config, net, dhcp, dns);
+        engine.limit_rates(limits);
+        Worker { engine, port: SimPort::new(plan.offload, plan.buffers), reposts: VecDeque::new() }
     }
 }
 
@@ -205,6 +217,8 @@ impl Run<'_> {
     fn new(plan: &Plan) -> Run<'_> {
         let world = Rc::new(RefCell::new(World::new(plan)));
         let directory = Arc::new(Directory::default());
+        let [from_guest, to_guest] = plan.limits.map(|spec| spec.parse().expect("a limit"));
+        let limits = RateLimits::new(&LimitsConfig { from_guest, to_guest });
         let workers = (0..plan.workers)
             .map(|n| {
                 let home = (plan.workers > 1).then(|| Home {
@@ -212,7 +226,7 @@ impl Run<'_> {
                     workers: plan.workers,
                     directory: Arc::clone(&directory),
                 });
-                Worker::new(plan, &world, n, home)
+                Worker::new(plan, &world, n, (home, &limits))
             })
             .collect();
         let mut run = Run {
@@ -237,6 +251,7 @@ impl Run<'_> {
             mac_changed: false,
             more: false,
             last_ack: [0; 2],
+            ends: HashMap::new(),
             known_us: None,
             is_traced: std::env::var_os("VUNET_SIM_TRACE").is_some(),
             full_rings: 0,
@@ -310,6 +325,9 @@ impl Run<'_> {
         self.outcome.rounds += 1;
         self.trouble();
         self.world_step();
+        if self.world.borrow().conns.iter().any(|conn| conn.end == End::Open) {
+            self.outcome.elapsed_us = self.now_us;
+        }
         self.frames_from_guest();
         self.letters_and_answers();
         let now = self.now();
@@ -446,6 +464,7 @@ impl Run<'_> {
         while let Some(frame) = self.up.pop(self.now_us) {
             self.datagrams.note_fed(&frame.bytes);
             self.watch_wrap(0, &frame.bytes);
+            self.watch_resent(&frame.bytes);
             let at = self.queue_of(&frame.bytes);
             self.trace('>', at, &frame.bytes);
             let checksum = match frame.partial {
@@ -478,6 +497,25 @@ impl Run<'_> {
         if last > u32::MAX - 70_000 && seq < 70_000 {
             let wrapped = &mut self.outcome.wrapped;
             *(if direction == 0 { &mut wrapped.0 } else { &mut wrapped.1 }) = true;
+        }
+    }
+
+    /// Counts a segment of bytes that came before.
+    fn watch_resent(&mut self, frame: &[u8]) {
+        if frame.len() < 54 || frame[12..14] != [8, 0] || frame[23] != 6 {
+            return;
+        }
+        let number = |at: usize| u32::from_be_bytes([frame[at], frame[at + 1], frame[at + 2], frame[at + 3]]);
+        let len = 14 + usize::from(u16::from_be_bytes([frame[16], frame[17]]))
+            - 34
+            - usize::from(frame[46] >> 4) * 4;
+        let (ports, seq, is_syn) = (number(34), number(38), frame[47] & 2 != 0);
+        let known = self.ends.get(&ports).copied().filter(|_| !is_syn);
+        self.outcome.guest_resent +=
+            usize::from(len > 0 && known.is_some_and(|end| end.wrapping_sub(seq).cast_signed() > 0));
+        let end = seq.wrapping_add(len as u32);
+        if known.is_none_or(|known| end.wrapping_sub(known).cast_signed() > 0) {
+            self.ends.insert(ports, end);
         }
     }
 
@@ -638,7 +676,8 @@ impl Run<'_> {
             let served = ends.iter().rfind(|conn| conn.read == flow.bytes);
             check_flow(self.plan, flow, served.or(ends.last()), app);
         }
-        let calm = self.plan.workers == 1 && self.plan.reboot.is_none();
+        let is_limited = self.plan.limits != ["none", "none"];
+        let calm = self.plan.workers == 1 && self.plan.reboot.is_none() && !is_limited;
         if calm {
             self.datagrams.assert_all_taken(&seen);
         }
@@ -650,7 +689,9 @@ impl Run<'_> {
         for worker in &mut self.workers {
             assert_eq!(worker.engine.nat().held_bytes(), 0, "no held payload is left");
             assert_eq!(worker.engine.next_deadline(), None, "no timer is left");
-            self.outcome.retransmits += worker.engine.counters().retransmits;
+            let counters = worker.engine.counters();
+            self.outcome.retransmits += counters.retransmits;
+            self.outcome.limit_waits += counters.limited_from_guest.waits + counters.limited_to_guest.waits;
         }
         self.outcome.datagrams = self.datagrams.received;
         self.outcome

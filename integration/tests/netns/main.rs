@@ -25,6 +25,7 @@ mod lan;
 mod lan_guard;
 mod lan_uplinks;
 mod lease;
+mod limits;
 mod link;
 mod networks;
 mod packet_nat;

@@ -9,7 +9,7 @@ use utoipa::ToSchema;
 
 use super::error::ErrorBody;
 use super::{ApiError, Shared};
-use crate::engine::counters::Counters;
+use crate::engine::counters::{Counters, Limited};
 use crate::requests::Request;
 
 /// What was counted.
@@ -31,8 +31,32 @@ pub struct CountersAnswer {
     pub flows_stranded: u64,
     /// TCP segments sent again.
     pub retransmits: u64,
+    /// What the rate limit of what the guest sends did.
+    pub limited_from_guest: LimitedCounters,
+    /// What the rate limit of what it is sent did.
+    pub limited_to_guest: LimitedCounters,
     /// Frames, segments and datagrams dropped, by reason; reasons that did not occur are not there.
     pub drops: BTreeMap<String, u64>,
+}
+
+/// What a rate limit did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LimitedCounters {
+    /// Times a flow, a socket, a queue or clients of a published port had to wait.
+    pub waits: u64,
+    /// Packets that could not wait, dropped.
+    pub dropped_packets: u64,
+    /// Their bytes, of Ethernet frames.
+    pub dropped_bytes: u64,
+    /// New flows that were not let begin.
+    pub refused_flows: u64,
+}
+
+impl From<Limited> for LimitedCounters {
+    fn from(limited: Limited) -> LimitedCounters {
+        let Limited { waits, dropped_packets, dropped_bytes, refused_flows } = limited;
+        LimitedCounters { waits, dropped_packets, dropped_bytes, refused_flows }
+    }
 }
 
 /// What was counted since the start, all workers together
@@ -58,6 +82,8 @@ pub(super) async fn get(State(api): Shared) -> Result<Json<CountersAnswer>, ApiE
         flows_evicted: total.flows_evicted,
         flows_stranded: total.flows_stranded,
         retransmits: total.retransmits,
+        limited_from_guest: total.limited_from_guest.into(),
+        limited_to_guest: total.limited_to_guest.into(),
         drops: total
             .drops()
             .filter(|(_, count)| *count > 0)

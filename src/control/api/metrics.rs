@@ -12,6 +12,7 @@ use prometheus::{Encoder as _, TextEncoder};
 use super::error::ErrorBody;
 use super::{Api, ApiError, Shared};
 use crate::control::dns_forward::DnsStats;
+use crate::engine::counters::Limited;
 use crate::histogram::Histogram;
 use crate::requests::{Request, WorkerReport};
 
@@ -21,7 +22,7 @@ const MICROS: f64 = 1e6;
 /// What only grows, of one worker: name, help, a label besides the worker's, and its values.
 type Count = (&'static str, &'static str, &'static str, fn(&WorkerReport) -> Vec<(&'static str, u64)>);
 
-const COUNTS: [Count; 13] = [
+const COUNTS: [Count; 17] = [
     ("vunet_frames_total", "Ethernet frames moved.", "direction", |worker| {
         let counters = &worker.counters;
         both_ways(counters.frames_from_guest, counters.frames_to_guest)
@@ -43,6 +44,18 @@ const COUNTS: [Count; 13] = [
     }),
     ("vunet_drops_total", "Frames, segments and datagrams dropped.", "reason", |worker| {
         worker.counters.drops().collect()
+    }),
+    ("vunet_limit_waits_total", "Times something had to wait for a rate limit.", "direction", |worker| {
+        both_limits(worker, |limited| limited.waits)
+    }),
+    ("vunet_limit_dropped_packets_total", "Packets a rate limit dropped.", "direction", |worker| {
+        both_limits(worker, |limited| limited.dropped_packets)
+    }),
+    ("vunet_limit_dropped_bytes_total", "Bytes of packets a rate limit dropped.", "direction", |worker| {
+        both_limits(worker, |limited| limited.dropped_bytes)
+    }),
+    ("vunet_limit_refused_flows_total", "New flows a rate limit did not let begin.", "direction", |worker| {
+        both_limits(worker, |limited| limited.refused_flows)
     }),
     ("vunet_flows_opened_total", "Flows that began.", "", |worker| one(worker.counters.flows_opened)),
     ("vunet_flows_ended_early_total", "Flows ended before their time.", "reason", |worker| {
@@ -101,6 +114,10 @@ fn one(value: u64) -> Vec<(&'static str, u64)> {
 
 fn both_ways(from_guest: u64, to_guest: u64) -> Vec<(&'static str, u64)> {
     vec![("from_guest", from_guest), ("to_guest", to_guest)]
+}
+
+fn both_limits(worker: &WorkerReport, of: fn(&Limited) -> u64) -> Vec<(&'static str, u64)> {
+    both_ways(of(&worker.counters.limited_from_guest), of(&worker.counters.limited_to_guest))
 }
 
 fn queue_errors(worker: &WorkerReport) -> Vec<(&'static str, u64)> {

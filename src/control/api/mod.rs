@@ -14,6 +14,7 @@ mod event_stream;
 mod facts;
 pub mod flows;
 pub mod leases;
+pub mod limits;
 pub mod log_level;
 mod metrics;
 pub mod names;
@@ -44,6 +45,7 @@ pub use self::stopping::Stop;
 use crate::control::capture::Captures;
 use crate::control::dns_forward::Resolver;
 use crate::control::events::Events;
+use crate::control::limits::LiveLimits;
 use crate::control::ports::Ports;
 use crate::log::Log;
 use crate::requests::{Answer, Request, WorkerHandle};
@@ -72,6 +74,8 @@ pub struct Api {
     pub ports: Ports,
     /// Captures.
     pub captures: Captures,
+    /// How much the guest may send and be sent.
+    pub limits: LiveLimits,
     /// What happens.
     pub events: Events,
     /// Places for those who listen to it.
@@ -124,6 +128,7 @@ fn resources() -> (Router<Arc<Api>>, OpenApi) {
         .routes(routes!(ports::remove))
         .routes(routes!(capture::get, capture::start, capture::stop))
         .routes(routes!(capture::stream))
+        .routes(routes!(limits::get, limits::put))
         .routes(routes!(log_level::get, log_level::put))
         .routes(routes!(event_stream::get))
         .routes(routes!(metrics::get))

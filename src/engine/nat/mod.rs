@@ -26,6 +26,7 @@ use super::timers::TimerSlot;
 use crate::config::{IpMtu, Protocol, Publish, UdpConfig};
 use crate::frame::Payload;
 use crate::limits;
+use crate::time::Instant;
 use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::tcp::{Flags, SeqNumber};
 
@@ -294,6 +295,7 @@ impl<N: HostNet> Nat<N> {
         mut make: impl FnMut(&mut Self) -> io::Result<T>,
     ) -> io::Result<T> {
         self.keep_within(core, port, self.flows_max() - 1);
+        self.forget_gone_in_line(core);
         match make(self) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) => {
                 self.evict(core, port);
@@ -335,6 +337,8 @@ impl<N: HostNet> Nat<N> {
             false => self.policy.judge(core, &mut self.net, Some(Protocol::Tcp), key.remote),
         };
         let to = match verdict {
+            // The guest sends its SYN again.
+            Verdict::Connect(_) if !is_dns && !Self::may_begin(core) => return,
             Verdict::Connect(to) => to,
             Verdict::NoService => return TcpTable::<N::Stream>::refuse(core, port, segment),
             Verdict::Prohibited => {
@@ -351,9 +355,19 @@ impl<N: HostNet> Nat<N> {
             if is_dns { nat.net.connect_dns(token) } else { nat.net.connect(token, to) }
         });
         match made {
-            Ok(stream) => self.tcp.insert_from_guest(core, segment, stream),
+            Ok(stream) => self.tcp.insert_from_guest(core, segment, stream, is_dns),
             Err(error) => tcp::connect_failed(core, port, from, &key, syn, &error),
         }
+    }
+
+    /// Whether the limit lets the guest begin a flow; it is counted as refused if not.
+    fn may_begin(core: &mut Core) -> bool {
+        let may = core.lines.from_guest.take_flow(core.now);
+        if !may {
+            core.counters.drop(DropReason::FlowLimit);
+            core.counters.limited_from_guest.refused_flows += 1;
+        }
+        may
     }
 
     /// Takes a flow out, for another worker.
@@ -467,6 +481,9 @@ impl<N: HostNet> Nat<N> {
         datagram: &Datagram<'_>,
         peer: PeerId,
     ) {
+        if !self.datagrams.passes(core, peer, datagram) {
+            return;
+        }
         let Err(error) = self.datagrams.send(core, peer, datagram) else { return };
         core.counters.drop(DropReason::SocketRefused);
         let code = match error.raw_os_error() {
@@ -506,6 +523,9 @@ impl<N: HostNet> Nat<N> {
         };
         let code = match verdict {
             Verdict::Connect(real) => {
+                if !Self::may_begin(core) {
+                    return None;
+                }
                 if !self.datagrams.is_served(core, &self.datagrams.end_of(&key))
                     && !self.open_mapping(core, port, datagram, real)
                 {
@@ -591,6 +611,11 @@ impl<N: HostNet> Nat<N> {
             let flow_token = self.tcp.next_token();
             let Some(published) = self.listeners.get_mut(at) else { return };
             let to = (published.owner, published.port.guest_port);
+            let ready_at = core.lines.to_guest.flow_ready_at(core.now);
+            if ready_at > core.now {
+                core.counters.limited_to_guest.waits += 1;
+                return self.accept_later(core, token, ready_at);
+            }
             let (stream, client) = match published.listener.accept(flow_token) {
                 Ok(accepted) => accepted,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
@@ -602,28 +627,29 @@ impl<N: HostNet> Nat<N> {
                     }
                     // The client waits on, and nothing of ours would make room for sure.
                     Some(libc::EMFILE | libc::ENFILE | libc::ENOBUFS | libc::ENOMEM) => {
-                        return self.accept_later(core, token);
+                        return self.accept_later(core, token, core.now + limits::ACCEPT_PAUSE);
                     }
                     // A client that left before it was taken (ECONNABORTED) and the like.
                     _ => continue,
                 },
             };
             (taken, made_room) = (taken + 1, false);
+            core.lines.to_guest.take_flow(core.now);
             self.begin_published(core, port, stream, client, to);
             // Only now that there is a client; the newest is never the longest idle.
             self.keep_within(core, port, self.flows_max());
         }
         if taken == 0 {
-            return self.accept_later(core, token);
+            return self.accept_later(core, token, core.now + limits::ACCEPT_PAUSE);
         }
         if !self.accept_again.contains(&at) {
             self.accept_again.push(at);
         }
     }
 
-    fn accept_later(&mut self, core: &mut Core, token: Token) {
+    fn accept_later(&mut self, core: &mut Core, token: Token, at: Instant) {
         if let Some(published) = self.listeners.get_mut(TokenKind::index(token)) {
-            core.timers.set(&mut published.again, token, core.now + limits::ACCEPT_PAUSE);
+            core.timers.set(&mut published.again, token, at);
         }
     }
 
@@ -692,6 +718,41 @@ impl<N: HostNet> Nat<N> {
                 Some(TokenKind::Peer) => self.datagrams.timeout(core, token),
                 Some(TokenKind::Listener) => self.accept_timeout(core, port, token),
                 _ => {}
+            }
+        }
+        core.lines.run_timers(core.now);
+        if core.lines.has_due(core.now) {
+            self.serve_lines(core, port);
+        }
+    }
+
+    /// Has those whose turn in line for a limit has come go on, so many of them.
+    fn serve_lines(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        for _ in 0..limits::BATCH_TURNS {
+            let Some((token, turn)) = core.lines.from_guest.next(core.now) else { break };
+            let used = self.tcp.take_turn_from_guest(core, port, token, turn);
+            core.lines.from_guest.give_back(turn.less(used));
+        }
+        let full = core.counters.payload_to_guest_bytes + limits::BATCH_BYTES;
+        for _ in 0..limits::BATCH_TURNS {
+            if core.counters.payload_to_guest_bytes >= full {
+                return;
+            }
+            let Some((token, turn)) = core.lines.to_guest.next(core.now) else { break };
+            let used = match TokenKind::of(token) {
+                Some(TokenKind::Datagram) => self.datagrams.take_turn_in_line(core, port, token, turn),
+                _ => self.tcp.take_turn_to_guest(core, port, token, turn),
+            };
+            core.lines.to_guest.give_back(turn.less(used));
+        }
+    }
+
+    /// Those who wait in line for a limit, and are gone, keep their places until their turn comes, which may be long
+    /// with many and a low rate: they are forgotten once they are the most.
+    fn forget_gone_in_line(&self, core: &mut Core) {
+        for line in [&mut core.lines.from_guest, &mut core.lines.to_guest] {
+            if line.len() > 2 * self.len() + limits::BATCH_TURNS {
+                line.retain(|token| self.tcp.is_flow(token) || self.datagrams.is_socket(token));
             }
         }
     }

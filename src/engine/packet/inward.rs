@@ -116,6 +116,9 @@ impl PacketNat {
         if self.draining {
             return Err(DropReason::Refused.into());
         }
+        if !self.is_within_limit(now, Side::World) {
+            return Err(DropReason::FlowLimit.into());
+        }
         self.make_room(guest);
         let request = Request { guest: held.guest, scope: held.scope, worker: self.config.worker };
         let mut mappings = lock(&self.mappings);

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::flow::{self, Flow, FlowFlags, FlowKey, Ticks};
-use super::{PacketNat, give_back, lock, published_protocol};
+use super::{PacketNat, Side, give_back, lock, published_protocol};
 use crate::config as settings;
 use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, NewsList, Table, Walk};
+use crate::rate_limit::RateLimits;
 use crate::time::Instant;
 use crate::wire::ipv4::Protocol;
 
@@ -91,6 +92,22 @@ impl PacketNat {
     /// Flows that begin and end.
     pub fn flow_news(&mut self) -> &mut NewsList {
         &mut self.flow_news
+    }
+
+    /// Lets as many flows begin as `limits` say, which all workers share.
+    pub fn limit_flows(&mut self, limits: RateLimits) {
+        self.limits = limits;
+    }
+
+    /// Whether a flow from `side` may begin, by its limit; it is counted as refused if not.
+    pub(super) fn is_within_limit(&mut self, now: Instant, side: Side) -> bool {
+        let (limit, limited) = match side {
+            Side::Guest => (&self.limits.from_guest, &mut self.counters.limited_from_guest),
+            Side::World => (&self.limits.to_guest, &mut self.counters.limited_to_guest),
+        };
+        let is_within = limit.take_flow(now);
+        limited.refused_flows += u64::from(!is_within);
+        is_within
     }
 
     /// Lets no flow begin any more; those under way go on.

@@ -56,6 +56,7 @@ use super::counters::{Counters, DropReason};
 use super::flows::NewsList;
 use super::placement::WorkerId;
 use crate::config::{self as settings, UdpFiltering, UdpMapping};
+use crate::rate_limit::RateLimits;
 use crate::time::Instant;
 use crate::wire::icmpv4::{Message, UnreachableCode};
 use crate::wire::ipv4::Protocol;
@@ -158,6 +159,8 @@ pub struct PacketNat {
     flow_news: NewsList,
     /// No flow may begin any more.
     draining: bool,
+    /// How many flows may begin.
+    limits: RateLimits,
 }
 
 /// Lifetimes of flows in milliseconds.
@@ -228,6 +231,7 @@ impl PacketNat {
             counters: Counters::default(),
             flow_news: NewsList::default(),
             draining: false,
+            limits: RateLimits::default(),
             config,
         })
     }

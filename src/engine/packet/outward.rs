@@ -141,6 +141,10 @@ impl PacketNat {
         if self.draining {
             return Err(Refusal::unreachable(UnreachableCode::AdminProhibited, DropReason::Refused));
         }
+        // The guest tries again: it is told nothing.
+        if !self.is_within_limit(now, Side::Guest) {
+            return Err(DropReason::FlowLimit.into());
+        }
         self.make_room(key.guest);
         let table = &self.table;
         let in_use = |port| table.has_inbound(&FlowKey { external_port: port, ..flow_key }.inbound());

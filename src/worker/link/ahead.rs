@@ -169,6 +169,7 @@ mod tests {
     use crate::engine::placement::WorkerId;
     use crate::engine::station::{Station, StationConfig};
     use crate::limits::PACKET_AHEAD_FLOWS_MIN;
+    use crate::rate_limit::RateLimits;
     use crate::uplink::sys::tap::TapQueue;
     use crate::wire::ethernet::{self, EtherType};
     use crate::wire::ipv4::{self, Protocol};
@@ -244,6 +245,7 @@ mod tests {
             gateway: None,
             dhcp: None,
             translation: Some(translation),
+            limits: RateLimits::default(),
         };
         let mut end = LinkEnd::new(parts);
         end.translation.as_mut().unwrap().learn(GUEST, GUEST_MAC);

@@ -18,6 +18,7 @@ use crate::engine::station::{Station, StationConfig};
 use crate::engine::{Engine, EngineConfig, emit};
 use crate::frame::{Payload, QueuePair, TxFrame};
 use crate::limits::FRAME_HEAD_BYTES;
+use crate::rate_limit::RateLimits;
 use crate::service::dhcp::DhcpServer;
 use crate::service::dns::DnsService;
 use crate::time::Instant;
@@ -87,6 +88,7 @@ impl Rig {
                 gateway: None,
                 dhcp: None,
                 translation: Some(parts),
+                limits: RateLimits::default(),
             };
             let home = Home { own, workers, directory: Arc::clone(&directory) };
             let config = EngineConfig {

@@ -138,10 +138,10 @@ impl LinkEnd {
     /// is kept: a part of a packet is of no use.
     pub(super) fn send_cut(
         &mut self,
+        now: Instant,
         port: &mut impl GuestPort,
         pair: QueuePair,
-        vnet: VnetHeader,
-        len_bytes: usize,
+        (vnet, len_bytes): (VnetHeader, usize),
     ) -> Result<Step, DropReason> {
         let LinkEnd { whole, meanwhile, ip_mtu, .. } = self;
         let mut pieces = Vec::new();
@@ -151,18 +151,19 @@ impl LinkEnd {
         })?;
         let lost = pieces.iter().filter(|is_kept| !**is_kept).count();
         self.counters.drop_many(DropReason::GuestNotReceiving, lost as u64);
-        if self.starved { Ok(Step::NoBuffers) } else { self.send_kept(port, pair) }
+        if self.starved { Ok(Step::NoBuffers) } else { self.send_kept(now, port, pair) }
     }
 
     /// Sends the frame that was kept first.
     pub(super) fn send_kept(
         &mut self,
+        now: Instant,
         port: &mut impl GuestPort,
         pair: QueuePair,
     ) -> Result<Step, DropReason> {
         let Some((vnet, frame)) = self.meanwhile.kept.front() else { return Ok(Step::Moved(0)) };
-        let len_bytes = frame.len();
-        let outcome = port.send(pair, *vnet, frame);
+        let (vnet, len_bytes) = (*vnet, frame.len());
+        let outcome = port.send(pair, vnet, frame);
         if outcome == Err(ReserveError::Full) {
             return Ok(Step::NoBuffers);
         }
@@ -172,7 +173,7 @@ impl LinkEnd {
             self.meanwhile.read_empty();
         }
         match outcome {
-            Ok(()) => Ok(self.moved(len_bytes)),
+            Ok(()) => Ok(self.moved(now, &vnet, len_bytes)),
             Err(_) => Err(DropReason::GuestNotReceiving),
         }
     }

@@ -396,7 +396,7 @@ impl LinkEnd {
         port: &mut impl GuestPort,
     ) -> Left {
         match self.translate(now, frame, WorkerSet::default(), engine, port) {
-            Ok(Left::Full) => return Left::Full,
+            Ok(left @ (Left::Full | Left::Limited)) => return left,
             Ok(Left::Yes) => {
                 self.counters.frames_from_guest += 1;
                 self.counters.payload_from_guest_bytes += frame.whole.len() as u64;
@@ -706,7 +706,7 @@ impl LinkEnd {
                 match left {
                     Ok(Left::Yes) => Ok(()),
                     // Nobody keeps it.
-                    Ok(Left::Full) => Err(DropReason::LinkRefused),
+                    Ok(Left::Full | Left::Limited) => Err(DropReason::LinkRefused),
                     Err(reason) => Err(reason),
                 }
             }
@@ -734,6 +734,7 @@ impl LinkEnd {
                 lan::check_offloads(&frame.vnet, port.offloads())?;
                 frame.bytes[..head.len()].copy_from_slice(head);
                 self.counters.payload_to_guest_bytes += len_bytes as u64;
+                self.gate.has_read(now, &frame.vnet, len_bytes);
                 self.send_whole(now, (frame.pair, frame.vnet), &mut frame.bytes, engine, port)
             }
             arrived => {
@@ -833,11 +834,12 @@ impl LinkEnd {
 
     /// When [`LinkEnd::run_translation`] has something to do.
     pub(in crate::worker) fn next_deadline(&self) -> Option<Instant> {
-        let translation = self.translation.as_ref()?;
+        let gate = self.gate.next_deadline(self.starved);
+        let Some(translation) = &self.translation else { return gate };
         let starved = self.station_deadline();
         let own =
             [translation.nat.next_deadline(), translation.outside.deadline(), translation.claims, starved];
-        let own = own.into_iter().chain([translation.publish_again]);
+        let own = own.into_iter().chain([translation.publish_again, gate]);
         own.flatten().min()
     }
 
@@ -967,7 +969,7 @@ impl LinkEnd {
             };
             match sent {
                 Ok(Left::Yes) => {}
-                Ok(Left::Full) => self.counters.drop(DropReason::LinkRefused),
+                Ok(Left::Full | Left::Limited) => self.counters.drop(DropReason::LinkRefused),
                 Err(reason) => self.counters.drop(reason),
             }
         }

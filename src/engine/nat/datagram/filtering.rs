@@ -9,49 +9,57 @@ use std::net::SocketAddr;
 use super::{DatagramTable, Key, Kind};
 use crate::config::UdpFiltering;
 use crate::engine::core::Core;
+use crate::engine::counters::DropReason;
 use crate::engine::host_net::{Arrival, HostDatagram};
 use crate::engine::nat::policy;
 use crate::wire::icmpv4;
 
 impl<D: HostDatagram> DatagramTable<D> {
-    /// The remote end as the guest sees it, if it may send to this socket.
+    /// The remote end as the guest sees it, if it may send to this socket; else why not.
     pub(super) fn admit(
         &mut self,
         core: &mut Core,
         at: usize,
         guest: SocketAddr,
         arrival: &Arrival<'_>,
-    ) -> Option<SocketAddr> {
+    ) -> Result<SocketAddr, DropReason> {
         let real = self.mappings[at].kind.endpoint(arrival.from);
         if let Some(&peer) = self.by_real.get(&(at, real)) {
             if self.peers[peer].key.guest == guest {
                 self.peers[peer].local = arrival.to;
                 self.hear(core, peer);
                 self.count_to_guest(peer, arrival);
-                return Some(self.peers[peer].key.remote);
+                return Ok(self.peers[peer].key.remote);
             }
             // The guest behind a published port has another address now.
             self.remove_peer(core, peer);
         }
         if core.draining || !self.lets_in(at, real) {
-            return None;
+            return Err(DropReason::Filtered);
         }
         let mut key = Key { kind: Kind::Udp, guest, remote: policy::visible(core, real) };
         if let Some(&peer) = self.by_key.get(&key) {
             if self.peers[peer].real == real {
                 // The guest talks to it through another socket, and will go on to.
                 self.count_to_guest(peer, arrival);
-                return Some(key.remote);
+                return Ok(key.remote);
             }
             let taken = |port| {
                 self.by_key.contains_key(&Key { remote: SocketAddr::new(key.remote.ip(), port), ..key })
             };
-            key.remote = SocketAddr::new(key.remote.ip(), policy::free_port(real.port(), taken)?);
+            key.remote = SocketAddr::new(
+                key.remote.ip(),
+                policy::free_port(real.port(), taken).ok_or(DropReason::Filtered)?,
+            );
+        }
+        if !core.lines.to_guest.take_flow(core.now) {
+            core.counters.limited_to_guest.refused_flows += 1;
+            return Err(DropReason::FlowLimit);
         }
         let peer = self.add_peer(core, at, key, real, true);
         self.peers[peer].local = arrival.to;
         self.count_to_guest(peer, arrival);
-        Some(key.remote)
+        Ok(key.remote)
     }
 
     /// Counts the payload of what came.

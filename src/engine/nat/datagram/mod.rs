@@ -9,6 +9,7 @@
 mod delivery;
 mod errors;
 mod filtering;
+mod limited;
 mod listing;
 mod peers;
 mod turns;
@@ -31,6 +32,7 @@ use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
 use crate::limits;
+use crate::rate_limit::Sender;
 use crate::time::Instant;
 
 /// Idle time of a peer that has answered (RFC 4787, REQ-5 recommends five minutes) ...
@@ -122,6 +124,8 @@ struct Mapping<D> {
     /// Peers that are no strangers.
     spoken_to: usize,
     starved: bool,
+    /// It waits in line for the limit.
+    limited: bool,
     /// Its turn ended with datagrams waiting.
     again: bool,
     /// The network may have said something about what it sent.
@@ -158,6 +162,8 @@ struct Peer {
     /// The host's address it sends to, which answers come from.
     local: Option<IpAddr>,
     timer: TimerSlot,
+    /// What of the limit it used of late.
+    sender: Sender,
     /// Neighbours on the list of its mapping's peers.
     newer: Option<usize>,
     older: Option<usize>,
@@ -377,6 +383,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             newest_peer: None,
             spoken_to: 0,
             starved: false,
+            limited: false,
             again: false,
             failed: false,
             failed_turns: 0,

@@ -19,6 +19,7 @@ use crate::engine::nat::TokenKind;
 use crate::engine::placement::Place;
 use crate::engine::timers::TimerSlot;
 use crate::limits;
+use crate::rate_limit::Sender;
 
 impl<D: HostDatagram> DatagramTable<D> {
     /// Adds a remote endpoint the guest sends to through its socket; `None` if it has no socket.
@@ -51,6 +52,7 @@ impl<D: HostDatagram> DatagramTable<D> {
             carried: Carried::default(),
             local: None,
             timer: TimerSlot::default(),
+            sender: Sender::default(),
             newer: None,
             older,
         });

@@ -1,6 +1,6 @@
 //! What the world sends: sockets take turns, each bounded, and hand their datagrams to the guest.
 //!
-//! A socket that used its turn up has another in the next batch; one that found no receive buffers waits
+//! A socket that used its turn up has another in the next batch, or where a limit holds when it comes up in line; one that found no receive buffers waits
 //! until the guest posts some, with its datagrams in the kernel's queue.
 
 use std::net::SocketAddr;
@@ -12,6 +12,7 @@ use crate::engine::counters::DropReason;
 use crate::engine::guest_port::{GuestPort, ReserveError};
 use crate::engine::host_net::{HostDatagram, Readiness, Token};
 use crate::limits;
+use crate::rate_limit::Cost;
 use crate::wire::ethernet;
 
 /// Whether a socket has more to give.
@@ -30,15 +31,34 @@ impl<D: HostDatagram> DatagramTable<D> {
         let Some(at) = self.find(token) else { return };
         self.mappings[at].failed |= ready.failed;
         // One whose turn is still to come takes it then: a flood is no reason for more turns.
-        if !self.mappings[at].again {
+        if !self.mappings[at].again && !self.mappings[at].limited {
             self.take_turn(core, port, token);
         }
     }
 
-    fn take_turn(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) {
+    /// Lets a socket hand over what costs `turn` at most, or a batch more; what it used of `turn`.
+    pub(super) fn take_turn_within(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        token: Token,
+        turn: Cost,
+    ) -> Cost {
         self.tell_errors(core, port, token);
-        let pumped = self.pump(core, port, token);
+        let mut used = Cost::default();
+        let pumped = self.pump(core, port, token, (turn, &mut used));
+        core.lines.to_guest.charge(core.now, used.less(turn));
+        self.end_turn(core, token, pumped);
+        used
+    }
+
+    /// What a socket does after its turn.
+    fn end_turn(&mut self, core: &mut Core, token: Token, pumped: Pumped) {
         let Some(at) = self.find(token) else { return };
+        if pumped == Pumped::More && core.lines.to_guest.is_on() {
+            self.mappings[at].failed_turns = 0;
+            return self.wait_in_line(core, token);
+        }
         let mapping = &mut self.mappings[at];
         mapping.failed_turns = match pumped {
             Pumped::Failed => mapping.failed_turns.saturating_add(1),
@@ -115,7 +135,13 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     /// Moves datagrams of one socket to the guest.
-    fn pump(&mut self, core: &mut Core, port: &mut impl GuestPort, token: Token) -> Pumped {
+    fn pump(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        token: Token,
+        (turn, used): (Cost, &mut Cost),
+    ) -> Pumped {
         let Some(at) = self.find(token) else {
             return Pumped::Empty;
         };
@@ -130,15 +156,18 @@ impl<D: HostDatagram> DatagramTable<D> {
                 return self.drain_unwanted(core, at);
             }
         }
-        let mut turn = Pumped::Failed;
+        let mut pumped = Pumped::Failed;
         for _ in 0..limits::DATAGRAM_BATCHES {
-            match self.pump_batch(core, port, at) {
+            match self.pump_batch(core, port, at, (turn, used)) {
                 Pumped::Failed => {}
-                Pumped::More => turn = Pumped::More,
+                Pumped::More => pumped = Pumped::More,
                 other => return other,
             }
+            if used.bytes >= turn.bytes || used.packets >= turn.packets {
+                break;
+            }
         }
-        turn
+        pumped
     }
 
     /// Throws away what comes for a guest that is not there.
@@ -159,7 +188,13 @@ impl<D: HostDatagram> DatagramTable<D> {
     }
 
     /// Moves one batch of datagrams of socket `at` to the guest.
-    fn pump_batch(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) -> Pumped {
+    fn pump_batch(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        at: usize,
+        (turn, used): (Cost, &mut Cost),
+    ) -> Pumped {
         let mapping = &mut self.mappings[at];
         let (Some(guest), Some(neighbour)) = (mapping.guest, mapping.neighbour) else {
             return Pumped::Empty;
@@ -173,16 +208,22 @@ impl<D: HostDatagram> DatagramTable<D> {
             Ok(()) | Err(ReserveError::TooSmall) => {}
             Err(ReserveError::Full | ReserveError::Down) => return Pumped::Starved,
         }
-        let arrivals_max = port.buffers(neighbour.pair) / mapping.coalesced.max(1);
+        // How long they are shows when they are taken; what is beyond the turn is owed.
+        let frames_max = turn.less(*used).bytes / (u64::from(core.ip_mtu) + ethernet::HEADER_BYTES as u64);
+        let frames_max = port.buffers(neighbour.pair).min(usize::try_from(frames_max).unwrap_or(usize::MAX));
+        let arrivals_max = frames_max / mapping.coalesced.max(1);
         let Some(mut socket) = mapping.socket.take() else {
             return Pumped::Empty;
         };
         let mut most = 1;
         let outcome = socket.recv_batch(arrivals_max.max(1), &mut |arrival| {
             most = most.max(arrival.bytes.len().div_ceil(arrival.segment_bytes.max(1)));
-            let Some(remote) = self.admit(core, at, guest, &arrival) else {
-                return core.counters.drop(DropReason::Filtered);
+            let remote = match self.admit(core, at, guest, &arrival) {
+                Ok(remote) => remote,
+                Err(reason) => return core.counters.drop(reason),
             };
+            let cost = Self::cost_to_guest(core, &arrival);
+            *used = Cost { bytes: used.bytes + cost.bytes, packets: used.packets + cost.packets };
             let delivery = Delivery { guest, remote, neighbour };
             match self.mappings[at].kind {
                 Kind::Udp => delivery.udp(core, port, &arrival),

@@ -29,6 +29,7 @@ use crate::engine::host_net::{Close, HostStream, Readiness, Token};
 use crate::engine::timers::TimerSlot;
 use crate::frame::{Payload, QueuePair};
 use crate::limits;
+use crate::rate_limit::Sender;
 use crate::time::Instant;
 use crate::wire::tcp::{Flags, Options, SeqNumber};
 
@@ -149,8 +150,12 @@ pub(super) struct Recv {
     pub(super) fin: Option<SeqNumber>,
     /// The FIN was reached and passed on.
     pub(super) closed: bool,
-    /// What the socket cannot take yet.
+    /// What the socket cannot take yet, or the limit does not let pass.
     pub(super) pool: Pool,
+    /// It waits in line for the limit.
+    pub(super) limited: bool,
+    /// That it sends, for who shares the limit.
+    pub(super) sender: Sender,
     /// Bytes from `nxt` on that are gathered for one call at the end of the batch of frames.
     pub(super) queued: usize,
     /// What was acknowledged last.
@@ -193,6 +198,8 @@ impl Recv {
             fin: None,
             closed: false,
             pool: Pool::default(),
+            limited: false,
+            sender: Sender::default(),
             queued: 0,
             acked: SeqNumber(0),
             ack_due: false,
@@ -257,6 +264,8 @@ pub(super) struct Send {
     pub(super) eof: Option<SeqNumber>,
     /// The socket may hold bytes not yet peeked.
     pub(super) readable: bool,
+    /// It waits in line for the limit.
+    pub(super) limited: bool,
     /// The world's FIN or error came: after the last byte there is one more thing to read.
     pub(super) peer_closed: bool,
     /// The world sent urgent bytes: reads stop at them, and where the kernel peeks from the front
@@ -304,6 +313,7 @@ impl Send {
             mss: DEFAULT_MSS,
             eof: None,
             readable: false,
+            limited: false,
             peer_closed: false,
             urgent: false,
             syn_due: false,
@@ -369,6 +379,8 @@ pub struct Flow<S> {
     pub(super) from_world: bool,
     /// What it carried.
     pub(super) carried: Carried,
+    /// It leads to a service of ours, which no limit holds up.
+    pub(super) is_service: bool,
     /// When it came to this worker.
     begun: Instant,
 }
@@ -384,6 +396,7 @@ pub struct Moved<D> {
     send: Send,
     from_world: bool,
     carried: Carried,
+    is_service: bool,
 }
 
 impl<D> Moved<D> {
@@ -395,7 +408,10 @@ impl<D> Moved<D> {
 
 impl<S: HostStream> Flow<S> {
     /// Takes the flow out of its worker.
-    pub(super) fn detach(self) -> Moved<S::Detached> {
+    pub(super) fn detach(mut self) -> Moved<S::Detached> {
+        // Whose turn it is there is another line's to say. Where its socket tells of room, what is held goes on.
+        self.recv.wants_room |= std::mem::take(&mut self.recv.limited);
+        self.send.limited = false;
         Moved {
             key: self.key,
             guest_mac: self.guest_mac,
@@ -405,6 +421,7 @@ impl<S: HostStream> Flow<S> {
             send: self.send,
             from_world: self.from_world,
             carried: self.carried,
+            is_service: self.is_service,
         }
     }
 
@@ -433,6 +450,7 @@ impl<S: HostStream> Flow<S> {
             last_active: now,
             from_world: moved.from_world,
             carried: moved.carried,
+            is_service: moved.is_service,
             begun: now,
         })
     }
@@ -473,6 +491,7 @@ impl<S: HostStream> Flow<S> {
             last_active: core.now,
             from_world: matches!(origin, Origin::World),
             carried: Carried::default(),
+            is_service: false,
             begun: core.now,
         };
         flow.begin(core, origin);
@@ -559,7 +578,7 @@ impl<S: HostStream> Flow<S> {
             // Room again: first what was held back, then a larger window for the guest.
             self.recv.wants_room = false;
             self.recv.window_asked = 0;
-            if let Err(fate) = self.drain_pool(budget) {
+            if let Err(fate) = self.drain_pool(core, budget) {
                 return fate;
             }
             self.recv.ack_due |= !self.recv.closed;
@@ -567,29 +586,36 @@ impl<S: HostStream> Flow<S> {
         Fate::Live
     }
 
-    /// Moves held payload into the socket while it fits, then passes a FIN on that was reached.
-    pub(super) fn drain_pool(&mut self, budget: &mut Budget) -> Result<(), Fate> {
-        while let Some(bytes) = self.recv.pool.front(budget, self.recv.nxt) {
+    /// Moves held payload into the socket while it fits and may pass, then passes a FIN on that was reached.
+    pub(super) fn drain_pool(&mut self, core: &mut Core, budget: &mut Budget) -> Result<(), Fate> {
+        while let Some(held_bytes) = self.recv.pool.front(budget, self.recv.nxt).map(<[u8]>::len) {
+            if !self.passes(core, held_bytes) {
+                break;
+            }
+            let bytes = self.recv.pool.front(budget, self.recv.nxt).unwrap_or_default();
             let Some(stream) = self.stream.as_mut() else { break };
-            match stream.send(&Payload::from_host(bytes)) {
-                Ok(len) => {
-                    let short = len < bytes.len();
-                    self.carried.from_guest_bytes += len as u64;
-                    self.recv.nxt = self.recv.nxt + len;
-                    self.recv.ack_due = true;
-                    if short {
-                        self.want_room();
-                        break;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.want_room();
-                    break;
-                }
-                Err(_) => return Err(Fate::ResetBoth),
+            let sent = match stream.send(&Payload::from_host(bytes)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                sent => sent.map_err(|_| Fate::ResetBoth)?,
+            };
+            self.give_back(core, held_bytes, sent);
+            if sent > 0 {
+                self.took_held(core, sent);
+            }
+            if sent < held_bytes {
+                self.want_room();
+                break;
             }
         }
         self.pass_fin_on(budget)
+    }
+
+    /// The socket took so many of the bytes held.
+    pub(super) fn took_held(&mut self, core: &mut Core, len_bytes: usize) {
+        core.counters.payload_from_guest_bytes += len_bytes as u64;
+        self.carried.from_guest_bytes += len_bytes as u64;
+        self.recv.nxt = self.recv.nxt + len_bytes;
+        self.recv.ack_due = true;
     }
 
     /// Moves what was gathered into the socket; what it does not take is held.
@@ -611,6 +637,7 @@ impl<S: HostStream> Flow<S> {
         self.carried.from_guest_bytes += sent as u64;
         self.recv.nxt = start + sent;
         if sent < queued {
+            self.give_back(core, queued, sent);
             self.want_room();
         }
         Ok(())
@@ -625,7 +652,8 @@ impl<S: HostStream> Flow<S> {
         }
     }
 
-    fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
+    /// Passes a FIN on that was reached.
+    pub(super) fn pass_fin_on(&mut self, budget: &mut Budget) -> Result<(), Fate> {
         if self.recv.closed || self.recv.fin != Some(self.recv.nxt) {
             return Ok(());
         }
@@ -758,7 +786,7 @@ impl<S: HostStream> Flow<S> {
     /// takes, never by a silly amount (RFC 9293, 3.8.6.2.2) and never back.
     /// Without an acknowledgement owed, or with little of the window used, it stands as it is, which
     /// spares asking the socket.
-    pub(super) fn window_field(&mut self, scaled: bool) -> u16 {
+    pub(super) fn window_field(&mut self, core: &Core, scaled: bool) -> u16 {
         let left = self.recv.edge.distance_from(self.recv.nxt).max(0) as usize;
         let is_wide = left >= WINDOW_ASK_BYTES && left >= self.recv.window_asked / 4 * 3;
         let grow = !scaled || (self.recv.ack_due && !is_wide);
@@ -767,7 +795,8 @@ impl<S: HostStream> Flow<S> {
             if space.tight {
                 self.want_room();
             }
-            let free = space.bytes.saturating_sub(self.recv.pool.held_bytes());
+            let bytes = self.window_within_limit(core, space.bytes);
+            let free = bytes.saturating_sub(self.recv.pool.held_bytes());
             let edge = self.recv.nxt + free.min(limits::TCP_WINDOW_BYTES_MAX);
             let growth = edge.distance_from(self.recv.edge);
             // A socket that is not tight has a third of its queue free: no silly window, though it may

@@ -2,6 +2,7 @@
 
 mod backlog;
 mod flow;
+mod limited;
 mod listing;
 mod output;
 mod pool;
@@ -36,6 +37,7 @@ use crate::engine::lru::Lru;
 use crate::engine::placement::Place;
 use crate::frame::Payload;
 use crate::limits;
+use crate::rate_limit::Cost;
 use crate::time::Instant;
 use crate::wire::ipv4;
 use crate::wire::tcp::{Flags, Header, Options, SeqNumber};
@@ -196,13 +198,15 @@ impl<S: HostStream> TcpTable<S> {
     }
 
     /// Adds the flow the guest's SYN began, whose connect is under way on `stream`.
-    pub fn insert_from_guest(&mut self, core: &mut Core, segment: &Segment<'_>, stream: S) {
+    /// `is_service`: it is to one of ours.
+    pub fn insert_from_guest(&mut self, core: &mut Core, segment: &Segment<'_>, stream: S, is_service: bool) {
         let header = &segment.header;
         let ecn = Ecn::asked_by(header.flags);
         let origin = Origin::Guest { irs: header.seq, options: header.options, window: header.window, ecn };
         let at = self.insert(core, segment.key, stream, origin);
         self.flows[at].guest_mac = Some(segment.from.mac);
         self.flows[at].pair = segment.from.pair;
+        self.flows[at].is_service = is_service;
     }
 
     /// Adds the flow of a client of a published port. Its SYN goes out at the batch's end, or once the
@@ -242,6 +246,43 @@ impl<S: HostStream> TcpTable<S> {
             turns.retain(|token| self.find(token).is_some());
             self.turns = turns;
         }
+    }
+
+    /// Its turn in line for the limit of what guests send; what it used of `turn`.
+    pub fn take_turn_from_guest(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        token: Token,
+        turn: Cost,
+    ) -> Cost {
+        let Some(at) = self.find(token) else { return Cost::default() };
+        let (used, outcome) = self.flows[at].take_turn_from_guest(core, &mut self.budget, turn);
+        self.mark_dirty(at);
+        if let Err(fate) = outcome {
+            self.settle(core, port, at, fate);
+        }
+        used
+    }
+
+    /// Its turn in line for the limit of what guests are sent; what it used of `turn`.
+    pub fn take_turn_to_guest(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        token: Token,
+        turn: Cost,
+    ) -> Cost {
+        let Some(at) = self.find(token) else { return Cost::default() };
+        let flow = &mut self.flows[at];
+        flow.send.limited = false;
+        // One that waits for buffers besides has its turn when they come.
+        if flow.queued { Cost::default() } else { self.output_within(core, port, at, turn) }
+    }
+
+    /// Whether a token of a line is still a flow's.
+    pub fn is_flow(&self, token: Token) -> bool {
+        self.find(token).is_some()
     }
 
     fn insert(&mut self, core: &mut Core, key: Key, stream: S, origin: Origin) -> usize {
@@ -461,13 +502,14 @@ impl<S: HostStream> TcpTable<S> {
 
     /// The end of a batch: every flow touched sends what it owes, those with data in turns.
     pub fn flush(&mut self, core: &mut Core, port: &mut impl GuestPort) {
+        core.lines.flows = self.flows.len();
         let mut dirty = std::mem::take(&mut self.dirty);
         for at in dirty.drain(..) {
             let Some(flow) = self.flows.get_mut(at) else { continue };
             flow.dirty = false;
             if flow.queued {
                 // It does all it has to do when its turn comes.
-            } else if flow.has_data_to_send() {
+            } else if flow.has_data_to_send() && !flow.send.limited {
                 flow.queued = true;
                 self.turns.push_back(flow.pair, flow.token);
             } else {
@@ -501,17 +543,38 @@ impl<S: HostStream> TcpTable<S> {
         self.take_turns(core, port);
     }
 
-    /// Lets one flow send.
+    /// Lets one flow send, data as far as the limit lets it pass at once.
     fn output(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize) {
-        let Some(flow) = self.flows.get_mut(at) else { return };
+        let Some(flow) = self.flows.get(at) else { return };
+        let line = &mut core.lines.to_guest;
+        if !line.is_on() || flow.is_service || !flow.has_data_to_send() {
+            self.output_within(core, port, at, Cost::UNLIMITED);
+            return;
+        }
+        // In line it sends what is no data.
+        let turn = if flow.send.limited { None } else { line.take_turn(core.now) }.unwrap_or_default();
+        let used = self.output_within(core, port, at, turn);
+        core.lines.to_guest.give_back(turn.less(used));
+    }
+
+    /// Lets one flow send, data for `turn` at most; what it used of that.
+    fn output_within(&mut self, core: &mut Core, port: &mut impl GuestPort, at: usize, turn: Cost) -> Cost {
+        let Some(flow) = self.flows.get_mut(at) else { return Cost::default() };
         let (pair, token) = (flow.pair, flow.token);
-        let after = flow.output(core, port);
+        let mut left = turn;
+        let after = flow.output(core, port, &mut left);
         if flow.state == State::TimeWait {
             self.lru.remove(at);
             self.finished.touch(at);
         }
         match after {
             After::Idle => {}
+            After::Limited => {
+                if !std::mem::replace(&mut flow.send.limited, true) {
+                    core.counters.limited_to_guest.waits += 1;
+                    core.lines.to_guest.join(core.now, token);
+                }
+            }
             After::More => {
                 flow.queued = true;
                 self.turns.push_back(pair, token);
@@ -527,6 +590,7 @@ impl<S: HostStream> TcpTable<S> {
             }
             After::Over(fate) => self.settle(core, port, at, fate),
         }
+        turn.less(left)
     }
 
     /// Carries out what became of a flow.

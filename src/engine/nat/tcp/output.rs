@@ -13,6 +13,7 @@ use crate::engine::guest_port::{GuestPort, ReserveError};
 use crate::engine::host_net::HostStream;
 use crate::frame::Payload;
 use crate::limits;
+use crate::rate_limit::Cost;
 use crate::wire::ethernet;
 use crate::wire::tcp::{self, Flags, Header, Options, SeqNumber};
 use crate::wire::vnet::{Gso, GsoKind};
@@ -27,6 +28,8 @@ pub(super) enum After {
     Idle,
     /// More could be sent now; others have their turn first.
     More,
+    /// The limit lets no more pass; its turn in line comes.
+    Limited,
     /// Receive buffers are missing.
     Starved {
         /// Frames went out before they ran short.
@@ -34,6 +37,17 @@ pub(super) enum After {
     },
     /// The flow ends.
     Over(Fate),
+}
+
+/// Why no more data is sent, all being well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sent {
+    /// There is no more, or the guest's window is full.
+    All,
+    /// The turn is over.
+    Turn,
+    /// The limit lets no more pass.
+    ToLimit,
 }
 
 /// Why sending stopped short.
@@ -52,15 +66,16 @@ impl From<ReserveError> for Stop {
 }
 
 impl<S: HostStream> Flow<S> {
-    /// Sends all that is owed and possible.
-    pub(super) fn output(&mut self, core: &mut Core, port: &mut impl GuestPort) -> After {
+    /// Sends all that is owed and possible; of data no more than what costs `left`, which becomes less by that.
+    pub(super) fn output(&mut self, core: &mut Core, port: &mut impl GuestPort, left: &mut Cost) -> After {
         let frames_before = core.counters.frames_to_guest;
-        let result = self.try_output(core, port);
+        let result = self.try_output(core, port, left);
         let after = match result {
-            Ok(more) => match self.finish(core) {
-                Fate::Live if more => After::More,
-                Fate::Live => After::Idle,
-                fate => After::Over(fate),
+            Ok(sent) => match (self.finish(core), sent) {
+                (Fate::Live, Sent::Turn) => After::More,
+                (Fate::Live, Sent::ToLimit) => After::Limited,
+                (Fate::Live, Sent::All) => After::Idle,
+                (fate, _) => After::Over(fate),
             },
             Err(Stop::Starved) => After::Starved { sent: core.counters.frames_to_guest > frames_before },
             Err(Stop::Over(fate)) => return After::Over(fate),
@@ -74,24 +89,32 @@ impl<S: HostStream> Flow<S> {
         after
     }
 
-    fn try_output(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
+    fn try_output(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        left: &mut Cost,
+    ) -> Result<Sent, Stop> {
         if let Some(seq) = self.send.rst_due {
             self.send_empty(core, port, Flags::RST, seq)?;
             self.send.rst_due = None;
         }
         match self.state {
-            State::Connecting => return Ok(false),
+            State::Connecting => return Ok(Sent::All),
             State::SynSent | State::SynReceived => {
                 if self.send.syn_due {
                     self.send_syn(core, port)?;
                     self.send.syn_due = false;
                 }
-                return Ok(false);
+                return Ok(Sent::All);
             }
             State::Established | State::TimeWait => {}
         }
         self.discard_acknowledged()?;
-        let more = self.state == State::Established && self.send_data(core, port)?;
+        let sent = match self.state {
+            State::Established => self.send_data(core, port, left)?,
+            _ => Sent::All,
+        };
         if self.send.probe_due {
             // An old sequence number makes the peer answer with its window (RFC 9293, 3.8.4 and 3.8.6.1).
             self.send_empty(core, port, Flags::ACK, self.send.una - 1)?;
@@ -99,7 +122,7 @@ impl<S: HostStream> Flow<S> {
             self.recv.ack_due = false;
         }
         self.send_acks(core, port)?;
-        Ok(more)
+        Ok(sent)
     }
 
     /// Sends the acknowledgement owed, and for segments beyond a hole as many duplicates as make the
@@ -141,32 +164,58 @@ impl<S: HostStream> Flow<S> {
         Ok(())
     }
 
-    /// Sends data and FIN as far as window, buffers and this flow's turn go. Returns whether the turn
-    /// ended it.
-    fn send_data(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
-        let mut left = limits::FLOW_TURN_BYTES;
+    /// Sends data and FIN as far as window, buffers, this flow's turn and the limit go.
+    fn send_data(
+        &mut self,
+        core: &mut Core,
+        port: &mut impl GuestPort,
+        left: &mut Cost,
+    ) -> Result<Sent, Stop> {
+        let mut turn_bytes = limits::FLOW_TURN_BYTES;
+        let mut is_first = true;
         for _ in 0..limits::FLOW_TURN_FRAMES {
             self.skip_sacked();
             if self.send.eof == Some(self.send.nxt) {
                 self.send_empty(core, port, Flags::FIN | Flags::ACK, self.send.nxt)?;
                 self.recv.ack_due = false;
                 self.sent(core, 1);
-                return Ok(false);
+                return Ok(Sent::All);
             }
             let unsent = self.send.nxt.before(self.send.max) || self.send.readable;
             if self.send.eof.is_some_and(|eof| self.send.nxt.after(eof)) || !unsent {
-                return Ok(false);
+                return Ok(Sent::All);
             }
+            let Some(room) = self.room_within(port, *left, is_first) else { return Ok(Sent::ToLimit) };
             let before = self.send.nxt;
-            if !self.send_one(core, port)? {
-                return Ok(false);
+            if room == 0 || !self.send_one(core, port, room)? {
+                return Ok(Sent::All);
             }
-            left = left.saturating_sub(self.send.nxt.distance_from(before).unsigned_abs() as usize);
-            if left == 0 {
+            is_first = false;
+            // A FIN costs nothing.
+            let end = self.send.eof.filter(|eof| eof.before(self.send.nxt)).unwrap_or(self.send.nxt);
+            let sent_bytes = end.distance_from(before).unsigned_abs() as usize;
+            *left = left.less(Cost::of_payload(sent_bytes, self.head_bytes(), self.send.mss.into()));
+            turn_bytes = turn_bytes.saturating_sub(sent_bytes);
+            if turn_bytes == 0 {
                 break;
             }
         }
-        Ok(true)
+        Ok(Sent::Turn)
+    }
+
+    /// Payload bytes the next frame may carry, zero for none; `None` if only the limit is in the way. What is left of
+    /// the limit is used in whole segments.
+    fn room_within(&self, port: &impl GuestPort, left: Cost, is_first: bool) -> Option<usize> {
+        let offloads = port.offloads();
+        let room = self.frame_room(offloads.checksum && offloads.tso4 && self.key.guest.is_ipv4());
+        let mss = usize::from(self.send.mss);
+        let allowed = left.payload_max(self.head_bytes(), mss);
+        match allowed {
+            _ if allowed >= room => Some(room),
+            _ if allowed >= mss => Some(allowed - allowed % mss),
+            0 => None,
+            _ => is_first.then_some(allowed),
+        }
     }
 
     /// While sending again: over what the guest holds to the next hole, and from the last hole to where
@@ -215,14 +264,8 @@ impl<S: HostStream> Flow<S> {
         emit::ip_head_bytes(self.key.guest.ip()) + tcp::HEADER_BYTES + options
     }
 
-    /// Sends one frame of data; false if there is nothing to send or no window for it.
-    fn send_one(&mut self, core: &mut Core, port: &mut impl GuestPort) -> Result<bool, Stop> {
-        let offloads = port.offloads();
-        let segmentation = offloads.checksum && offloads.tso4 && self.key.guest.is_ipv4();
-        let room = self.frame_room(segmentation);
-        if room == 0 {
-            return Ok(false);
-        }
+    /// Sends one frame of at most `room` bytes of data; false if there is nothing to send.
+    fn send_one(&mut self, core: &mut Core, port: &mut impl GuestPort, room: usize) -> Result<bool, Stop> {
         let head_bytes = self.head_bytes();
         let reserved = port.reserve(self.pair, head_bytes + 1, head_bytes + room)?;
         let ask = reserved - head_bytes;
@@ -355,7 +398,7 @@ impl<S: HostStream> Flow<S> {
             seq,
             ack: if flags.contains(Flags::ACK) { self.recv.nxt } else { SeqNumber(0) },
             flags,
-            window: if reset { 0 } else { self.window_field(!syn) },
+            window: if reset { 0 } else { self.window_field(core, !syn) },
             urgent: 0,
             options,
         }

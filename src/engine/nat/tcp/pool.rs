@@ -25,10 +25,13 @@ impl Budget {
     }
 }
 
+/// Payload that follows a piece is added to it up to this length: writers of small segments have few pieces.
+const SMALL_PIECE_BYTES: usize = 4096;
+
 #[derive(Debug)]
 struct Piece {
     seq: SeqNumber,
-    bytes: Box<[u8]>,
+    bytes: Vec<u8>,
     /// Bytes already taken from the front.
     taken: usize,
 }
@@ -71,12 +74,21 @@ impl Pool {
                 _ => end,
             };
             let len = gap_end.distance_from(from) as usize;
-            if !self.has_room(budget, len) {
+            let grows = self.grows(at, from, len);
+            if !self.has_room(budget, len, grows) {
                 return false;
             }
-            let mut bytes = vec![0u8; len].into_boxed_slice();
-            payload.range(from.distance_from(seq) as usize, len).copy_to(&mut bytes);
-            self.pieces.insert(at, Piece { seq: from, bytes, taken: 0 });
+            let part = payload.range(from.distance_from(seq) as usize, len);
+            if grows {
+                let bytes = &mut self.pieces[at - 1].bytes;
+                let end = bytes.len();
+                bytes.resize(end + len, 0);
+                part.copy_to(&mut bytes[end..]);
+            } else {
+                let mut bytes = vec![0u8; len];
+                part.copy_to(&mut bytes);
+                self.pieces.insert(at, Piece { seq: from, bytes, taken: 0 });
+            }
             self.held_bytes += len;
             budget.used_bytes += len;
             from = gap_end;
@@ -84,10 +96,16 @@ impl Pool {
         true
     }
 
-    fn has_room(&self, budget: &Budget, len: usize) -> bool {
+    /// Whether the piece before place `at` takes `len` bytes more, from `from` on.
+    fn grows(&self, at: usize, from: SeqNumber, len: usize) -> bool {
+        let before = at.checked_sub(1).and_then(|at| self.pieces.get(at));
+        before.is_some_and(|piece| piece.end() == from && piece.bytes.len() + len <= SMALL_PIECE_BYTES)
+    }
+
+    fn has_room(&self, budget: &Budget, len: usize, grows: bool) -> bool {
         self.held_bytes + len <= limits::TCP_POOL_FLOW_BYTES_MAX
             && budget.used_bytes + len <= limits::TCP_POOL_BYTES_MAX
-            && self.pieces.len() < limits::TCP_POOL_SEGMENTS_MAX
+            && (grows || self.pieces.len() < limits::TCP_POOL_SEGMENTS_MAX)
     }
 
     /// The bytes held from `seq` on without a gap, in one piece; what lies before `seq` is let go.
@@ -205,6 +223,18 @@ mod tests {
         assert!(!pool.insert(&mut budget, SeqNumber(0) + full.len(), &Payload::from_host(b"x")));
         pool.clear(&mut budget);
         assert_eq!(budget.used_bytes(), 0);
+    }
+
+    #[test]
+    fn small_segments_in_order_take_few_pieces() {
+        let (mut pool, mut budget) = (Pool::default(), Budget::default());
+        let count = 4 * limits::TCP_POOL_SEGMENTS_MAX;
+        for n in 0..count {
+            assert!(pool.insert(&mut budget, SeqNumber(9) + 10 * n, &Payload::from_host(b"0123456789")));
+        }
+        assert!(pool.pieces.len() <= 10 * count / (SMALL_PIECE_BYTES - 10) + 1, "{}", pool.pieces.len());
+        assert_eq!(pool.front(&mut budget, SeqNumber(14)).unwrap()[..10], *b"5678901234");
+        assert_eq!(pool.reach(SeqNumber(14)), SeqNumber(9) + 10 * count);
     }
 
     proptest! {

@@ -295,8 +295,11 @@ impl<S: HostStream> Flow<S> {
 
     /// Gathers a bulk segment for one call at the batch's end. False if it has to go by itself.
     fn queue(&mut self, core: &mut Core, header: &Header, payload: &Payload<'_>) -> bool {
-        let Some(stream) = self.stream.as_mut() else { return false };
-        if !stream.queue(payload) {
+        if self.stream.is_none() || !self.passes(core, payload.len()) {
+            return false;
+        }
+        if !self.stream.as_mut().is_some_and(|stream| stream.queue(payload)) {
+            self.give_back(core, payload.len(), 0);
             return false;
         }
         self.acknowledge(core, header, false);
@@ -452,7 +455,7 @@ impl<S: HostStream> Flow<S> {
         if !payload.is_empty() {
             self.recv.bytes_at = core.now;
         }
-        if self.recv.closed { Ok(()) } else { self.drain_pool(budget) }
+        if self.recv.closed { Ok(()) } else { self.drain_pool(core, budget) }
     }
 
     /// Whether the acknowledgement of a segment just taken may wait for an answer to carry it: a short
@@ -489,19 +492,22 @@ impl<S: HostStream> Flow<S> {
         }
         let mut at = seq + known;
         let (is_next, until) = (at == self.recv.nxt, self.recv.held_until());
-        if is_next && self.recv.pool.front(budget, at).is_none() {
+        if self.stream.is_none() {
+            return Ok(());
+        }
+        let goes_on = is_next && self.recv.pool.front(budget, at).is_none();
+        if goes_on && self.passes(core, fresh.len()) {
             let Some(stream) = self.stream.as_mut() else { return Ok(()) };
-            match stream.send(&fresh) {
-                Ok(len) => {
-                    core.counters.payload_from_guest_bytes += len as u64;
-                    self.carried.from_guest_bytes += len as u64;
-                    self.recv.nxt = self.recv.nxt + len;
-                    at = self.recv.nxt;
-                    fresh = fresh.range(len, fresh.len());
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(_) => return Err(Fate::ResetBoth),
-            }
+            let len = match stream.send(&fresh) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+                sent => sent.map_err(|_| Fate::ResetBoth)?,
+            };
+            self.give_back(core, fresh.len(), len);
+            core.counters.payload_from_guest_bytes += len as u64;
+            self.carried.from_guest_bytes += len as u64;
+            self.recv.nxt = self.recv.nxt + len;
+            at = self.recv.nxt;
+            fresh = fresh.range(len, fresh.len());
             if fresh.is_empty() {
                 return Ok(());
             }
