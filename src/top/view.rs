@@ -178,7 +178,7 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
-    use super::super::sample::Sampler;
+    use super::super::sample::{Order, Sampler};
     use super::super::sample::tests::{counters, flow, status};
     use super::*;
     use crate::control::api::status::Status;
@@ -195,7 +195,7 @@ mod tests {
     /// The picture as text.
     fn picture(width: u16, height: u16, scrolled: usize) -> String {
         let mut terminal = Terminal::new(TestBackend::new(width, height)).unwrap();
-        let state = State { scrolled, halted: false, late_seconds: Some(7) };
+        let state = State { scrolled, halted: false, order: Order::default(), late_seconds: Some(7) };
         terminal.draw(|frame| draw(frame, &shown(), &state)).unwrap();
         let buffer = terminal.backend().buffer();
         let lines = (0..height).map(|y| {
