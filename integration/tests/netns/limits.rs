@@ -130,8 +130,9 @@ fn a_flood_of_datagrams_leaves_a_connection_its_share() {
         bench.lab.start_iperf3()?;
         let other = bench.lab.world.spawn(&["iperf3", "-s", "-p", "5202", "--forceflush"])?;
         other.wait_line(SHORT, "iperf3", |line| line.contains("Server listening"))?;
-        let words = ["iperf3", "-c", "192.0.2.2", "-p", "5202", "-u", "-b", "200M", "-l", "1400", "-t", "8"];
-        let flood = bench.lab.guest.spawn(&words)?;
+        let to = ["iperf3", "-c", "192.0.2.2", "-p", "5202", "--forceflush"];
+        let flood = ["-u", "-b", "200M", "-l", "1400", "-t", "20"];
+        let mut flood = bench.lab.guest.spawn(&[&to[..], &flood].concat())?;
         flood.wait_line(SHORT, "iperf3", |line| line.contains("connected to"))?;
         let mbit = arrived(&iperf3(bench, &[])?);
         println!("beside a flood: {mbit:.1} Mbit/s");
@@ -141,6 +142,7 @@ fn a_flood_of_datagrams_leaves_a_connection_its_share() {
         // Names are answered all the same.
         let answer = bench.in_guest(&["dig", "+short", "+timeout=1", "host.vunet.internal"])?;
         ensure!(answer.contains("10.0.2.1"), "{answer}");
+        ensure!(flood.is_running(), "the flood was over before");
         Ok(())
     });
 }
