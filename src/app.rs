@@ -303,7 +303,7 @@ fn run_on(
     let threads = parts.into_iter().enumerate().map(|(n, parts)| spawn_worker(n, parts));
     let threads = threads.collect::<Result<Vec<_>, Error>>()?;
     let captures = capturing::captures(inner.workers.clone(), &outside.log.events, &config.attach);
-    capturing::begin(runtime, &captures, outside.pcap.take(), config.pcap.as_ref())?;
+    capturing::begin(runtime, &captures, &inner.workers, outside.pcap.take(), config.pcap.as_ref())?;
     let for_session = shutdown.try_clone().map_err(starting("an eventfd"))?;
     let serving = supervise::serving(&config.attach);
     // Before the session: with socket activation a VM waits already.

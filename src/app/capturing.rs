@@ -2,6 +2,7 @@
 //! can attach.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
 
@@ -10,7 +11,10 @@ use crate::capture::{self, Opened};
 use crate::config::{Attach, PcapConfig};
 use crate::control::capture::{CaptureError, Captures, Target};
 use crate::control::events::Events;
-use crate::requests::WorkerHandle;
+use crate::requests::{NoAnswer, Request, WorkerHandle};
+
+/// How long workers may take to begin before their first request is given up.
+const START_MAX: Duration = Duration::from_secs(30);
 
 /// Opens the file.
 pub(super) fn open(config: &PcapConfig) -> Result<Opened, Error> {
@@ -26,14 +30,26 @@ pub(super) fn captures(workers: Vec<WorkerHandle>, events: &Events, attach: &Att
     Captures::new(workers, events.clone(), guest.map_or_else(|| "guest".to_owned(), Into::into))
 }
 
+/// Waits until every worker has begun, which takes time where their tables are large.
+async fn are_there(workers: &[WorkerHandle]) {
+    let since = Instant::now();
+    for worker in workers {
+        while worker.ask(Request::Report).await.is_err_and(|error| error == NoAnswer::Busy)
+            && since.elapsed() < START_MAX
+        {}
+    }
+}
+
 /// Begins the capture that was configured, if one was.
 pub(super) fn begin(
     runtime: &Runtime,
     captures: &Captures,
+    workers: &[WorkerHandle],
     opened: Option<Opened>,
     config: Option<&PcapConfig>,
 ) -> Result<(), Error> {
     let Some((opened, config)) = opened.zip(config) else { return Ok(()) };
+    runtime.block_on(are_there(workers));
     let target = Target::Opened(opened, Path::to_path_buf(&config.path));
     runtime.block_on(captures.start(target, config.settings.clone()))?;
     Ok(())

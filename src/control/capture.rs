@@ -6,12 +6,12 @@
 //! May touch: `requests`, `capture`, `events`. Read first: `capture`.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
-use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{sleep, timeout};
 
 use super::events::{CaptureEnd, Event, Events};
@@ -150,6 +150,9 @@ struct Shared {
     workers: Vec<WorkerHandle>,
     events: Events,
     guest: String,
+    /// Held while one begins, which may take as long as its file takes to open.
+    beginning: tokio::sync::Mutex<()>,
+    /// Held for moments only.
     current: Mutex<Current>,
 }
 
@@ -160,7 +163,12 @@ pub struct Captures(Arc<Shared>);
 impl Captures {
     /// None yet, of the guest called `guest`.
     pub fn new(workers: Vec<WorkerHandle>, events: Events, guest: String) -> Captures {
-        Captures(Arc::new(Shared { workers, events, guest, current: Mutex::default() }))
+        let beginning = tokio::sync::Mutex::default();
+        Captures(Arc::new(Shared { workers, events, guest, beginning, current: Mutex::default() }))
+    }
+
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins a capture. Once this returns, what crosses the device is captured.
@@ -168,8 +176,8 @@ impl Captures {
     /// # Errors
     /// [`CaptureError`].
     pub async fn start(&self, target: Target, settings: Settings) -> Result<CaptureState, CaptureError> {
-        let mut current = self.0.current.lock().await;
-        if let Some(running) = &current.running {
+        let _turn = self.0.beginning.lock().await;
+        if let Some(running) = &self.current().running {
             return Err(CaptureError::Running(running.to.clone()));
         }
         let (sink, to) = sink(target).await?;
@@ -197,16 +205,16 @@ impl Captures {
         self.0.events.tell(Event::CaptureStarted { to: running.to.clone() });
         let duration = running.settings.duration;
         let progress = Arc::clone(&running.progress);
+        self.current().running = Some(running);
         let attended = Attended { duration, asked, progress, writer, written, finish };
         tokio::spawn(self.clone().attend(attended));
-        current.running = Some(running);
         Ok(state)
     }
 
     /// Ends the capture that runs, and says how it was; none if none runs.
     pub async fn stop(&self, why: Reason) -> Option<CaptureState> {
         let mut over = {
-            let mut current = self.0.current.lock().await;
+            let mut current = self.current();
             let running = current.running.as_mut()?;
             if let Some(ask) = running.ask.take() {
                 // Fails only if it ends by itself just now.
@@ -218,14 +226,14 @@ impl Captures {
     }
 
     /// The capture that runs, else the last one.
-    pub async fn state(&self) -> Option<CaptureState> {
-        let current = self.0.current.lock().await;
+    pub fn state(&self) -> Option<CaptureState> {
+        let current = self.current();
         current.running.as_ref().map(|running| running.state(None)).or_else(|| current.last.clone())
     }
 
     /// What all captures since the start came to, and whether one runs.
-    pub async fn totals(&self) -> (Totals, bool) {
-        let current = self.0.current.lock().await;
+    pub fn totals(&self) -> (Totals, bool) {
+        let current = self.current();
         let of_running = current.running.as_ref().map(|running| running.progress.totals());
         (current.before.plus(&of_running.unwrap_or_default()), of_running.is_some())
     }
@@ -268,15 +276,15 @@ impl Captures {
             }
             (ended, _) => ended,
         };
-        self.wind_up(outcome(ended, reason), &finish).await;
+        self.wind_up(outcome(ended, reason), &finish);
     }
 
-    async fn wind_up(
+    fn wind_up(
         &self,
         (reason, error): (Reason, Option<String>),
         finish: &watch::Sender<Option<CaptureState>>,
     ) {
-        let mut current = self.0.current.lock().await;
+        let mut current = self.current();
         let Some(running) = current.running.take() else { return };
         let state = running.state(Some((reason, error)));
         let Totals { frames, lost, bytes, .. } = state.totals;

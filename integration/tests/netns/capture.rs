@@ -371,9 +371,12 @@ fn a_client_that_never_reads_holds_no_traffic() {
             std::thread::sleep(Duration::from_millis(20));
         }
         bench.http_both_ways(32 * MIB, 5)?;
-        let state = control.ctl(&["capture", "stop"])?;
+        // It may have been let go of by now.
+        let _ = control.command(&["capture", "stop"]).output()?;
+        let state = control.ctl(&["capture", "status"])?;
         let _ = capture.kill();
         let _ = capture.wait();
+        ensure!(state["state"] == "ended", "{state}");
         ensure!(state["lost_frames"].as_u64() > Some(100), "nothing was lost: {state}");
         Ok(())
     });

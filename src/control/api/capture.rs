@@ -169,7 +169,7 @@ impl From<CaptureError> for ApiError {
 #[utoipa::path(get, path = "/v1/capture", responses((status = 200, body = CaptureStatus)))]
 pub(super) async fn get(State(api): Shared) -> Json<CaptureStatus> {
     let none = || CaptureStatus { state: "none".to_owned(), ..CaptureStatus::default() };
-    Json(api.captures.state().await.map_or_else(none, CaptureStatus::from))
+    Json(api.captures.state().map_or_else(none, CaptureStatus::from))
 }
 
 /// Begins a capture to a file; there is one capture at a time

@@ -263,8 +263,8 @@ fn of_names(stats: &DnsStats, times: &Histogram) -> Vec<MetricFamily> {
 
 impl Api {
     /// What captures came to.
-    async fn of_captures(&self) -> [MetricFamily; 3] {
-        let (totals, is_running) = self.captures.totals().await;
+    fn of_captures(&self) -> [MetricFamily; 3] {
+        let (totals, is_running) = self.captures.totals();
         let mut running = Family::new("vunet_capture_running", "Whether a capture runs.", MetricType::GAUGE);
         running.gauge(&[], f64::from(u8::from(is_running)));
         let mut frames =
@@ -289,7 +289,7 @@ impl Api {
         lost.count(&[], self.log.lines_lost());
         let mut families = vec![build.done(), attached.done(), lost.done()];
         families.extend(of_workers(&reports));
-        families.extend(self.of_captures().await);
+        families.extend(self.of_captures());
         families.extend(of_names(&self.resolver.stats(), &self.resolver.times()));
         // A family without a metric is none: no virtqueue runs.
         families.retain(|family| !family.get_metric().is_empty());
