@@ -25,6 +25,7 @@ use std::thread;
 use std::time::Duration;
 
 use thiserror::Error;
+use tokio::runtime::{Builder, Runtime};
 use tokio::sync::watch;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -149,14 +150,8 @@ fn starting(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// # Errors
 /// [`enum@Error`], whose chain says what to do.
 pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<(), Error> {
-    let log_apart = || log.write_apart().map_err(starting("the log's thread"));
-    if config.network.is_none() {
-        log_apart()?;
-    }
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(starting("the control runtime"))?;
+    write_log_apart(log, config.network.is_none())?;
+    let runtime = control_runtime()?;
     // Handlers stand before anything can be seen from outside, so no signal is lost.
     let signals =
         runtime.block_on(async { if reloader.is_some() { Signals::with_reload() } else { Signals::new() } });
@@ -180,7 +175,7 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
     // Before the host's namespace is left, and while this is the only thread.
     let lent = membership::bind_lent(config.network.as_mut())?;
     let used = membership::enter(joined.as_ref(), &lent)?;
-    log_apart()?;
+    write_log_apart(log, true)?;
     let mut link = config.link.take();
     let mut translate = link.as_mut().and_then(|link| link.translate.take());
     let station_mac = translate.as_mut().map(translation::settle_mac).transpose()?;
@@ -222,6 +217,15 @@ pub fn run(mut config: Config, log: &Log, reloader: Option<Reloader>) -> Result<
     drop(runtime);
     drop(joined);
     outcome
+}
+
+fn control_runtime() -> Result<Runtime, Error> {
+    Builder::new_current_thread().enable_all().build().map_err(starting("the control runtime"))
+}
+
+/// Has the log written by a thread of its own, once this process may have one: into a rootless network go processes of one.
+fn write_log_apart(log: &Log, may_have_threads: bool) -> Result<(), Error> {
+    if may_have_threads { log.write_apart().map_err(starting("the log's thread")) } else { Ok(()) }
 }
 
 /// What the workers' ends of a link are told of it.
@@ -270,7 +274,7 @@ async fn open_link(
 fn run_on(
     config: Config,
     links: Vec<LinkParts>,
-    runtime: &tokio::runtime::Runtime,
+    runtime: &Runtime,
     mut outside: Outside,
     membership: Option<(&SharedJoined, Option<watch::Receiver<Option<Ipv4Addr>>>)>,
 ) -> Result<(), Error> {
