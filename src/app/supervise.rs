@@ -108,7 +108,12 @@ impl Supervisor {
                     }
                     Asked::Reload => self.read_again(&mut reading, &manager),
                 },
-                read = reading.outcome() => self.settle(read, &manager).await,
+                read = reading.outcome() => {
+                    self.settle(read, &manager).await;
+                    if reading.take_again() {
+                        self.read_again(&mut reading, &manager);
+                    }
+                }
                 () = self.stop.asked() => {
                     manager.told.stopping();
                     let _ = shutdown.write(1);
@@ -130,6 +135,9 @@ impl Supervisor {
     /// Begins to read the settings again, away from this thread.
     fn read_again(&self, reading: &mut Reading<Read>, manager: &Manager) {
         let Some(reloader) = &self.reloader else { return };
+        if reading.follows() {
+            return;
+        }
         let mut reloader = reloader.clone();
         let begun = reading.begin(move || {
             let change = reloader.reload();
