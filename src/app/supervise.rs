@@ -3,7 +3,7 @@
 mod reading;
 
 use std::sync::Arc;
-use std::{future, mem, thread};
+use std::{future, thread};
 
 use futures_util::future::join_all;
 use tokio::sync::broadcast;
@@ -104,7 +104,6 @@ impl Supervisor {
     ) -> Result<(), Error> {
         let mut manager = Manager::new(&self.serving, &self.workers, news);
         let mut reading = Reading::new(reading::PATIENCE);
-        let mut once_more = false;
         manager.told.ready(&manager.status);
         let ended = loop {
             tokio::select! {
@@ -115,13 +114,11 @@ impl Supervisor {
                         let _ = shutdown.write(1);
                         break (&mut session).await;
                     }
-                    // What is being read may be older than what this one is about.
-                    Asked::Reload if reading.is_awaited() => once_more = true,
                     Asked::Reload => self.read_again(&mut reading, &manager),
                 },
                 read = reading.outcome() => {
                     self.settle(read, &mut manager).await;
-                    if mem::take(&mut once_more) {
+                    if reading.take_again() {
                         self.read_again(&mut reading, &manager);
                     }
                 }
@@ -146,6 +143,9 @@ impl Supervisor {
     /// Begins to read the settings again, away from this thread.
     fn read_again(&self, reading: &mut Reading<Read>, manager: &Manager) {
         let Some(reloader) = &self.reloader else { return };
+        if reading.follows() {
+            return;
+        }
         let mut reloader = reloader.clone();
         let begun = reading.begin(move || {
             let change = reloader.reload();

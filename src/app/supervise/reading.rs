@@ -37,19 +37,28 @@ pub(super) enum Refused {
 #[derive(Debug)]
 pub(super) struct Reading<T> {
     awaited: Option<(oneshot::Receiver<T>, Instant)>,
+    /// The last thread, unless it is known to be done.
     thread: Option<JoinHandle<()>>,
+    /// Asked for while one was awaited, which may have read what was there before.
+    again: bool,
     patience: Duration,
 }
 
 impl<T: Send + 'static> Reading<T> {
     /// None, and none may take longer than `patience`.
     pub(super) fn new(patience: Duration) -> Reading<T> {
-        Reading { awaited: None, thread: None, patience }
+        Reading { awaited: None, thread: None, again: false, patience }
     }
 
-    /// Whether one is under way.
-    pub(super) fn is_awaited(&self) -> bool {
+    /// Whether one is awaited; then it is noted that another is to follow.
+    pub(super) fn follows(&mut self) -> bool {
+        self.again |= self.awaited.is_some();
         self.awaited.is_some()
+    }
+
+    /// Whether another is to follow the one whose outcome came.
+    pub(super) fn take_again(&mut self) -> bool {
+        std::mem::take(&mut self.again)
     }
 
     /// Begins one.
@@ -76,11 +85,9 @@ impl<T: Send + 'static> Reading<T> {
             Err(_) => Outcome::Late,
         };
         self.awaited = None;
-        if !matches!(outcome, Outcome::Late)
-            && let Some(thread) = self.thread.take()
-        {
-            // It has nothing left to do. What it failed of is said.
-            let _ = thread.join();
+        if !matches!(outcome, Outcome::Late) {
+            // It has nothing more to do than to end.
+            self.thread = None;
         }
         outcome
     }
@@ -115,8 +122,10 @@ mod tests {
         let mut reading = Reading::new(PATIENCE);
         reading.begin(|| panic!("as it should")).unwrap();
         assert_eq!(reading.outcome().await, Outcome::<bool>::Failed);
-        reading.begin(|| true).unwrap();
+        assert!(!reading.follows() && !reading.take_again());
+        reading.begin(|| true).expect("nothing is under way");
+        assert!(reading.follows(), "asked for meanwhile");
         assert_eq!(reading.outcome().await, Outcome::Done(true));
-        reading.begin(|| false).unwrap();
+        assert!(reading.take_again() && !reading.take_again(), "once");
     }
 }

@@ -105,13 +105,15 @@ mod tests {
     #[tokio::test(flavor = "current_thread")]
     async fn a_byte_now_and_then_wins_no_time_but_who_keeps_up_has_all_of_it() {
         let (stream, mut client) = duplex(8);
-        let mut stream = Punctual::new(stream, PATIENCE);
+        let patience = 10 * PATIENCE;
+        let mut stream = Punctual::new(stream, patience);
         let reads = tokio::spawn(async move {
             let mut seen = 0;
             while client.read_u8().await.is_ok() {
                 seen += 1;
-                let pause = if seen <= 160 { Duration::from_millis(2) } else { PATIENCE / 4 };
-                sleep(pause).await;
+                if seen > 160 {
+                    sleep(patience / 4).await;
+                }
             }
         });
         for _ in 0..10 {
