@@ -411,7 +411,8 @@ fn prepare(
     let directory = Arc::new(Directory::default());
     let clock = Clock::start();
     let limits = RateLimits::new(&config.limits);
-    let isn_secret = random_pair()?;
+    let flows_max = limits::flows_max(open_files, nat.publish.len(), workers);
+    let engine = engine_config(config, mode, flows_max, random_pair()?);
     let resolver = Resolver::new(Upstreams::of(&nat));
     let postboxes = postbox::postboxes(workers).map_err(starting("the workers' rings"))?;
     let (mut parts, mut forwarders, mut wakes) = (Vec::new(), Vec::new(), Vec::new());
@@ -426,21 +427,9 @@ fn prepare(
         let home = Home { own, workers: config.workers.queue_pairs, directory: Arc::clone(&directory) };
         parts.push(WorkerParts {
             queues,
-            engine: EngineConfig {
-                lan: config.lan,
-                dns: config.dns.clone(),
-                mode: mode.clone(),
-                mac: config.mac,
-                flows_max: limits::flows_max(open_files, nat.publish.len(), workers),
-                isn_secret,
-                home: several.then_some(home),
-            },
+            engine: EngineConfig { home: several.then_some(home), ..engine.clone() },
             dns: Arc::clone(&dns),
-            link: links.next().map(|link| LinkParts {
-                dhcp: Some(Arc::clone(&dhcp)),
-                limits: limits.clone(),
-                ..link
-            }),
+            link: links.next().map(|link| link.sharing(&dhcp, &limits)),
             dns_client,
             published: published.take().unwrap_or_default(),
             stop: stop.try_clone().map_err(starting("an eventfd"))?,
@@ -464,6 +453,19 @@ fn prepare(
     let inner = Inner { workers: handles, leases, dns, resolver, clock, limits };
     let host = Dependents { resolver: asked, dhcp, workers: wakes, subnet: config.lan.subnet };
     Ok(Prepared { parts, forwarders, host: world.then_some(host), keeper, ports, guest, inner })
+}
+
+/// The engine of each worker, but for its place among them.
+fn engine_config(config: &Config, mode: Mode, flows_max: usize, isn_secret: (u64, u64)) -> EngineConfig {
+    EngineConfig {
+        lan: config.lan,
+        dns: config.dns.clone(),
+        mode,
+        mac: config.mac,
+        flows_max,
+        isn_secret,
+        home: None,
+    }
 }
 
 /// The published ports, whoever serves them.

@@ -23,7 +23,7 @@ mod translated;
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 
 use crate::addr::{MacAddr, VlanId};
 use crate::config::{IpMtu, Publish};
@@ -83,6 +83,12 @@ impl LinkParts {
     /// Whether the guest is hidden behind an address of ours.
     pub fn translates(&self) -> bool {
         self.translation.is_some()
+    }
+
+    /// The same, with the DHCP that is ours, and the limits that all workers share.
+    #[must_use]
+    pub fn sharing(self, dhcp: &SharedDhcp, limits: &RateLimits) -> LinkParts {
+        LinkParts { dhcp: Some(Arc::clone(dhcp)), limits: limits.clone(), ..self }
     }
 
     /// The same, with the guest hidden behind an address of ours.
@@ -830,8 +836,8 @@ fn without_tag(head: &mut [u8], tag_bytes: usize) -> &mut [u8] {
 mod tests {
     use std::collections::VecDeque;
     use std::os::unix::net::UnixDatagram;
+    use std::sync::Mutex;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
     use super::*;
