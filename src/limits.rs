@@ -485,6 +485,13 @@ pub const PACKET_TIMERS_EXAMINED: usize = 256;
 /// goes on where this one stopped, so that the repetitions of a first packet come to all of them.
 pub const PACKET_PORTS_TRIED: usize = 1024;
 
+/// Resets of a packet NAT that wait to be sent: of all connections that one step of ending them comes to, two for each
+/// end. Past it ends are not told.
+pub const PACKET_RESETS_MAX: usize = 4 * crate::engine::flows::ENDED_LOOKED_AT_MAX;
+
+/// Resets sent in one batch.
+pub const PACKET_RESETS_AT_ONCE: usize = 256;
+
 #[cfg(test)]
 mod tests {
     use super::*;

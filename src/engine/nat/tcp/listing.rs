@@ -1,7 +1,7 @@
 //! TCP flows as they are shown, and ended by who looks at them.
 
 use super::flow::{Fate, State};
-use super::{Flow, TcpTable};
+use super::{Flow, Key, TcpTable};
 use crate::engine::core::Core;
 use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, Table, Walk};
 use crate::engine::guest_port::GuestPort;
@@ -47,9 +47,14 @@ impl<S: HostStream> TcpTable<S> {
         true
     }
 
+    /// Tells of the end of a flow that was lost on its way from another worker.
+    pub fn note_lost(core: &mut Core, key: &Key) {
+        Self::note_flow(core, false, key);
+    }
+
     /// Notes a flow that began or ended, for who listens.
-    pub(super) fn note_flow(core: &mut Core, opened: bool, flow: &Flow<S>) {
-        let (guest, remote) = (flow.key.guest, flow.key.remote);
+    pub(super) fn note_flow(core: &mut Core, opened: bool, key: &Key) {
+        let (guest, remote) = (key.guest, key.remote);
         core.flow_news.note(|| FlowNews { opened, protocol: FlowProtocol::Tcp, guest, remote });
     }
 }
