@@ -572,6 +572,13 @@ pub const LOG_QUEUE_BYTES_MAX: usize = 256 << 10;
 /// Bytes kept back there for why the process ends: a panic with its backtrace.
 pub const LOG_LAST_WORDS_BYTES_MAX: usize = 16 << 10;
 
+/// Resets of a packet NAT that wait to be sent: of all connections that one step of ending them comes to, two for each
+/// end. Past it ends are not told.
+pub const PACKET_RESETS_MAX: usize = 4 * crate::engine::flows::ENDED_LOOKED_AT_MAX;
+
+/// Resets sent in one batch.
+pub const PACKET_RESETS_AT_ONCE: usize = 256;
+
 #[cfg(test)]
 mod tests {
     use super::*;

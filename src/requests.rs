@@ -21,13 +21,16 @@ use crate::capture::Recorder;
 use crate::config::Publish;
 use crate::device::{DeviceStats, Features};
 use crate::engine::counters::Counters;
-use crate::engine::flows::{FlowId, FlowPage, FlowQuery};
+use crate::engine::flows::{Ended, FlowId, FlowPage, FlowQuery};
 use crate::histogram::Histogram;
 
 /// Requests that may wait for one worker.
 const WAITING_MAX: usize = 64;
 /// How long an answer is waited for: a worker that takes longer hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Between two looks whether there is room for a request.
+const ROOM_PAUSE: Duration = Duration::from_millis(10);
 
 /// Where an answer goes.
 pub type Answer<T> = oneshot::Sender<T>;
@@ -50,14 +53,23 @@ pub enum Request {
     /// To serve a published port by its socket, or to know that another worker does. Answered with whether it could:
     /// false if a flow has the port. Not carried out once nobody waits for the answer.
     Publish(Publish, Option<Socket>, Answer<io::Result<bool>>),
-    /// To serve it no more. Answered with how many connections were reset.
+    /// To serve it no more. Answered with the first step of ending its connections.
     Unpublish {
         /// It, with the port that was picked.
         port: Publish,
         /// Whether open connections end with it.
         reset: bool,
         /// The way back.
-        answer: Answer<usize>,
+        answer: Answer<Ended>,
+    },
+    /// To end more connections of a port that is published no more, in a further step.
+    EndPublished {
+        /// The port.
+        port: Publish,
+        /// Where the step before says.
+        first: usize,
+        /// The way back.
+        answer: Answer<Ended>,
     },
 }
 
@@ -107,9 +119,12 @@ pub struct RingReport {
 /// Why there is no answer.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum NoAnswer {
-    /// The worker did not answer in time, or has too many requests waiting.
+    /// The worker did not answer in time: it carries out what it was asked once it goes on.
     #[error("the worker does not answer")]
     Busy,
+    /// The worker has too many requests waiting: it was not asked, and nothing changes.
+    #[error("the worker has as many requests waiting as it takes: nothing was done; try again")]
+    Full,
     /// The worker has ended.
     #[error("the worker has ended")]
     Gone,
@@ -146,10 +161,25 @@ impl WorkerHandle {
         if ring.is_abandoned() {
             return Err(NoAnswer::Gone);
         }
-        ring.push(request).map_err(|_| NoAnswer::Busy)?;
+        ring.push(request).map_err(|_| NoAnswer::Full)?;
         // Fails only if the counter is full, and then the worker was woken often enough.
         let _ = event.write(1);
         Ok(())
+    }
+
+    /// Asks what must not be lost: waits for room, too, for as long as for an answer.
+    ///
+    /// # Errors
+    /// [`NoAnswer`].
+    pub async fn insist<T>(&self, request: impl Fn(Answer<T>) -> Request) -> Result<T, NoAnswer> {
+        let mut pauses = ANSWER_TIMEOUT.as_millis() / ROOM_PAUSE.as_millis();
+        loop {
+            match self.ask(&request).await {
+                Err(NoAnswer::Full) if pauses > 0 => pauses -= 1,
+                outcome => return outcome,
+            }
+            tokio::time::sleep(ROOM_PAUSE).await;
+        }
     }
 
     /// Asks, and waits for the answer.
@@ -183,6 +213,7 @@ impl RequestBox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Protocol;
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
@@ -206,11 +237,58 @@ mod tests {
     }
 
     #[test]
+    fn what_must_not_be_lost_is_asked_once_there_is_room() {
+        let (handle, mut requests) = channel().unwrap();
+        let unpublish = |answer| Request::Unpublish {
+            port: Publish::new(Protocol::Tcp, ([0; 4], 80).into(), 80),
+            reset: true,
+            answer,
+        };
+        runtime().block_on(async {
+            let before: Vec<_> = (0..WAITING_MAX).map(|_| oneshot::channel()).collect();
+            let mut answered = Vec::new();
+            for (answer, back) in before {
+                handle.send(Request::Drain(answer)).unwrap();
+                answered.push(back);
+            }
+            let worker = async {
+                tokio::time::sleep(2 * ROOM_PAUSE).await;
+                for _ in 0..WAITING_MAX {
+                    let Some(Request::Drain(answer)) = requests.take() else { panic!("they were first") };
+                    answer.send(()).unwrap();
+                }
+                loop {
+                    match requests.take() {
+                        Some(Request::Unpublish { answer, .. }) => {
+                            return answer.send(Ended { connections: 7, next: None }).unwrap();
+                        }
+                        Some(other) => panic!("{other:?} was not asked"),
+                        None => tokio::time::sleep(ROOM_PAUSE).await,
+                    }
+                }
+            };
+            let (ended, ()) = tokio::join!(handle.insist(unpublish), worker);
+            assert_eq!(ended.unwrap().connections, 7);
+        });
+        // One that takes none for good is given up, and is known not to have been asked.
+        let (handle, _requests) = channel().unwrap();
+        let mut answers = Vec::new();
+        for _ in 0..WAITING_MAX {
+            let (answer, back) = oneshot::channel();
+            handle.send(Request::Drain(answer)).unwrap();
+            answers.push(back);
+        }
+        assert_eq!(runtime().block_on(handle.insist(unpublish)).unwrap_err(), NoAnswer::Full);
+    }
+
+    #[test]
     fn worker_that_hangs_or_ended_is_not_waited_for() {
         let (handle, requests) = channel().unwrap();
         let all = (0..=WAITING_MAX).map(|_| handle.ask(Request::Report));
         let answers = runtime().block_on(futures_util::future::join_all(all));
-        assert!(answers.iter().all(|answer| matches!(answer, Err(NoAnswer::Busy))));
+        let (last, asked) = answers.split_last().unwrap();
+        assert!(asked.iter().all(|answer| matches!(answer, Err(NoAnswer::Busy))));
+        assert!(matches!(last, Err(NoAnswer::Full)), "it was not asked");
         drop(requests);
         assert_eq!(runtime().block_on(handle.ask(Request::Report)).unwrap_err(), NoAnswer::Gone);
     }

@@ -253,7 +253,7 @@ impl Manager {
 /// Whether every worker answers. One that has ended is no reason to restart the process: it ends by itself then.
 async fn are_alive(workers: &[WorkerHandle]) -> bool {
     let answers = join_all(workers.iter().map(|worker| worker.ask(Request::Report))).await;
-    let hung = answers.iter().position(|answer| matches!(answer, Err(NoAnswer::Busy)));
+    let hung = answers.iter().position(|answer| matches!(answer, Err(NoAnswer::Busy | NoAnswer::Full)));
     if let Some(worker) = hung {
         tracing::error!(
             worker,

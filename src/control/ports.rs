@@ -230,8 +230,8 @@ impl Ports {
     /// connections were reset; `None` if there is no such port.
     ///
     /// # Errors
-    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`], [`PortError::NotHere`] and what a named
-    /// network refuses.
+    /// [`PortError`]; the port is removed all the same, but for [`PortError::CannotClose`], [`PortError::NotHere`], what a named
+    /// network refuses, and [`NoAnswer::Full`].
     pub async fn remove(&self, id: u64, reset: bool) -> Result<Option<usize>, PortError> {
         let mut table = self.table.lock().await;
         let known = table.entries.iter().find(|entry| entry.published.id == id);
@@ -279,10 +279,18 @@ impl Ports {
             Some(redirected) => with_conntrack(move |conntrack| conntrack.end(&redirected)).await,
             None => Ok(0),
         };
-        ended.map(|ended| Some(relayed + ended)).map_err(|error| PortError::NotEnded(port, error))
+        match ended {
+            Ok(ended) => Ok(Some(relayed + ended)),
+            // Exchanges of datagrams end by themselves, too, once they are silent.
+            Err(error) if !reset => {
+                tracing::warn!(host = %port.host, %error, "exchanges of a port that is published no more go on");
+                Ok(Some(0))
+            }
+            Err(error) => Err(PortError::NotEnded(port, error)),
+        }
     }
 
-    /// Removes a port without a word to others.
+    /// Removes a port without a word to others. It stays known if a worker could not be asked, which serves it still.
     async fn remove_from(
         &self,
         table: &mut MutexGuard<'_, Table>,
@@ -292,14 +300,16 @@ impl Ports {
         let Some(at) = table.entries.iter().position(|entry| entry.published.id == id) else {
             return Ok(None);
         };
-        let Entry { published: Published { port, .. }, relay } = table.entries.remove(at);
-        drop(relay);
+        let port = table.entries[at].published.port;
         let ended = match &*self.way {
             Way::None(_) | Way::Kernel(..) => Ok(0),
-            Way::Holder(_, lender) => Ok(lender.unpublish(port, reset).await?),
+            Way::Holder(_, lender) => lender.unpublish(port, reset).await.map_err(PortError::from),
             Way::Workers(workers) | Way::Link(workers, _) => withdraw(workers, port, reset).await,
         };
-        Ok(Some(ended?))
+        if !matches!(ended, Err(PortError::NoAnswer(NoAnswer::Full))) {
+            table.entries.remove(at);
+        }
+        ended.map(Some)
     }
 
     /// Tells others of the named network, and the kernel, what is published now.
@@ -407,15 +417,27 @@ async fn tell_all(workers: &[WorkerHandle], port: Publish, socket: Option<Socket
 
 /// Has all workers forget a port; how many connections were reset.
 async fn withdraw(workers: &[WorkerHandle], port: Publish, reset: bool) -> Result<usize, PortError> {
-    let mut ended = 0;
-    let mut failed = None;
+    let (mut connections, mut failed) = (0, None);
     for worker in workers {
-        match worker.ask(|answer| Request::Unpublish { port, reset, answer }).await {
-            Ok(count) => ended += count,
-            Err(error) => failed = Some(error),
+        match withdraw_from(worker, port, reset).await {
+            Ok(count) => connections += count,
+            // Who was not asked serves it still, which must not be hidden behind another's silence.
+            Err(error) if failed != Some(NoAnswer::Full) => failed = Some(error),
+            Err(_) => {}
         }
     }
-    failed.map_or(Ok(ended), |error| Err(error.into()))
+    failed.map_or(Ok(connections), |error| Err(error.into()))
+}
+
+/// The same of one worker, which ends connections in bounded steps.
+async fn withdraw_from(worker: &WorkerHandle, port: Publish, reset: bool) -> Result<usize, NoAnswer> {
+    let mut ended = worker.insist(|answer| Request::Unpublish { port, reset, answer }).await?;
+    let mut connections = ended.connections;
+    while let Some(first) = ended.next {
+        ended = worker.insist(|answer| Request::EndPublished { port, first, answer }).await?;
+        connections += ended.connections;
+    }
+    Ok(connections)
 }
 
 impl From<LendError> for PortError {
@@ -431,6 +453,7 @@ impl From<LendError> for PortError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::flows::Ended;
     use crate::requests;
 
     fn port(text: &str) -> Publish {
@@ -455,7 +478,10 @@ mod tests {
                     }
                     Some(Request::Unpublish { port, answer, .. }) => {
                         served.retain(|(known, _)| *known != port);
-                        let _ = answer.send(1);
+                        let _ = answer.send(Ended { connections: 1, next: Some(4096) });
+                    }
+                    Some(Request::EndPublished { first, answer, .. }) => {
+                        let _ = answer.send(Ended { connections: first, next: None });
                     }
                     Some(Request::Drain(answer)) => {
                         let _ = answer.send(());
@@ -488,7 +514,11 @@ mod tests {
         let again = ports.publish(vec![tcp.port]).await.unwrap_err();
         assert!(matches!(again, PortError::Known { id, .. } if id == tcp.id), "{again}");
         assert_eq!(ports.list().await.len(), 3);
-        assert_eq!(ports.remove(tcp.id, true).await.unwrap(), Some(2), "one of each worker's");
+        assert_eq!(
+            ports.remove(tcp.id, true).await.unwrap(),
+            Some(2 * 4097),
+            "in two steps of each worker's"
+        );
         assert_eq!(ports.remove(tcp.id, true).await.unwrap(), None);
         published::bind(&mut tcp.port.clone()).expect("it is free");
         end(&first).await;
@@ -532,6 +562,35 @@ mod tests {
         end(&second).await;
         assert_eq!(served_first.join().unwrap(), []);
         assert_eq!(served_second.join().unwrap(), []);
+    }
+
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_port_stays_known_while_its_worker_cannot_be_asked_and_is_removed_once_it_can() {
+        let (handle, mut asked) = requests::channel().unwrap();
+        let ports = Ports::new(Way::Workers(vec![handle.clone()]), Events::default(), [(port("7:7"), None)]);
+        let mut events = ports.events.listen();
+        // More than it takes, of whose answers nobody wants to know.
+        let all = (0..1000).map(|_| handle.ask(Request::Report));
+        let answers = futures_util::future::join_all(all).await;
+        assert!(answers.iter().any(|answer| matches!(answer, Err(NoAnswer::Full))));
+        let error = ports.remove(1, true).await.unwrap_err();
+        assert!(matches!(error, PortError::NoAnswer(NoAnswer::Full)), "{error}");
+        assert_eq!(ports.list().await.len(), 1, "it is served still");
+        assert!(events.try_recv().is_err(), "and nobody was told otherwise");
+        while asked.take().is_some() {}
+        let worker = std::thread::spawn(move || {
+            loop {
+                match asked.take() {
+                    Some(Request::Unpublish { answer, .. }) => return answer.send(Ended::default()).unwrap(),
+                    Some(other) => panic!("{other:?}"),
+                    None => std::thread::yield_now(),
+                }
+            }
+        });
+        assert_eq!(ports.remove(1, true).await.unwrap(), Some(0));
+        worker.join().unwrap();
+        assert_eq!(ports.list().await, []);
+        assert!(matches!(events.try_recv(), Ok(Event::PortUnpublished(_))));
     }
 
     #[tokio::test(flavor = "current_thread")]

@@ -16,6 +16,8 @@ use crate::time::Instant;
 pub const PAGE_MAX: usize = 1000;
 /// Places of tables that are looked at for a page, at most: a fraction of a millisecond.
 const LOOKED_AT_MAX: usize = 1 << 14;
+/// Places looked at in one step of ending flows: each of a host socket may cost system calls.
+pub const ENDED_LOOKED_AT_MAX: usize = 1 << 12;
 
 /// Names a flow of one worker: table, generation and place in 8, 24 and 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -191,6 +193,21 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// What a step of ending the flows of a removed port did: a bounded number of places is looked at in one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ended {
+    /// TCP connections that were reset.
+    pub connections: usize,
+    /// The place where the next step goes on, if there is more to look at.
+    pub next: Option<usize>,
+}
+
+/// The places of a table of `places` that a step from `first` on looks at.
+pub fn ending_step(first: usize, places: usize) -> (std::ops::Range<usize>, Option<usize>) {
+    let end = places.min(first.saturating_add(ENDED_LOOKED_AT_MAX));
+    (first.min(end)..end, (end < places).then_some(end))
+}
+
 /// A flow that began or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FlowNews {
@@ -310,6 +327,20 @@ mod tests {
         list.note(news);
         list.set(false);
         assert_eq!(list.take(), (vec![], 0));
+    }
+
+    #[test]
+    fn steps_of_ending_flows_are_bounded_and_come_to_each_place_once() {
+        for places in [0, 1, ENDED_LOOKED_AT_MAX, ENDED_LOOKED_AT_MAX + 1, 3 * ENDED_LOOKED_AT_MAX] {
+            let (mut next, mut seen) = (Some(0), 0);
+            while let Some(first) = next {
+                let (step, more) = ending_step(first, places);
+                assert!(step.start == seen && step.len() <= ENDED_LOOKED_AT_MAX);
+                (seen, next) = (step.end, more);
+            }
+            assert_eq!(seen, places);
+        }
+        assert_eq!(ending_step(usize::MAX, 7), (7..7, None), "a place that is none");
     }
 
     #[test]

@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use self::core::{Core, Neighbour, Owner};
 use self::counters::{Counters, DropReason};
-use self::flows::{FlowId, NewsList, Table, Walk};
+use self::flows::{Ended, FlowId, NewsList, Table, Walk};
 use self::gateway::{DnsForward, Gateway, SharedDhcp};
 use self::guest_port::GuestPort;
 use self::host_net::{HostDatagram, HostNet, HostStream, PacketFields, Readiness, Token};
@@ -207,17 +207,29 @@ impl<N: HostNet> Engine<N> {
     }
 
     /// Closes a published port. Exchanges of datagrams that came by it end; connections go on, unless they are
-    /// to be `reset` (RST both ways). Returns how many were.
+    /// to be `reset` (RST both ways): a first step of that is taken.
     pub fn unpublish(
         &mut self,
         now: Instant,
         guest: &mut impl GuestPort,
         (owner, port): (Owner, &Publish),
         reset: bool,
-    ) -> usize {
+    ) -> Ended {
         self.begin(now);
         self.nat.unpublish(&mut self.core, owner, port);
-        if reset { self.nat.reset_published(&mut self.core, guest, port) } else { 0 }
+        if reset { self.nat.reset_published(&mut self.core, guest, port, 0) } else { Ended::default() }
+    }
+
+    /// Takes a further step of resetting connections of a port that is published no more, from [`Ended::next`] on.
+    pub fn reset_published(
+        &mut self,
+        now: Instant,
+        guest: &mut impl GuestPort,
+        port: &Publish,
+        first: usize,
+    ) -> Ended {
+        self.begin(now);
+        self.nat.reset_published(&mut self.core, guest, port, first)
     }
 
     /// The published ports of the guest `number` of several lead to this address of it from now on, or nowhere. An
@@ -696,8 +708,14 @@ impl<N: HostNet> Engine<N> {
     /// A letter of the guest's life before this one: what came with it ends.
     fn too_late(&mut self, letter: LetterOf<N>) {
         let place = match letter {
-            Letter::Flow(moved) => Place::Tcp(moved.key()),
-            Letter::Socket(moved) => Place::Socket(moved.end()),
+            Letter::Flow(moved) => {
+                self.nat.lose(&mut self.core, &moved);
+                Place::Tcp(moved.key())
+            }
+            Letter::Socket(moved) => {
+                self.nat.lose_socket(&mut self.core, &moved);
+                Place::Socket(moved.end())
+            }
             _ => return,
         };
         // The guest of today may have begun one with the same name here.

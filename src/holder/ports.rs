@@ -37,6 +37,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 use crate::addr::LinkName;
 use crate::config::publish::publish;
 use crate::config::{Protocol, Publish};
+use crate::engine::flows::Ended;
 use crate::limits;
 use crate::uplink::published::BindError;
 
@@ -278,14 +279,16 @@ pub enum Order {
     Publish(u64, Publish, Socket),
     /// Publish it no more; whether its connections are reset.
     Unpublish(u64, Publish, bool),
+    /// Reset more of them, from this place on.
+    EndPublished(Publish, usize),
     /// Lead its ports to this address.
     Guest(u64, Option<Ipv4Addr>),
     /// Close its ports: it is gone.
     Gone(u64),
 }
 
-/// Where it is said that an order was carried out, and how many connections it reset; `None` if it could not be.
-type Outcome = oneshot::Sender<Option<usize>>;
+/// Where it is said that an order was carried out, and which connections it reset; `None` if it could not be.
+type Outcome = oneshot::Sender<Option<Ended>>;
 
 /// The worker's end: orders as they come.
 #[derive(Debug)]
@@ -324,8 +327,8 @@ impl Orders {
         let _ = self.wake.read();
     }
 
-    /// Carries out what waits by `each`, which says whether it could, and how many connections it reset.
-    pub fn take(&self, mut each: impl FnMut(Order) -> Option<usize>) {
+    /// Carries out what waits by `each`, which says whether it could, and which connections it reset.
+    pub fn take(&self, mut each: impl FnMut(Order) -> Option<Ended>) {
         for (order, done) in self.orders.try_iter() {
             // Whoever gave the order may be gone.
             let _ = done.send(each(order));
@@ -336,7 +339,7 @@ impl Orders {
 impl Ports {
     /// Gives an order and waits until it is carried out, so that no process has more than one under way. `None`
     /// if it could not be, or there is no worker any more.
-    async fn order(&self, order: Order) -> Option<usize> {
+    async fn order(&self, order: Order) -> Option<Ended> {
         let (done, carried_out) = oneshot::channel();
         self.orders.send((order, done)).ok()?;
         self.wake.write(1).ok()?;
@@ -392,10 +395,16 @@ impl PortsOf {
         let Some(port) = port.filter(|port| self.published.remove(port)) else {
             return [NO_SUCH, 0, 0, 0, 0, 0, 0, 0];
         };
-        let ended = self.ports.order(Order::Unpublish(self.number, port, reset)).await;
+        let mut connections = 0;
+        let mut ended = self.ports.order(Order::Unpublish(self.number, port, reset)).await;
+        while let Some(step) = ended {
+            connections += step.connections;
+            let Some(first) = step.next else { break };
+            ended = self.ports.order(Order::EndPublished(port, first)).await;
+        }
         self.ports.published.fetch_sub(1, Ordering::Relaxed);
         tracing::info!(protocol = ?port.protocol, host = %port.host, "published no more");
-        let [a, b, c, d] = u32::try_from(ended.unwrap_or(0)).unwrap_or(u32::MAX).to_be_bytes();
+        let [a, b, c, d] = u32::try_from(connections).unwrap_or(u32::MAX).to_be_bytes();
         [TAKEN, a, b, c, d, 0, 0, 0]
     }
 
@@ -526,9 +535,12 @@ mod tests {
                     Order::Publish(number, ..) => (number, "port"),
                     Order::Guest(number, _) => (number, "guest"),
                     Order::Unpublish(number, ..) => (number, "port removed"),
+                    Order::EndPublished(_, first) => (first as u64, "more of its connections"),
                     Order::Gone(number) => (number, "gone"),
                 });
-                let _ = done.send(Some(3));
+                // Connections of a removed port end in two steps.
+                let next = (seen.last() == Some(&(2, "port removed"))).then_some(4096);
+                let _ = done.send(Some(Ended { connections: 3, next }));
             }
             seen
         });
@@ -543,7 +555,7 @@ mod tests {
         first.close().await;
         assert_eq!(second.publish(socket(), 80).await, TAKEN);
         let port = *second.published.iter().next().unwrap();
-        assert_eq!(unpublished(second.unpublish(Some(port), true).await), Some(3));
+        assert_eq!(unpublished(second.unpublish(Some(port), true).await), Some(6));
         assert_eq!(unpublished(second.unpublish(Some(port), true).await), None, "it is gone");
         assert_eq!(second.publish(socket(), 80).await, TAKEN, "another has its place");
         second.close().await;
@@ -555,6 +567,7 @@ mod tests {
             (2, "guest"),
             (2, "port"),
             (2, "port removed"),
+            (4096, "more of its connections"),
             (2, "port"),
             (2, "gone"),
         ];

@@ -12,6 +12,7 @@ use super::tap_port::{self, TapPort, TapSource};
 use crate::control::dns_forward::DnsClient;
 use crate::engine::core::Owner;
 use crate::engine::counters::Counters;
+use crate::engine::flows::Ended;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::host_net::Token;
 use crate::engine::{Engine, EngineConfig};
@@ -157,18 +158,19 @@ impl HolderWorker {
                 if let Err(error) = &outcome {
                     tracing::warn!(%error, host = %port.host, "a published port cannot be watched");
                 }
-                outcome.is_ok().then_some(0)
+                outcome.is_ok().then(Ended::default)
             }
             Order::Unpublish(number, port, reset) => {
                 Some(engine.unpublish(now, guests, (Owner::OneOf(number), &port), reset))
             }
+            Order::EndPublished(port, first) => Some(engine.reset_published(now, guests, &port, first)),
             Order::Guest(number, addr) => {
                 engine.set_guest(number, addr);
-                Some(0)
+                Some(Ended::default())
             }
             Order::Gone(number) => {
                 engine.guest_gone(number);
-                Some(0)
+                Some(Ended::default())
             }
         });
     }

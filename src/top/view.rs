@@ -178,8 +178,8 @@ mod tests {
     use ratatui::Terminal;
     use ratatui::backend::TestBackend;
 
-    use super::super::sample::{Order, Sampler};
     use super::super::sample::tests::{counters, flow, status};
+    use super::super::sample::{Order, Sampler};
     use super::*;
     use crate::control::api::status::Status;
 

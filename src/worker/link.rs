@@ -28,6 +28,7 @@ use std::sync::{Arc, PoisonError};
 use crate::addr::{MacAddr, VlanId};
 use crate::config::{IpMtu, Publish};
 use crate::engine::counters::{Counters, DropReason};
+use crate::engine::flows::Ended;
 use crate::engine::gateway::SharedDhcp;
 use crate::engine::guest_port::{GuestOffloads, GuestPort, ReserveError};
 use crate::engine::lan::guard::{self, Guard, Verdict};
@@ -233,8 +234,8 @@ impl LinkEnd {
         self.translation.as_mut().map(|translation| translation.publish(now, port))
     }
 
-    /// Publishes it no more; how many flows were ended, `None` if nothing is translated.
-    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> Option<usize> {
+    /// Publishes it no more, and takes a first step of ending its flows; `None` if nothing is translated.
+    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> Option<Ended> {
         self.translation.as_mut().map(|translation| translation.unpublish(now, port, reset))
     }
 

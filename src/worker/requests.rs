@@ -11,7 +11,7 @@ use crate::config::Publish;
 use crate::control::events::{Event, Events};
 use crate::device::DeviceEvent;
 use crate::engine::core::Owner;
-use crate::engine::flows::{FlowId, FlowPage, FlowQuery, NewsList, Table, Walk};
+use crate::engine::flows::{Ended, FlowId, FlowPage, FlowQuery, NewsList, Table, Walk};
 use crate::engine::packet::PacketNat;
 use crate::requests::{Request, RequestBox, RingReport, WorkerReport};
 use crate::time::Instant;
@@ -92,6 +92,9 @@ impl Worker {
                 Request::Unpublish { port, reset, answer } => {
                     let _ = answer.send(self.unpublish(now, &port, reset));
                 }
+                Request::EndPublished { port, first, answer } => {
+                    let _ = answer.send(self.end_published(now, &port, first));
+                }
             }
         }
     }
@@ -108,8 +111,17 @@ impl Worker {
         Ok(true)
     }
 
-    /// Serves it no more; how many connections were reset.
-    fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> usize {
+    /// Ends more connections of a port it serves no more.
+    fn end_published(&mut self, now: Instant, port: &Publish, first: usize) -> Ended {
+        if let Some(nat) = self.packet_nat() {
+            return nat.end_published(port.protocol, port.host.port(), first);
+        }
+        let (_, rx) = self.queues.split();
+        self.engine.reset_published(now, rx, port, first)
+    }
+
+    /// Serves it no more; the first step of ending its connections.
+    fn unpublish(&mut self, now: Instant, port: &Publish, reset: bool) -> Ended {
         if let Some(ended) = self.link.as_mut().and_then(|link| link.unpublish(now, port, reset)) {
             return ended;
         }

@@ -127,6 +127,40 @@ fn a_datagram_socket_follows_the_guest_once_its_frames_keep_coming_elsewhere() {
     assert_eq!(rigs[0].engine.next_deadline(), None, "no timer is left behind");
 }
 
+/// What each worker told of flows, in order: whether they began.
+fn told(rigs: &mut [Rig]) -> Vec<Vec<bool>> {
+    rigs.iter_mut()
+        .map(|rig| rig.engine.flow_news().take().0.iter().map(|news| news.opened).collect())
+        .collect()
+}
+
+#[test]
+fn a_move_between_workers_is_neither_an_end_nor_a_beginning() {
+    let mut rigs = Rig::workers(2);
+    rigs.iter_mut().for_each(|rig| rig.engine.flow_news().set(true));
+    rigs[0].send(&udp_frame(guest(4000), world(53), b"first"));
+    let mut peer = connected(&mut rigs[0], Peer::new(guest(4000), world(80)));
+    exchange(&mut rigs);
+    assert_eq!(told(&mut rigs), [vec![true; 2], vec![]]);
+    peer.data(&mut rigs[1], Flags::PSH, b"moves");
+    for _ in 0..limits::SENT_ON_FRAMES + 3 {
+        rigs[1].send(&udp_frame(guest(4000), world(53), b"x"));
+        exchange(&mut rigs);
+    }
+    assert_eq!((rigs[0].engine.nat().len(), rigs[1].engine.nat().len()), (0, 2), "both moved");
+    assert!(told(&mut rigs).concat().is_empty());
+    rigs[1].engine.guest_reset();
+    assert_eq!(told(&mut rigs), [vec![], vec![false; 2]]);
+}
+
+#[test]
+fn what_is_lost_on_its_way_between_workers_has_ended() {
+    let (mut rigs, letters) = flow_on_its_way_past_a_new_start();
+    rigs.iter_mut().for_each(|rig| rig.engine.flow_news().set(true));
+    deliver(&mut rigs, letters);
+    assert_eq!(told(&mut rigs).concat(), [false], "the flow that came too late");
+}
+
 #[test]
 fn a_socket_asked_for_that_is_gone_is_opened_anew() {
     let mut rigs = Rig::workers(2);

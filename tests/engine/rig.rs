@@ -104,7 +104,8 @@ impl Rig {
     /// Closes a published port of the guest; returns what the guest sees of it, and how many connections were reset.
     pub(crate) fn unpublish(&mut self, port: &Publish, reset: bool) -> (Vec<Seen>, usize) {
         let ended = self.engine.unpublish(self.now, &mut self.port, (Owner::TheGuest, port), reset);
-        (self.flush(), ended)
+        assert_eq!(ended.next, None, "one step is all");
+        (self.flush(), ended.connections)
     }
 
     /// Publishes a socket to a UDP port of the guest.

@@ -9,12 +9,15 @@ use proptest::prelude::*;
 
 use vunet::config::{Protocol as Transport, UdpConfig, UdpFiltering, UdpMapping};
 use vunet::engine::counters::DropReason;
+use vunet::engine::flows::Ended;
 use vunet::engine::packet::config::PacketNatConfig;
 use vunet::engine::packet::ports::{Mappings, WorkerSet};
+use vunet::engine::packet::resets::Reset;
 use vunet::engine::packet::{Side, Verdict};
 use vunet::engine::placement::WorkerId;
-use vunet::wire::ipv4::Protocol;
-use vunet::wire::tcp::Flags;
+use vunet::wire::checksum;
+use vunet::wire::ipv4::{self, Protocol};
+use vunet::wire::tcp::{self, Flags};
 use vunet::wire::vnet::{Gso, GsoKind, VnetHeader};
 
 use crate::config;
@@ -51,10 +54,10 @@ fn a_reply_comes_back_to_who_asked() {
         assert_eq!(left, seen.build(), "as the world sees it");
         let body = match asked.body.clone() {
             Body::Query { .. } => Body::Query { kind: 0, seq: 7 },
-            Body::Tcp(header) => Body::Tcp(vunet::wire::tcp::Header {
+            Body::Tcp(header) => Body::Tcp(tcp::Header {
                 flags: SYN | ACK,
-                seq: vunet::wire::tcp::SeqNumber(900),
-                ack: vunet::wire::tcp::SeqNumber(101),
+                seq: tcp::SeqNumber(900),
+                ack: tcp::SeqNumber(101),
                 ..header
             }),
             body => body,
@@ -181,6 +184,74 @@ fn published_ports_lead_to_the_guest_and_answers_come_from_them() {
     assert_eq!(rig.nat.table().len(), 0);
     let again = Frame::tcp((REMOTE, 1), (OUTSIDE, 8081), SYN, 1, 0);
     assert_eq!(rig.inn(&again), hop(Frame { dst: (GUEST, 80), ..again.clone() }).build(), "for good");
+}
+
+/// A reset: to which side, from and to whom, sequence number and acknowledgement.
+type SeenReset = (Side, [(Ipv4Addr, u16); 2], u32, Option<u32>);
+
+/// Resets the NAT sends.
+fn resets(rig: &mut Rig) -> Vec<SeenReset> {
+    let all = std::iter::from_fn(|| rig.nat.pop_reset());
+    let read = |reset: Reset| {
+        let ip = ipv4::Header::parse(&reset.frame[IP_AT..], usize::MAX).unwrap();
+        let transport = &reset.frame[TRANSPORT_AT..];
+        let (header, _) = tcp::Header::parse(transport).unwrap();
+        let mut sum = checksum::pseudo_header(ip.src.into(), ip.dst.into(), Protocol::TCP, transport.len());
+        sum.add_bytes(transport);
+        assert_eq!(sum.finish(), 0, "its checksum");
+        assert!(header.flags.contains(Flags::RST));
+        let ack = header.flags.contains(Flags::ACK).then_some(header.ack.0);
+        (reset.to, [(ip.src, header.src_port), (ip.dst, header.dst_port)], header.seq.0, ack)
+    };
+    all.map(read).collect()
+}
+
+#[test]
+fn both_ends_of_a_removed_ports_connections_are_reset_with_the_numbers_they_expect() {
+    let ports = vec![published(Transport::Tcp, 8080, 80), published(Transport::Tcp, 8081, 80)];
+    let mut rig = Rig::new(PacketNatConfig { published: ports, ..settings() });
+    let (client, guest) = ((REMOTE, 4000), (GUEST, 80));
+    rig.inn(&Frame::tcp(client, (OUTSIDE, 8080), SYN, 100, 0));
+    rig.out(&Frame::tcp(guest, client, SYN | ACK, 900, 101));
+    rig.inn(&Frame::tcp(client, (OUTSIDE, 8080), ACK, 101, 901));
+    // Ten bytes of the guest's are on their way, and not acknowledged.
+    rig.out(&Frame { payload: vec![7; 10], ..Frame::tcp(guest, client, ACK, 901, 101) });
+    // Another port's, one of the guest's own, and one that the guest has not answered.
+    rig.inn(&Frame::tcp((OTHER, 1), (OUTSIDE, 8081), SYN, 1, 0));
+    rig.out(&Frame::tcp((GUEST, 80), (OTHER, 9), SYN, 1, 0));
+    rig.inn(&Frame::tcp((OTHER, 2), (OUTSIDE, 8080), SYN, 500, 0));
+    assert_eq!(rig.nat.set_published(vec![published(Transport::Tcp, 8081, 80)]), 0);
+    let ended = rig.nat.end_published(Transport::Tcp, 8080, 0);
+    assert_eq!((ended.connections, ended.next, rig.nat.table().len()), (2, None, 2));
+    let told = resets(&mut rig);
+    let (to_guest, to_client) = ([client, guest], [(OUTSIDE, 8080), client]);
+    for expected in [
+        (Side::Guest, to_guest, 101, Some(911)),
+        (Side::World, to_client, 901, Some(101)),
+        (Side::World, to_client, 911, Some(101)),
+        (Side::Guest, [(OTHER, 2), guest], 501, None),
+        (Side::World, [(OUTSIDE, 8080), (OTHER, 2)], 0, Some(501)),
+    ] {
+        assert!(told.contains(&expected), "{expected:?} is not in {told:?}");
+    }
+    assert_eq!(told.len(), 5, "{told:?}");
+    assert_eq!(rig.nat.end_published(Transport::Tcp, 8080, 0), Ended::default(), "there is none any more");
+    // The guest's own flow has the port.
+    rig.dropped(Side::World, &Frame::tcp((REMOTE, 1), (OUTSIDE, 8080), SYN, 1, 0), DropReason::Filtered);
+}
+
+#[test]
+fn an_unpublished_udp_port_is_closed_to_strangers_whatever_is_filtered() {
+    let udp = UdpConfig { filtering: UdpFiltering::EndpointIndependent, ..UdpConfig::default() };
+    let ports = vec![published(Transport::Udp, 53, 5353)];
+    let mut rig = Rig::new(PacketNatConfig { published: ports, udp, ..settings() });
+    rig.inn(&Frame::udp((REMOTE, 9), (OUTSIDE, 53), b"?"));
+    rig.out(&Frame::udp((GUEST, 5353), (REMOTE, 9), b"!"));
+    rig.nat.set_published(Vec::new());
+    let ended = rig.nat.end_published(Transport::Udp, 53, 0);
+    assert_eq!((ended.connections, rig.nat.table().len()), (0, 0), "an exchange is no connection");
+    rig.dropped(Side::World, &Frame::udp((OTHER, 9), (OUTSIDE, 53), b"?"), DropReason::NoFlow);
+    assert_eq!(resets(&mut rig), []);
 }
 
 #[test]

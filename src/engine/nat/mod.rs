@@ -18,7 +18,7 @@ use self::policy::{Policy, Verdict};
 use self::tcp::{Segment, TcpTable};
 use super::core::{Core, Neighbour, Owner};
 use super::counters::DropReason;
-use super::flows::{FlowId, Walk};
+use super::flows::{Ended, FlowId, Walk};
 use super::guest_port::GuestPort;
 use super::host_net::{HostDatagram, HostListener, HostNet, HostStream, PacketFields, Readiness, Token};
 use super::placement::{Place, WorkerId};
@@ -247,9 +247,15 @@ impl<N: HostNet> Nat<N> {
         self.datagrams.unpublish(core, owner, port);
     }
 
-    /// Resets the connections of clients that came by a published port, both ways; returns how many.
-    pub fn reset_published(&mut self, core: &mut Core, guest: &mut impl GuestPort, port: &Publish) -> usize {
-        self.tcp.reset_published(core, guest, port)
+    /// Resets connections of clients that came by a published port, both ways, from the place `first` of the table on.
+    pub fn reset_published(
+        &mut self,
+        core: &mut Core,
+        guest: &mut impl GuestPort,
+        port: &Publish,
+        first: usize,
+    ) -> Ended {
+        self.tcp.reset_published(core, guest, port, first)
     }
 
     /// Bound of flows and sockets: what ports that came later hold is not there for flows.
@@ -389,6 +395,16 @@ impl<N: HostNet> Nat<N> {
         self.keep_within(core, port, self.flows_max() - 1);
         let net = &mut self.net;
         self.tcp.attach(core, moved, |token, stream| net.attach(token, stream));
+    }
+
+    /// A flow that another worker had came too late to be taken in.
+    pub fn lose(&self, core: &mut Core, moved: &MovedFlow<N>) {
+        TcpTable::<N::Stream>::note_lost(core, moved);
+    }
+
+    /// The same of a datagram socket.
+    pub fn lose_socket(&self, core: &mut Core, moved: &MovedSocket<N>) {
+        DatagramTable::<N::Datagram>::note_lost(core, moved);
     }
 
     /// Takes a datagram socket out, for another worker; `None` if there is none that moves.

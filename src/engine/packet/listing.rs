@@ -1,12 +1,14 @@
 //! Translated flows as they are shown, and ended by who looks at them.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use super::flow::{self, Flow, FlowFlags, FlowKey, Ticks};
 use super::{PacketNat, Side, give_back, lock, published_protocol};
 use crate::config as settings;
-use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, NewsList, Table, Walk};
+use crate::engine::flows::{
+    Began, Ended, FlowId, FlowNews, FlowProtocol, FlowView, NewsList, Table, Walk, ending_step,
+};
 use crate::rate_limit::RateLimits;
 use crate::time::Instant;
 use crate::wire::ipv4::Protocol;
@@ -62,31 +64,39 @@ impl PacketNat {
         walk.over(Table::Packet, self.table.places(), show);
     }
 
-    /// Forgets a flow: what comes of the world is nobody's any more, and what comes of the guest begins another.
-    /// False if there is none of this name.
+    /// Ends a flow: both ends of a TCP connection are reset. What still comes of the world is nobody's, and what comes of
+    /// the guest begins another. False if there is none of this name.
     pub fn end(&mut self, id: FlowId) -> bool {
         let named = self.table.at_place(id.place() as usize).map(|(_, own)| own);
         let is_it = |own: &flow::FlowId| FlowId::new(Table::Packet, own.generation, own.index) == id;
-        let Some(flow) = named.filter(is_it).and_then(|own| self.table.remove(own)) else { return false };
-        give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
-        self.flow_news.note(|| news(false, &flow));
-        true
+        named.filter(is_it).is_some_and(|own| self.end_named(own).is_some())
     }
 
-    /// Ends the flows that clients began by a published port, without a word to either end; how many.
-    pub fn end_published(&mut self, protocol: settings::Protocol, port: u16) -> usize {
+    /// The same; whether it was a TCP connection that was not over, `None` if it has ended already.
+    fn end_named(&mut self, id: flow::FlowId) -> Option<bool> {
+        let flow = self.table.remove(id)?;
+        give_back(&mut lock(&self.mappings), &mut self.spoken_to, &self.config, &flow);
+        self.flow_news.note(|| news(false, &flow));
+        Some(self.resets.add(&flow, self.config.outside))
+    }
+
+    /// Ends flows that clients began by a published port, from the place `first` on: both ends of TCP connections are reset.
+    pub fn end_published(&mut self, protocol: settings::Protocol, port: u16, first: usize) -> Ended {
         let protocol = published_protocol(protocol);
-        let came_by = |flow: &Flow| {
+        let held = lock(&self.mappings).of_port(protocol, port, Ipv4Addr::UNSPECIFIED);
+        if held.is_none_or(|held| held.flows == 0) {
+            return Ended::default();
+        }
+        let (step, next) = ending_step(first, self.table.places());
+        let mut connections = 0;
+        for place in step {
+            let Some((flow, id)) = self.table.at_place(place) else { continue };
             let key = flow.key();
-            flow.flags.has(FlowFlags::PUBLISHED) && (key.protocol, key.external_port) == (protocol, port)
-        };
-        let places = 0..self.table.places();
-        let named = places.filter_map(|place| self.table.at_place(place));
-        let ends: Vec<FlowId> = named
-            .filter(|(flow, _)| came_by(flow))
-            .map(|(_, own)| FlowId::new(Table::Packet, own.generation, own.index))
-            .collect();
-        ends.into_iter().filter(|id| self.end(*id)).count()
+            if flow.flags.has(FlowFlags::PUBLISHED) && (key.protocol, key.external_port) == (protocol, port) {
+                connections += usize::from(self.end_named(id) == Some(true));
+            }
+        }
+        Ended { connections, next }
     }
 
     /// Flows that begin and end.

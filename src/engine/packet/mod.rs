@@ -32,6 +32,7 @@ mod outward;
 mod plain;
 pub mod ports;
 pub mod random;
+pub mod resets;
 pub mod rewrite;
 pub mod table;
 pub mod tcp_state;
@@ -49,6 +50,7 @@ use self::flow::{Flow, FlowFlags, FlowKey, Ticks};
 use self::fragments::{Fragments, Way};
 use self::head::{Packet, Transport, View};
 use self::ports::{Grant, GuestEnd, Mappings, Scope};
+use self::resets::{Reset, Resets};
 use self::rewrite::{End, NewEnd, take_hop, translate};
 use self::table::{FlowIndex, FlowTable, TableConfig, TableError};
 use self::tcp_state::{Direction, TcpTracker, TcpVerdict};
@@ -155,6 +157,7 @@ pub struct PacketNat {
     spoken_to: HashMap<(u16, Ipv4Addr), u32, foldhash::quality::RandomState>,
     answers: Answers,
     moving: moving::Moving,
+    resets: Resets,
     counters: Counters,
     flow_news: NewsList,
     /// No flow may begin any more.
@@ -228,6 +231,7 @@ impl PacketNat {
             spoken_to: HashMap::default(),
             answers: Answers::default(),
             moving: moving::Moving::default(),
+            resets: Resets::default(),
             counters: Counters::default(),
             flow_news: NewsList::default(),
             draining: false,
@@ -326,8 +330,16 @@ impl PacketNat {
         });
     }
 
-    /// When [`PacketNat::tick`] has something to do.
+    /// The next reset of a connection that was ended here, for its sender to address.
+    pub fn pop_reset(&mut self) -> Option<Reset> {
+        self.resets.pop()
+    }
+
+    /// When [`PacketNat::tick`] has something to do, or resets wait.
     pub fn next_deadline(&self) -> Option<Instant> {
+        if !self.resets.is_empty() {
+            return Some(Instant::ZERO);
+        }
         let fragments = [self.from_guest.next_deadline(), self.from_world.next_deadline()];
         fragments.into_iter().chain([self.table.next_deadline()]).flatten().min()
     }
@@ -362,6 +374,7 @@ impl PacketNat {
         self.from_world = Fragments::default();
         self.released.clear();
         self.moving = moving::Moving::default();
+        self.resets = Resets::default();
         Ok(())
     }
 

@@ -309,7 +309,9 @@ impl Mappings {
         let key = (guest, Scope::World);
         if let Some(at) = self.by_guest.get(&key) {
             let mapping = &mut self.mappings[*at];
-            let same = mapping.external_port == external_port;
+            // Clients could be those whom flows of other ends that share the port speak to.
+            let same = mapping.external_port == external_port
+                && !self.spaces[space].sharing.contains_key(&external_port);
             if same {
                 mapping.leads_to = Some(leads_to);
             }
@@ -632,6 +634,19 @@ mod tests {
         ports.end(gre(2), Scope::Address(remote), grant);
         ports.end(gre(2), Scope::Address(remote), grant);
         assert!(ports.begin(&ask(3), |_| false).is_ok());
+    }
+
+    #[test]
+    fn a_port_that_flows_share_is_published_once_they_have_ended() {
+        let mut ports = Mappings::new(50_000..=50_000, (1, 2));
+        let own = ports.begin(&request(guest(2, 50_000)), |_| false).unwrap();
+        let shared = ports.begin(&request(guest(3, 7)), |_| false).unwrap();
+        assert!(shared.shared && shared.external_port == own.external_port);
+        assert!(!ports.publish(guest(2, 50_000), 50_000), "another guest's flow may have the client's end");
+        assert_eq!(ports.of_port(Protocol::TCP, 50_000, Ipv4Addr::UNSPECIFIED).unwrap().leads_to, None);
+        ports.end(guest(3, 7), Scope::World, shared);
+        assert!(ports.publish(guest(2, 50_000), 50_000));
+        assert!(ports.begin(&request(guest(3, 7)), |_| false).is_err(), "it is nobody else's now");
     }
 
     #[test]

@@ -301,6 +301,25 @@ impl TcpTracker {
         self.side(Direction::Original).is_synchronised() && self.side(Direction::Reply) == Side::Silent
     }
 
+    /// Resets that end the connection at its end `to`, as (sequence number, acknowledgement) in the order they are to be sent: one
+    /// is taken only with the number that end expects, which is what it has acknowledged, or all that was sent to it (RFC 5961, 3.2).
+    /// None of a connection that is over.
+    pub fn resets(&self, to: Direction) -> impl Iterator<Item = (SeqNumber, Option<SeqNumber>)> {
+        let (it, other) = (to as usize, to.other() as usize);
+        let (acked, sent) = (self.acked[it], self.sent[other]);
+        // What it has not said yet nobody can acknowledge.
+        let ack = (self.side(to) != Side::Silent).then_some(self.sent[it]);
+        let numbers = match (self.state(), self.side(to.other())) {
+            (TcpState::Closed | TcpState::TimeWait, _) => [None, None],
+            // It has nothing to go by but the acknowledgement of its SYN (RFC 9293, 3.10.7.3).
+            (_, Side::Silent) if self.side(to) == Side::SynSent => [Some(SeqNumber(0)), None],
+            (_, Side::Silent) => [Some(acked), None],
+            _ if ack.is_none() || acked == sent => [Some(sent), None],
+            _ => [Some(acked), Some(sent)],
+        };
+        numbers.into_iter().flatten().map(move |seq| (seq, ack))
+    }
+
     /// How long the connection may be silent now. One end's FIN does not shorten it: the other may work for an
     /// hour before it answers (RFC 6146, 3.5.2.2). A connection picked up and not yet answered has proved nothing.
     pub fn idle_timeout(&self, timeouts: &TcpTimeouts) -> Duration {

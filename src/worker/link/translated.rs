@@ -17,10 +17,11 @@ use hashbrown::HashMap;
 use super::outside::{Outside, SharedStation, Way};
 use super::{Left, LinkEnd, Step, judge, without_tag};
 use crate::addr::{Ipv4Subnet, MacAddr};
-use crate::config::Publish;
+use crate::config::{Protocol, Publish};
 use crate::engine::Engine;
 use crate::engine::core::Neighbour;
 use crate::engine::counters::{Counters, DropReason};
+use crate::engine::flows::Ended;
 use crate::engine::guest_port::{GuestOffloads, GuestPort};
 use crate::engine::host_net::HostNet;
 use crate::engine::lan::{self, vlan};
@@ -29,12 +30,13 @@ use crate::engine::packet::cut::cut;
 use crate::engine::packet::echo::answer_echo;
 use crate::engine::packet::head::Packet;
 use crate::engine::packet::ports::WorkerSet;
+use crate::engine::packet::resets::Reset;
 use crate::engine::packet::{PacketNat, Released, Side, Verdict};
 use crate::engine::placement::WorkerId;
 use crate::frame::{Payload, PayloadMut, QueuePair, TxFrame};
 use crate::limits::{
-    FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX, PACKET_AHEAD_FRAMES, PARKED_FRAMES_MAX,
-    STATION_ECHOES_BURST, STATION_ECHOES_PER_SECOND,
+    FRAME_HEAD_BYTES, LETTERS_MAX, LINK_BATCH_FRAMES, NEIGHBOURS_MAX, PACKET_AHEAD_FRAMES,
+    PACKET_RESETS_AT_ONCE, PARKED_FRAMES_MAX, STATION_ECHOES_BURST, STATION_ECHOES_PER_SECOND,
 };
 use crate::postbox::{LinkFrame, LinkLetter, Room};
 use crate::rate::Rate;
@@ -214,11 +216,16 @@ impl Translation {
         is_free
     }
 
-    /// One port less. Flows that came by it go on, unless they are to end; how many did.
-    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, end: bool) -> usize {
+    /// One port less. Connections that came by it go on, unless they are to end, of which a first step is taken. Exchanges of
+    /// datagrams end, or with endpoint-independent filtering they would keep the port open to anybody.
+    pub(super) fn unpublish(&mut self, now: Instant, port: &Publish, end: bool) -> Ended {
         self.publish.retain(|known| known != port);
         self.set_published(now);
-        if end { self.nat.end_published(port.protocol, port.host.port()) } else { 0 }
+        if end || port.protocol == Protocol::Udp {
+            self.nat.end_published(port.protocol, port.host.port(), 0)
+        } else {
+            Ended::default()
+        }
     }
 
     fn publish_what_is_missing(&mut self, now: Instant) {
@@ -823,6 +830,7 @@ impl LinkEnd {
         self.send_parked(now);
         self.tell_of_given_up(now, engine, port);
         self.send_released(now, engine, port);
+        self.send_resets(now, engine, port);
         // The answer they wait for may come to another worker.
         if let Some(translation) = &mut self.translation
             && translation.outside.has_parked()
@@ -941,6 +949,36 @@ impl LinkEnd {
             let Some(neighbour) = sender.and_then(|sender| engine.guest_at(sender)) else { continue };
             let message = Message::Unreachable { code: UnreachableCode::Host, next_hop_mtu: 0 };
             engine.tell_guest(now, port, neighbour, message, &head[ethernet::HEADER_BYTES..]);
+        }
+    }
+
+    /// Tells the ends of connections that were ended here; in turns, if they are many.
+    fn send_resets<N: HostNet>(&mut self, now: Instant, engine: &mut Engine<N>, port: &mut impl GuestPort) {
+        for _ in 0..PACKET_RESETS_AT_ONCE {
+            let Some(translation) = &mut self.translation else { return };
+            let Some(Reset { to, mut frame }) = translation.nat.pop_reset() else { return };
+            match to {
+                Side::Guest => {
+                    if translation.address_to_guest(&mut frame).is_ok() {
+                        let pair = engine.first_pair();
+                        engine.send_to_guest(now, port, pair, VnetHeader::default(), &frame);
+                    }
+                }
+                Side::World => {
+                    let src = translation.outside.mac();
+                    match translation.outside.way(now, addr_at(&frame, DST_AT)) {
+                        Way::To(dst) => {
+                            ethernet::Header { dst, src, ethertype: EtherType::IPV4 }.emit(&mut frame);
+                            // A link may lose a frame; the end finds out when it sends next.
+                            let _ = self.send(VnetHeader::default(), &frame, &Payload::EMPTY);
+                        }
+                        Way::Wait(target) => {
+                            translation.outside.park(target, VnetHeader::default(), Box::new(frame));
+                        }
+                        Way::None | Way::Withheld | Way::NotYet | Way::NoAddress => {}
+                    }
+                }
+            }
         }
     }
 

@@ -1,8 +1,8 @@
 //! Exchanges of datagrams as they are shown, and ended by who looks at them.
 
-use super::{DatagramTable, Kind, Peer};
+use super::{DatagramTable, Key, Kind, Moved, Peer};
 use crate::engine::core::Core;
-use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, Table, Walk};
+use crate::engine::flows::{Began, Carried, FlowId, FlowNews, FlowProtocol, FlowView, Table, Walk};
 use crate::engine::host_net::HostDatagram;
 
 impl Kind {
@@ -41,10 +41,17 @@ impl<D: HostDatagram> DatagramTable<D> {
         is_it
     }
 
+    /// Tells of the end of exchanges whose socket was lost on its way from another worker.
+    pub fn note_lost(core: &mut Core, moved: &Moved<D::Detached>) {
+        for peer in &moved.peers {
+            Self::note_flow(core, false, &peer.key, peer.carried);
+        }
+    }
+
     /// Tells of an exchange that began or ended, if anybody listens.
-    pub(super) fn note_flow(core: &mut Core, opened: bool, peer: &Peer) {
-        let (guest, remote, protocol) = (peer.key.guest, peer.key.remote, peer.key.kind.protocol());
-        let carried = (!opened).then_some(peer.carried);
+    pub(super) fn note_flow(core: &mut Core, opened: bool, key: &Key, carried: Carried) {
+        let (guest, remote, protocol) = (key.guest, key.remote, key.kind.protocol());
+        let carried = (!opened).then_some(carried);
         core.flow_news.note(|| FlowNews { opened, protocol, guest, remote, carried });
     }
 }

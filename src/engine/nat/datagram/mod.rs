@@ -452,7 +452,7 @@ impl<D: HostDatagram> DatagramTable<D> {
         peers.reverse();
         let socket = self.mappings[at].socket.take()?;
         while let Some(peer) = self.mappings[at].newest_peer {
-            self.forget_peer(core, peer);
+            self.take_peer(core, peer);
         }
         self.lru.remove(at);
         self.by_guest.remove(end);
@@ -472,13 +472,16 @@ impl<D: HostDatagram> DatagramTable<D> {
         let Moved { end, socket, mac, peers } = moved;
         let Ok(socket) = attach(self.next_token(), socket) else {
             // The guest's next datagram opens another.
+            for peer in &peers {
+                Self::note_flow(core, false, &peer.key, peer.carried);
+            }
             return core.release(&Place::Socket(end));
         };
         let at = self.insert(core, end.kind, socket);
         self.serve(at, end);
         self.mappings[at].neighbour = mac.map(|mac| Neighbour { mac, pair: core.first_pair() });
         for MovedPeer { key, real, answered, spoken, stranger, sent, carried } in peers {
-            let at = self.add_peer(core, at, key, real, stranger);
+            let at = self.place_peer(core, at, key, real, stranger);
             let peer = &mut self.peers[at];
             (peer.answered, peer.spoken, peer.sent, peer.carried) = (answered, spoken, sent, carried);
         }

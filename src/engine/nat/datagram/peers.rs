@@ -37,6 +37,20 @@ impl<D: HostDatagram> DatagramTable<D> {
         real: SocketAddr,
         stranger: bool,
     ) -> usize {
+        let at = self.place_peer(core, mapping, key, real, stranger);
+        Self::note_flow(core, true, &key, Carried::default());
+        at
+    }
+
+    /// The same of one that another worker had: nobody is told that it begins.
+    pub(super) fn place_peer(
+        &mut self,
+        core: &mut Core,
+        mapping: usize,
+        key: Key,
+        real: SocketAddr,
+        stranger: bool,
+    ) -> usize {
         self.generation = self.generation.wrapping_add(1);
         let token = TokenKind::Peer.token(self.generation, self.peers.vacant_key());
         let older = self.mappings[mapping].newest_peer;
@@ -61,7 +75,6 @@ impl<D: HostDatagram> DatagramTable<D> {
         }
         self.mappings[mapping].newest_peer = Some(at);
         self.by_key.insert(key, at);
-        Self::note_flow(core, true, &self.peers[at]);
         self.by_real.insert((mapping, real), at);
         if self.is_found_by_itself(at) {
             core.claim(Place::Exchange(key));
@@ -174,11 +187,18 @@ impl<D: HostDatagram> DatagramTable<D> {
 
     /// Takes a peer out of every table; returns its mapping.
     pub(super) fn forget_peer(&mut self, core: &mut Core, at: usize) -> usize {
+        let (key, carried) = (self.peers[at].key, self.peers[at].carried);
+        let mapping = self.take_peer(core, at);
+        Self::note_flow(core, false, &key, carried);
+        mapping
+    }
+
+    /// The same of one that is another worker's from now on: nobody is told that it ends.
+    pub(super) fn take_peer(&mut self, core: &mut Core, at: usize) -> usize {
         if self.is_found_by_itself(at) {
             core.release(&Place::Exchange(self.peers[at].key));
         }
         let mut peer = self.peers.remove(at);
-        Self::note_flow(core, false, &peer);
         core.timers.clear(&mut peer.timer);
         self.peer_lru.remove(at);
         self.stranger_lru.remove(at);

@@ -395,7 +395,7 @@ pub struct Moved<D> {
     recv: Recv,
     send: Send,
     from_world: bool,
-    carried: Carried,
+    pub(super) carried: Carried,
     is_service: bool,
 }
 

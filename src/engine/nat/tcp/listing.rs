@@ -1,9 +1,9 @@
 //! TCP flows as they are shown, and ended by who looks at them.
 
 use super::flow::{Fate, State};
-use super::{Flow, TcpTable};
+use super::{Flow, Key, Moved, TcpTable};
 use crate::engine::core::Core;
-use crate::engine::flows::{Began, FlowId, FlowNews, FlowProtocol, FlowView, Table, Walk};
+use crate::engine::flows::{Began, Carried, FlowId, FlowNews, FlowProtocol, FlowView, Table, Walk};
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::{HostStream, Token};
 use crate::time::Instant;
@@ -48,10 +48,15 @@ impl<S: HostStream> TcpTable<S> {
         true
     }
 
+    /// Tells of the end of a flow that was lost on its way from another worker.
+    pub fn note_lost(core: &mut Core, moved: &Moved<S::Detached>) {
+        Self::note_flow(core, false, &moved.key, moved.carried);
+    }
+
     /// Notes a flow that began or ended, for who listens.
-    pub(super) fn note_flow(core: &mut Core, opened: bool, flow: &Flow<S>) {
-        let (guest, remote) = (flow.key.guest, flow.key.remote);
-        let carried = (!opened).then_some(flow.carried);
+    pub(super) fn note_flow(core: &mut Core, opened: bool, key: &Key, carried: Carried) {
+        let (guest, remote) = (key.guest, key.remote);
+        let carried = (!opened).then_some(carried);
         core.flow_news.note(|| FlowNews { opened, protocol: FlowProtocol::Tcp, guest, remote, carried });
     }
 }

@@ -27,10 +27,11 @@ use pool::Budget;
 use turns::Turns;
 
 use super::TokenKind;
-use crate::config::Publish;
+use crate::config::{self, Publish};
 use crate::engine::core::{Core, Neighbour};
 use crate::engine::counters::DropReason;
 use crate::engine::emit;
+use crate::engine::flows::{Carried, Ended, ending_step};
 use crate::engine::guest_port::GuestPort;
 use crate::engine::host_net::{HostStream, Readiness, Token};
 use crate::engine::lru::Lru;
@@ -295,7 +296,7 @@ impl<S: HostStream> TcpTable<S> {
         self.lru.touch(at);
         core.claim(Place::Tcp(key));
         core.counters.flows_opened += 1;
-        Self::note_flow(core, true, &self.flows[at]);
+        Self::note_flow(core, true, &self.flows[at].key, Carried::default());
         self.enter_backlog(core, at);
         at
     }
@@ -332,11 +333,14 @@ impl<S: HostStream> TcpTable<S> {
     ) {
         let token = self.next_token();
         self.generation = self.generation.wrapping_add(1);
-        let key = moved.key;
+        let (key, carried) = (moved.key, moved.carried);
         let flow = match Flow::attach(moved, token, core.now, |stream| attach(token, stream)) {
             Ok(flow) => flow,
             // Without its stream the flow is over; the guest's next segment finds out.
-            Err(_) => return core.release(&Place::Tcp(key)),
+            Err(_) => {
+                Self::note_flow(core, false, &key, carried);
+                return core.release(&Place::Tcp(key));
+            }
         };
         flow.recv.pool.enter(&mut self.budget);
         self.forget_gone_turns();
@@ -408,18 +412,32 @@ impl<S: HostStream> TcpTable<S> {
         }
     }
 
-    /// Ends every flow of a client that came by a published port; both sides see RST. Returns how many.
-    pub fn reset_published(&mut self, core: &mut Core, guest: &mut impl GuestPort, port: &Publish) -> usize {
+    /// Ends flows of clients that came by a published port, from the place `first` on; both sides see RST.
+    pub fn reset_published(
+        &mut self,
+        core: &mut Core,
+        guest: &mut impl GuestPort,
+        port: &Publish,
+        first: usize,
+    ) -> Ended {
+        if port.protocol != config::Protocol::Tcp || self.flows.is_empty() {
+            return Ended::default();
+        }
         let came = |flow: &Flow<S>| {
-            flow.key.guest.port() == port.guest_port
+            flow.from_world
+                && flow.key.guest.port() == port.guest_port
                 && flow.stream.as_ref().is_some_and(|stream| stream.came_by(port))
         };
-        let ends: Vec<usize> = self.flows.iter().filter(|(_, flow)| came(flow)).map(|(at, _)| at).collect();
-        for at in &ends {
-            self.flows[*at].reset_guest(core, guest);
-            self.remove(core, *at);
+        let (step, next) = ending_step(first, self.flows.capacity());
+        let mut connections = 0;
+        for at in step {
+            if self.flows.get(at).is_some_and(came) {
+                self.flows[at].reset_guest(core, guest);
+                self.remove(core, at);
+                connections += 1;
+            }
         }
-        ends.len()
+        Ended { connections, next }
     }
 
     /// News of a flow's socket.
@@ -644,7 +662,7 @@ impl<S: HostStream> TcpTable<S> {
 
     fn remove(&mut self, core: &mut Core, at: usize) {
         let mut flow = self.take_out(at);
-        Self::note_flow(core, false, &flow);
+        Self::note_flow(core, false, &flow.key, flow.carried);
         core.release(&Place::Tcp(flow.key));
         core.timers.clear(&mut flow.timer);
         flow.recv.pool.clear(&mut self.budget);
