@@ -173,7 +173,7 @@ check_namespaces() {
     # The same again with a worker for each of several queue pairs, but for what has to do with no queue, or shows it with
     # one as well; with --long for each of two, too.
     for pairs in ${LONG:+2} 4; do
-        TESTS='not test(/^(link|programs|benchmark|capture|conntrack|doctor|dns|policy|host_changes|lan_uplinks|limits|networks)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
+        TESTS='not test(/^(link|programs|benchmark|capture|conntrack|doctor|dns|features|lease|policy|host_changes|lan_uplinks|limits|networks)::/)' VUNET_ARGS="--queues $pairs" VUNET_GUEST_ARGS="--queues $pairs" \
             cargo_tests "namespace guest, $pairs queue pairs" --package vunet-integration --test netns
     done
     # What the NAT carries, whichever of the two it is. How a host forbids echo sockets is a matter of one.
