@@ -135,7 +135,8 @@ check_sources() {
 
 check_crates() {
     part 'unit, property and device tests'
-    cargo_tests 'crate tests' --workspace --exclude vunet-integration
+    # Many of them wait for what ten seconds bring, so more run at once than there are processors.
+    NEXTEST_TEST_THREADS=$((2 * $(nproc))) cargo_tests 'crate tests' --workspace --exclude vunet-integration
     check 'documentation examples' cargo test --quiet --locked --doc --package vunet
     if [[ -n ${LONG:-} ]]; then
         check 'the simulation finds planted bugs' tests/sim/planted/find.sh
