@@ -107,7 +107,8 @@ impl RunFolder {
     /// Locks the run folder of the network in `folder`, which is made if need be. Waits for who has it.
     ///
     /// # Errors
-    /// As [`file_lock::lock`]; `NotFound` if the network's folder is gone.
+    /// `TimedOut` if one process has held it for 30 s, with its number; `Interrupted` if a signal came meanwhile; the file
+    /// system's refusal; `NotFound` if the network's folder is gone.
     pub fn lock(folder: &Path) -> io::Result<RunFolder> {
         loop {
             let (path, file) = RunFolder::open(folder)?;
