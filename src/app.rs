@@ -337,14 +337,19 @@ fn run_on(
         outcome
     });
     let _ = stop.write(1);
+    ended(threads)?.log();
+    log_dns(&resolver.stats());
+    outcome
+}
+
+/// What all workers counted, once each has ended.
+fn ended(threads: Vec<WorkerThread>) -> Result<Counters, Error> {
     let mut total = Counters::default();
     for thread in threads {
         let counters = thread.join().map_err(|_| Error::Thread("worker"))?;
         total.add(&counters.map_err(starting("the worker"))?);
     }
-    total.log();
-    log_dns(&resolver.stats());
-    outcome
+    Ok(total)
 }
 
 struct Prepared {

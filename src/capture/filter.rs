@@ -1,11 +1,14 @@
 //! Which frames a capture wants, judged by their first bytes. What cannot be known of a frame, the ports of a later
 //! fragment say, is not what was asked for.
 //!
-//! May touch: nothing. Read first: RFC 791, 3.1; RFC 8200, 3; RFC 826.
+//! May touch: the numbers of `wire`, whose parsers refuse frames that a capture shows. Read first: RFC 791, 3.1; RFC 8200, 3; RFC 826.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
+
+use crate::wire::ethernet::{self, EtherType};
+use crate::wire::ipv4;
 
 /// Frames that are wanted: those of which all that is said here holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,10 +44,8 @@ struct Seen {
 }
 
 const ETHERTYPE_AT: usize = 12;
-const IPV4: u16 = 0x0800;
-const ARP: u16 = 0x0806;
-const VLAN: u16 = 0x8100;
-const IPV6: u16 = 0x86dd;
+/// The type in the place of which a VLAN tag begins (IEEE 802.1Q).
+const TAG: u16 = 0x8100;
 
 impl Filter {
     /// Whether a frame that begins with `head` is wanted.
@@ -73,15 +74,15 @@ fn ipv6_at(bytes: &[u8], at: usize) -> Option<IpAddr> {
 
 impl Seen {
     fn of(head: &[u8]) -> Option<Seen> {
-        let (mut ethertype, mut at) = (be16(head, ETHERTYPE_AT)?, ETHERTYPE_AT + 2);
-        if ethertype == VLAN {
+        let (mut ethertype, mut at) = (be16(head, ETHERTYPE_AT)?, ethernet::HEADER_BYTES);
+        if ethertype == TAG {
             (ethertype, at) = (be16(head, at + 2)?, at + 4);
         }
         let packet = head.get(at..)?;
-        match ethertype {
-            IPV4 => Seen::of_ipv4(packet),
-            IPV6 => Seen::of_ipv6(packet),
-            ARP => Some(Seen {
+        match EtherType(ethertype) {
+            EtherType::IPV4 => Seen::of_ipv4(packet),
+            EtherType::IPV6 => Seen::of_ipv6(packet),
+            EtherType::ARP => Some(Seen {
                 protocol: Some(Protocol::Arp),
                 ends: ipv4_at(packet, 14).zip(ipv4_at(packet, 24)),
                 ports: None,
@@ -104,10 +105,10 @@ impl Seen {
     }
 
     fn of_transport(number: u8, transport: Option<&[u8]>, ends: Option<(IpAddr, IpAddr)>) -> Seen {
-        let protocol = match number {
-            6 => Some(Protocol::Tcp),
-            17 => Some(Protocol::Udp),
-            1 | 58 => Some(Protocol::Icmp),
+        let protocol = match ipv4::Protocol(number) {
+            ipv4::Protocol::TCP => Some(Protocol::Tcp),
+            ipv4::Protocol::UDP => Some(Protocol::Udp),
+            ipv4::Protocol::ICMP | ipv4::Protocol::ICMPV6 => Some(Protocol::Icmp),
             _ => None,
         };
         let has_ports = matches!(protocol, Some(Protocol::Tcp | Protocol::Udp));
@@ -123,7 +124,7 @@ mod tests {
     /// An IPv4 frame from 10.0.2.2:1000 to 192.0.2.1:80.
     fn ipv4(protocol: u8, fragment: u16) -> Vec<u8> {
         let mut frame = vec![0; 14 + 20 + 8];
-        frame[12..14].copy_from_slice(&IPV4.to_be_bytes());
+        frame[12..14].copy_from_slice(&EtherType::IPV4.0.to_be_bytes());
         frame[14] = 0x45;
         frame[20..22].copy_from_slice(&fragment.to_be_bytes());
         frame[23] = protocol;
@@ -135,7 +136,7 @@ mod tests {
 
     fn ipv6() -> Vec<u8> {
         let mut frame = vec![0; 14 + 40 + 8];
-        frame[12..14].copy_from_slice(&IPV6.to_be_bytes());
+        frame[12..14].copy_from_slice(&EtherType::IPV6.0.to_be_bytes());
         frame[20] = 17;
         frame[22..38].copy_from_slice(&"fd00::2".parse::<Ipv6Addr>().unwrap().octets());
         frame[38..54].copy_from_slice(&"2001:db8::1".parse::<Ipv6Addr>().unwrap().octets());
@@ -182,7 +183,7 @@ mod tests {
     #[test]
     fn arp_has_its_addresses() {
         let mut frame = vec![0; 42];
-        frame[12..14].copy_from_slice(&ARP.to_be_bytes());
+        frame[12..14].copy_from_slice(&EtherType::ARP.0.to_be_bytes());
         frame[28..32].copy_from_slice(&[10, 0, 2, 2]);
         frame[38..42].copy_from_slice(&[10, 0, 2, 1]);
         assert!(filter(Some(Protocol::Arp), Some("10.0.2.1"), None).wants(&frame));
